@@ -1,0 +1,112 @@
+"""The one place that picks an implementation of an op, and can say which and why.
+
+    implementation=None       the best that runs here; always succeeds, for `xla` always does
+    implementation="name"     that one or an error, never another
+
+An implementation declines a call by raising `NotImplementedError(reason)`, and in no other way: every other error is a bug and
+surfaces. Implementations are named by module and imported when first chosen, so that nothing of a backend is imported, probed or
+queried before somebody asks for it.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import difflib
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+# In order of preference on a platform. `reference` is the truth, slow, and only ever chosen by name.
+_PREFERENCE = {"gpu": ("triton_gpu", "xla"), "tpu": ("pallas_tpu", "xla"), "cpu": ("xla",)}
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("seqlab_implementation", default=None)
+_log: contextvars.ContextVar[list["Choice"] | None] = contextvars.ContextVar("seqlab_choices", default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which implementation answered a call of an op, and why those preferred to it did not."""
+
+    op: str
+    implementation: str
+    declined: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        reasons = "".join(f"; {name} declined: {reason}" for name, reason in self.declined)
+        return f"{self.op}: {self.implementation}{reasons}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """An operation with several implementations.
+
+    Each is a module of `package` of that name with a function named as the op; all take the same arguments.
+    """
+
+    name: str
+    package: str
+    implementations: tuple[str, ...]
+
+    def __call__(self, *args: Any, implementation: str | None = None, **kwargs: Any) -> Any:
+        named = implementation if implementation is not None else _forced.get()
+        if named is not None:
+            result = self.load(named)(*args, **kwargs)
+            _record(Choice(self.name, named))
+            return result
+        declined: list[tuple[str, str]] = []
+        for candidate in _PREFERENCE.get(jax.default_backend(), ("xla",)):
+            if candidate not in self.implementations:
+                continue
+            try:
+                result = self.load(candidate)(*args, **kwargs)
+            except NotImplementedError as reason:
+                declined.append((candidate, str(reason)))
+                continue
+            _record(Choice(self.name, candidate, tuple(declined)))
+            return result
+        raise AssertionError(f"{self.name}: the xla implementation declined, which it must not: {declined}")
+
+    def load(self, implementation: str) -> Callable[..., Any]:
+        """The function of one implementation; raises ValueError if the op has none of that name."""
+        check_name(implementation, self.implementations, f"implementation of {self.name}")
+        return getattr(importlib.import_module(f"{self.package}.{implementation}"), self.name)
+
+
+def check_name(value: str, valid: tuple[str, ...], what: str) -> None:
+    """Refuse a name that is not among `valid`, naming the nearest."""
+    if value not in valid:
+        near = difflib.get_close_matches(str(value), valid, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{what}: got {value!r}, expected one of {', '.join(map(repr, valid))}{hint}")
+
+
+@contextlib.contextmanager
+def use_implementation(name: str | None) -> Iterator[None]:
+    """Within the block every op uses the implementation `name` where the call does not name one itself.
+
+    It acts while a function is traced: a function that was compiled before keeps what it was compiled with.
+    """
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Choice]:
+    """Which implementations `function(*args, **kwargs)` would use here. It is traced, not run."""
+    choices: list[Choice] = []
+    token = _log.set(choices)
+    try:
+        jax.eval_shape(lambda *a: function(*a, **kwargs), *args)
+    finally:
+        _log.reset(token)
+    return list(dict.fromkeys(choices))
+
+
+def _record(choice: Choice) -> None:
+    choices = _log.get()
+    if choices is not None:
+        choices.append(choice)

@@ -1,0 +1,168 @@
+"""State: the mixer protocol, and what can be done with any state.
+
+A state is a pytree of arrays made by `mixer.init_state`; batch is the first axis of every leaf, except inside `Stacked`, where layers
+come first. Since a state is a plain value, saving, forking and moving rows are operations on pytrees and need nothing from the mixer.
+"""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from seqlab.shapes import Activations, Steps
+
+State = Any  # a pytree of arrays, by convention a NamedTuple
+T = TypeVar("T")
+
+
+@runtime_checkable
+class Mixer(Protocol):
+    """What every token mixer, channel mixer and model offers.
+
+    `causal`, `lookahead` and `exact` say which clauses of the law can be asked of it: a mixer with `lookahead = n` gives in streaming
+    the output of the full pass n steps late; one with `exact = False` approximates and says why in its docstring.
+    """
+
+    causal: bool
+    lookahead: int
+    exact: bool
+
+    def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> State:
+        """The state of `batch` fresh sequences whose activations have `dtype`."""
+
+    def __call__(
+        self, x: Activations, state: State | None = None, reset: Steps | None = None, valid: Steps | None = None
+    ) -> tuple[Activations, State | None]:
+        """Mix a chunk of any length. With `state=None` the sequence starts fresh and None is handed back: the training form."""
+
+
+class Stacked(NamedTuple):
+    """The states of layers that are run by one scan: every leaf has the layers first and the batch second."""
+
+    layers: State
+
+
+class Segments(NamedTuple):
+    """Where the steps of a chunk stand in their sequences.
+
+    `ids` [b, t]: 1 for the sequence that the state carries, counting up at every reset, 0 for invalid steps. `positions` [b, t]: place
+    within the sequence. `length` [b]: how many steps the last sequence has seen. `last` [b]: its id.
+    """
+
+    ids: Int[Array, "b t"]
+    positions: Int[Array, "b t"]
+    length: Int[Array, " b"]
+    last: Int[Array, " b"]
+
+
+def segments(shape: tuple[int, int], start: Int[Array, " b"] | int, reset: Steps | None, valid: Steps | None) -> Segments:
+    """Number the steps of a chunk of `shape` (b, t) whose carried sequence has seen `start` steps. Resets at invalid steps are ignored."""
+    batch, time = shape
+    start = jnp.broadcast_to(jnp.asarray(start, jnp.int32), (batch,))
+    keep = jnp.ones(shape, bool) if valid is None else valid
+    index = jnp.cumsum(keep, axis=1, dtype=jnp.int32) - 1  # among the valid steps
+    count = index[:, -1] + 1 if time else jnp.zeros((batch,), jnp.int32)
+    if reset is None:
+        return Segments(keep.astype(jnp.int32), start[:, None] + index, start + count, jnp.ones((batch,), jnp.int32))
+    fresh = reset & keep
+    ids = 1 + jnp.cumsum(fresh, axis=1, dtype=jnp.int32)
+    origin = jax.lax.cummax(jnp.where(fresh, index, -start[:, None]), axis=1)
+    last, base = (ids[:, -1], origin[:, -1]) if time else (jnp.ones((batch,), jnp.int32), -start)
+    return Segments(jnp.where(keep, ids, 0), index - origin, count - base, last)
+
+
+def mask_steps(x: T, valid: Steps | None) -> T:
+    """`x` [b, t, ...] with exact zeros at invalid steps, whatever they held: neither values nor gradients pass."""
+    if valid is None:
+        return x
+    return jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
+
+
+def state_bytes(mixer: Mixer, batch: int = 1, dtype: jax.typing.DTypeLike = jnp.float32) -> int:
+    """The bytes of the state of `batch` sequences, known before anything is allocated."""
+    state = jax.eval_shape(lambda: mixer.init_state(batch, dtype))
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def take_rows(state: T, rows: Sequence[int] | Int[Array, " r"]) -> T:
+    """The state of the named rows, as a new batch in that order. A row named twice is a fork."""
+    index = jnp.asarray(rows, jnp.int32)
+    return _by_row(lambda leaf, axis: jnp.take(leaf, index, axis=axis), state)
+
+
+def put_rows(state: T, rows: Sequence[int] | Int[Array, " r"], values: T) -> T:
+    """`state` with the named rows replaced by those of `values`; the other rows stay bit-identical."""
+    index = jnp.asarray(rows, jnp.int32)
+    return _by_row(lambda leaf, axis, new: leaf.at[(slice(None),) * axis + (index,)].set(new), state, values)
+
+
+def select_rows(keep: Array, new: T, old: T) -> T:
+    """Row by row `new` where `keep` [b], else `old`."""
+
+    def choose(leaf: Array, axis: int, other: Array) -> Array:
+        return jnp.where(keep.reshape((1,) * axis + (-1,) + (1,) * (leaf.ndim - axis - 1)), leaf, other)
+
+    return _by_row(choose, new, old)
+
+
+def _by_row(function: Any, state: T, *others: T) -> T:
+    def visit(axis: int) -> Any:
+        def leaf(x: Any, *rest: Any) -> Any:
+            if isinstance(x, Stacked):
+                return jax.tree.map(visit(1), x, *rest)
+            return function(x, axis, *rest)
+
+        return leaf
+
+    return jax.tree.map(visit(0), state, *others, is_leaf=lambda x: isinstance(x, Stacked))
+
+
+def save_state(state: State, path: str | os.PathLike[str]) -> None:
+    """Write a state to `path` in the safetensors format; an existing file is replaced only once the new one is complete."""
+    from safetensors.numpy import save_file
+
+    arrays = {name: np.ascontiguousarray(_storable(leaf)) for name, leaf in _named_leaves(state)}
+    dtypes = {name: str(leaf.dtype) for name, leaf in _named_leaves(state)}
+    temporary = f"{os.fspath(path)}.tmp"
+    save_file(arrays, temporary, metadata={"format": "seqlab.state.1", "dtypes": json.dumps(dtypes)})
+    os.replace(temporary, path)
+
+
+def load_state(path: str | os.PathLike[str], like: T) -> T:
+    """Read a state saved by `save_state` into the structure of `like`, a state of the same model or `jax.eval_shape` of one.
+
+    The number of rows may differ. Raises ValueError if a leaf is missing, left over, or has another shape or dtype.
+    """
+    from safetensors import safe_open
+
+    with safe_open(os.fspath(path), framework="numpy") as file:
+        dtypes = json.loads(file.metadata()["dtypes"])
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+    named = _named_leaves(like)
+    wanted = {name for name, _ in named}
+    if wanted != arrays.keys():
+        raise ValueError(
+            f"{path}: not a state of this model: missing {sorted(wanted - arrays.keys())[:3]}, left over {sorted(arrays.keys() - wanted)[:3]}"
+        )
+    leaves = []
+    for name, leaf in named:
+        value = jnp.asarray(arrays[name]).astype(dtypes[name])
+        if value.dtype != leaf.dtype or value.ndim != leaf.ndim or sum(a != b for a, b in zip(value.shape, leaf.shape, strict=True)) > 1:
+            raise ValueError(f"{path}: {name} is {value.dtype}{value.shape}, the model has {leaf.dtype}{leaf.shape}")
+        leaves.append(value)
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _storable(leaf: Array) -> np.ndarray:
+    array = np.asarray(leaf)
+    return array.astype(np.float32) if array.dtype == jnp.bfloat16 else array  # exact: bfloat16 is a subset of float32
+
+
+def _named_leaves(state: State) -> list[tuple[str, Any]]:
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)]

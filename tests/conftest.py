@@ -1,0 +1,23 @@
+"""A strict session: eight virtual devices, warnings are errors, rank promotion raises, shapes are checked at run time."""
+
+import os
+import pathlib
+import sys
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # a bare checkout is enough
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))  # helpers.py
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_threefry_partitionable", True)
+
+
+@pytest.fixture
+def x64():
+    """float64 for the duration of one test."""
+    with jax.enable_x64(True):
+        yield

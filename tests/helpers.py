@@ -1,0 +1,34 @@
+"""What several tests need: comparison relative to scale, random splits, chunked runs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def assert_close(actual, expected, tolerance, name="value"):
+    """Every leaf of `actual` equals that of `expected` within `tolerance` times the largest magnitude of the expected leaf."""
+    flat_actual, tree = jax.tree_util.tree_flatten_with_path(actual)
+    flat_expected, expected_tree = jax.tree_util.tree_flatten_with_path(expected)
+    assert tree == expected_tree, f"{name}: {tree} is not {expected_tree}"
+    for (path, a), (_, e) in zip(flat_actual, flat_expected, strict=True):
+        where = name + jax.tree_util.keystr(path)
+        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
+        assert a.shape == e.shape, f"{where}: shape {a.shape} is not {e.shape}"
+        assert np.isfinite(a).all() == np.isfinite(e).all(), f"{where}: not finite"
+        scale = max(np.abs(e).max(initial=0.0), 1e-6)
+        error = np.abs(a - e).max(initial=0.0) / scale
+        assert error <= tolerance, f"{where}: relative error {error:.2e} > {tolerance:.0e} (scale {scale:.3g})"
+
+
+def assert_identical(actual, expected, name="value"):
+    """Every leaf bit-identical."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected), name
+    for path, e in jax.tree_util.tree_leaves_with_path(expected):
+        a = dict(jax.tree_util.tree_leaves_with_path(actual))[path]
+        assert a.dtype == e.dtype, f"{name}{jax.tree_util.keystr(path)}: {a.dtype} is not {e.dtype}"
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(e), err_msg=f"{name}{jax.tree_util.keystr(path)}")
+
+
+def random(seed, *shape, scale=1.0, dtype=jnp.float32):
+    """A normal array that does not depend on the precision of the session."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape) * scale, dtype)
