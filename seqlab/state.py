@@ -147,9 +147,8 @@ def load_state(path: str | os.PathLike[str], like: T) -> T:
     named = _named_leaves(like)
     wanted = {name for name, _ in named}
     if wanted != arrays.keys():
-        raise ValueError(
-            f"{path}: not a state of this model: missing {sorted(wanted - arrays.keys())[:3]}, left over {sorted(arrays.keys() - wanted)[:3]}"
-        )
+        missing, extra = sorted(wanted - arrays.keys())[:3], sorted(arrays.keys() - wanted)[:3]
+        raise ValueError(f"{path}: not a state of this model: missing {missing}, left over {extra}")
     leaves = []
     for name, leaf in named:
         value = jnp.asarray(arrays[name]).astype(dtypes[name])

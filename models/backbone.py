@@ -1,0 +1,165 @@
+"""One backbone for every model: norm, token mixer, norm, channel mixer, repeated (MetaFormer, arXiv 2111.11418).
+
+Mixers are constructor arguments, so a hybrid is a tuple of them and a new model is never a copied file.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from seqlab.kernels.dispatch import check_name
+from seqlab.models.layers import Factory, RMSNorm, SwiGLU, positive
+from seqlab.module import Module, merge, split
+from seqlab.shapes import Activations, Steps
+from seqlab.state import Stacked, State, mask_steps
+
+
+class Block(Module):
+    """x + mixer(norm(x)), then x + channel_mixer(norm(x)); without a channel mixer the first half alone, as in Mamba."""
+
+    def __init__(self, dim: int, mixer: Factory, channel_mixer: Factory | None = SwiGLU, norm: Factory = RMSNorm, *, rngs: nnx.Rngs):
+        self.mixer_norm, self.mixer = norm(dim, rngs=rngs), mixer(dim, rngs=rngs)
+        self.channel_norm = None if channel_mixer is None else norm(dim, rngs=rngs)
+        self.channel_mixer = None if channel_mixer is None else channel_mixer(dim, rngs=rngs)
+
+    def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[State, State]:
+        channel = () if self.channel_mixer is None else self.channel_mixer.init_state(batch, dtype)
+        return self.mixer.init_state(batch, dtype), channel
+
+    def __call__(self, x: Activations, state: State | None = None, reset: Steps | None = None, valid: Steps | None = None):
+        mixed, channel = (None, None) if state is None else state
+        y, mixed = self.mixer(self.mixer_norm(x), mixed, reset, valid)
+        x = x + y
+        if self.channel_mixer is not None:
+            y, channel = self.channel_mixer(self.channel_norm(x), channel, reset, valid)
+            x = x + y
+        return x, (None if state is None else (mixed, channel))
+
+
+class Backbone(Module):
+    """`depth` blocks and a final norm.
+
+    Args:
+      mixers: one factory or a tuple of them, taken in turn: layer i gets `mixers[i % len(mixers)]`.
+      channel_mixer: a factory, a tuple of them likewise, or None.
+      scan_layers: run the repeats of the pattern by one `lax.scan` over stacked parameters: compile time and program size no longer
+        grow with depth. The same function; `depth` must be a multiple of the pattern.
+      remat: "none" keeps every activation for the backward pass, "block" keeps the blocks' inputs and recomputes the rest.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        mixers: Factory | tuple[Factory, ...],
+        *,
+        channel_mixer: Factory | tuple[Factory | None, ...] | None = SwiGLU,
+        norm: Factory = RMSNorm,
+        scan_layers: bool = False,
+        remat: str = "none",
+        rngs: nnx.Rngs,
+    ):
+        mixers = tuple(mixers) if isinstance(mixers, tuple | list) else (mixers,)
+        channels = tuple(channel_mixer) if isinstance(channel_mixer, tuple | list) else (channel_mixer,)
+        if not mixers or not channels:
+            raise ValueError("mixers and channel_mixer must name at least one factory each")
+        check_name(remat, ("none", "block"), "remat")
+        self.dim, self.depth, self.scan_layers, self.remat = dim, positive("depth", depth), scan_layers, remat
+        period = max(len(mixers), len(channels)) if scan_layers else depth
+        if scan_layers and depth % period:
+            raise ValueError(f"depth={depth} must be a multiple of the pattern's length {period} where scan_layers is set")
+
+        def block(i: int) -> Block:
+            return Block(dim, mixers[i % len(mixers)], channels[i % len(channels)], norm, rngs=rngs)
+
+        self.blocks = nnx.List([_stack([block(i) for i in range(j, depth, period)]) if scan_layers else block(j) for j in range(period)])
+        self.norm = norm(dim, rngs=rngs)
+
+    @property
+    def causal(self) -> bool:
+        return all(mixer.causal for mixer in self._mixers())
+
+    @property
+    def lookahead(self) -> int:
+        return sum(mixer.lookahead for mixer in self._mixers()) * (self.depth // len(self.blocks))
+
+    @property
+    def exact(self) -> bool:
+        return all(mixer.exact for mixer in self._mixers())
+
+    @property
+    def capacity(self) -> int | None:
+        """The longest sequence that every layer can hold; None where no layer sets a bound."""
+        bounds = [mixer.capacity for mixer in self._mixers() if getattr(mixer, "capacity", None) is not None]
+        return min(bounds, default=None)
+
+    def _mixers(self) -> list[Any]:
+        return [m for block in self.blocks for m in (block.mixer, block.channel_mixer) if m is not None]
+
+    def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[State, ...]:
+        states = tuple(block.init_state(batch, dtype) for block in self.blocks)
+        if not self.scan_layers:
+            return states
+        repeats = self.depth // len(self.blocks)
+        return tuple(Stacked(jax.tree.map(lambda leaf: jnp.repeat(leaf[None], repeats, axis=0), state)) for state in states)
+
+    def __call__(self, x: Activations, state: State | None = None, reset: Steps | None = None, valid: Steps | None = None):
+        x = mask_steps(x, valid)
+        if self.scan_layers:
+            x, state = self._scanned(x, state, reset, valid)
+        else:
+            states = (None,) * self.depth if state is None else state
+            new = []
+            for block, old in zip(self.blocks, states, strict=True):
+                static, params = split(block)
+                x, updated = self._run(static)(params, x, old, reset, valid)
+                new.append(updated)
+            state = None if state is None else tuple(new)
+        return self.norm(x), state
+
+    def _run(self, static: Any) -> Any:
+        def run(params, x, state, reset, valid):
+            return merge(static, params)(x, state, reset, valid)
+
+        return jax.checkpoint(run) if self.remat == "block" else run
+
+    def _scanned(self, x: Activations, state: State | None, reset: Steps | None, valid: Steps | None):
+        parts = [split(block) for block in self.blocks]
+        runs = [self._run(static) for static, _ in parts]
+        states = (None,) * len(parts) if state is None else tuple(stacked.layers for stacked in state)
+
+        def repeat(x, layer):
+            new = []
+            for run, params, old in zip(runs, *layer, strict=True):
+                x, updated = run(params, x, old, reset, valid)
+                new.append(updated)
+            return x, tuple(new)  # activations and states only: returning parameters would stack a copy of them
+
+        x, states = jax.lax.scan(repeat, x, (tuple(params for _, params in parts), states))
+        return x, (None if state is None else tuple(map(Stacked, states)))
+
+
+def _stack(blocks: list[Block]) -> Block:
+    """One block whose parameters carry a leading axis of layers."""
+    static, _ = split(blocks[0])
+    return merge(static, jax.tree.map(lambda *leaves: jnp.stack(leaves), *(split(block)[1] for block in blocks)))
+
+
+def unrolled(backbone: Backbone) -> Backbone:
+    """The same function with one set of parameters a layer: what decoding wants, where slicing stacked parameters would copy them."""
+    if not backbone.scan_layers:
+        return backbone
+    repeats = backbone.depth // len(backbone.blocks)
+    parts = [split(block) for block in backbone.blocks]
+    blocks = [merge(static, jax.tree.map(lambda leaf, i=i: leaf[i], params)) for i in range(repeats) for static, params in parts]
+    static, params = split(backbone)
+    copy = merge(static, params)
+    copy.blocks, copy.scan_layers = nnx.List(blocks), False
+    return copy
+
+
+def out_scale(depth: int, halves: int = 2) -> float:
+    """Initial scale of the projections that write into the residual stream, so that its size does not grow with depth (GPT-2's rule)."""
+    return 1.0 / (halves * depth) ** 0.5

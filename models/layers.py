@@ -1,0 +1,182 @@
+"""The small parts: linear maps, norms, rotary phases, embeddings, short convolutions, channel mixers.
+
+Parameters are float32; a layer casts them to the dtype of its input where it uses them, so one choice at the embedding (`dtype`) sets the
+compute dtype of a whole model. Norms and rotary phases work in float32 (float64 for float64 inputs) whatever that choice is.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from seqlab import kernels
+from seqlab.kernels.dispatch import check_name
+from seqlab.module import Module
+from seqlab.shapes import Activations, Steps, Tokens, accumulator
+from seqlab.state import State, mask_steps
+
+Factory = Callable[..., Module]  # called as factory(dim, rngs=rngs)
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),  # JAX's default is the tanh approximation, the papers' is this one
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "squared_relu": lambda x: jnp.square(jax.nn.relu(x)),
+}
+
+
+def activation(name: str) -> Callable[[Array], Array]:
+    """The activation function of that name; ValueError with the nearest name otherwise."""
+    check_name(name, tuple(ACTIVATIONS), "activation")
+    return ACTIVATIONS[name]
+
+
+def positive(name: str, value: int) -> int:
+    """`value`, refused unless it is a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return int(value)
+
+
+class Linear(Module):
+    """y = x W + b with W [in, out], initialised normal with standard deviation `scale` / sqrt(in)."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = False, scale: float = 1.0, rngs: nnx.Rngs):
+        std = scale / math.sqrt(positive("inputs", inputs))
+        self.weight = nnx.Param(std * jax.random.normal(rngs.params(), (inputs, positive("outputs", outputs))))
+        self.bias = nnx.Param(jnp.zeros((outputs,))) if bias else None
+
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        y = x @ self.weight[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class RMSNorm(Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich, arXiv 1910.07467)."""
+
+    def __init__(self, dim: int, *, eps: float = 1e-5, rngs: nnx.Rngs | None = None):
+        self.weight = nnx.Param(jnp.ones((positive("dim", dim),)))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        wide = x.astype(accumulator(x.dtype))
+        y = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (y * self.weight[...].astype(y.dtype)).astype(x.dtype)
+
+
+class LayerNorm(Module):
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis (arXiv 1607.06450)."""
+
+    def __init__(self, dim: int, *, eps: float = 1e-5, bias: bool = True, rngs: nnx.Rngs | None = None):
+        self.weight = nnx.Param(jnp.ones((positive("dim", dim),)))
+        self.bias = nnx.Param(jnp.zeros((dim,))) if bias else None
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        wide = x.astype(accumulator(x.dtype))
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps) * self.weight[...].astype(wide.dtype)
+        return (y if self.bias is None else y + self.bias[...].astype(wide.dtype)).astype(x.dtype)
+
+
+class Embedding(Module):
+    """Token vectors [vocab, d]. `read_out` is the tied head: one module and a method, never two names for one array."""
+
+    def __init__(self, vocab_size: int, dim: int, *, std: float = 0.02, rngs: nnx.Rngs):
+        self.weight = nnx.Param(std * jax.random.normal(rngs.params(), (positive("vocab_size", vocab_size), positive("dim", dim))))
+
+    def __call__(self, tokens: Tokens) -> Activations:
+        return jnp.take(self.weight[...], tokens, axis=0, mode="clip")
+
+    def read_out(self, x: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
+        """Logits, in float32 at least."""
+        return jnp.matmul(x, self.weight[...].astype(x.dtype).T, preferred_element_type=accumulator(x.dtype))
+
+
+class ShortConv(Module):
+    """Causal depthwise convolution over time with its state; the last tap meets the current step."""
+
+    def __init__(self, dim: int, *, width: int = 4, bias: bool = False, activation: str | None = "silu", rngs: nnx.Rngs):
+        bound = 1 / math.sqrt(positive("width", width))
+        self.weight = nnx.Param(jax.random.uniform(rngs.params(), (width, dim), minval=-bound, maxval=bound))
+        self.bias = nnx.Param(jax.random.uniform(rngs.params(), (dim,), minval=-bound, maxval=bound)) if bias else None
+        self.activation = activation
+        if activation is not None:
+            check_name(activation, tuple(ACTIVATIONS), "activation")
+
+    def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "b w-1 d"]:
+        width, dim = self.weight.shape
+        return jnp.zeros((batch, width - 1, dim), dtype)
+
+    def __call__(self, x: Activations, state: State | None = None, reset: Steps | None = None, valid: Steps | None = None):
+        bias = None if self.bias is None else self.bias[...].astype(x.dtype)
+        y, new = kernels.conv(x, self.weight[...].astype(x.dtype), bias, initial_state=state, reset=reset, valid=valid)
+        return (y if self.activation is None else ACTIVATIONS[self.activation](y)), (None if state is None else new)
+
+
+class MLP(Module):
+    """Channel mixer: linear, activation, linear, one step at a time; it has no state."""
+
+    causal, lookahead, exact = True, 0, True
+
+    def __init__(
+        self, dim: int, *, hidden: int | None = None, activation: str = "gelu", bias: bool = True, out_scale: float = 1.0, rngs: nnx.Rngs
+    ):
+        hidden = 4 * dim if hidden is None else positive("hidden", hidden)
+        check_name(activation, tuple(ACTIVATIONS), "activation")
+        self.dim, self.activation = dim, activation
+        self.up = Linear(dim, hidden, bias=bias, rngs=rngs)
+        self.down = Linear(hidden, dim, bias=bias, scale=out_scale, rngs=rngs)
+
+    def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[()]:
+        return ()
+
+    def __call__(self, x: Activations, state: State | None = None, reset: Steps | None = None, valid: Steps | None = None):
+        return self.down(ACTIVATIONS[self.activation](self.up(mask_steps(x, valid)))), state
+
+
+class SwiGLU(Module):
+    """Channel mixer: down(silu(gate x) * up x) (Shazeer, arXiv 2002.05202); `hidden` is 8/3 dim, rounded up to a multiple of 64."""
+
+    causal, lookahead, exact = True, 0, True
+
+    def __init__(self, dim: int, *, hidden: int | None = None, out_scale: float = 1.0, rngs: nnx.Rngs):
+        hidden = -(-8 * dim // (3 * 64)) * 64 if hidden is None else positive("hidden", hidden)
+        self.dim = dim
+        self.gate_up = Linear(dim, 2 * hidden, rngs=rngs)  # one matrix product for both halves
+        self.down = Linear(hidden, dim, scale=out_scale, rngs=rngs)
+
+    def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[()]:
+        return ()
+
+    def __call__(self, x: Activations, state: State | None = None, reset: Steps | None = None, valid: Steps | None = None):
+        gate, up = jnp.split(self.gate_up(mask_steps(x, valid)), 2, axis=-1)
+        return self.down(jax.nn.silu(gate) * up), state
+
+
+def rotary_phases(positions: Int[Array, "b t"], width: int, base: float) -> tuple[Float[Array, "b t k/2"], Float[Array, "b t k/2"]]:
+    """cos and sin of position * base^(-2i/width), as accurate at step 10^9 as at step 1.
+
+    A float32 angle is off by 0.06 radians after a million steps. Here a frequency is a fraction of a turn with 48 bits, and the product
+    with the position is taken in integers that wrap exactly where the circle does: 32 high bits directly, 16 low bits by halves of the
+    position so that nothing overflows.
+    """
+    turns = float(base) ** (-np.arange(0, width, 2, dtype=np.float64) / width) / (2 * np.pi)
+    fixed = np.round(turns * 2.0**48).astype(np.uint64)
+    high, low = (fixed >> np.uint64(16)).astype(np.uint32), (fixed & np.uint64(0xFFFF)).astype(np.uint32)
+    step = positions.astype(jnp.uint32)[..., None]
+    phase = step * high + (step >> 16) * low + (((step & 0xFFFF) * low) >> 16)
+    angle = phase.astype(jnp.int32).astype(jnp.float32) * np.float32(np.pi * 2.0**-31)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: Float[Array, "b t h k"], positions: Int[Array, "b t"], base: float) -> Float[Array, "b t h k"]:
+    """Rotary position embedding with half-split pairing: channels i and i + k/2 turn together (arXiv 2104.09864)."""
+    cos, sin = (phase[:, :, None, :] for phase in rotary_phases(positions, x.shape[-1], base))
+    first, second = jnp.split(x.astype(accumulator(x.dtype)), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

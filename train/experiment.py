@@ -1,0 +1,46 @@
+"""What a config describes: one run, as a value."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from seqlab.module import Module
+from seqlab.train.step import Loss, next_token_loss
+
+
+@dataclasses.dataclass
+class Experiment:
+    """A run: which model, on what data, trained how. `train.loop.run` executes it; `configs/` are functions that build it.
+
+    Args:
+      model: called as model(rngs=...) for the module.
+      data: an object with `train(seed)` and `validation()`, sequences of windows (see `train.data.Text`), and a `tokenizer`.
+      optimizer: called as optimizer(steps) for an optax transformation.
+      loss: (model, batch) -> (sum over targets, number of targets).
+      steps, batch_size: updates, and windows in each; `accumulate` splits a batch into that many parts, to save memory.
+      seed: of parameters and data order.
+      log_every, validate_every, checkpoint_every: in steps; `validation_windows` bounds the cost of one validation.
+      keep: how many checkpoints stay.
+    """
+
+    model: Callable[..., Module]
+    data: Any
+    optimizer: Callable[[int], Any]
+    loss: Loss = next_token_loss
+    steps: int = 1000
+    batch_size: int = 16
+    accumulate: int = 1
+    seed: int = 0
+    log_every: int = 20
+    validate_every: int = 200
+    validation_windows: int = 64
+    checkpoint_every: int = 200
+    keep: int = 3
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulate", "log_every", "validate_every", "validation_windows", "checkpoint_every", "keep"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate must divide batch_size={self.batch_size}, got {self.accumulate}")

@@ -1,0 +1,194 @@
+"""A training run, top to bottom: data, model, state or resume, steps, validation, checkpoints, farewell."""
+
+import functools
+import json
+import math
+import os
+import pathlib
+import signal
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from seqlab.module import Params, Static, count_params, split
+from seqlab.state import state_bytes
+from seqlab.train.checkpoint import Checkpoints
+from seqlab.train.data import Batches, validation_batches
+from seqlab.train.experiment import Experiment
+from seqlab.train.metrics import Metrics, Progress
+from seqlab.train.step import TrainState, evaluate_step, init_state, train_step
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient stopped being finite; the message says when, and which checkpoint is good."""
+
+
+class Result(NamedTuple):
+    """How a run ended: "finished" or the name of the signal that interrupted it, at which step, with which validation loss (bits)."""
+
+    status: str
+    step: int
+    validation: float | None
+    state: TrainState
+
+
+def build(experiment: Experiment) -> tuple[Static, Params]:
+    """The model's parameters at step 0, by one compiled function: the same values whatever the machine's layout."""
+    abstract, _ = split(nnx.eval_shape(lambda: experiment.model(rngs=nnx.Rngs(0))))
+    params = jax.jit(lambda key: split(experiment.model(rngs=nnx.Rngs(key)))[1])(jax.random.key(experiment.seed))
+    return abstract, params
+
+
+def run(experiment: Experiment, workdir: str | os.PathLike[str]) -> Result:
+    """Train, from the last good checkpoint of `workdir` if it holds one.
+
+    A SIGTERM or SIGINT ends the run after the step in progress, with a checkpoint. Raises NonFiniteError where training diverges, and
+    whatever the checkpoints raise (`CheckpointError`) where they cannot be written.
+    """
+    workdir = pathlib.Path(workdir).absolute()
+    workdir.mkdir(parents=True, exist_ok=True)
+    say = Progress(experiment.steps)
+
+    # Data first: what is wrong with it should be known before anything is compiled.
+    batches = Batches(experiment.data.train(experiment.seed), experiment.batch_size, experiment.seed)
+    held_out = validation_batches(experiment.data.validation(), experiment.batch_size, experiment.validation_windows)
+
+    # Model and state.
+    static, params = build(experiment)
+    optimizer = experiment.optimizer(experiment.steps)
+    state = init_state(static, params, optimizer)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=experiment.keep)
+    restored = checkpoints.restore(like=_to_dict(state))
+    if restored is not None:
+        state = _from_dict(restored[1], state)
+    start = int(state.step)
+    _write_environment(workdir, static, params)
+    say.say(_summary(experiment, static, params, start))
+    if start >= experiment.steps:
+        say.say(f"{workdir} is complete: {start} steps")
+        return Result("finished", start, None, state)
+
+    # Compilation, apart from the time of the steps.
+    begin = time.perf_counter()
+    step = jax.jit(functools.partial(train_step, static, optimizer, experiment.loss, experiment.accumulate), donate_argnums=0)
+    step = step.lower(state, batches[start]).compile()
+    evaluate = jax.jit(functools.partial(evaluate_step, static, experiment.loss))
+    say.say(f"compiled the training step in {time.perf_counter() - begin:.1f} s")
+
+    # Steps.
+    metrics, progress = Metrics(workdir, start), Progress(experiment.steps, start)
+    pending: list[Any] = []
+    validation, saved, clock, tokens = None, start, time.perf_counter(), 0
+    with Interruptions() as interruption:
+        for number, batch in enumerate(batches.iterate(start), start + 1):
+            state, measured = step(state, batch)
+            pending.append(measured)
+            tokens += batch["inputs"].size
+            progress.advance(number)
+            last = number == experiment.steps or interruption.name is not None
+            if number % experiment.log_every == 0 or number % experiment.checkpoint_every == 0 or number % experiment.validate_every == 0 or last:
+                loss, norm = _drain(pending, number, saved, workdir)
+                speed = tokens / (time.perf_counter() - clock)
+                metrics.write(number, loss=loss, gradient_norm=norm, tokens_per_second=speed)
+                progress.report(number, loss=f"{loss:.3f}", tok_s=f"{speed:,.0f}")
+                clock, tokens = time.perf_counter(), 0
+            if number % experiment.checkpoint_every == 0 or last:
+                checkpoints.save(number, _to_dict(state), wait=last)
+                saved = number
+            if (number % experiment.validate_every == 0 or last) and interruption.name is None:
+                validation = _validate(evaluate, state.params, held_out)
+                metrics.write(number, validation_bits_per_token=validation)
+                progress.say(f"step {number}: validation {validation:.4f} bits a token")
+                metrics.draw()
+                clock = time.perf_counter()
+            if last:
+                break
+
+    # Farewell.
+    progress.close()
+    metrics.close()
+    checkpoints.close()
+    if interruption.name is not None and number < experiment.steps:
+        progress.say(f"{interruption.name}: saved step {number}; the same command goes on from there")
+        return Result(interruption.name, number, validation, state)
+    return Result("finished", number, validation, state)
+
+
+class Interruptions:
+    """Turns SIGTERM and SIGINT into a name to look at between steps; a second signal acts as usual."""
+
+    def __enter__(self) -> "Interruptions":
+        self.name: str | None = None
+        self._before = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self._before[number] = signal.signal(number, self._note)
+            except ValueError:  # not the main thread: signals are somebody else's business
+                break
+        return self
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.name = signal.Signals(number).name
+        signal.signal(number, self._before[number])
+
+    def __exit__(self, *exception: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _drain(pending: list[Any], number: int, saved: int, workdir: pathlib.Path) -> tuple[float, float]:
+    """Mean loss and last gradient norm of the steps since the last look, all of which must be finite."""
+    measured = jax.device_get(pending)
+    pending.clear()
+    bad = [i for i, m in enumerate(measured) if not m.finite]
+    if bad:
+        step = number - len(measured) + 1 + bad[0]
+        good = f"the last good checkpoint is step {saved}" if saved else "there is no checkpoint yet"
+        m = measured[bad[0]]
+        raise NonFiniteError(f"step {step}: loss {m.loss}, gradient norm {m.norm}; that update was not applied, {good} ({workdir})")
+    return float(np.mean([m.loss for m in measured])), float(measured[-1].norm)
+
+
+def _validate(evaluate: Any, params: Params, held_out: Any) -> float:
+    """Bits a target over the held-out batches; for bytes, bits per byte."""
+    sums = jax.device_get([evaluate(params, batch) for batch in held_out])
+    return float(sum(total for total, _ in sums) / max(sum(count for _, count in sums), 1.0) / math.log(2))
+
+
+def _to_dict(state: TrainState) -> dict[str, Any]:
+    """A train state as a dictionary with string keys: what checkpoints hold, whatever optax calls its containers."""
+    leaves = jax.tree_util.tree_leaves_with_path(state.optimizer)
+    optimizer = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    return {"step": state.step, "params": dict(state.params), "optimizer": optimizer}
+
+
+def _from_dict(saved: dict[str, Any], like: TrainState) -> TrainState:
+    leaves, tree = jax.tree_util.tree_flatten_with_path(like.optimizer)
+    optimizer = [saved["optimizer"][jax.tree_util.keystr(path, simple=True, separator="/")] for path, _ in leaves]
+    return TrainState(saved["step"], saved["params"], jax.tree.unflatten(tree, optimizer))
+
+
+def _summary(experiment: Experiment, static: Static, params: Params, start: int) -> str:
+    model = nnx.eval_shape(lambda: experiment.model(rngs=nnx.Rngs(0)))
+    state = f", {state_bytes(model):,} bytes of state a stream" if hasattr(model, "init_state") else ""
+    return f"{count_params(params):,} parameters{state}; " + (f"resuming at step {start}" if start else "starting at step 0")
+
+
+def _write_environment(workdir: pathlib.Path, static: Static, params: Params) -> None:
+    """Versions and devices of this start, one JSON object a start."""
+    import importlib.metadata
+    import platform
+
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")}
+    record = {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
+        "versions": versions,
+        "parameters": count_params(params),
+    }
+    with (workdir / "env.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")

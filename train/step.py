@@ -1,0 +1,83 @@
+"""One training step, pure: the only thing of a run that is compiled."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from seqlab.module import Params, Static, merge
+from seqlab.train.optim import global_norm
+
+Batch = dict[str, Array]
+Loss = Callable[[Any, Batch], tuple[Float[Array, ""], Float[Array, ""]]]  # (model, batch) -> sum over targets, number of targets
+
+
+class TrainState(NamedTuple):
+    """Everything that a step reads and writes. `step` counts the updates made; the data position is the same number."""
+
+    step: Int[Array, ""]
+    params: Params
+    optimizer: Any
+
+
+class StepMetrics(NamedTuple):
+    """`loss`: mean over the targets, nats. `norm`: of the gradient before clipping. `finite`: False where the update was not applied."""
+
+    loss: Float[Array, ""]
+    norm: Float[Array, ""]
+    finite: Array
+
+
+def next_token_loss(model: Any, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Cross entropy in nats, summed over the valid targets, and their number. Documents of a packed row do not see one another."""
+    logits, _ = model(batch["inputs"], None, batch.get("reset"), None)
+    logits = logits.astype(jnp.float32)
+    target = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
+    keep = batch["valid"].astype(jnp.float32)
+    return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - target) * keep), jnp.sum(keep)
+
+
+def init_state(static: Static, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def train_step(
+    static: Static, optimizer: optax.GradientTransformation, loss: Loss, accumulate: int, state: TrainState, batch: Batch
+) -> tuple[TrainState, StepMetrics]:
+    """One update from one global batch, in `accumulate` parts whose gradients add up to that of the whole.
+
+    A batch whose loss or gradient is not finite changes nothing but is reported: the state stays that of the last good step.
+    """
+
+    def objective(params: Params, part: Batch) -> tuple[Array, Array]:
+        return loss(merge(static, params), part)
+
+    gradient = jax.value_and_grad(objective, has_aux=True)
+    if accumulate == 1:
+        (total, count), grads = gradient(state.params, batch)
+    else:
+        parts = jax.tree.map(lambda leaf: leaf.reshape(accumulate, -1, *leaf.shape[1:]), batch)
+        zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+
+        def add(carry, part):
+            (total, count), grads = gradient(state.params, part)
+            return jax.tree.map(jnp.add, carry, (total, count, grads)), None
+
+        (total, count, grads), _ = jax.lax.scan(add, zero, parts)
+    count = jnp.maximum(count, 1.0)
+    grads = jax.tree.map(lambda leaf: leaf / count, grads)
+    norm = global_norm(grads)
+    finite = jnp.isfinite(total) & jnp.isfinite(norm)
+    updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+    new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state)
+    new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
+    return new, StepMetrics(total / count, norm, finite)
+
+
+def evaluate_step(static: Static, loss: Loss, params: Params, batch: Batch) -> tuple[Array, Array]:
+    """Loss summed over the valid targets of a batch, and their number."""
+    return loss(merge(static, params), batch)
