@@ -1,0 +1,110 @@
+"""Packing: documents in, windows of equal length out, every window found by its number.
+
+The plan is made once. Documents are put in an order drawn from the seed, each behind its `bos`, and joined to one stream; window i is
+
+    inputs = stream[i L : i L + L]        targets = stream[i L + 1 : i L + L + 1]
+
+so every token but the first is predicted exactly once, and the position in the data is one integer. (First-fit packing wastes less
+but has to be run from the start to find its place, so it cannot resume, shard or change the number of workers.)
+"""
+
+import functools
+import hashlib
+import operator
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int
+
+Item = dict[str, np.ndarray]
+
+
+@runtime_checkable
+class DataSource(Protocol):
+    """Documents by number. Each is a 1-D array of tokens: uint8 for bytes, else any integer dtype."""
+
+    def __len__(self) -> int:
+        """How many documents there are."""
+
+    def __getitem__(self, index: int) -> Int[np.ndarray, " t"]:
+        """Document `index`; the same array every time."""
+
+
+class Windows:
+    """What `pack` returns: a sequence of `Item`s cut from one stream of tokens.
+
+    An item has `inputs` and `targets` [length] int32; `reset` [length] bool, True where the input is the `bos` of a document; `valid`
+    [length] bool, False where the last window is padded. A window that begins inside a document just begins there. At the end of a
+    document the target is the `bos` of the next: this is how a model learns where documents end.
+    """
+
+    def __init__(self, stream: Int[np.ndarray, " n"], starts: Int[np.ndarray, " documents"], length: int, keep_last: bool) -> None:
+        self.stream = stream
+        self.starts = starts
+        self.length = length
+        predicted = len(stream) - 1
+        self._count = -(-predicted // length) if keep_last else predicted // length
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Item:
+        index = operator.index(index)
+        if not -self._count <= index < self._count:
+            raise IndexError(f"window {index} of {self._count}")
+        begin = index % self._count * self.length
+        chunk = self.stream[begin : begin + self.length + 1]
+        count = len(chunk) - 1
+        inputs, targets, reset = (np.zeros(self.length, dtype) for dtype in (np.int32, np.int32, np.bool_))
+        inputs[:count], targets[:count] = chunk[:-1], chunk[1:]
+        first, last = np.searchsorted(self.starts, (begin, begin + count))
+        reset[self.starts[first:last] - begin] = True
+        return {"inputs": inputs, "targets": targets, "reset": reset, "valid": np.arange(self.length) < count}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that differ when any window does: a run that resumes can see that its data are still the same."""
+        digest = hashlib.sha256(f"{self.length} {self._count} {self.stream.dtype} ".encode())
+        digest.update(self.starts)
+        digest.update(self.stream)
+        return digest.hexdigest()[:16]
+
+
+def pack(source: DataSource, length: int, seed: int, bos: int = 0, keep_last: bool = True) -> Windows:
+    """Join the documents of `source`, each behind one `bos`, in an order drawn from `seed`, and cut windows of `length` steps.
+
+    The stream is held in memory once, as uint8 if all documents are, else as int32; while it is built, twice. Empty documents are left
+    out. `keep_last=False` drops the last window if it would be padded.
+
+    Raises:
+      ValueError: for a document that is not a 1-D array of integers from 0 to 2**31-1, or too few tokens for one whole window.
+    """
+    if length < 1:
+        raise ValueError(f"length: got {length}, expected at least 1 step a window")
+    documents = [document for document in (_document(source, index) for index in _order(len(source), seed)) if document.size]
+    dtype = np.uint8 if bos < 256 and all(document.dtype == np.uint8 for document in documents) else np.int32
+    sizes = np.array([document.size + 1 for document in documents], np.int64)
+    if sizes.sum() < length + 1:
+        raise ValueError(
+            f"too little data: {len(documents)} documents with {sizes.sum()} tokens, and one window of length {length} takes {length + 1}"
+        )
+    stream = np.full(sizes.sum(), bos, dtype)
+    starts = np.cumsum(sizes) - sizes
+    for start, document in zip(starts, documents, strict=True):
+        stream[start + 1 : start + 1 + document.size] = document
+    stream.setflags(write=False)
+    return Windows(stream, starts, length, keep_last)
+
+
+def _order(count: int, seed: int) -> list[int]:
+    # Raw bits are the only random numbers that numpy promises to keep from version to version.
+    return np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable").tolist()
+
+
+def _document(source: Any, index: int) -> Int[np.ndarray, " t"]:
+    document = np.asarray(source[index])
+    if document.ndim != 1 or not np.issubdtype(document.dtype, np.integer):
+        raise ValueError(f"document {index}: got {document.dtype}{document.shape}, expected a 1-D array of integer tokens")
+    if document.size and document.dtype != np.uint8 and (document.min() < 0 or document.max() >= 2**31):
+        raise ValueError(f"document {index}: tokens from {document.min()} to {document.max()}, expected 0 to 2**31-1")
+    return document
