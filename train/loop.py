@@ -54,7 +54,7 @@ def run(experiment: Experiment, workdir: str | os.PathLike[str]) -> Result:
 
     # Data first: what is wrong with it should be known before anything is compiled.
     batches = Batches(experiment.data.train(experiment.seed), experiment.batch_size, experiment.seed)
-    held_out = validation_batches(experiment.data.validation(), experiment.batch_size, experiment.validation_windows)
+    held_out = held_out_batches(experiment)
 
     # Model and state.
     static, params = build(experiment)
@@ -82,14 +82,14 @@ def run(experiment: Experiment, workdir: str | os.PathLike[str]) -> Result:
     metrics, progress = Metrics(workdir, start), Progress(experiment.steps, start)
     pending: list[Any] = []
     validation, saved, clock, tokens = None, start, time.perf_counter(), 0
-    with Interruptions() as interruption:
+    with Interruptions() as interruption, checkpoints:
         for number, batch in enumerate(batches.iterate(start), start + 1):
             state, measured = step(state, batch)
             pending.append(measured)
             tokens += batch["inputs"].size
             progress.advance(number)
             last = number == experiment.steps or interruption.name is not None
-            if number % experiment.log_every == 0 or number % experiment.checkpoint_every == 0 or number % experiment.validate_every == 0 or last:
+            if last or not all(number % n for n in (experiment.log_every, experiment.checkpoint_every, experiment.validate_every)):
                 loss, norm = _drain(pending, number, saved, workdir)
                 speed = tokens / (time.perf_counter() - clock)
                 metrics.write(number, loss=loss, gradient_norm=norm, tokens_per_second=speed)
@@ -99,7 +99,7 @@ def run(experiment: Experiment, workdir: str | os.PathLike[str]) -> Result:
                 checkpoints.save(number, _to_dict(state), wait=last)
                 saved = number
             if (number % experiment.validate_every == 0 or last) and interruption.name is None:
-                validation = _validate(evaluate, state.params, held_out)
+                validation, _ = validate(evaluate, state.params, held_out)
                 metrics.write(number, validation_bits_per_token=validation)
                 progress.say(f"step {number}: validation {validation:.4f} bits a token")
                 metrics.draw()
@@ -110,7 +110,6 @@ def run(experiment: Experiment, workdir: str | os.PathLike[str]) -> Result:
     # Farewell.
     progress.close()
     metrics.close()
-    checkpoints.close()
     if interruption.name is not None and number < experiment.steps:
         progress.say(f"{interruption.name}: saved step {number}; the same command goes on from there")
         return Result(interruption.name, number, validation, state)
@@ -152,10 +151,17 @@ def _drain(pending: list[Any], number: int, saved: int, workdir: pathlib.Path) -
     return float(np.mean([m.loss for m in measured])), float(measured[-1].norm)
 
 
-def _validate(evaluate: Any, params: Params, held_out: Any) -> float:
-    """Bits a target over the held-out batches; for bytes, bits per byte."""
+def held_out_batches(experiment: Experiment) -> Any:
+    """The batches that validation is taken on: the same at every step, and for `seqlab eval`."""
+    windows, rows = experiment.validation_windows, experiment.batch_size
+    return validation_batches(experiment.data.validation(), rows, limit=-(-windows // rows))
+
+
+def validate(evaluate: Any, params: Params, held_out: Any) -> tuple[float, int]:
+    """Bits a target over the held-out batches (for bytes, bits per byte), and the number of targets."""
     sums = jax.device_get([evaluate(params, batch) for batch in held_out])
-    return float(sum(total for total, _ in sums) / max(sum(count for _, count in sums), 1.0) / math.log(2))
+    count = sum(count for _, count in sums)
+    return float(sum(total for total, _ in sums) / max(count, 1.0) / math.log(2)), int(count)
 
 
 def _to_dict(state: TrainState) -> dict[str, Any]:
