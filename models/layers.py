@@ -103,6 +103,7 @@ class ShortConv(Module):
 
     def __init__(self, dim: int, *, width: int = 4, bias: bool = False, activation: str | None = "silu", rngs: nnx.Rngs):
         bound = 1 / math.sqrt(positive("width", width))
+        self.dim, self.width = dim, width
         self.weight = nnx.Param(jax.random.uniform(rngs.params(), (width, dim), minval=-bound, maxval=bound))
         self.bias = nnx.Param(jax.random.uniform(rngs.params(), (dim,), minval=-bound, maxval=bound)) if bias else None
         self.activation = activation
@@ -110,8 +111,7 @@ class ShortConv(Module):
             check_name(activation, tuple(ACTIVATIONS), "activation")
 
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "b w-1 d"]:
-        width, dim = self.weight.shape
-        return jnp.zeros((batch, width - 1, dim), dtype)
+        return jnp.zeros((batch, self.width - 1, self.dim), dtype)
 
     def __call__(self, x: Activations, state: State | None = None, reset: Steps | None = None, valid: Steps | None = None):
         bias = None if self.bias is None else self.bias[...].astype(x.dtype)

@@ -48,7 +48,8 @@ class GatedLinearAttention(Module):
         keys, values = int(dim * expand_k), int(dim * expand_v)
         if keys < heads or keys % heads or values < heads or values % heads:
             raise ValueError(f"heads={heads} must divide dim * expand_k = {keys} and dim * expand_v = {values}")
-        self.splits = (keys, 2 * keys)
+        self.splits = (keys, 2 * keys)  # of the joint projection: queries | keys | values
+        self.head_shape = (keys // heads, values // heads)
         self.gate_normalizer = gate_normalizer
         self.qkv = Linear(dim, 2 * keys + values, rngs=rngs)
         self.gate_down = Linear(dim, positive("gate_rank", gate_rank), rngs=rngs)
@@ -59,9 +60,8 @@ class GatedLinearAttention(Module):
         self.out = Linear(values, dim, scale=out_scale, rngs=rngs)
 
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> MemoryState:
-        keys, values = self.splits[0] // self.heads, self.out.weight.shape[0] // self.heads
         conv = () if self.conv is None else self.conv.init_state(batch, dtype)
-        return MemoryState(conv, jnp.zeros((batch, self.heads, keys, values), accumulator(dtype)))
+        return MemoryState(conv, jnp.zeros((batch, self.heads, *self.head_shape), accumulator(dtype)))
 
     def __call__(self, x: Activations, state: State | None = None, reset: Steps | None = None, valid: Steps | None = None):
         conv, memory = (None, None) if state is None else state

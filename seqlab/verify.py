@@ -94,9 +94,31 @@ class _Subject:
         static = self.static
         return jax.jit(lambda params, x, state, reset, valid: merge(static, params)(x, state, reset, valid))
 
+    @functools.cached_property
+    def gradients(self) -> Callable[..., tuple[Any, ...]]:
+        """Of a random projection of outputs and final state, with respect to the parameters and, where they are real, the inputs."""
+
+        def apply(params, x, state, reset, valid):
+            return merge(self.static, params)(x, state, reset, valid)
+
+        def loss(params, x, valid, lengths):
+            y, state = _chain(apply, params, x, lengths, self.state(x.shape[0]), None, valid)
+            y = jnp.where(valid.reshape(valid.shape + (1,) * (y.ndim - 2)), y, 0)
+            real = [leaf for leaf in jax.tree.leaves((y, state)) if _real(leaf)]
+            weights = [jax.random.normal(jax.random.key(i), leaf.shape) for i, leaf in enumerate(real)]
+            return sum(jnp.sum(leaf.astype(accumulator(leaf.dtype)) * weight) for leaf, weight in zip(real, weights, strict=True))
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1) if _real(self.inputs) else (0,)), static_argnums=3)
+
     def run(self, x: Array, lengths: Sequence[int] = (), reset: Array | None = None, valid: Array | None = None, state: State = None):
-        """Outputs and final state of `x` in chunks of these lengths (one chunk by default), from a fresh state by default."""
-        return _chain(self.apply, self.params, x, lengths or (x.shape[1],), state or self.state(x.shape[0]), reset, valid)
+        """Outputs and final state of `x` in chunks of these lengths (one chunk by default), from a fresh state by default.
+
+        Flags are always given, so that a chunk length costs one compilation, not one for each combination of flags.
+        """
+        reset = jnp.zeros(x.shape[:2], bool) if reset is None else reset
+        valid = jnp.ones(x.shape[:2], bool) if valid is None else valid
+        state = self.state(x.shape[0]) if state is None else state
+        return _chain(self.apply, self.params, x, lengths or (x.shape[1],), state, reset, valid)
 
 
 def verify_streaming(
@@ -172,20 +194,30 @@ def _chain(apply, params, x, lengths, state, reset, valid):
     return jnp.concatenate(outputs, axis=1), state
 
 
+def _cut(length: int) -> int:
+    """Where a sequence is cut in two; the other checks reuse the two lengths, because every one is a compilation."""
+    return length // 2 - 3
+
+
 def _splits(length: int, rng: np.random.Generator) -> dict[str, tuple[int, ...]]:
-    """Few distinct lengths, because every one is a compilation."""
-    long, short = length // 2 - 3, 5
-    pieces = rng.permutation([long, short, 1, 1, length - long - short - 2])
-    return {"two chunks": (long, length - long), "mixed chunks": tuple(int(p) for p in pieces if p), "step by step": (1,) * length}
+    long = _cut(length)
+    pieces = [long, *[1] * ((length - long) % 5), *[5] * ((length - long) // 5)]
+    return {
+        "two chunks": (long, length - long),
+        "mixed chunks": tuple(int(piece) for piece in rng.permutation(pieces)),
+        "step by step": (1,) * length,
+    }
 
 
 def _chunks(subject: _Subject, rng: np.random.Generator, gradients: bool) -> list[Check]:
     x, n = subject.inputs, subject.lookahead
     time = x.shape[1]
     parallel, none = subject.apply(subject.params, x, None, None, None)
+    plain, _ = subject.apply(subject.params, x, subject.state(x.shape[0]), None, None)
     whole, final = subject.run(x)
     checks = [
-        _compare("C1", "streamed whole = parallel form" + (f", {n} steps late" * bool(n)), subject, whole[:, n:], parallel[:, : time - n]),
+        _compare("C1", "streamed whole = parallel form" + f", {n} steps late" * bool(n), subject, whole[:, n:], parallel[:, : time - n]),
+        _compare("C1", "reset and valid all idle = none given", subject, whole, plain),
         Check("C1", "no state in, no state out", none is None),
     ]
     splits = _splits(time, rng)
@@ -194,27 +226,10 @@ def _chunks(subject: _Subject, rng: np.random.Generator, gradients: bool) -> lis
         checks.append(_compare("C1", f"{name} = whole: outputs", subject, y, whole))
         checks.append(_compare("C1", f"{name} = whole: final state", subject, state, final))
     if gradients:
-        expected = _gradients(subject, x, None, (time,))
-        actual = _gradients(subject, x, None, splits["two chunks"])
+        valid = jnp.ones(x.shape[:2], bool)
+        expected, actual = (subject.gradients(subject.params, x, valid, lengths) for lengths in ((time,), splits["two chunks"]))
         checks.append(_compare("C1", "two chunks = whole: gradients", subject, actual, expected, _GRADIENT_SLACK))
     return checks
-
-
-def _gradients(subject: _Subject, x: Array, valid: Array | None, lengths: Sequence[int]) -> tuple[Any, ...]:
-    """Of a random projection of outputs and final state, with respect to the parameters and, where they are real, the inputs."""
-
-    def apply(params, x, state, reset, valid):
-        return merge(subject.static, params)(x, state, reset, valid)
-
-    def loss(params, x):
-        y, state = _chain(apply, params, x, lengths, subject.state(x.shape[0]), None, valid)
-        y = y if valid is None else jnp.where(valid.reshape(valid.shape + (1,) * (y.ndim - 2)), y, 0)
-        real = [leaf for leaf in jax.tree.leaves((y, state)) if _real(leaf)]
-        weights = [jax.random.normal(jax.random.key(i), leaf.shape) for i, leaf in enumerate(real)]
-        return sum(jnp.sum(leaf.astype(accumulator(leaf.dtype)) * weight) for leaf, weight in zip(real, weights, strict=True))
-
-    arguments = (0, 1) if _real(x) else (0,)
-    return jax.jit(jax.grad(loss, argnums=arguments))(subject.params, x)
 
 
 def _real(leaf: Array) -> bool:
@@ -224,7 +239,7 @@ def _real(leaf: Array) -> bool:
 def _padding(subject: _Subject, rng: np.random.Generator, gradients: bool) -> list[Check]:
     x, n = subject.inputs, subject.lookahead
     batch, time = x.shape[:2]
-    lengths = np.maximum(time - np.arange(batch) * 4 - 3, 2)  # ragged rows
+    lengths = np.asarray([time - _cut(time), _cut(time)])[np.arange(batch) % 2]  # ragged rows
     checks = []
     for side in ("right", "left"):
         first = np.zeros(batch, int) if side == "right" else time - lengths
@@ -245,8 +260,8 @@ def _padding(subject: _Subject, rng: np.random.Generator, gradients: bool) -> li
     checks.append(_identical("C2", "a chunk of padding leaves the state bit-identical", after, before))
     if gradients:
         valid = jnp.asarray(np.arange(time)[None] < lengths[:, None])
-        clean = _gradients(subject, jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 2)), x, 0), valid, (time,))
-        dirty = _gradients(subject, _fill(x, valid, rng), valid, (time,))
+        blank = jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 2)), x, 0)
+        clean, dirty = (subject.gradients(subject.params, y, valid, (time,)) for y in (blank, _fill(x, valid, rng)))
         checks.append(_compare("C2", "NaN in the padding leaves gradients alone", subject, dirty, clean, _GRADIENT_SLACK))
     return checks
 
@@ -263,7 +278,7 @@ def _resets(subject: _Subject) -> list[Check]:
     if n:
         return [Check("C3", "packed documents = separate documents", None, note=f"looks {n} steps ahead: a reset would cut its delay line")]
     batch, time = x.shape[:2]
-    at = time // 2 - 3  # where `_splits` cuts, so that the pieces are compiled already
+    at = _cut(time)
     flags = np.zeros((batch, time), bool)
     flags[:, at] = True
     packed, final = subject.run(x, reset=jnp.asarray(flags))
@@ -292,7 +307,7 @@ def _constant_state(subject: _Subject) -> list[Check]:
 def _rows(subject: _Subject) -> list[Check]:
     x = subject.inputs
     batch, time = x.shape[:2]
-    half = time // 2 - 3
+    half = _cut(time)
     _, state = subject.run(x[:, :half])
     rest, final = subject.run(x[:, half:], state=state)
     order = list(range(batch))[::-1]

@@ -1,4 +1,4 @@
-"""A strict session: eight virtual devices, warnings are errors, rank promotion raises, shapes are checked at run time."""
+"""A strict session: eight virtual devices, and warnings are errors."""
 
 import os
 import pathlib
@@ -12,7 +12,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))  # helpers.py
 import jax
 import pytest
 
-jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_threefry_partitionable", True)
 
 

@@ -40,11 +40,12 @@ class Metrics:
         figure = Figure(figsize=(8, 3.2), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(1, 2)
-        for name, ax in (("loss", axes[0]), ("validation_bits_per_token", axes[1])):
+        titles = {"loss": "training loss (nats a token)", "validation_bits_per_token": "validation (bits a token)"}
+        for ax, (name, title) in zip(axes, titles.items(), strict=True):
             points = [(row["step"], row[name]) for row in self.rows if isinstance(row.get(name), int | float)]
             ax.plot(*zip(*points, strict=True), lw=1.2, marker="." if len(points) < 30 else None) if points else None
             ax.set_xlabel("step")
-            ax.set_title({"loss": "training loss (nats a token)", "validation_bits_per_token": "validation (bits a token)"}[name], fontsize=10)
+            ax.set_title(title, fontsize=10)
             ax.grid(alpha=0.3)
         figure.savefig(self.path.with_name("curves.png"), dpi=110)
 

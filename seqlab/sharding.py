@@ -1,0 +1,81 @@
+"""Where arrays live: a mesh of four axes, and rules from parameter names to placements. On one device all of it is a no-op.
+
+    data      rows of the batch                     fsdp      rows of the batch too, with the parameters split
+    tensor    heads and hidden channels             sequence  time
+
+Rules are plain data: the first regular expression that matches a parameter's name says how its axes are split. Axes are `Auto`, so XLA
+propagates placements through everything that no rule names.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from seqlab.module import Params
+
+AXES = ("data", "fsdp", "tensor", "sequence")
+BATCH = ("data", "fsdp")
+
+Rules = Sequence[tuple[str, tuple[str | None, ...]]]
+
+# Matrices are [in, out]: those that read the residual stream split their outputs over `tensor`, those that write it split their inputs.
+RULES: Rules = (
+    (r"embedding\.weight$", ("tensor", "fsdp")),
+    (r"(down|out|out_proj|dt_proj)\.weight$", ("tensor", "fsdp")),
+    (r"\.weight$", ("fsdp", "tensor")),
+)
+
+
+def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, devices: Sequence[Any] | None = None) -> Mesh | None:
+    """A mesh of these sizes; one of them may be -1, for all the devices that are left. None where there is one device: nothing to do.
+
+    Raises:
+      ValueError: if the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "sequence": sequence}
+    known = 1
+    for name, size in sizes.items():
+        if size != -1 and size < 1:
+            raise ValueError(f"{name} must be positive, or -1 for what is left, got {size}")
+        known *= 1 if size == -1 else size
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise ValueError(f"only one of {', '.join(free)} can be -1")
+    if len(devices) % known or (not free and known != len(devices)):
+        raise ValueError(f"a mesh of {sizes} does not fit {len(devices)} devices")
+    if free:
+        sizes[free[0]] = len(devices) // known
+    if len(devices) == 1:
+        return None
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def param_shardings(params: Params, mesh: Mesh | None, rules: Rules = RULES) -> dict[str, NamedSharding] | None:
+    """The placement of every parameter, by the first rule that matches its name; replicated where none does or a size does not divide.
+
+    `params` may be abstract. None where there is no mesh.
+    """
+    if mesh is None:
+        return None
+    return {name: NamedSharding(mesh, _spec(name, leaf.shape, mesh, rules)) for name, leaf in params.items()}
+
+
+def _spec(name: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> PartitionSpec:
+    for pattern, axes in rules:
+        if re.search(pattern, name) and len(shape) >= len(axes):
+            axes = (None,) * (len(shape) - len(axes)) + tuple(axes)  # layers stacked for a scan have one axis in front, which stays whole
+            return PartitionSpec(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=True)))
+    return PartitionSpec()
+
+
+def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
+    """Ask XLA to place `x` so: one mesh axis, several or None per axis of the array. Outside a mesh (`jax.set_mesh`) it does nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not set(AXES) >= set(mesh.axis_names):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))

@@ -1,0 +1,99 @@
+"""The house stays in order: folders, import direction, budgets, the package list, cheap imports."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+FOLDERS = ("seqlab", "models", "kernels", "train", "configs")
+CORE = ("shapes", "module", "state", "sharding", "tokens")  # of seqlab/: imported by everything, importing nothing above it
+ORDER = ("core", "kernels", "models", "train", "configs", "top")  # each may import what stands before it
+
+
+def layer(module):
+    """The layer of a dotted module name: the rest of seqlab/ (generation, command line, ...) sits on top."""
+    parts = module.split(".")
+    if len(parts) == 1 or parts[1] in CORE:
+        return "core"
+    return parts[1] if parts[1] in ORDER else "top"
+
+
+def sources(*folders):
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts if parts[0] == "seqlab" else ("seqlab", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide where things come from"
+            yield from (f"{node.module}.{alias.name}" if node.module == "seqlab" else node.module for alias in node.names)
+
+
+@pytest.mark.parametrize("path", sources(*FOLDERS), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way_and_files_keep_their_budget(path):
+    text = path.read_text()
+    here = layer(module_name(path))
+    for name in imports(ast.parse(text)):
+        if name.split(".")[0] in FOLDERS:
+            assert name.split(".")[0] == "seqlab", f"{name} must be imported as seqlab.{name}"
+            assert ORDER.index(layer(name)) <= ORDER.index(here), f"{module_name(path)} ({here}) imports {name} ({layer(name)})"
+    budget = 150 if path.parent.name == "configs" else 600 if "kernels" in path.parts else 400
+    assert len(text.splitlines()) <= budget, f"{path.name} has {len(text.splitlines())} lines; split it by idea (budget {budget})"
+
+
+def test_functions_keep_their_budget():
+    functions = [(path.name, node) for path in sources(*FOLDERS) for node in ast.walk(ast.parse(path.read_text()))]
+    lengths = {f"{name}:{node.name}": node.end_lineno - node.lineno + 1 for name, node in functions if isinstance(node, ast.FunctionDef)}
+    long = {name: length for name, length in lengths.items() if length > 90}
+    assert not long, long
+
+
+def test_the_package_list_is_the_folders():
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    assert listed == {module_name(path) for path in sources(*FOLDERS) if path.name == "__init__.py"}
+
+
+def test_top_level_folders_are_those_of_the_house():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    folders = {name.split("/")[0] for name in tracked if "/" in name}
+    assert folders <= {*FOLDERS, "tests", "docs", "notebooks", "benchmarks", ".ci"}, folders
+
+
+def python(code, *options):
+    return subprocess.run([sys.executable, *options, "-c", code], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_importing_seqlab_is_cheap():
+    heavy = ("jax", "flax", "grain", "tensorflow_datasets", "orbax", "triton", "tokamax", "torch", "numpy")
+    done = python(f"import sys, seqlab; print([name for name in {heavy} if name in sys.modules])")
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_importing_models_touches_no_device_and_nothing_heavy():
+    heavy = ("grain", "tensorflow_datasets", "orbax", "triton", "torch", "matplotlib", "fiddle")
+    code = f"""
+import sys, seqlab.models, seqlab, jax
+seqlab.stream_generate, seqlab.verify_streaming
+from jax._src import xla_bridge
+assert not xla_bridge._backends, 'a device was touched'
+print([name for name in {heavy} if name in sys.modules])"""
+    done = python(code)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("folder", ["models", "kernels", "train", "configs"])
+def test_a_folder_cannot_be_imported_under_a_second_name(folder):
+    done = python(f"import {folder}")
+    assert f"import seqlab.{folder}, not {folder}" in done.stderr

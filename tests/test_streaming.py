@@ -1,0 +1,224 @@
+"""The law, over every mixer and every whole model."""
+
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import zoo
+from flax import nnx
+from helpers import assert_close
+
+from seqlab import merge, split, take_rows, verify_streaming
+from seqlab.models import Attention, Full, Window
+from seqlab.models.layers import Linear, rotary_phases, rotate
+from seqlab.module import Module
+
+LENGTH = 3 * zoo.WINDOW + 5
+
+
+@pytest.mark.parametrize("name", zoo.MIXERS)
+def test_mixer_obeys_the_law(name):
+    verify_streaming(zoo.mixer(name), length=LENGTH).raise_for_failure()
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_model_obeys_the_law(name):
+    verify_streaming(zoo.model(name), length=LENGTH, gradients=name != "lm_hybrid").raise_for_failure()
+
+
+@pytest.mark.parametrize("name", ["window_sinks_softcap", "mamba", "gated_linear_conv"])
+def test_mixer_obeys_the_law_in_float64(name):
+    report = verify_streaming(zoo.mixer(name), length=LENGTH, dtype="float64").raise_for_failure()
+    assert max(check.bound for check in report.checks) <= 5e-10
+
+
+@pytest.mark.parametrize("name", ["attention_gqa_norm", "window", "mamba", "gated_linear_conv", "swiglu"])
+def test_mixer_obeys_the_law_in_bfloat16(name):
+    verify_streaming(zoo.mixer(name), length=LENGTH, dtype="bfloat16", gradients=False).raise_for_failure()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_model_obeys_the_law_in_other_dtypes(name, dtype):
+    verify_streaming(zoo.model(name, dtype), length=LENGTH).raise_for_failure()
+
+
+@pytest.mark.parametrize("length", [zoo.WINDOW - 1, zoo.WINDOW, zoo.WINDOW + 1, 2 * zoo.WINDOW, 3 * zoo.WINDOW + 5])
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_window_is_the_mask(length, sinks):
+    """Streaming by chunks of every size, longer than the window included, equals dense attention under the mask."""
+    mixer = Attention(16, heads=2, cache=Window(zoo.WINDOW, sinks=sinks), rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(length).normal(size=(2, length, 16)), jnp.float32)
+    expected = dense_attention(mixer, x, zoo.WINDOW, sinks)
+    for chunk in (1, 3, zoo.WINDOW, zoo.WINDOW + 1, length):
+        assert_close(run(mixer, x, [chunk] * (length // chunk) + [length % chunk]), expected, 2e-5, f"chunks of {chunk}")
+
+
+def dense_attention(mixer, x, window, sinks):
+    """The definition, in numpy and float64: window W is the query and the W-1 keys before it."""
+    p = {name: np.asarray(leaf, np.float64) for name, leaf in split(mixer)[1].items()}
+    b, t, _ = x.shape
+    h, k = mixer.heads, mixer.head_dim
+    q, key, v = np.split((np.asarray(x, np.float64) @ p["qkv.weight"]).reshape(b, t, 3 * h, k), 3, axis=2)
+    turns = np.arange(t)[:, None] * 10_000.0 ** (-np.arange(0, k, 2) / k)
+    cos, sin = np.cos(turns)[:, None], np.sin(turns)[:, None]
+
+    def turn(y):
+        first, second = y[..., : k // 2], y[..., k // 2 :]
+        return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+    scores = np.einsum("bihk,bjhk->bhij", turn(q), turn(key)) / np.sqrt(k)
+    i, j = np.arange(t)[:, None], np.arange(t)[None]
+    scores = np.where((j <= i) & ((i - j < window) | (j < sinks)), scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("bhij,bjhk->bihk", weights, v).reshape(b, t, h * k) @ p["out.weight"]
+
+
+def run(mixer, x, lengths):
+    state, outputs, start = mixer.init_state(x.shape[0]), [], 0
+    for length in filter(None, lengths):
+        y, state = mixer(x[:, start : start + length], state)
+        outputs.append(y)
+        start += length
+    return jnp.concatenate(outputs, axis=1)
+
+
+@functools.cache
+def stepper(name):
+    static, params = split(zoo.mixer(name))
+    return params, jax.jit(lambda params, *args: merge(static, params)(*args)), zoo.mixer(name)
+
+
+@st.composite
+def cases(draw):
+    """A split into few distinct lengths, documents that begin anywhere, rows padded on either side or holed in the middle."""
+    lengths, left = [], LENGTH
+    while left:
+        lengths.append(draw(st.sampled_from([n for n in (1, 4, 11, LENGTH) if n <= left])))
+        left -= lengths[-1]
+    flags = st.lists(st.booleans(), min_size=LENGTH, max_size=LENGTH)
+    reset = [draw(st.lists(st.integers(0, LENGTH - 1), max_size=3)) for _ in range(2)]
+    first, last = draw(st.integers(0, LENGTH)), draw(st.integers(0, LENGTH))
+    valid = np.stack([np.arange(LENGTH) >= first, np.asarray(draw(flags)) if draw(st.booleans()) else np.arange(LENGTH) < last])
+    return lengths, np.stack([np.isin(np.arange(LENGTH), r) for r in reset]), valid, draw(st.integers(0, 99))
+
+
+@pytest.mark.parametrize("name", ["window_sinks_softcap", "attention", "mamba", "gated_linear_conv"])
+@hypothesis.settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.given(case=cases())
+def test_any_split_of_any_ragged_packed_batch_is_its_documents_one_by_one(name, case):
+    lengths, reset, valid, seed = case
+    params, apply, mixer = stepper(name)
+    x = np.random.default_rng(seed).normal(size=(2, LENGTH, 16)).astype(np.float32)
+    dirty = jnp.asarray(np.where(valid[..., None], x, np.nan))
+    state, outputs, start = mixer.init_state(2), [], 0
+    for length in lengths:
+        here = slice(start, start + length)
+        y, state = apply(params, dirty[:, here], state, jnp.asarray(reset[:, here]), jnp.asarray(valid[:, here]))
+        outputs.append(y)
+        start += length
+    streamed = np.asarray(jnp.concatenate(outputs, axis=1))
+    parallel = np.asarray(apply(params, dirty, None, jnp.asarray(reset), jnp.asarray(valid))[0])
+    flags, atol = jnp.zeros((1, 1), bool), 2e-5 * max(1, np.abs(streamed[valid]).max(initial=0))
+    for row in range(2):
+        alone, steps = mixer.init_state(1), np.flatnonzero(valid[row])
+        for step in steps:
+            alone = mixer.init_state(1) if reset[row, step] else alone
+            y, alone = apply(params, jnp.asarray(x[row : row + 1, step : step + 1]), alone, flags, ~flags)
+            for name_, got in (("streamed", streamed), ("parallel", parallel)):
+                np.testing.assert_allclose(got[row, step], np.asarray(y)[0, 0], rtol=2e-5, atol=atol, err_msg=name_)
+        assert_close(take_rows(state, [row]), alone, 2e-5, "state")
+
+
+class Leaky(Module):
+    """A running mean that breaks one clause on purpose."""
+
+    causal, lookahead, exact = True, 0, True
+
+    def __init__(self, dim, *, breaks, rngs):
+        self.dim, self.breaks = dim, breaks
+        self.scale = Linear(dim, dim, rngs=rngs)
+
+    def init_state(self, batch, dtype=jnp.float32):
+        return {"sum": jnp.zeros((batch, self.dim), dtype), "count": jnp.zeros((batch, 1), dtype)}
+
+    def __call__(self, x, state=None, reset=None, valid=None):
+        b, t, _ = x.shape
+        keep = jnp.ones((b, t), bool) if valid is None or self.breaks == "C2" else valid
+        fresh = jnp.zeros((b, t), bool) if reset is None or self.breaks == "C3" else reset & keep
+        carry = self.init_state(b, x.dtype) if state is None or (self.breaks == "C1" and t > 1) else state
+
+        def step(carry, now):
+            x, keep, fresh = now
+            old = jax.tree.map(lambda leaf: jnp.where(fresh[:, None], 0, leaf), carry)
+            new = {"sum": old["sum"] + x, "count": old["count"] + 1}
+            new = jax.tree.map(lambda a, c: jnp.where(keep[:, None], a, c), new, carry)
+            mean = new["sum"] / jnp.maximum(new["count"], 1)
+            return new, mean + (mean[::-1] if self.breaks == "C6" else 0)
+
+        x = x if self.breaks == "C2" else jnp.where(keep[..., None], x, 0)
+        carry, y = jax.lax.scan(step, carry, (x.swapaxes(0, 1), keep.T, fresh.T))
+        if self.breaks == "C4" and state is not None:
+            carry = carry | {"sum": carry["sum"].astype(jnp.bfloat16)}
+        return self.scale(y.swapaxes(0, 1)), None if state is None else carry
+
+
+@pytest.mark.parametrize("clause", [None, "C1", "C2", "C3", "C4", "C6"])
+def test_the_checker_finds_what_is_broken(clause):
+    report = verify_streaming(Leaky(6, breaks=clause, rngs=nnx.Rngs(0)), length=15, gradients=clause is None)
+    assert report.ok == (clause is None), str(report)
+    if clause:
+        assert clause in {check.clause for check in report.checks if check.passed is False}
+        with pytest.raises(AssertionError, match="BREAKS THE LAW"):
+            report.raise_for_failure()
+
+
+def test_a_full_cache_gives_nan_beyond_its_capacity_and_never_a_wrong_number():
+    mixer = Attention(16, heads=2, cache=Full(6), rngs=nnx.Rngs(0))
+    x = jnp.ones((1, 9, 16))
+    y, _ = mixer(x, mixer.init_state(1))
+    exact, _ = mixer(x)
+    assert_close(y[:, :6], exact[:, :6], 2e-5)
+    assert np.isnan(np.asarray(y[:, 6:])).all()
+
+
+def test_rotary_positions_depend_on_distance_alone_after_a_billion_steps():
+    rng = np.random.default_rng(0)
+    q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 64)), jnp.float32) for _ in range(2))
+
+    def score(at):
+        turned = [rotate(y, jnp.full((1, 1), p, jnp.int32), 10_000.0) for y, p in ((q, at + 3), (k, at))]
+        return float(jnp.sum(turned[0] * turned[1]))
+
+    assert max(abs(score(at) - score(0)) for at in (1_000_003, 999_999_937)) < 2e-5
+
+
+def test_rotary_phases_are_those_of_the_formula():
+    positions = np.asarray([[0, 1, 7, 4095, 131_071]])
+    cos, sin = rotary_phases(jnp.asarray(positions), 64, 1e6)
+    angle = positions[..., None] * 1e6 ** (-np.arange(0, 64, 2) / 64.0)
+    np.testing.assert_allclose(cos, np.cos(angle), atol=2e-6)
+    np.testing.assert_allclose(sin, np.sin(angle), atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: Window(0), "window must be a positive integer, got 0"),
+        (lambda: Full(-1), "capacity"),
+        (lambda: Attention(16, heads=3, rngs=nnx.Rngs(0)), "heads must divide dim=16"),
+        (lambda: Attention(16, heads=4, kv_heads=3, rngs=nnx.Rngs(0)), "kv_heads must divide heads=4"),
+        (lambda: Attention(15, heads=5, rngs=nnx.Rngs(0)), "head_dim must be even"),
+        (lambda: zoo.model("lm_mamba", dtype="float23"), "dtype must be"),
+        (lambda: verify_streaming(zoo.mixer("mlp"), dtype="float16"), "dtype must be one of"),
+    ],
+)
+def test_bad_arguments_are_named(build, words):
+    with pytest.raises(ValueError, match=words):
+        build()

@@ -1,0 +1,39 @@
+"""Every mixer and every kind of whole model, small: what the law is tested on."""
+
+import functools
+
+from flax import nnx
+
+from seqlab.models import MLP, Attention, Full, GatedLinearAttention, LanguageModel, Mamba, SwiGLU, Window
+
+WINDOW = 8
+partial = functools.partial
+
+MIXERS = {
+    "attention": partial(Attention, heads=4, cache=Full(64)),
+    "attention_gqa_norm": partial(Attention, heads=4, kv_heads=2, head_dim=6, qk_norm=True, bias=True, cache=Full(64)),
+    "window": partial(Attention, heads=2, cache=Window(WINDOW)),
+    "window_sinks_softcap": partial(Attention, heads=2, cache=Window(WINDOW, sinks=3, softcap=5.0), rotary_base=500.0),
+    "mamba": partial(Mamba, state_size=4),
+    "mamba_wide_conv": partial(Mamba, state_size=3, conv_width=6, expand=1, bias=True),
+    "gated_linear": partial(GatedLinearAttention, heads=2, gate_rank=4),
+    "gated_linear_conv": partial(GatedLinearAttention, heads=2, gate_rank=4, conv_width=3, gate_normalizer=1.0),
+    "swiglu": SwiGLU,
+    "mlp": MLP,
+}
+
+MODELS = {
+    "lm_attention": {"mixers": MIXERS["attention"]},
+    "lm_mamba": {"mixers": MIXERS["mamba"], "channel_mixer": None, "tie_embeddings": False},
+    "lm_gated_linear": {"mixers": MIXERS["gated_linear_conv"], "remat": "block"},
+    "lm_hybrid": {"mixers": (MIXERS["mamba"], MIXERS["window_sinks_softcap"])},
+    "lm_hybrid_scanned": {"mixers": (MIXERS["gated_linear_conv"], MIXERS["window"]), "scan_layers": True},
+}
+
+
+def mixer(name, dim=16):
+    return MIXERS[name](dim, rngs=nnx.Rngs(0))
+
+
+def model(name, dtype="float32", depth=2, vocab_size=31):
+    return LanguageModel(vocab_size, 16, depth, dtype=dtype, rngs=nnx.Rngs(0), **MODELS[name])
