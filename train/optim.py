@@ -43,4 +43,4 @@ def decayed(params: Params) -> dict[str, bool]:
 
 def global_norm(tree: Params) -> jnp.ndarray:
     """Euclidean norm of all leaves together, in float32."""
-    return optax.global_norm(tree).astype(jnp.float32)
+    return optax.tree.norm(tree).astype(jnp.float32)
