@@ -1,0 +1,35 @@
+"""Blocks that many configs share. Modules are `fdl.Partial` (the model builds them, layer by layer), values are `fdl.Config`."""
+
+import fiddle as fdl
+
+from seqlab.models import Attention, GatedLinearAttention, LanguageModel, Mamba, Window
+from seqlab.train.experiment import Experiment
+from seqlab.train.optim import adamw
+from seqlab.train.text import Text
+
+BYTES = 256  # the vocabulary of the byte tokenizer
+
+
+def language_run(model: fdl.Partial, *, length: int = 256, peak: float = 3e-3, **run: int) -> fdl.Config:
+    """A byte language model trained on the sources of the Python standard library; `run` are fields of `Experiment`."""
+    return fdl.Config(Experiment, model=model, data=fdl.Config(Text, length=length), optimizer=fdl.Partial(adamw, peak=peak), **run)
+
+
+def byte_model(dim: int, depth: int, *mixers: fdl.Partial, **options: object) -> fdl.Partial:
+    """A language model over bytes with these mixers in turn; `options` are fields of `LanguageModel`."""
+    return fdl.Partial(LanguageModel, vocab_size=BYTES, dim=dim, depth=depth, mixers=mixers, **options)
+
+
+def window_attention(window: int, sinks: int = 4, heads: int = 4) -> fdl.Partial:
+    """Attention over the last `window` steps and the first `sinks`, in constant memory."""
+    return fdl.Partial(Attention, heads=heads, cache=fdl.Config(Window, window=window, sinks=sinks))
+
+
+def gated_linear(heads: int = 4, conv_width: int | None = 4) -> fdl.Partial:
+    """Gated linear attention behind a short convolution, which it needs to compare neighbouring tokens."""
+    return fdl.Partial(GatedLinearAttention, heads=heads, conv_width=conv_width)
+
+
+def mamba(state_size: int = 16) -> fdl.Partial:
+    """The selective state-space mixer with the published sizes."""
+    return fdl.Partial(Mamba, state_size=state_size)

@@ -1,0 +1,226 @@
+"""The command line. It imports nothing heavy before it knows what to do: `seqlab --help` answers at once.
+
+Exit codes: 0 done; 2 for what a user can put right (one line on stderr); 3 where training diverged; 130 and 143 after SIGINT and SIGTERM,
+with a checkpoint saved where training was under way; 1 with a traceback for everything else, which is a bug.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import shutil
+import sys
+import traceback
+from collections.abc import Sequence
+
+_SIGNALS = {"finished": 0, "SIGINT": 130, "SIGTERM": 143}
+_EPILOG = """\
+exit codes: 0 done; 2 an error of yours, in one line; 3 the training diverged; 130/143 interrupted (training saves a checkpoint first,
+and the same command goes on from there)"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line with `arguments` (those of the process by default); returns the exit code."""
+    args = _parser().parse_args(arguments)
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does: configs may name modules of the folder one works in
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        code = _exit_code(error)
+        if code is None or args.traceback:
+            raise
+        print(f"seqlab {args.command}: error: {error}", file=sys.stderr)
+        return code
+
+
+def _exit_code(error: Exception) -> int | None:
+    """2 for a user's error, 3 for divergence, None for a bug. A ValueError is the user's if seqlab itself raised it."""
+    from seqlab.train.checkpoint import CheckpointError
+    from seqlab.train.loop import NonFiniteError
+
+    if isinstance(error, NonFiniteError):
+        return 3
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    ours = frame.f_globals.get("__name__", "").partition(".")[0] == "seqlab"
+    return 2 if isinstance(error, OSError | CheckpointError) or (isinstance(error, ValueError) and ours) else None
+
+
+def _parser() -> argparse.ArgumentParser:
+    from seqlab import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="seqlab",
+        description="Efficient sequence models in JAX: train them in parallel, stream them for ever.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"seqlab {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show the Python traceback of every error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a config, or go on with a run")
+    train.add_argument("config", help="a name (`seqlab list` shows them) or the path of a Python file with base()")
+    train.add_argument("--workdir", type=pathlib.Path, metavar="DIR", help="run folder; default runs/CONFIG")
+    train.add_argument("--fiddler", nargs="+", action="extend", default=[], metavar="NAME", help='variations, such as tiny or "longer(4)"')
+    _add_set(train, "change fields after the fiddlers, such as model.dim=192")
+    train.set_defaults(run=_train)
+
+    stream = commands.add_parser("stream", help="generate text with a trained model, live and without end")
+    _add_run(stream)
+    stream.add_argument("--prompt", default="", metavar="TEXT", help="- reads it from stdin")
+    stream.add_argument("--max-tokens", type=int, metavar="N", help="default: no end (Ctrl-C stops)")
+    stream.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 takes the likeliest token; default %(default)s")
+    stream.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    stream.add_argument("--top-p", type=float, metavar="P", help="draw from the smallest set of probability P")
+    stream.add_argument("--seed", type=int, default=0)
+    stream.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end after this text; may be given several times")
+    stream.set_defaults(run=_stream)
+
+    evaluate = commands.add_parser("eval", help="validation loss of a trained model, in bits a token")
+    _add_run(evaluate)
+    _add_set(evaluate, "change fields of the data, such as data.length=1024")
+    _add_json(evaluate)
+    evaluate.set_defaults(run=_eval)
+
+    listing = commands.add_parser("list", help="mixers with their contract, configs and fiddlers")
+    _add_json(listing)
+    listing.set_defaults(run=_list)
+
+    doctor = commands.add_parser("doctor", help="versions, devices, which kernels run here and why the others do not")
+    _add_json(doctor)
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("workdir", type=pathlib.Path, help="the folder of a run")
+    parser.add_argument("--step", type=int, help="a checkpoint; default: the last good one")
+
+
+def _add_set(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="PATH=VALUE", help=text)
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _train(args: argparse.Namespace) -> int:
+    from seqlab.train import config
+    from seqlab.train.data import Batches
+    from seqlab.train.loop import held_out_batches, run
+
+    cfg = base = config.load(args.config)
+    for call in args.fiddler:
+        cfg = config.fiddle(cfg, call)
+    for assignment in args.set:
+        cfg = config.override(cfg, assignment)
+    experiment = config.build(cfg)
+    workdir = args.workdir or pathlib.Path("runs") / pathlib.Path(args.config).stem
+    if not (workdir / "config.json").exists():  # data that cannot serve are noticed before a folder is made for them
+        Batches(experiment.data.train(experiment.seed), experiment.batch_size, experiment.seed)
+        held_out_batches(experiment)
+    config.prepare(cfg, workdir)
+    changes = "".join(f"\n  {line}" for line in config.diff(base, cfg))
+    _say(f"{args.config} in {workdir}" + (f", changed:{changes}" if changes else ""))
+    _enable_compile_cache()
+    return _SIGNALS[run(experiment, workdir).status]
+
+
+def _stream(args: argparse.Namespace) -> int:
+    from seqlab import runs
+    from seqlab.generate import stream_generate
+
+    _enable_compile_cache()
+    run = runs.load(args.workdir, args.step)
+    stream = stream_generate(
+        run.model,
+        sys.stdin.read() if args.prompt == "-" else args.prompt,
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        stop=args.stop,
+        tokenizer=run.tokenizer,
+    )
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
+    code = 0
+    try:
+        for token in stream:
+            print(token.text, end="", flush=True)
+        print(flush=True)
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:  # the reader has seen enough; Python's own flush at exit must not complain again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    stats = stream.stats
+    _say(
+        f"\n{stats['tokens']} tokens, {stats['tokens_per_second']:,.0f} tokens/s; {stats['state_bytes']:,} bytes of state; "
+        f"{stats['programs']} programs compiled in {stats['compile_seconds']:.1f} s"
+    )
+    return code
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from seqlab import runs
+    from seqlab.train import config
+
+    _enable_compile_cache()
+    run = runs.load(args.workdir, args.step)
+    cfg = run.config
+    for assignment in args.set:
+        cfg = config.override(cfg, assignment)
+    fixed = [line for line in config.diff(run.config, cfg) if line.startswith("model")]
+    if fixed:
+        raise config.ConfigError(f"the model of a run is what it is, and cannot be set: {fixed[0]}")
+    result = runs.evaluate(run.model, config.build(cfg))
+    record = {"workdir": str(args.workdir), "step": run.step, **result._asdict()}
+    if args.json:
+        print(json.dumps(record))
+    else:
+        print(f"{args.workdir}, step {run.step}: {result.bits_per_token:.4f} bits a token over {result.tokens:,} tokens")
+    return 0
+
+
+def _list(args: argparse.Namespace) -> int:
+    from seqlab import catalog
+
+    content = catalog.catalog()
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print(json.dumps(content, indent=1) if args.json else catalog.as_text(content, width))
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from seqlab import doctor
+
+    report = doctor.report(_compile_cache())
+    print(json.dumps(report, indent=1) if args.json else doctor.as_text(report))
+    return 0
+
+
+def _compile_cache() -> pathlib.Path:
+    """Where compiled programs are kept: where the user says, else below ~/.cache."""
+    import jax
+
+    chosen = jax.config.jax_compilation_cache_dir
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    return pathlib.Path(chosen) if chosen else cache / "seqlab" / "xla"
+
+
+def _enable_compile_cache() -> None:
+    """Keep what takes longer than 0.3 s to compile. Only the command line does this: a library leaves JAX's settings alone."""
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(_compile_cache()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

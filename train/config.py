@@ -1,0 +1,328 @@
+"""Configs: found, changed, printed, saved, compared and built.
+
+    cfg = load("lm_hybrid")                        # a file of configs/, or any Python file with `base()`
+    cfg = override(cfg, "model.mixers[0].heads=8")
+    prepare(cfg, workdir)                          # config.json and config.txt; another config in the folder is refused
+    experiment = build(cfg)                        # checked down to the model's shapes before any work starts
+
+Configs are Fiddle's: calls written as data. Everything here raises ConfigError for what a user got wrong.
+"""
+
+import ast
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import pathlib
+import pkgutil
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import fiddle as fdl
+from flax import nnx
+
+from seqlab.train.experiment import Experiment
+from seqlab.train.override import ConfigError, check, children, fields, fit, named, nearest, override, tree
+
+__all__ = ["ConfigError", "build", "diff", "fiddle", "fiddlers", "flat", "from_json", "load", "names", "override", "prepare", "to_json"]
+
+FORMAT = "seqlab.config.1"
+_FILE_MODULE = "_seqlab_config_"  # config files outside the package are imported under this prefix
+_NOT_CONFIGS = ("parts", "fiddlers")
+
+
+def names() -> list[str]:
+    """The configs that come with seqlab."""
+    package = importlib.import_module("seqlab.configs")
+    return sorted(found.name for found in pkgutil.iter_modules(package.__path__) if found.name not in _NOT_CONFIGS)
+
+
+def load(name_or_path: str | os.PathLike[str]) -> fdl.Config:
+    """The config of that name in `seqlab.configs`, or what `base()` of a Python file returns."""
+    name = os.fspath(name_or_path)
+    is_path = name.endswith(".py") or os.sep in name
+    if is_path and not pathlib.Path(name).is_file():
+        raise ConfigError(f"{name}: no such file")
+    if not is_path and name not in names():
+        raise ConfigError(f"no config {name!r}{nearest(name, names())} (or the path of a Python file with base())")
+    try:
+        module = _import_file(pathlib.Path(name)) if is_path else importlib.import_module(f"seqlab.configs.{name}")
+        if not callable(getattr(module, "base", None)):
+            raise ConfigError(f"{name}: expected a function base() that returns the config")
+        cfg = module.base()
+    except ConfigError:
+        raise
+    except Exception as error:
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if pathlib.Path(frame.filename).name == pathlib.Path(name).name
+        ]
+        raise ConfigError(f"{name}{f', line {lines[-1]}' if lines else ''}: {type(error).__name__}: {error}") from error
+    if not isinstance(cfg, fdl.Config):
+        raise ConfigError(f"{name}: base() returned {type(cfg).__name__}, expected a fiddle Config")
+    return cfg
+
+
+def fiddlers() -> dict[str, Callable[..., None]]:
+    """The functions of `seqlab.configs.fiddlers` by name."""
+    module = importlib.import_module("seqlab.configs.fiddlers")
+    return {name: f for name, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__ and name[0] != "_"}
+
+
+def fiddle(cfg: fdl.Config, call: str) -> fdl.Config:
+    """A copy of `cfg` changed by a fiddler of `seqlab.configs.fiddlers`: "tiny", or with arguments "longer(4)"."""
+    known, changed = fiddlers(), tree(cfg)
+    name = call.partition("(")[0].strip()
+    if name not in known:
+        raise ConfigError(f"no fiddler {name!r}{nearest(name, known)}")
+    function, hints = known[name], fields(known[name])
+    try:
+        values, keywords = _arguments(call)
+        bound = inspect.signature(function).bind(changed, *values, **keywords)
+        bound.arguments |= {key: fit(value, hints[key].hint) for key, value in list(bound.arguments.items())[1:]}
+    except (SyntaxError, ValueError, TypeError) as error:
+        expected = ", ".join(map(str, list(inspect.signature(function).parameters.values())[1:]))
+        raise ConfigError(f"fiddler {call!r}: expected {name}({expected})") from error
+    try:
+        function(*bound.args, **bound.kwargs)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"fiddler {call!r}: {error}") from error
+    return changed
+
+
+def build(cfg: fdl.Config) -> Experiment:
+    """The experiment that `cfg` describes, after the types of all fields, every constructor and the shapes of the model were checked.
+
+    The model is constructed abstractly: this takes no memory and compiles nothing.
+    """
+    check(cfg)
+    try:
+        experiment = fdl.build(cfg)
+    except (ValueError, TypeError) as error:
+        raise _located(error) from error
+    if not isinstance(experiment, Experiment):
+        raise ConfigError(f"the config builds {type(experiment).__name__}, expected Experiment")
+    trial = fdl.build(_with_places(tree(cfg)))  # the same, but its factories say where they stand in the config
+    model = nnx.eval_shape(lambda: trial.model(rngs=nnx.Rngs(0)))
+    trial.optimizer(experiment.steps)
+    for name in ("train", "validation", "tokenizer"):
+        if not hasattr(experiment.data, name):
+            raise ConfigError(f"data: {type(experiment.data).__name__} has no {name!r}")
+    most, size = experiment.data.tokenizer.vocab_size, getattr(model, "vocab_size", None)
+    if size is not None and size < most:
+        raise ConfigError(f"model.vocab_size: got {size}, expected at least {most}, what the tokenizer of the data needs")
+    return experiment
+
+
+def flat(cfg: fdl.Config) -> str:
+    """The operative config as text: every field of every constructor, defaults included, one `path = value` a line."""
+    return "".join(f"{path} = {value}\n" for path, value in _leaves(tree(cfg, defaults=True)).items())
+
+
+def diff(old: fdl.Config, new: fdl.Config) -> list[str]:
+    """What differs between two operative configs, one `path: old -> new` a field."""
+    before, after = _leaves(tree(old, defaults=True)), _leaves(tree(new, defaults=True))
+    paths = dict.fromkeys(path for path in [*after, *before] if before.get(path) != after.get(path))
+    # Of a constructor that was replaced, the fields that went with it are no news.
+    gone = {path for path in paths if path not in after and any(path.startswith((f"{other}.", f"{other}[")) for other in paths)}
+    return [f"{path}: {before.get(path, 'absent')} -> {after.get(path, 'absent')}" for path in paths if path not in gone]
+
+
+def to_json(cfg: fdl.Config) -> str:
+    """The operative config as JSON, with the defaults of today, so that it builds the same when these change.
+
+    Raises ConfigError for a value that JSON cannot hold or that could not be imported when it is read.
+    """
+    return json.dumps({"format": FORMAT, "config": _encode(tree(cfg), "")}, indent=1) + "\n"
+
+
+def from_json(text: str) -> fdl.Config:
+    """The inverse of `to_json`. It imports what the text names: read only what you would run."""
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"not JSON: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ConfigError(f"not a saved config: expected the format {FORMAT!r}")
+    return _decode(content["config"], "")
+
+
+def prepare(cfg: fdl.Config, workdir: str | os.PathLike[str]) -> None:
+    """Write config.json and config.txt into a new run folder; check that a folder in use belongs to the same config.
+
+    Raises ConfigError, and changes nothing, where the folder holds another config. A field that did not exist when the folder was made
+    and has its default is no difference.
+    """
+    workdir = pathlib.Path(workdir)
+    if workdir.exists() and not workdir.is_dir():
+        raise ConfigError(f"{workdir} is not a folder")
+    text, file = to_json(cfg), workdir / "config.json"
+    if not file.exists():
+        if (workdir / "checkpoints").exists():
+            raise ConfigError(f"{workdir} holds checkpoints and no config.json: choose another folder")
+        workdir.mkdir(parents=True, exist_ok=True)
+        _write(workdir / "config.txt", flat(cfg))
+        _write(file, text)
+        return
+    try:
+        saved = from_json(file.read_text())
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
+    different = diff(saved, cfg)
+    if different:
+        lines = "".join(f"\n  {line}" for line in different)
+        raise ConfigError(f"{workdir} belongs to another config (saved -> given):{lines}\nchoose another folder, or the same config")
+
+
+def _import_file(path: pathlib.Path) -> Any:
+    name = _FILE_MODULE + re.sub(r"\W", "_", path.stem)
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _arguments(text: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The literals in "name(1, factor=2)"; none in "name"."""
+    call = ast.parse(text.strip(), mode="eval").body
+    if not isinstance(call, ast.Call):
+        return (), {}
+    return tuple(map(ast.literal_eval, call.args)), {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+
+
+def _located(error: Exception) -> ConfigError:
+    """An error of `fdl.build` with the path in front, as on the command line."""
+    place = re.search(r"at <root>(\S*) with", getattr(error, "proxy_message", ""))
+    where = place.group(1).removeprefix(".") if place else ""
+    return ConfigError(f"{where}: " * bool(where) + str(getattr(error, "proxy_base_exception", error)))
+
+
+class _Placed:
+    """A factory that says where in the config it stands when it fails."""
+
+    def __init__(self, call: Callable[..., Any], where: str):
+        self.call, self.where = call, where
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self.call(*args, **kwargs)
+        except ConfigError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{self.where}: {error}") from error
+
+
+def _with_places(node: Any, where: str = "") -> Any:
+    if isinstance(node, fdl.Buildable):
+        for step, value in children(node):
+            setattr(node, step[1:], _with_places(value, (where + step).removeprefix(".")))
+        return fdl.Config(_Placed, node, where) if isinstance(node, fdl.Partial) else node
+    if type(node) in (tuple, list):
+        return type(node)(_with_places(value, where + step) for step, value in children(node))
+    return node
+
+
+def _leaves(node: Any, where: str = "experiment") -> dict[str, str]:
+    """Every node and value by path, as text. A container of plain values is one value."""
+    if isinstance(node, fdl.Buildable):
+        found = {where: _name(fdl.get_callable(node))}
+    elif _holds_nodes(node):
+        found = {where: f"{type(node).__name__} of {len(node)}"}
+    else:
+        return {where: _name(node) if callable(node) else repr(node)}
+    for step, value in children(node):
+        found |= _leaves(value, where + step if where != "experiment" else step[1:])
+    return found
+
+
+def _holds_nodes(value: Any) -> bool:
+    return any(isinstance(item, fdl.Buildable) or callable(item) or _holds_nodes(item) for _, item in children(value))
+
+
+def _name(call: Any) -> str:
+    return f"{getattr(call, '__module__', '?')}:{getattr(call, '__qualname__', repr(call))}"
+
+
+def _encode(value: Any, where: str) -> Any:
+    """JSON of a tree. Constructors are objects with their name, tuples are arrays, what JSON lacks is an object with a $ key."""
+    if isinstance(value, fdl.Buildable):
+        return _encode_call(value, where)
+    if type(value) is tuple:
+        return [_encode(item, where + step) for step, item in children(value)]
+    if type(value) is list:
+        return {"$list": [_encode(item, where + step) for step, item in children(value)]}
+    if type(value) is dict and all(isinstance(key, str) for key in value):
+        return {"$dict": {key: _encode(item, f"{where}[{key!r}]") for key, item in value.items()}}
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if callable(value):
+        return {"$name": _importable(value, where)}
+    raise ConfigError(f"{where}: a saved config cannot hold {value!r} of type {type(value).__name__}")
+
+
+def _encode_call(node: fdl.Buildable, where: str) -> dict[str, Any]:
+    call, found = fdl.get_callable(node), {}
+    known = fields(call) or {}
+    for name in sorted({*known, *node.__arguments__}, key=[*known, *node.__arguments__].index):
+        here = f"{where}.{name}".removeprefix(".")
+        if name in node.__arguments__:
+            found[name] = _encode(node.__arguments__[name], here)
+        elif known[name].default is not inspect.Parameter.empty:
+            with contextlib.suppress(ConfigError):  # a default that JSON cannot hold stays with the code
+                found[name] = _encode(tree(known[name].default), here)
+    return {"$partial" if isinstance(node, fdl.Partial) else "$call": _importable(call, where), **found}
+
+
+def _importable(call: Any, where: str) -> str:
+    """The "module:name" from which `call` can be imported by another program."""
+    name = _name(call)
+    module, _, attribute = name.partition(":")
+    found = sys.modules.get(module)
+    for part in attribute.split("."):
+        found = getattr(found, part, None)
+    if module == "__main__" or module.startswith(_FILE_MODULE):
+        raise ConfigError(
+            f"{where or 'config'}: {attribute} is defined in the config file; put it into a module that a run can import again"
+        )
+    if found is not call:
+        raise ConfigError(f"{where or 'config'}: {name} cannot be imported again by that name; use a function or class of a module")
+    return name
+
+
+def _decode(value: Any, where: str) -> Any:
+    if isinstance(value, list):
+        return tuple(_decode(item, f"{where}[{i}]") for i, item in enumerate(value))
+    if not isinstance(value, dict):
+        return value
+    if "$list" in value:
+        return list(_decode(value["$list"], where))
+    if "$dict" in value:
+        return {key: _decode(item, f"{where}[{key!r}]") for key, item in value["$dict"].items()}
+    if "$name" in value:
+        return _imported(value["$name"], where)
+    kind = fdl.Partial if "$partial" in value else fdl.Config
+    call = _imported(value.get("$partial", value.get("$call")), where)
+    known = fields(call)
+    arguments = {key: _decode(item, f"{where}.{key}".removeprefix(".")) for key, item in value.items() if not key.startswith("$")}
+    unknown = [key for key in arguments if known is not None and key not in known]
+    if unknown:
+        raise ConfigError(f"{where or 'config'}: {_name(call)} has no field {unknown[0]!r} any more{nearest(unknown[0], known)}")
+    return kind(call, **arguments)
+
+
+def _imported(name: Any, where: str) -> Any:
+    if not isinstance(name, str) or ":" not in name:
+        raise ConfigError(f"{where or 'config'}: expected the name of a constructor, module:name, got {name!r}")
+    return named(name)
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

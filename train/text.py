@@ -1,0 +1,94 @@
+"""The data of a language-model run, as a value that a config can hold: small, printable, and nothing is read before it is asked for."""
+
+import dataclasses
+
+from seqlab.tokens import ByteTokenizer, Tokenizer
+from seqlab.train.data import FileSource, TfdsSource, Windows, pack
+
+_VALIDATION_ORDER = 0  # the held-out documents stand in one order, whatever the seed of the run
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """The bytes of files, packed into windows of `length` tokens.
+
+    Args:
+      paths: files and folders; none stands for the sources of the Python standard library, which every machine has.
+      include: patterns of file names in the folders, such as "*.md"; none takes every file.
+      length: tokens a window.
+    Raises:
+      ValueError: an argument of another kind. Whether the paths exist is only asked by `train` and `validation`, which raise OSError
+        naming the path, or ValueError where they hold too little.
+    """
+
+    paths: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    length: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("paths", "include"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or not all(isinstance(item, str) and item for item in value):
+                raise ValueError(f"{name} must be a tuple of strings that are not empty, got {value!r}")
+        _check_length(self.length)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Bytes are the tokens."""
+        return ByteTokenizer()
+
+    def train(self, seed: int) -> Windows:
+        """The training windows; the order of the documents in them is drawn from `seed`."""
+        return self._windows("train", seed)
+
+    def validation(self) -> Windows:
+        """The windows held out, the same for every seed."""
+        return self._windows("validation", _VALIDATION_ORDER)
+
+    def _windows(self, split: str, seed: int) -> Windows:
+        return pack(FileSource(self.paths or None, split, include=self.include or None), self.length, seed, bos=self.tokenizer.bos)
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsText:
+    """Feature `key` of a prepared TensorFlow Datasets data set, as bytes packed into windows of `length` tokens.
+
+    `name`, `data_dir` and `key` are those of `seqlab.train.data.TfdsSource`. Where the data set has no split for validation,
+    `train_split` and `validation_split` part one: "train[:95%]" and "train[95%:]".
+    """
+
+    name: str
+    data_dir: str | None = None
+    key: str = "text"
+    train_split: str = "train"
+    validation_split: str = "validation"
+    length: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("name", "key", "train_split", "validation_split"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise ValueError(f"{name} must be a string that is not empty, got {getattr(self, name)!r}")
+        if self.data_dir is not None and not isinstance(self.data_dir, str):
+            raise ValueError(f"data_dir must be a path or None, got {self.data_dir!r}")
+        _check_length(self.length)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Bytes are the tokens."""
+        return ByteTokenizer()
+
+    def train(self, seed: int) -> Windows:
+        """The training windows; the order of the documents in them is drawn from `seed`."""
+        return self._windows(self.train_split, seed)
+
+    def validation(self) -> Windows:
+        """The windows held out, the same for every seed."""
+        return self._windows(self.validation_split, _VALIDATION_ORDER)
+
+    def _windows(self, split: str, seed: int) -> Windows:
+        return pack(TfdsSource(self.name, split, self.key, self.data_dir), self.length, seed, bos=self.tokenizer.bos)
+
+
+def _check_length(length: int) -> None:
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise ValueError(f"length must be a positive number of tokens, got {length!r}")
