@@ -12,7 +12,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))  # helpers.py
 import jax
 import pytest
 
-jax.config.update("jax_threefry_partitionable", True)
+# Several tests compile the same program; the second time it comes from here.
+jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).resolve().parent.parent / ".pytest_cache" / "xla"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 @pytest.fixture

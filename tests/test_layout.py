@@ -68,7 +68,7 @@ def test_the_package_list_is_the_folders():
 def test_top_level_folders_are_those_of_the_house():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     folders = {name.split("/")[0] for name in tracked if "/" in name}
-    assert folders <= {*FOLDERS, "tests", "docs", "notebooks", "benchmarks", ".ci"}, folders
+    assert folders <= {*FOLDERS, "tests", "docs", "notebooks", ".ci"}, folders
 
 
 def python(code, *options):

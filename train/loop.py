@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import signal
+import sys
 import time
 from typing import Any, NamedTuple
 
@@ -50,7 +51,6 @@ def run(experiment: Experiment, workdir: str | os.PathLike[str]) -> Result:
     """
     workdir = pathlib.Path(workdir).absolute()
     workdir.mkdir(parents=True, exist_ok=True)
-    say = Progress(experiment.steps)
 
     # Data first: what is wrong with it should be known before anything is compiled.
     batches = Batches(experiment.data.train(experiment.seed), experiment.batch_size, experiment.seed)
@@ -66,9 +66,9 @@ def run(experiment: Experiment, workdir: str | os.PathLike[str]) -> Result:
         state = _from_dict(restored[1], state)
     start = int(state.step)
     _write_environment(workdir, static, params)
-    say.say(_summary(experiment, static, params, start))
+    _say(_summary(experiment, static, params, start))
     if start >= experiment.steps:
-        say.say(f"{workdir} is complete: {start} steps")
+        _say(f"{workdir} is complete: {start} steps")
         return Result("finished", start, None, state)
 
     # Compilation, apart from the time of the steps.
@@ -76,13 +76,13 @@ def run(experiment: Experiment, workdir: str | os.PathLike[str]) -> Result:
     step = jax.jit(functools.partial(train_step, static, optimizer, experiment.loss, experiment.accumulate), donate_argnums=0)
     step = step.lower(state, batches[start]).compile()
     evaluate = jax.jit(functools.partial(evaluate_step, static, experiment.loss))
-    say.say(f"compiled the training step in {time.perf_counter() - begin:.1f} s")
+    _say(f"compiled the training step in {time.perf_counter() - begin:.1f} s")
 
     # Steps.
-    metrics, progress = Metrics(workdir, start), Progress(experiment.steps, start)
+    progress = Progress(experiment.steps, start)
     pending: list[Any] = []
     validation, saved, clock, tokens = None, start, time.perf_counter(), 0
-    with Interruptions() as interruption, checkpoints:
+    with Interruptions() as interruption, checkpoints, Metrics(workdir, start) as metrics, progress:
         for number, batch in enumerate(batches.iterate(start), start + 1):
             state, measured = step(state, batch)
             pending.append(measured)
@@ -108,10 +108,8 @@ def run(experiment: Experiment, workdir: str | os.PathLike[str]) -> Result:
                 break
 
     # Farewell.
-    progress.close()
-    metrics.close()
     if interruption.name is not None and number < experiment.steps:
-        progress.say(f"{interruption.name}: saved step {number}; the same command goes on from there")
+        _say(f"{interruption.name}: saved step {number}; the same command goes on from there")
         return Result(interruption.name, number, validation, state)
     return Result("finished", number, validation, state)
 
@@ -136,6 +134,10 @@ class Interruptions:
     def __exit__(self, *exception: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _drain(pending: list[Any], number: int, saved: int, workdir: pathlib.Path) -> tuple[float, float]:

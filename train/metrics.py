@@ -49,8 +49,10 @@ class Metrics:
             ax.grid(alpha=0.3)
         figure.savefig(self.path.with_name("curves.png"), dpi=110)
 
-    def close(self) -> None:
-        """Draw once more and close the files."""
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
         self.draw()
         self._file.close()
         self._events.close()
@@ -99,6 +101,9 @@ class Progress:
         else:
             print(line, file=sys.stderr, flush=True)
 
-    def close(self) -> None:
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
         if self._bar is not None:
             self._bar.close()

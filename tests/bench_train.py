@@ -1,0 +1,172 @@
+"""Training speed: a training step here beside the same model in plain torch on the same CPU.
+
+    python tests/bench_train.py --torch-python PATH_OF_A_PYTHON_WITH_TORCH [--rounds 3] [--length 512]
+
+Mamba against torch's scan written step by step and in chunks; attention against torch's fused `scaled_dot_product_attention`. Ratios are
+taken within one run, the contestants in turn; compilation and warm-up are left out on every side.
+"""
+
+import argparse
+import functools
+import json
+import statistics
+import subprocess
+import time
+
+WIDTH, LAYERS, BATCH = 192, 4, 8
+
+TORCH = '''
+import json, sys, time, torch, torch.nn as nn, torch.nn.functional as F
+kind, width, layers, batch, length, steps = sys.argv[1], *map(int, sys.argv[2:])
+torch.set_num_threads(2)
+
+class RMSNorm(nn.Module):
+    def __init__(self, d):
+        super().__init__(); self.weight = nn.Parameter(torch.ones(d))
+    def forward(self, x):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * self.weight
+
+def scan_steps(u, dt, A, B, C):
+    h, ys = torch.zeros(u.shape[0], u.shape[2], A.shape[1]), []
+    for t in range(u.shape[1]):
+        h = torch.exp(dt[:, t, :, None] * A) * h + (dt[:, t] * u[:, t])[..., None] * B[:, t, None]
+        ys.append((h * C[:, t, None]).sum(-1))
+    return torch.stack(ys, 1)
+
+def scan_chunks(u, dt, A, B, C, size=16):
+    """Inside a chunk all pairs of steps at once (log-space differences), from chunk to chunk the state."""
+    b, t, e = u.shape
+    h, ys = torch.zeros(b, e, A.shape[1]), []
+    mask = torch.tril(torch.ones(size, size, dtype=torch.bool))[None, :, :, None, None]
+    for s in range(0, t, size):
+        x, d = (dt[:, s:s+size] * u[:, s:s+size]), dt[:, s:s+size].cumsum(1)
+        decay = torch.exp(torch.where(mask, (d[:, :, None] - d[:, None])[..., None] * A, -torch.inf))
+        inside = torch.einsum("btsen,bse,bsn,btn->bte", decay, x, B[:, s:s+size], C[:, s:s+size])
+        start = torch.exp(d[..., None] * A)
+        ys.append(inside + torch.einsum("bten,ben,btn->bte", start, h, C[:, s:s+size]))
+        h = start[:, -1] * h + torch.einsum("bsen,bse,bsn->ben", decay[:, -1], x, B[:, s:s+size])
+    return torch.cat(ys, 1)
+
+class Mamba(nn.Module):
+    def __init__(self, d, scan):
+        super().__init__()
+        e, self.r, self.n, self.scan = 2 * d, -(-d // 16), 16, scan
+        self.inp, self.xp, self.dt = nn.Linear(d, 2 * e, bias=False), nn.Linear(e, self.r + 32, bias=False), nn.Linear(self.r, e)
+        self.conv, self.out = nn.Conv1d(e, e, 4, groups=e, padding=3), nn.Linear(e, d, bias=False)
+        self.A_log, self.D = nn.Parameter(torch.log(torch.arange(1., 17)).repeat(e, 1)), nn.Parameter(torch.ones(e))
+    def forward(self, x):
+        a, z = self.inp(x).chunk(2, -1)
+        c = F.silu(self.conv(a.mT)[..., :x.shape[1]].mT)
+        r, B, C = self.xp(c).split([self.r, self.n, self.n], -1)
+        y = self.scan(c, F.softplus(self.dt(r)), -torch.exp(self.A_log), B, C)
+        return self.out((y + self.D * c) * F.silu(z))
+
+class Attention(nn.Module):
+    def __init__(self, d):
+        super().__init__(); self.qkv, self.out = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
+    def forward(self, x):
+        b, t, d = x.shape
+        q, k, v = self.qkv(x).view(b, t, 3, d // 64, 64).permute(2, 0, 3, 1, 4)
+        angle = torch.arange(t)[:, None] * 10000.0 ** (-torch.arange(0, 64, 2) / 64)
+        cos, sin = angle.cos(), angle.sin()
+        turn = lambda y: torch.cat([y[..., :32] * cos - y[..., 32:] * sin, y[..., 32:] * cos + y[..., :32] * sin], -1)
+        return self.out(F.scaled_dot_product_attention(turn(q), turn(k), v, is_causal=True).transpose(1, 2).reshape(b, t, d))
+
+class SwiGLU(nn.Module):
+    def __init__(self, d):
+        super().__init__(); h = -(-8 * d // 192) * 64
+        self.up, self.down = nn.Linear(d, 2 * h, bias=False), nn.Linear(h, d, bias=False)
+    def forward(self, x):
+        g, u = self.up(x).chunk(2, -1)
+        return self.down(F.silu(g) * u)
+
+make = {"steps": lambda: Mamba(width, scan_steps), "chunks": lambda: Mamba(width, scan_chunks), "attention": lambda: Attention(width)}[kind]
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(256, width), RMSNorm(width)
+        self.blocks = nn.ModuleList(m for _ in range(layers) for m in ([make(), SwiGLU(width)] if kind == "attention" else [make()]))
+        self.norms = nn.ModuleList(RMSNorm(width) for _ in self.blocks)
+    def forward(self, x):
+        x = self.embed(x)
+        for norm, block in zip(self.norms, self.blocks):
+            x = x + block(norm(x))
+        return self.norm(x) @ self.embed.weight.T
+model = Model()
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+tokens = torch.randint(0, 256, (batch, length + 1))
+def step():
+    loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step(); optimizer.zero_grad()
+step()
+times = []
+for _ in range(steps):
+    begin = time.perf_counter(); step(); times.append(time.perf_counter() - begin)
+print(json.dumps({"parameters": sum(p.numel() for p in model.parameters()), "tokens_per_second": batch * length / sorted(times)[len(times) // 2]}))
+'''
+
+
+@functools.cache
+def prepared(kind, length):
+    """A compiled training step of ours, its state and a batch."""
+    import jax
+    import numpy as np
+    from flax import nnx
+
+    from seqlab.models import Attention, LanguageModel, Mamba
+    from seqlab.module import split
+    from seqlab.train.optim import adamw
+    from seqlab.train.step import init_state, next_token_loss, train_step
+
+    attention = functools.partial(Attention, heads=WIDTH // 64)
+    options = {"mixers": attention} if kind == "attention" else {"mixers": Mamba, "channel_mixer": None}
+    static, params = split(LanguageModel(256, WIDTH, LAYERS, rngs=nnx.Rngs(0), **options))
+    optimizer = adamw(1000, peak=1e-4)
+    tokens = np.random.default_rng(0).integers(0, 256, (BATCH, length + 1)).astype(np.int32)
+    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "valid": np.ones((BATCH, length), bool)}
+    state = init_state(static, params, optimizer)
+    begin = time.perf_counter()
+    step = jax.jit(functools.partial(train_step, static, optimizer, next_token_loss, 1)).lower(state, batch).compile()
+    return step, state, batch, time.perf_counter() - begin
+
+
+def ours(kind, length, steps):
+    import jax
+
+    step, state, batch, _ = prepared(kind, length)
+    times = []
+    for _ in range(steps + 1):
+        begin = time.perf_counter()
+        jax.block_until_ready(step(state, batch))
+        times.append(time.perf_counter() - begin)
+    return BATCH * length / statistics.median(times[1:])
+
+
+def theirs(python, kind, length, steps):
+    command = [python, "-c", TORCH, kind, *map(str, (WIDTH, LAYERS, BATCH, length, steps))]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, cwd="/").stdout)["tokens_per_second"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--torch-python", required=True)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--length", type=int, default=512)
+    args = parser.parse_args()
+    for kind, rivals in (("mamba", {"steps": 1, "chunks": 3}), ("attention", {"attention": 5})):
+        rounds = []
+        for _ in range(args.rounds):
+            speed = ours(kind, args.length, 5)
+            rounds.append((speed, {rival: theirs(args.torch_python, rival, args.length, n) for rival, n in rivals.items()}))
+        for rival in rivals:
+            mine, other = (statistics.median(values) for values in ([r[0] for r in rounds], [r[1][rival] for r in rounds]))
+            ratio = statistics.median(r[0] / r[1][rival] for r in rounds)
+            print(
+                f"{kind}: seqlab {mine:,.0f} tok/s, torch {rival} {other:,.0f} tok/s, {ratio:.1f}x (compiled in {prepared(kind, args.length)[3]:.1f} s)"
+            )
+
+
+if __name__ == "__main__":
+    main()

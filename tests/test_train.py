@@ -1,0 +1,232 @@
+"""Training: the loss falls, parts of a batch add up, divergence changes nothing, and an interrupted run is the uninterrupted one."""
+
+import dataclasses
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import zoo
+from flax import nnx
+from helpers import assert_close, assert_identical
+
+from seqlab import ByteTokenizer, split
+from seqlab.models import LanguageModel
+from seqlab.train.data import ArraySource
+from seqlab.train.experiment import Experiment
+from seqlab.train.loop import NonFiniteError, run
+from seqlab.train.optim import adamw, decayed, schedule
+from seqlab.train.packing import pack
+from seqlab.train.step import TrainState, init_state, next_token_loss, train_step
+
+pytestmark = pytest.mark.filterwarnings("default")  # grain and orbax warn as they please
+
+
+@dataclasses.dataclass
+class Text:
+    """A few documents of a text that can be learnt."""
+
+    tokenizer = ByteTokenizer()
+
+    def train(self, seed):
+        return self._windows(range(20), seed)
+
+    def validation(self):
+        return self._windows(range(20, 24), 0)
+
+    def _windows(self, which, seed):
+        rng = np.random.default_rng(0)
+        documents = [np.frombuffer(b"one law " * int(rng.integers(4, 20)), np.uint8) for _ in range(24)]
+        return pack(ArraySource([documents[i] for i in which]), 32, seed)
+
+
+def experiment(**options):
+    model = functools.partial(LanguageModel, 256, 16, 2, (zoo.MIXERS["gated_linear_conv"], zoo.MIXERS["window"]))
+    defaults = {"steps": 30, "batch_size": 8, "log_every": 5, "validate_every": 30, "checkpoint_every": 7, "validation_windows": 16}
+    return Experiment(model, Text(), functools.partial(adamw, peak=1e-2, warmup=3), **defaults | options)
+
+
+@functools.cache
+def uninterrupted(tmp):
+    return run(experiment(), tmp)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return uninterrupted(folder), folder
+
+
+def test_a_run_learns_and_leaves_what_it_promises(finished):
+    result, folder = finished
+    assert result.status == "finished" and result.step == 30
+    assert result.validation < 4.0  # bits a byte; 8 before training
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["loss"] for row in rows if "loss" in row}
+    assert sorted(losses) == [5, 7, 10, 14, 15, 20, 21, 25, 28, 30]
+    assert losses[30] < 0.6 * losses[5]
+    assert rows[-1] == {"step": 30, "validation_bits_per_token": result.validation}
+    assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert list(folder.glob("events.out.tfevents.*"))
+    assert json.loads((folder / "env.jsonl").read_text())["versions"]["jax"] == jax.__version__
+
+
+def test_an_interrupted_run_ends_bit_identical(finished, tmp_path, monkeypatch):
+    """Twice by SIGTERM between steps, resumed by the same call; the second time from a checkpoint of the resumed run."""
+    for at in (9, 17):
+        from seqlab.train import loop
+
+        original, count = loop.Progress.advance, iter(range(1, 100))
+
+        def advance(self, step, original=original, at=at, count=count):
+            next(count)
+            original(self, step)
+            if step == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(loop.Progress, "advance", advance)
+        stopped = run(experiment(), tmp_path)
+        assert (stopped.status, stopped.step) == ("SIGTERM", at)
+        monkeypatch.undo()
+    result = run(experiment(), tmp_path)
+    assert_identical(result.state, finished[0].state)
+    read = lambda folder: {  # noqa: E731
+        (row["step"], row["loss"]) for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in row
+    }
+    assert dict(read(finished[1]))[30] == dict(read(tmp_path))[30]
+
+
+def test_a_finished_run_is_left_alone(finished):
+    before = sorted((path, path.stat().st_mtime_ns) for path in (finished[1] / "checkpoints").rglob("*"))
+    assert run(experiment(), finished[1]).step == 30
+    assert before == sorted((path, path.stat().st_mtime_ns) for path in (finished[1] / "checkpoints").rglob("*"))
+
+
+def small_step(accumulate=1, loss=next_token_loss):
+    static, params = split(zoo.model("lm_gated_linear"))
+    optimizer = adamw(10, peak=1e-2, warmup=0)
+    state = init_state(static, params, optimizer)
+    return jax.jit(functools.partial(train_step, static, optimizer, loss, accumulate)), state
+
+
+def batch(seed=0, rows=8, length=12):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 31, (rows, length + 1)).astype(np.int32)
+    valid = np.arange(length)[None] < rng.integers(3, length, (rows, 1))  # unequal weights, so that a mean of means would be wrong
+    return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "valid": valid, "reset": rng.random((rows, length)) < 0.1}
+
+
+@pytest.mark.parametrize("accumulate", [2, 8])
+def test_accumulated_parts_are_the_big_batch(accumulate):
+    whole, state = small_step()
+    parts, _ = small_step(accumulate)
+    for seed in range(2):
+        expected, figures = whole(state, batch(seed))
+        actual, same = parts(state, batch(seed))
+        assert_close(same, figures, 2e-5)
+        # Adam divides by the gradient's own size: compare what it was given, its first moments.
+        assert_close(jax.tree.leaves(actual.optimizer), jax.tree.leaves(expected.optimizer), 1e-4)
+
+
+def test_a_batch_that_is_not_finite_changes_nothing():
+    def poisoned(model, data):
+        total, count = next_token_loss(model, data)
+        return total * jnp.where(data["inputs"][0, 0] == 1, jnp.nan, 1.0), count
+
+    step, state = small_step(loss=poisoned)
+    bad, good = batch(), batch()
+    bad["inputs"][0, 0], good["inputs"][0, 0] = 1, 2
+    after, figures = step(state, bad)
+    assert not figures.finite and not np.isfinite(figures.loss)
+    assert_identical(after, state)
+    after, figures = step(state, good)
+    assert figures.finite and after.step == 1
+
+
+def test_a_run_that_diverges_stops_with_the_step_and_keeps_the_good_checkpoint(tmp_path):
+    def spoilt(model, data, bad=b"o"[0]):
+        total, count = next_token_loss(model, data)
+        return total + jnp.where(jnp.mean(model.embedding.weight[...] ** 2) > 5e-4, jnp.inf, 0.0), count  # once it has moved far enough
+
+    with pytest.raises(NonFiniteError, match=r"step (\d+): loss inf.*last good checkpoint is step \d+") as error:
+        run(experiment(loss=spoilt, checkpoint_every=2, log_every=1), tmp_path)
+    at = int(str(error.value).split()[1].rstrip(":"))
+    saved = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
+    assert saved and saved[-1] < at
+
+
+def test_schedule_and_decay():
+    rate = schedule(100, peak=1.0, final=0.1, warmup=10)
+    np.testing.assert_allclose([rate(0), rate(5), rate(10), rate(55), rate(100)], [0, 0.5, 1, 0.55, 0.1], atol=1e-6)
+    params = split(zoo.model("lm_hybrid"))[1]
+    spared = {name for name, acts in decayed(params).items() if not acts}
+    assert {"backbone.norm.weight", "backbone.blocks.0.mixer.A_log", "backbone.blocks.0.mixer.dt_proj.bias"} <= spared
+    assert not {"embedding.weight", "backbone.blocks.1.mixer.qkv.weight", "backbone.blocks.0.mixer.x_proj.weight"} & spared
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"steps": 0}, "steps must be a positive integer"),
+        ({"batch_size": 6, "accumulate": 4}, "accumulate must divide"),
+        ({"keep": True}, "keep"),
+    ],
+)
+def test_bad_experiments_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        experiment(**options)
+
+
+def test_train_state_survives_the_checkpoint_form():
+    from seqlab.train.loop import _from_dict, _to_dict
+
+    _, params = split(zoo.model("lm_mamba"))
+    state = TrainState(jnp.asarray(3), params, optax.adamw(1e-3).init(params))
+    assert_identical(_from_dict(_to_dict(state), state), state)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill -9", "SIGTERM"])
+def test_killed_at_five_random_moments_a_run_ends_bit_identical(number, tmp_path):
+    """Whole processes, killed whenever they are: while compiling, in a step, while saving. Parameters, optimizer, position: all equal."""
+    from seqlab.train.checkpoint import Checkpoints
+
+    def command(folder):
+        sets = ["steps=300", "checkpoint_every=10", "validate_every=100", "log_every=10", "batch_size=4", "data.length=64"]
+        options = [part for value in sets for part in ("--set", value)]
+        return [sys.executable, "-m", "seqlab", "train", "lm_hybrid", "--fiddler", "tiny", "--workdir", str(folder), *options]
+
+    rng = np.random.default_rng(int(number))
+    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
+    folder, moments = tmp_path / "killed", []
+    for _ in range(5):
+        process = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        steps = folder / "checkpoints"
+        before = len(list(steps.glob("*0"))) if steps.exists() else 0
+        while process.poll() is None and (len(list(steps.glob("*0"))) if steps.exists() else 0) <= before and not moments[3:]:
+            time.sleep(0.05)
+        time.sleep(float(rng.uniform(0, 1.5)))
+        process.send_signal(number)
+        process.wait()
+        moments.append(max((int(path.name) for path in steps.glob("*") if path.name.isdigit()), default=0))
+    subprocess.run(command(folder), check=True, capture_output=True)
+    (step, killed), (_, whole) = (Checkpoints(folder_ / "checkpoints").restore() for folder_ in (folder, tmp_path / "whole"))
+    assert step == 300, moments
+    assert_identical(killed, whole)
+
+
+def test_the_model_of_step_0_is_a_function_of_the_seed():
+    from seqlab.train.loop import build
+
+    first, again, other = (build(experiment(seed=seed))[1] for seed in (0, 0, 1))
+    assert_identical(first, again)
+    assert not np.array_equal(first["embedding.weight"], other["embedding.weight"])
+    assert first.keys() == split(nnx.eval_shape(lambda: experiment().model(rngs=nnx.Rngs(0))))[1].keys()
