@@ -61,6 +61,7 @@ class Sampling(NamedTuple):
 
 def stream_state(model: Module, batch: int = 1, seed: int | Sequence[int] = 0) -> StreamState:
     """The state of `batch` fresh streams."""
+    model = _unrolled(model)
     seeds = np.broadcast_to(np.asarray(seed, np.uint32), (batch,))
     return StreamState(
         model.init_state(batch), jnp.zeros((batch, model.vocab_size), jnp.float32), jnp.asarray(seeds), jnp.zeros((batch,), jnp.int32)
@@ -110,7 +111,7 @@ def stream_generate(
     chunks = tuple(sorted(set(prefill_chunks)))
     if not chunks or chunks[0] < 1 or len(chunks) > 8:
         raise ValueError(f"prefill_chunks must be one to eight positive sizes, got {prefill_chunks!r}")
-    tokenizer = tokenizer or ByteTokenizer()
+    model, tokenizer = _unrolled(model), tokenizer or ByteTokenizer()
     rows = _rows(prompt, tokenizer, model.vocab_size, fresh=state is None)
     if state is None:
         state = stream_state(model, len(rows), _check_seed(seed, len(rows)))
@@ -132,7 +133,6 @@ class Stream(Iterator[Token]):
     """
 
     def __init__(self, model, rows, state, sampling, max_tokens, room, stops, tokenizer, block, chunks):
-        model = model.unrolled() if hasattr(model, "unrolled") else model
         static, params = split(model)
         self._programs = _programs(static, sampling)
         self._leaves = tuple(params.values())
@@ -318,6 +318,11 @@ def draw(logits: Float[Array, "b v"], seed: UInt32[Array, " b"], index: Int[Arra
         logits = jnp.where(logits < least, -jnp.inf, logits)
     noise = jax.vmap(lambda s, i: jax.random.gumbel(jax.random.fold_in(jax.random.key(s), i), logits.shape[1:]))(seed, index)
     return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+
+
+def _unrolled(model: Module) -> Module:
+    """`model` as it decodes best; its states have another structure where its layers were scanned."""
+    return model.unrolled() if hasattr(model, "unrolled") else model
 
 
 def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> Sampling:
