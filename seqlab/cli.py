@@ -10,7 +10,6 @@ import os
 import pathlib
 import shutil
 import sys
-import traceback
 from collections.abc import Sequence
 
 _SIGNALS = {"finished": 0, "SIGINT": 130, "SIGTERM": 143}
@@ -37,15 +36,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _exit_code(error: Exception) -> int | None:
-    """2 for a user's error, 3 for divergence, None for a bug. A ValueError is the user's if seqlab itself raised it."""
+    """2 for a user's error, 3 for divergence, None for a bug. A ValueError is the user's if seqlab says so; Python says it of bugs too."""
     from seqlab.train.checkpoint import CheckpointError
     from seqlab.train.loop import NonFiniteError
 
     if isinstance(error, NonFiniteError):
         return 3
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    ours = frame.f_globals.get("__name__", "").partition(".")[0] == "seqlab"
-    return 2 if isinstance(error, OSError | CheckpointError) or (isinstance(error, ValueError) and ours) else None
+    return 2 if isinstance(error, OSError | CheckpointError) or (isinstance(error, ValueError) and _raised_here(error)) else None
+
+
+def _raised_here(error: Exception) -> bool:
+    """Whether `error` comes from a `raise` statement of seqlab."""
+    import dis
+
+    last = error.__traceback__
+    while last.tb_next is not None:
+        last = last.tb_next
+    ours = last.tb_frame.f_globals.get("__name__", "").partition(".")[0] == "seqlab"
+    return ours and dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
 
 
 def _parser() -> argparse.ArgumentParser:

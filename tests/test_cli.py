@@ -205,9 +205,22 @@ def test_codes_of_training(folder, monkeypatch, capsys):
     monkeypatch.setattr(loop, "run", fail)
     with pytest.raises(TypeError, match="a bug"):
         train()
-    monkeypatch.setattr(loop, "run", lambda experiment, workdir: int("x"))  # a ValueError that seqlab did not mean
+    monkeypatch.setattr(loop, "run", lambda experiment, workdir: int("x"))
     with pytest.raises(ValueError, match="invalid literal"):
         train()
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    from seqlab import runs
+
+    # a line of seqlab fails that has no raise statement: not what a user could put right
+    monkeypatch.setattr(runs, "split", lambda model: (1, 2, 3))
+    with pytest.raises(ValueError, match="too many values to unpack") as bug:
+        runs.evaluate(None, None)
+    assert cli._exit_code(bug.value) is None
+    with pytest.raises(ValueError, match="is not the folder of a run") as mistake:
+        runs.load("nowhere")
+    assert cli._exit_code(mistake.value) == 2
 
 
 def test_the_users_compile_cache_is_left_alone(folder):
@@ -221,8 +234,11 @@ def test_the_users_compile_cache_is_left_alone(folder):
 
 def test_a_config_may_use_modules_of_the_working_folder(folder, capsys):
     (folder / "my_mixers.py").write_text("from seqlab.models import Mamba\n\nclass Mine(Mamba):\n    pass\n")
-    assert train("model.mixers=my_mixers:Mine", "steps=1") == 0
+    assert train("model.mixers=my_mixers:Mine", "steps=1", "--fiddler", "scan_layers") == 0
     assert type(seqlab.load("runs/demo").model.backbone.blocks[0].mixer).__name__ == "Mine"
+    capsys.readouterr()
+    assert cli.main(["stream", "runs/demo", "--max-tokens", "3"]) == 0  # layers that were scanned in training are not in decoding
+    assert "3 tokens, " in capsys.readouterr().err
     sys.modules.pop("my_mixers")
 
 
