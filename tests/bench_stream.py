@@ -29,7 +29,8 @@ else:
         intermediate_size=-(-8 * width // 192) * 64, tie_word_embeddings=True, max_position_embeddings=4096)
     model = transformers.LlamaForCausalLM(config).eval()
 prompt = torch.arange(16)[None]
-run = lambda n: model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0)
+fixed = dict(attention_mask=torch.ones_like(prompt), do_sample=False, pad_token_id=0)
+run = lambda n: model.generate(prompt, max_new_tokens=n, min_new_tokens=n, **fixed)
 with torch.inference_mode():
     run(8)
     begin = time.perf_counter()
@@ -78,6 +79,12 @@ def nnx_loop(model, tokens):
     return tokens / (time.perf_counter() - begin)
 
 
+def theirs(python, *arguments):
+    # Not from this folder: a folder named `kernels` would be taken for the package that transformers looks for.
+    command = [python, "-c", HUGGING_FACE, *map(str, arguments)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True, cwd="/").stdout.split()[1])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--torch-python")
@@ -90,15 +97,9 @@ def main():
         *shapes, tokens = SHAPES[size]
         for kind, (width, layers) in zip(("mamba", "llama"), shapes, strict=True):
             model = build(kind, width, layers)
-            contestants = {
-                "seqlab": lambda model=model, n=tokens: ours(model, n),
-                "nnx.jit": lambda model=model, n=tokens: nnx_loop(model, n),
-            }
+            contestants = {"seqlab": functools.partial(ours, model, tokens), "nnx.jit": functools.partial(nnx_loop, model, tokens)}
             if args.torch_python:
-                command = [args.torch_python, "-c", HUGGING_FACE, kind, str(width), str(layers), str(tokens)]
-                contestants["hugging face"] = lambda c=command: float(
-                    subprocess.run(c, capture_output=True, text=True, check=True, cwd="/").stdout.split()[1]
-                )
+                contestants["hugging face"] = functools.partial(theirs, args.torch_python, kind, width, layers, tokens)
             rounds = [{name: run() for name, run in contestants.items()} for _ in range(args.rounds)]
             line = [f"{name} {statistics.median(r[name] for r in rounds):,.0f} tok/s" for name in contestants]
             line += [f"{statistics.median(r['seqlab'] / r[name] for r in rounds):.1f}x {name}" for name in contestants if name != "seqlab"]

@@ -52,7 +52,8 @@ def test_a_long_stream_holds_constant_memory():
 
 
 def main():
-    growth, tenths, programs = stream(int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000, report=lambda line: print(line, flush=True))
+    total = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
+    growth, tenths, programs = stream(total, report=lambda line: print(line, flush=True))
     print(
         f"memory {growth / 2**20:+.1f} MB, last tenth / first tenth of the time {tenths[-1] / tenths[0]:.3f}, {programs} programs compiled"
     )

@@ -154,9 +154,10 @@ def _drain(pending: list[Any], number: int, saved: int, workdir: pathlib.Path) -
 
 
 def held_out_batches(experiment: Experiment) -> Any:
-    """The batches that validation is taken on: the same at every step, and for `seqlab eval`."""
-    windows, rows = experiment.validation_windows, experiment.batch_size
-    return validation_batches(experiment.data.validation(), rows, limit=-(-windows // rows))
+    """The batches that validation is taken on: the same at every step, and for `seqlab eval`; windows spread over all that is held out."""
+    windows = experiment.data.validation()
+    count = min(experiment.validation_windows, len(windows))
+    return validation_batches([windows[i * len(windows) // count] for i in range(count)], experiment.batch_size)
 
 
 def validate(evaluate: Any, params: Params, held_out: Any) -> tuple[float, int]:
