@@ -1,0 +1,85 @@
+"""The short causal convolution in front of recurrent mixers: depthwise, over time, with a state.
+
+Implementations: `reference` (a sliding window, the truth), `xla` (shifted products; the default everywhere).
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from seqlab.kernels.dispatch import Op
+from seqlab.shapes import Activations, Steps
+
+_op = Op("conv", __name__, ("reference", "xla"))
+
+
+def conv(
+    x: Activations,
+    weight: Float[Array, "w d"],
+    bias: Float[Array, " d"] | None = None,
+    *,
+    initial_state: Float[Array, "b w-1 d"] | None = None,
+    reset: Steps | None = None,
+    valid: Steps | None = None,
+    implementation: str | None = None,
+) -> tuple[Activations, Float[Array, "b w-1 d"]]:
+    """Causal depthwise convolution over time: the weighted sum of the current input and the w-1 before it.
+
+        y_t[d] = bias[d] + sum_{j < w} weight[j, d] x_{t-w+1+j}[d]
+
+    The last tap meets the current input. Inputs before the beginning of the sequence count as 0.
+
+    Args:
+      x: [b, t, d].
+      weight: [w, d], w >= 1.
+      bias: [d]; none by default.
+      initial_state: [b, w-1, d], the last inputs of the sequence so far, oldest first, zeros where it had fewer; zeros by default.
+      reset: [b, t]; where True a fresh sequence starts, and what came before, NaN included, is forgotten.
+      valid: [b, t]; a step where it is False does nothing: its input, NaN included, reaches no other output, no state and no gradient,
+        windows reach over it as if it were not there, its own output is 0 and its reset is ignored.
+      implementation: "reference" or "xla"; None lets `seqlab.kernels.dispatch` choose.
+
+    Returns:
+      y [b, t, d], summed in `accumulator` of the widest input dtype, and the final state [b, w-1, d], both in the dtype of x. Both may be
+      differentiated, once and in reverse through `xla`, in any way through `reference`.
+
+    Raises:
+      ValueError: if an argument has the wrong shape or type, or `implementation` is unknown.
+
+    Source: the layer conv1d of Mamba (arXiv 2312.00752).
+    """
+    _check_arrays(x, weight, bias, initial_state)
+    for name, flags in (("reset", reset), ("valid", valid)):
+        if flags is not None and (flags.shape != x.shape[:2] or flags.dtype != bool):
+            raise ValueError(f"{name} must be a boolean array [b, t] = {x.shape[:2]}, got {flags.dtype}{flags.shape}")
+    (b, t, d), w = x.shape, weight.shape[0]
+    bias = jnp.zeros((d,), weight.dtype) if bias is None else bias
+    state = jnp.zeros((b, w - 1, d), x.dtype) if initial_state is None else initial_state.astype(x.dtype)
+    if t == 0:
+        return x, state
+    reset = reset & valid if reset is not None and valid is not None else reset
+    return _op(*_vary_alike(x, weight, bias, state, reset, valid), implementation=implementation)
+
+
+def _check_arrays(x: Array, weight: Array, bias: Array | None, initial_state: Array | None) -> None:
+    if x.ndim != 3:
+        raise ValueError(f"x must be an array [b, t, d], got {x.dtype}{x.shape}")
+    b, _, d = x.shape
+    if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != d:
+        raise ValueError(f"weight must be [w, d] with w >= 1 and d={d} as x {x.shape}, got {weight.shape}")
+    if bias is not None and bias.shape != (d,):
+        raise ValueError(f"bias must be [d] = ({d},), got {bias.shape}")
+    state = (b, weight.shape[0] - 1, d)
+    if initial_state is not None and initial_state.shape != state:
+        raise ValueError(f"initial_state must be [b, w-1, d] = {state}, got {initial_state.shape}")
+    for name, array in (("x", x), ("weight", weight), ("bias", bias), ("initial_state", initial_state)):
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name} must hold floating-point numbers, got {array.dtype}")
+
+
+def _vary_alike(*arrays: Array | None) -> list[Array | None]:
+    """Inside shard_map a loop must end as it starts and a gradient vary as its argument: let all vary over the mesh axes of any."""
+    zeros = [None if x is None else jnp.zeros_like(x, jnp.float32, shape=()) for x in arrays]
+    zero = sum(x for x in zeros if x is not None)
+    fits = [x is None or x.dtype == bool or jax.typeof(own) == jax.typeof(zero) for x, own in zip(arrays, zeros, strict=True)]
+    return [x if fit else x + zero.astype(x.dtype) for x, fit in zip(arrays, fits, strict=True)]

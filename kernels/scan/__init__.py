@@ -1,0 +1,95 @@
+"""Mamba's selective scan: a diagonal linear recurrence whose step size, input map and output map depend on the token.
+
+Implementations: `reference` (one step in a scan, the truth), `xla` (chunks, memory linear in time; the default everywhere).
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from seqlab.kernels.dispatch import Op
+from seqlab.shapes import Steps, accumulator
+from seqlab.state import mask_steps
+
+_op = Op("scan", __name__, ("reference", "xla"))
+
+
+def scan(
+    u: Float[Array, "b t e"],
+    delta: Float[Array, "b t e"],
+    A: Float[Array, "e n"],
+    B: Float[Array, "b t n"],
+    C: Float[Array, "b t n"],
+    *,
+    initial_state: Float[Array, "b e n"] | None = None,
+    reset: Steps | None = None,
+    valid: Steps | None = None,
+    chunk: int | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "b t e"], Float[Array, "b e n"]]:
+    """The selective scan of S6, without skip and gate.
+
+        h_t[e, n] = exp(Δ_t[e] A[e, n]) h_{t-1}[e, n] + Δ_t[e] u_t[e] B_t[n]          y_t[e] = sum_n C_t[n] h_t[e, n]
+
+    The transition is exact (zero-order hold), the input map is Euler's, and the read-out sees the state after the update. A stretch of
+    time is the affine map h -> exp(A sum Δ) h + (its end state from zero), so the sum of Δ is all that has to be kept besides the state.
+
+    Args:
+      u: [b, t, e], the inputs.
+      delta: [b, t, e], the step sizes Δ, positive: bias and softplus have been applied.
+      A: [e, n], negative.
+      B, C: [b, t, n], the input map and the output map of every step. The five may differ in dtype.
+      initial_state: [b, e, n]; zeros by default.
+      reset: [b, t]; where True a fresh sequence starts, and what the state held, NaN included, is forgotten.
+      valid: [b, t]; a step where it is False does nothing: its inputs, NaN included, reach no other output, no state and no gradient, its
+        own output is 0 and its reset is ignored.
+      chunk: how many steps `xla` recomputes at a time in the gradient, which keeps one state a chunk; None chooses.
+      implementation: "reference" or "xla"; None lets `seqlab.kernels.dispatch` choose.
+
+    Returns:
+      y [b, t, e] in the dtype of u, and the final state [b, e, n] in `accumulator` of the widest input dtype. Both may be
+      differentiated, once and in reverse through `xla`, in any way through `reference`.
+
+    Raises:
+      ValueError: if an argument has the wrong shape, type or range, or `implementation` is unknown.
+
+    Source: Mamba (arXiv 2312.00752), equation 2 and algorithm 2.
+    """
+    _check_arrays(u, delta, A, B, C, initial_state)
+    for name, flags in (("reset", reset), ("valid", valid)):
+        if flags is not None and (flags.shape != u.shape[:2] or flags.dtype != bool):
+            raise ValueError(f"{name} must be a boolean array [b, t] = {u.shape[:2]}, got {flags.dtype}{flags.shape}")
+    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
+        raise ValueError(f"chunk must be a positive integer or None, got {chunk!r}")
+    dtype = accumulator(jnp.result_type(u, delta, A, B, C))
+    state = jnp.zeros((u.shape[0], *A.shape), dtype) if initial_state is None else initial_state.astype(dtype)
+    if u.shape[1] == 0:
+        return u, state
+    if valid is not None:
+        # An invalid step is a step of length 0, exp(0 A) = 1 and 0 u B = 0; selecting, not multiplying, keeps NaN out.
+        u, delta, B, C = (mask_steps(x, valid) for x in (u, delta, B, C))
+        reset = None if reset is None else reset & valid
+    y, state = _op(*_vary_alike(u, delta, A, B, C, state, reset), chunk=chunk, implementation=implementation)
+    return mask_steps(y, valid), state
+
+
+def _check_arrays(u: Array, delta: Array, A: Array, B: Array, C: Array, initial_state: Array | None) -> None:
+    if u.ndim != 3:
+        raise ValueError(f"u must be an array [b, t, e], got {u.dtype}{u.shape}")
+    b, t, e = u.shape
+    if A.ndim != 2 or A.shape[0] != e or A.shape[1] == 0:
+        raise ValueError(f"A must be [e, n] with e={e} as u {u.shape} and n > 0, got {A.shape}")
+    n = A.shape[1]
+    shapes = {"u": (b, t, e), "delta": (b, t, e), "A": (e, n), "B": (b, t, n), "C": (b, t, n), "initial_state": (b, e, n)}
+    axes = {"u": "b, t, e", "delta": "b, t, e", "A": "e, n", "B": "b, t, n", "C": "b, t, n", "initial_state": "b, e, n"}
+    for (name, shape), x in zip(shapes.items(), (u, delta, A, B, C, initial_state), strict=True):
+        if x is not None and (x.shape != shape or not jnp.issubdtype(x.dtype, jnp.floating)):
+            raise ValueError(f"{name} must be a floating-point array [{axes[name]}] = {shape}, got {x.dtype}{x.shape}")
+
+
+def _vary_alike(*arrays: Array | None) -> list[Array | None]:
+    """Inside shard_map a loop must end as it starts and a gradient vary as its argument: let all vary over the mesh axes of any."""
+    zeros = [None if x is None else jnp.zeros_like(x, jnp.float32, shape=()) for x in arrays]
+    zero = sum(x for x in zeros if x is not None)
+    fits = [x is None or x.dtype == bool or jax.typeof(own) == jax.typeof(zero) for x, own in zip(arrays, zeros, strict=True)]
+    return [x if fit else x + zero.astype(x.dtype) for x, fit in zip(arrays, fits, strict=True)]

@@ -1,0 +1,60 @@
+"""Shapes for tests and benchmarks, as plain data."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Spec(NamedTuple):
+    """One call of `scan`. `dtype` is that of u, B and C; `wide` that of delta and A. `step` is the typical size of Δ."""
+
+    b: int
+    t: int
+    e: int
+    n: int
+    chunk: int | None = None
+    reset: bool = False
+    valid: bool = False
+    dtype: str = "float32"
+    wide: str = "float32"
+    step: float = 0.3
+
+
+SPECS = {
+    "one_step": Spec(3, 1, 6, 4),
+    "one_step_masked": Spec(4, 1, 6, 4, reset=True, valid=True),
+    "one_state_shorter_than_the_chunk": Spec(2, 5, 6, 1, chunk=8),
+    "odd": Spec(2, 37, 7, 5, chunk=8),
+    "chunks_of_one": Spec(1, 6, 4, 16, chunk=1),
+    "stiff": Spec(2, 19, 5, 4, chunk=8, step=40.0),
+    "masked": Spec(3, 26, 5, 4, chunk=8, valid=True),
+    "resets_masked": Spec(4, 41, 6, 3, chunk=16, reset=True, valid=True),
+    "default_chunk": Spec(1, 131, 4, 3, reset=True),
+    "bfloat16": Spec(2, 37, 8, 4, chunk=16, reset=True, valid=True, dtype="bfloat16", wide="bfloat16"),
+    "mixed": Spec(2, 21, 8, 4, chunk=16, dtype="bfloat16"),
+}
+
+BENCHMARKS = {
+    "rows": Spec(4, 2048, 256, 16),
+    "mamba_130m_layer": Spec(1, 2048, 1536, 16),
+    "many_states": Spec(2, 512, 128, 64),
+    "decode": Spec(8, 1, 1536, 16),
+}
+
+
+def inputs(spec: Spec, seed: int = 0) -> dict[str, jax.Array | None]:
+    """Random arguments of `scan` by name; without flags where the spec has none."""
+    random, (b, t, e, n) = np.random.default_rng(seed), spec[:4]
+    normal = random.normal
+    return {
+        "u": jnp.asarray(normal(size=(b, t, e)), spec.dtype),
+        "delta": jnp.asarray(spec.step * random.gamma(2.0, 0.5, size=(b, t, e)), spec.wide),
+        "A": jnp.asarray(-np.exp(normal(size=(e, n))), spec.wide),
+        "B": jnp.asarray(normal(size=(b, t, n)), spec.dtype),
+        "C": jnp.asarray(normal(size=(b, t, n)), spec.dtype),
+        "initial_state": jnp.asarray(normal(size=(b, e, n)), jnp.float32),
+        "reset": jnp.asarray(random.random((b, t)) < 0.15) if spec.reset else None,
+        "valid": jnp.asarray(random.random((b, t)) < 0.7) if spec.valid else None,
+    }
