@@ -1,0 +1,373 @@
+"""Checkpoints that can be trusted: whole or absent, every leaf hashed, the last good one found by itself.
+
+Orbax writes them: asynchronously, and committed by a file that is written last, so that an interrupted save is not a checkpoint. What
+Orbax does not do is notice that bytes have changed since. So each step carries a manifest with the SHA-256 of every leaf, committed with
+it, and nothing is handed out that does not match.
+
+    <directory>/<step>/commit_success.txt          written last
+    <directory>/<step>/manifest/manifest.json      name, shape, dtype and hash of every leaf; Python numbers and strings themselves
+    <directory>/<step>/state/                      the arrays, by name, in Orbax's format
+    <directory>/<step>.damaged-<n>                 a damaged step whose number was needed again
+
+A state is a nested dictionary with string keys. A leaf is named by its keys joined with "/".
+"""
+
+import atexit
+import logging
+import operator
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seqlab.kernels.dispatch import check_name
+from seqlab.train.manifest import (
+    COMMIT,
+    FORMAT,
+    CheckpointError,
+    DamageError,
+    Entry,
+    Leaves,
+    State,
+    brief,
+    check_fit,
+    describe,
+    few,
+    flatten,
+    nested,
+    read,
+    read_manifest,
+    sealed,
+)
+
+__all__ = ["CheckpointError", "Checkpoints"]
+
+logger = logging.getLogger(__name__)
+
+_Files = tuple[tuple[str, int, int], ...]  # of one step: name, size, time
+_LEFTOVER = r"(0|[1-9][0-9]*)(\.damaged-[0-9]+)?"
+
+
+class Checkpoints:
+    """The checkpoints of one run in `directory`, a local or mounted folder that all processes see.
+
+    Leaves are arrays of JAX or NumPy of any number type, bit for bit, and Python ints, floats, bools and strings. Typed PRNG keys are
+    stored as `jax.random.key_data`. With several processes all of them make the same calls.
+
+    The newest `keep` good steps are kept. Older ones go once a new one is committed; a damaged step counts for nothing and goes when it
+    is older than all of those. To know what is good, the first rotation of a process reads the steps that it has neither saved nor
+    restored itself.
+
+    Use it in a `with` block, or `close` it: Python starts no threads once a program is ending, so a save in the background that is not
+    waited for would be lost then (and an error is logged).
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], keep: int = 3) -> None:
+        if "://" in os.fspath(directory):
+            raise ValueError(f"directory: got {os.fspath(directory)!r}, expected a local or mounted folder")
+        if keep < 1:
+            raise ValueError(f"keep: got {keep}, expected at least 1")
+        self.directory = pathlib.Path(directory).expanduser().absolute()
+        self._keep = keep
+        self._manager: Any = None
+        self._pending: int | None = None
+        self._known: dict[int, tuple[_Files, bool]] = {}  # step: the files it had when it was found good or damaged
+
+    def steps(self) -> list[int]:
+        """The steps that are committed, in order, damaged or not."""
+        return [step for step in self._folders() if (self._folder(step) / COMMIT).is_file()]
+
+    def save(self, step: int, state: State, wait: bool = False) -> None:
+        """Save `state` as `step`, in the background unless `wait`; the arrays may be donated or changed once this returns.
+
+        A damaged or unfinished step of that number is moved aside; a good one that holds the same state is left as it is.
+
+        Raises:
+          CheckpointError: the previous save failed (this one is then not begun), this one did, or a good `step` holds another state.
+          TypeError, ValueError: naming the leaf that a checkpoint cannot hold.
+        """
+        self.wait()
+        step = operator.index(step)
+        if step < 0:
+            raise ValueError(f"step: got {step}, expected 0 or more")
+        leaves = flatten(state)
+        manifest = sealed({"format": FORMAT, "step": step, "leaves": describe(leaves)})
+        if not self._make_room(step, manifest):
+            return
+        arrays = {name: value for name, (_, value) in leaves.items() if getattr(value, "size", 0)}  # Orbax refuses empty arrays
+        try:
+            self._start(step, manifest, arrays)
+        except Exception as error:
+            raise self._failure(step, error) from error
+        self._pending = step
+        _unfinished.add(self)
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the save in progress is committed. Raises CheckpointError, once, if it failed."""
+        if self._pending is None:
+            return
+        step, self._pending = self._pending, None
+        _unfinished.discard(self)
+        try:
+            self._manager.wait_until_finished()
+            if not (self._folder(step) / COMMIT).is_file():
+                raise OSError(f"{COMMIT} is missing although the save reported success")
+        except Exception as error:
+            raise self._failure(step, error) from error
+        self._known[step] = (self._files(step), True)
+        self._rotate()
+
+    def restore(self, step: int | None = None, like: State | None = None, only: str | None = None) -> tuple[int, State] | None:
+        """The newest good step and its state, or exactly `step`. None if nothing was ever committed.
+
+        With `like`, a state of arrays or `jax.ShapeDtypeStruct`s, names, shapes and dtypes must agree, and leaves whose template has a
+        sharding come back with it, on any number of devices; the others are NumPy arrays, as all are without `like`. `only` names one
+        top-level entry: the state, and `like`, then hold nothing else, and nothing else is read.
+
+        A newer step that is damaged or was never committed is reported by a warning and passed over.
+
+        Raises:
+          CheckpointError: `step` does not exist or is damaged, naming the leaf or file; every step is damaged, with the reason for each;
+            the state does not fit `like`, with the first names that differ.
+          ValueError: the state has no entry `only`.
+        """
+        self.wait()
+        template = None if like is None else flatten(like)
+        if step is not None:
+            step = operator.index(step)
+            if not _everywhere(self._folder(step).is_dir()):
+                raise CheckpointError(f"there is no step {step} in {self.directory}; there are {few(self.steps(), 10) or 'none'}")
+            try:
+                return step, self._load(step, template, only)
+            except DamageError as damage:
+                raise CheckpointError(f"step {step} in {self.directory} is damaged: {damage}") from damage
+        damages: dict[int, DamageError] = {}
+        for candidate in reversed(_from_first(self._folders())):
+            try:
+                return candidate, self._load(candidate, template, only)
+            except DamageError as damage:
+                logger.warning("step %d in %s is passed over: %s", candidate, self.directory, damage)
+                damages[candidate] = damage
+        if any(damage.committed for damage in damages.values()):
+            reasons = "; ".join(f"step {candidate}: {damage}" for candidate, damage in damages.items())
+            raise CheckpointError(f"no good checkpoint in {self.directory}: {reasons}")
+        return None
+
+    def close(self) -> None:
+        """Wait for the save in progress and let go of Orbax. Raises CheckpointError if that save failed."""
+        try:
+            self.wait()
+        finally:
+            manager, self._manager = self._manager, None
+            if manager is not None:
+                manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+    # Writing
+
+    def _start(self, step: int, manifest: Entry, arrays: Mapping[str, Any]) -> None:
+        import orbax.checkpoint as ocp
+
+        if self._manager is None:
+            logging.getLogger("absl").addFilter(_not_a_repetition)  # once, however often
+            atomicity = ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                options=ocp.CheckpointManagerOptions(max_to_keep=None, atomicity_options=atomicity, lightweight_initialize=True),
+                item_names=("state", "manifest"),
+                item_handlers={
+                    "state": ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False),
+                    "manifest": ocp.JsonCheckpointHandler("manifest.json"),
+                },
+            )
+        self._manager.reload()  # it remembers steps that were moved or deleted since
+        items = {"manifest": ocp.args.JsonSave(manifest)} | ({"state": ocp.args.PyTreeSave(dict(arrays))} if arrays else {})
+        # Without force Orbax skips, silently, a step below one that exists: after a fall-back that would be every step.
+        if not self._manager.save(step, args=ocp.args.Composite(**items), force=True):
+            raise OSError("Orbax declined to save")
+
+    def _failure(self, step: int, error: Exception) -> CheckpointError:
+        """Clear up after a save that failed; what it wrote was never a checkpoint, and the disk may be full."""
+        manager, self._manager = self._manager, None
+        try:
+            if manager is not None:
+                manager.close()
+        except Exception:
+            logger.debug("closing after a failed save", exc_info=True)
+        if jax.process_index() == 0 and not (self._folder(step) / COMMIT).is_file():
+            shutil.rmtree(self._folder(step), ignore_errors=True)
+        left = f"steps {few(self.steps(), 10)} are untouched" if self.steps() else "there is no earlier step"
+        return CheckpointError(f"step {step} could not be saved to {self._folder(step)}: {brief(error)}; {left}")
+
+    def _make_room(self, step: int, manifest: Entry) -> bool:
+        folder = self._folder(step)
+        if _everywhere(not folder.exists()):
+            return True
+        if self._is_good(step):
+            if read_manifest(folder)["sha256"] == manifest["sha256"]:
+                logger.info("step %d is already saved in %s", step, self.directory)
+                return False
+            raise CheckpointError(f"step {step} exists in {self.directory} with another state; move it away, or save another step")
+        if jax.process_index() == 0 and folder.exists():
+            aside = next(path for n in range(1, 10**6) if not (path := folder.with_name(f"{step}.damaged-{n}")).exists())
+            folder.rename(aside)
+            logger.warning("damaged step %d in %s is moved aside to %s", step, self.directory, aside.name)
+        self._known.pop(step, None)
+        _everywhere(True)  # nobody writes before it is moved
+        return True
+
+    # What is on disk
+
+    def _folder(self, step: int) -> pathlib.Path:
+        return self.directory / str(step)
+
+    def _folders(self, pattern: str = r"(0|[1-9][0-9]*)") -> list[int]:
+        if not self.directory.is_dir():
+            return []
+        found = (re.fullmatch(pattern, path.name) for path in self.directory.iterdir() if path.is_dir())
+        return sorted(int(match[1]) for match in found if match)
+
+    def _files(self, step: int) -> _Files:
+        found = []
+        for folder, _, names in os.walk(self._folder(step)):
+            for name in names:
+                status = os.stat(os.path.join(folder, name))
+                found.append((os.path.join(folder, name), status.st_size, status.st_mtime_ns))
+        return tuple(sorted(found))
+
+    def _is_good(self, step: int) -> bool:
+        files = self._files(step)
+        known, good = self._known.get(step, (None, False))
+        if not _everywhere(known == files):
+            try:
+                _agreed(lambda: [None for _ in read(self._folder(step), None)])
+                good = True
+            except DamageError as damage:
+                logger.warning("step %d in %s is damaged: %s", step, self.directory, damage)
+                good = False
+            self._known[step] = (files, good)
+        return good
+
+    def _rotate(self) -> None:
+        committed, leftover = _from_first(self.steps()), _from_first(self._folders(_LEFTOVER))
+        if len(committed) < self._keep or leftover[0] >= committed[-self._keep]:
+            return
+        good = 0
+        for oldest in reversed(committed):
+            good += self._is_good(oldest)
+            if good == self._keep:
+                break
+        else:
+            return  # fewer good steps than are to be kept: nothing goes
+        if jax.process_index() == 0:
+            for path in self.directory.iterdir():
+                match = re.fullmatch(_LEFTOVER, path.name)
+                if match and int(match[1]) < oldest:
+                    _delete(path)
+        _everywhere(True)  # all see the same steps afterwards
+
+    def _load(self, step: int, template: Leaves | None, only: str | None) -> State:
+        def load() -> State:
+            folder = self._folder(step)
+            entries = read_manifest(folder)["leaves"]
+            if only is not None:
+                check_name(only, tuple(sorted({entry["keys"][0] for entry in entries})), f"only, an entry of {folder}")
+                entries = [entry for entry in entries if entry["keys"][0] == only]
+            if template is not None:
+                check_fit(entries, template, folder)
+            like = {name: value for name, (_, value) in (template or {}).items()}
+            return nested([(entry["keys"], _placed(entry["name"], value, like)) for entry, value in read(folder, only)])
+
+        files = self._files(step)
+        try:
+            state = _agreed(load)
+        except DamageError:
+            self._known[step] = (files, False)
+            raise
+        if only is None:
+            self._known[step] = (files, True)
+        return state
+
+
+_unfinished: set[Checkpoints] = set()
+
+
+@atexit.register
+def _lost() -> None:
+    for checkpoints in tuple(_unfinished):
+        try:
+            checkpoints.wait()
+        except CheckpointError as error:
+            logger.error("the program ended before a checkpoint was saved; close() the checkpoints, or use `with`: %s", error)
+
+
+def _placed(name: str, value: Any, like: Mapping[str, Any]) -> Any:
+    template = like.get(name)
+    sharding = getattr(template, "sharding", None)
+    if sharding is None or not isinstance(value, np.ndarray):
+        return value
+    if isinstance(template, jax.Array) and not template.committed:  # stays free to go where the others are
+        array = jnp.asarray(value)
+    else:
+        array = jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+    if array.dtype != value.dtype:
+        raise CheckpointError(f"{name} is {value.dtype} and JAX makes it {array.dtype}: enable jax_enable_x64, or ask for a NumPy array")
+    return array
+
+
+def _everywhere(flag: bool) -> bool:
+    """Whether `flag` is true in all processes; also a barrier."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def _from_first(steps: list[int]) -> list[int]:
+    """The steps that process 0 sees, in all processes: a shared folder may look older to some."""
+    if jax.process_count() == 1:
+        return steps
+    from jax.experimental import multihost_utils
+
+    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
+    mine = np.array(steps if jax.process_index() == 0 else [0] * count, np.int32)
+    return np.asarray(multihost_utils.broadcast_one_to_all(mine)).tolist() if count else []
+
+
+def _agreed(function: Callable[[], Any]) -> Any:
+    """The result of `function`; if it meets damage in one process, all processes raise."""
+    result, damage = None, None
+    try:
+        result = function()
+    except DamageError as error:
+        damage = error
+    if not _everywhere(damage is None):
+        raise damage or DamageError("another process finds it damaged")
+    return result
+
+
+def _delete(folder: pathlib.Path) -> None:
+    try:
+        (folder / COMMIT).unlink(missing_ok=True)  # first: half a deletion must not look like a checkpoint
+        shutil.rmtree(folder)
+    except OSError as error:
+        logger.warning("%s is no longer needed and could not be deleted: %s", folder, error)
+
+
+def _not_a_repetition(record: logging.LogRecord) -> bool:
+    """Orbax logs a failed save four times with its traceback before it raises it; here it is raised once."""
+    return not (record.exc_info and "orbax" in pathlib.PurePath(record.pathname).parts)

@@ -1,0 +1,232 @@
+"""What a step of a checkpoint holds: leaves by name, each with the hash of its bytes, written down in a manifest and read back against it.
+
+A state is a nested dictionary with string keys; `flatten` names its leaves by their keys joined with "/". Arrays are described in the
+manifest and stored by Orbax; Python numbers and strings, empty arrays and empty dictionaries are in the manifest itself.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+State = dict[str, Any]
+Leaves = dict[str, tuple[tuple[str, ...], Any]]  # by name, in the order of the names: keys and value
+Entry = dict[str, Any]  # one leaf in a manifest, or a manifest
+
+FORMAT = "seqlab.checkpoint.1"
+COMMIT = "commit_success.txt"  # Orbax's name for the file that makes a folder a checkpoint
+_MANIFEST = "manifest/manifest.json"
+_GROUP = 2**30  # bytes of arrays in host memory at a time while a step is read
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, is damaged, or does not fit; the message names the step and the leaf or file."""
+
+
+class DamageError(Exception):
+    """Why a step cannot be used. `committed` is False for a save that never finished."""
+
+    def __init__(self, reason: str, committed: bool = True) -> None:
+        super().__init__(reason)
+        self.committed = committed
+
+
+def flatten(tree: Mapping[str, Any]) -> Leaves:
+    """The leaves of a state by name.
+
+    Raises:
+      TypeError: naming a key that is no string, or a leaf that cannot be stored.
+      ValueError: naming two leaves that cannot be told apart.
+    """
+    leaves: Leaves = {}
+
+    def visit(keys: tuple[str, ...], value: Any) -> None:
+        name = "/".join(keys)
+        if isinstance(value, Mapping) and (value or not keys):
+            for key in value:
+                if not isinstance(key, str) or not key:
+                    raise TypeError(f"{name or 'state'}: key {key!r}; the keys of a checkpoint are non-empty strings")
+                visit((*keys, key), value[key])
+        elif name in leaves:
+            raise ValueError(f"two leaves are named {name!r}: {leaves[name][0]} and {keys}")
+        else:
+            leaves[name] = (keys, _checked(name or "state", value))
+
+    visit((), tree)
+    for name, (keys, _) in leaves.items():  # a stored array is a folder of its name: none may lie inside another
+        outer = next((part for part in _prefixes(name) if part in leaves), None)
+        if outer is not None:
+            raise ValueError(f"leaf {keys} cannot be stored inside leaf {leaves[outer][0]}; rename one of them")
+    return dict(sorted(leaves.items()))
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    return (name[: match.start()] for match in re.finditer("/", name))
+
+
+def _checked(name: str, value: Any) -> Any:
+    if isinstance(value, bool | int | float | str | Mapping) and not isinstance(value, np.generic):
+        return value
+    dtype = getattr(value, "dtype", None)
+    if dtype is None or not hasattr(value, "shape"):
+        raise TypeError(f"{name}: a {type(value).__name__}; a checkpoint holds nested dictionaries of arrays, numbers and strings")
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        raise TypeError(f"{name}: a typed PRNG key; save jax.random.key_data(key), and restore with jax.random.wrap_key_data")
+    if not (jnp.issubdtype(dtype, np.number) or dtype == np.bool_):
+        raise TypeError(f"{name}: an array of {dtype}; a checkpoint holds arrays of numbers")
+    if isinstance(value, np.ndarray | np.generic):
+        value = np.asarray(value)
+        return value if dtype.isnative else value.astype(dtype.newbyteorder("="))
+    return value
+
+
+def nested(leaves: list[tuple[list[str], Any]]) -> State:
+    """The state with these leaves: keys and value. The inverse of `flatten`."""
+    state: State = {}
+    for keys, value in leaves:
+        node = state
+        for key in keys[:-1]:
+            node = node.setdefault(key, {})
+        node[keys[-1]] = value
+    return state
+
+
+def check_fit(entries: list[Entry], template: Leaves, folder: pathlib.Path) -> None:
+    """Raise CheckpointError, naming the first few differences, unless names, shapes and dtypes agree."""
+    saved = {entry["name"]: _kind(entry) for entry in entries}
+    wanted = {entry["name"]: _kind(entry) for entry in describe(template, hashed=False)}
+    missing, extra = sorted(wanted.keys() - saved.keys()), sorted(saved.keys() - wanted.keys())
+    other = [
+        f"{name} is {saved[name]}, expected {wanted[name]}" for name in sorted(saved.keys() & wanted.keys()) if saved[name] != wanted[name]
+    ]
+    problems = [("not in the checkpoint", missing), ("only in the checkpoint", extra), ("of another kind", other)]
+    if missing or extra or other:
+        found = "; ".join(f"{len(names)} {what}: {few(names)}" for what, names in problems if names)
+        raise CheckpointError(f"{folder} does not fit the state that is asked for: {found}")
+
+
+def _kind(entry: Entry) -> str:
+    if "dtype" in entry:
+        return f"{entry['dtype']}{entry['shape']}"
+    return "an empty dictionary" if "empty" in entry else f"a Python {type(entry['value']).__name__}"
+
+
+def describe(leaves: Leaves, hashed: bool = True) -> list[Entry]:
+    """What the manifest says of `leaves`; unhashed for templates, which have no bytes."""
+    entries: list[Entry] = []
+    hashes = []
+    for _, value in leaves.values() if hashed else ():
+        if isinstance(value, jax.Array) and value.is_fully_addressable:
+            value.copy_to_host_async()
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for name, (keys, value) in leaves.items():
+            entry: Entry = {"name": name, "keys": list(keys)}
+            if isinstance(value, Mapping):
+                entry["empty"] = True
+            elif not hasattr(value, "dtype"):
+                entry["value"] = value
+            else:
+                entry |= {"shape": list(value.shape), "dtype": str(value.dtype)}
+                if hashed:
+                    hashes.append((entry, pool.submit(_sha256, _on_host(value))))
+            entries.append(entry)
+        for entry, future in hashes:
+            entry["sha256"] = future.result()
+    return entries
+
+
+def _on_host(value: Any) -> np.ndarray:
+    if isinstance(value, jax.Array) and not (value.is_fully_addressable or value.is_fully_replicated):
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(value, tiled=True))
+    return np.asarray(value)
+
+
+def _sha256(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
+
+
+def sealed(manifest: Entry) -> Entry:
+    """`manifest` with the hash of all the rest of it."""
+    body = {name: value for name, value in manifest.items() if name != "sha256"}
+    return {**body, "sha256": hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()}
+
+
+def read_manifest(folder: pathlib.Path) -> Entry:
+    """The manifest of a step. Raises DamageError if it is not committed, missing or changed."""
+    if not (folder / COMMIT).is_file():
+        raise DamageError(f"it was never committed: {COMMIT} is missing", committed=False)
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_bytes())
+        if manifest != sealed(manifest):
+            raise ValueError("it does not match its own hash")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise DamageError(f"{_MANIFEST}: {brief(error)}") from error
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(f"{folder} has format {manifest['format']!r}, this version reads {FORMAT!r}")
+    return manifest
+
+
+def read(folder: pathlib.Path, only: str | None) -> Iterator[tuple[Entry, Any]]:
+    """Every leaf, or those below the key `only`, with its value, arrays on the host and verified. Raises DamageError naming a leaf."""
+    group: list[Entry] = []
+    size = 0
+    for entry in read_manifest(folder)["leaves"]:
+        if only not in (None, entry["keys"][0]):
+            continue
+        count = int(np.prod(entry.get("shape", [0])))
+        if count == 0:
+            yield entry, np.zeros(entry["shape"], jnp.dtype(entry["dtype"])) if "dtype" in entry else entry.get("value", {})
+            continue
+        group.append(entry)
+        size += count * jnp.dtype(entry["dtype"]).itemsize
+        if size >= _GROUP:
+            yield from _read_arrays(folder, group)
+            group, size = [], 0
+    yield from _read_arrays(folder, group)
+
+
+def _read_arrays(folder: pathlib.Path, entries: list[Entry]) -> Iterator[tuple[Entry, np.ndarray]]:
+    # TensorStore is what Orbax reads with. Asked directly it says which leaf is broken, one at a time, and does not log from threads.
+    import tensorstore
+
+    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 10**8}})  # not the default one: no cache may outlive a change
+    base = {"driver": "file", "path": f"{folder / 'state'}/"}
+    specs = [{"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{entry['name']}/"}} for entry in entries]
+    opened = [tensorstore.open(spec, context=context, open=True) for spec in specs]
+    begun = [_attempt(entry, lambda store=store: store.result().read()) for entry, store in zip(entries, opened, strict=True)]
+    arrays = [_attempt(entry, lambda future=future: np.asarray(future.result())) for entry, future in zip(entries, begun, strict=True)]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for entry, array, digest in zip(entries, arrays, pool.map(_sha256, arrays), strict=True):
+            if (list(array.shape), str(array.dtype)) != (entry["shape"], entry["dtype"]):
+                raise DamageError(f"leaf {entry['name']}: {array.dtype}{list(array.shape)} on disk, {_kind(entry)} in the manifest")
+            if digest != entry["sha256"]:
+                raise DamageError(f"leaf {entry['name']}: its bytes have changed since they were saved")
+            yield entry, array
+
+
+def _attempt(entry: Entry, action: Callable[[], Any]) -> Any:
+    try:
+        return action()
+    except Exception as error:
+        raise DamageError(f"leaf {entry['name']}: {brief(error)}") from error
+
+
+def few(names: list[Any], count: int = 3) -> str:
+    """The first few of `names`, and how many more there are."""
+    rest = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(map(str, names[:count])) + rest
+
+
+def brief(error: BaseException) -> str:
+    """An error in one line."""
+    text = str(error).partition("\n")[0].partition(" [tensorstore_spec=")[0].strip()
+    return f"{type(error).__name__}: {text[:400]}"
