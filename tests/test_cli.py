@@ -43,7 +43,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def train(*arguments):
-    return cli.main(["train", "demo", "--fiddler", "tiny", "--set", "data.paths=corpus", *arguments])
+    return cli.main(["train", "lm_attention", "--fiddler", "tiny", "--set", "data.paths=corpus", *arguments])
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
@@ -76,10 +76,10 @@ def test_a_run_from_training_to_text(folder, monkeypatch, capsys):
         patch.setattr(loop.Progress, "advance", interrupted)
         assert train(*steps) == 143
     assert "SIGTERM: saved step 3; the same command goes on from there" in capsys.readouterr().err
-    assert seqlab.load("runs/demo").step == 3
+    assert seqlab.load("runs/lm_attention").step == 3
     assert train(*steps) == 0
     assert "resuming at step 3" in capsys.readouterr().err
-    whole, resumed = seqlab.load("whole"), seqlab.load(folder / "runs" / "demo")
+    whole, resumed = seqlab.load("whole"), seqlab.load(folder / "runs" / "lm_attention")
     assert whole.step == resumed.step == 6
     for name, leaf in params_of(whole.model).items():
         np.testing.assert_array_equal(np.asarray(leaf), np.asarray(params_of(resumed.model)[name]), err_msg=name)
@@ -113,7 +113,7 @@ def test_a_run_from_training_to_text(folder, monkeypatch, capsys):
     assert "20 tokens, " in first.err
     assert "bytes of state" in first.err
     assert "programs compiled in" in first.err
-    assert cli.main(["stream", "runs/demo", *arguments]) == 0
+    assert cli.main(["stream", "runs/lm_attention", *arguments]) == 0
     assert capsys.readouterr().out == first.out
     tokens = seqlab.stream_generate(whole.model, "12 13 ", max_tokens=20, seed=3, temperature=1.0, tokenizer=whole.tokenizer)
     assert "".join(token.text for token in tokens) + "\n" == first.out
@@ -235,9 +235,9 @@ def test_the_users_compile_cache_is_left_alone(folder):
 def test_a_config_may_use_modules_of_the_working_folder(folder, capsys):
     (folder / "my_mixers.py").write_text("from seqlab.models import Mamba\n\nclass Mine(Mamba):\n    pass\n")
     assert train("model.mixers=my_mixers:Mine", "steps=1", "--fiddler", "scan_layers") == 0
-    assert type(seqlab.load("runs/demo").model.backbone.blocks[0].mixer).__name__ == "Mine"
+    assert type(seqlab.load("runs/lm_attention").model.backbone.blocks[0].mixer).__name__ == "Mine"
     capsys.readouterr()
-    assert cli.main(["stream", "runs/demo", "--max-tokens", "3"]) == 0  # layers that were scanned in training are not in decoding
+    assert cli.main(["stream", "runs/lm_attention", "--max-tokens", "3"]) == 0  # layers that were scanned in training are not in decoding
     assert "3 tokens, " in capsys.readouterr().err
     sys.modules.pop("my_mixers")
 

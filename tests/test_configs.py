@@ -201,6 +201,7 @@ def test_overrides_refuse(assignment, message):
         ("optimizer.peak=-1", "optimizer: steps and peak must be positive"),
         ("data.length=0", "data: length must be a positive number"),
         ("data=3", "data: int has no 'train'"),
+        ("seed=-1", r"^seed must be an integer in \[0, 2\*\*32\), got -1"),
         ("steps=0", "^steps must be a positive integer, got 0"),
         ("accumulate=3", "^accumulate must divide batch_size=16"),
     ],

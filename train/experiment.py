@@ -14,7 +14,7 @@ class Experiment:
 
     Args:
       model: called as model(rngs=...) for the module.
-      data: an object with `train(seed)` and `validation()`, sequences of windows (see `train.data.Text`), and a `tokenizer`.
+      data: an object with `train(seed)` and `validation()`, sequences of windows (see `train.text.Text`), and a `tokenizer`.
       optimizer: called as optimizer(steps) for an optax transformation.
       loss: (model, batch) -> (sum over targets, number of targets).
       steps, batch_size: updates, and windows in each; `accumulate` splits a batch into that many parts, to save memory.
@@ -42,5 +42,7 @@ class Experiment:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be an integer in [0, 2**32), got {self.seed!r}")
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate must divide batch_size={self.batch_size}, got {self.accumulate}")
