@@ -1,4 +1,53 @@
-"""placeholder"""
+"""Operations on sequences as pure functions: arrays in, arrays out, no parameters.
+
+    attention          softmax attention, with the log-sum-exp by which partial attentions merge
+    conv               depthwise causal convolution over time
+    linear_attention   memories that are sums of outer products
+    scan               elementwise linear recurrences
+
+One folder an op. In each:
+
+    __init__       the public function: shapes, semantics, what raises
+    reference      the truth: the definition, slow and short
+    xla            the default everywhere; runs on every platform and never declines
+    pallas_tpu, triton_gpu    where they exist: for calls that they are made for; they decline others
+    specs          named shapes for tests and benchmarks
+
+`dispatch` chooses. `implementation=None` takes the first in the platform's order of preference that does not decline; it always
+succeeds. `implementation="xla"` takes that one or raises. `seqlab.use_implementation(name)` sets the name for a block of code, and
+`seqlab.explain(function, *args)` tells which implementations a call would use and why those preferred to them declined.
+
+A folder and its op share a name. `seqlab.kernels.attention` is always the function, loaded when it is first used; what else a folder
+holds is imported from it: `from seqlab.kernels.attention import merge`.
+"""
+
+import importlib
+import sys
+import types
 
 if not __name__.startswith("seqlab."):
     raise ImportError("import seqlab.kernels, not kernels: two copies of one module would hold two sets of classes")
+
+__all__ = ["attention", "conv", "linear_attention", "scan"]
+
+
+class _Kernels(types.ModuleType):
+    """The import system binds a loaded folder to its name here, at a time that depends on who imports what: bind its op instead."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in __all__ and isinstance(value, types.ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Kernels
+
+
+def __getattr__(name: str):
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; its ops: {', '.join(__all__)}")
+    return getattr(importlib.import_module(f"{__name__}.{name}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

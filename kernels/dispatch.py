@@ -21,7 +21,10 @@ import jax
 # In order of preference on a platform. `reference` is the truth, slow, and only ever chosen by name.
 _PREFERENCE = {"gpu": ("triton_gpu", "xla"), "tpu": ("pallas_tpu", "xla"), "cpu": ("xla",)}
 
-_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("seqlab_implementation", default=None)
+# Contexts that jax.jit takes into the keys of its caches: what was traced under one value is traced anew under another.
+_forced = jax.make_user_context(default_value=None)
+_explained = jax.make_user_context(default_value=None)
+
 _log: contextvars.ContextVar[list["Choice"] | None] = contextvars.ContextVar("seqlab_choices", default=None)
 
 
@@ -50,7 +53,7 @@ class Op:
     implementations: tuple[str, ...]
 
     def __call__(self, *args: Any, implementation: str | None = None, **kwargs: Any) -> Any:
-        named = implementation if implementation is not None else _forced.get()
+        named = implementation if implementation is not None else _forced.value
         if named is not None:
             result = self.load(named)(*args, **kwargs)
             _record(Choice(self.name, named))
@@ -86,21 +89,20 @@ def check_name(value: str, valid: tuple[str, ...], what: str) -> None:
 def use_implementation(name: str | None) -> Iterator[None]:
     """Within the block every op uses the implementation `name` where the call does not name one itself.
 
-    It acts while a function is traced: a function that was compiled before keeps what it was compiled with.
+    Functions compiled by `jax.jit` outside the block are traced anew inside; None restores the choice by platform. An executable made
+    ahead of time (`jitted.lower(...).compile()`) keeps what it was compiled with.
     """
-    token = _forced.set(name)
-    try:
+    with _forced(name):
         yield
-    finally:
-        _forced.reset(token)
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Choice]:
-    """Which implementations `function(*args, **kwargs)` would use here. It is traced, not run."""
+    """Which implementations `function(*args, **kwargs)` would use here, each once, in order. It is traced, not run."""
     choices: list[Choice] = []
     token = _log.set(choices)
     try:
-        jax.eval_shape(lambda *a: function(*a, **kwargs), *args)
+        with _explained(object()):  # a value never seen: jitted functions inside are traced, not remembered, and so tell their choices
+            jax.eval_shape(lambda *a: function(*a, **kwargs), *args)
     finally:
         _log.reset(token)
     return list(dict.fromkeys(choices))

@@ -1,0 +1,46 @@
+"""Attention as its definition reads: every logit at once, differentiated by JAX. The truth that the other implementations are held to."""
+
+import functools
+import operator
+
+import jax
+import jax.numpy as jnp
+
+from seqlab.shapes import accumulator
+
+
+def attention(q, k, v, *, causal, window, sinks, q_positions, kv_positions, q_segments, kv_segments, softcap, sink_logits, scale):
+    """See `seqlab.kernels.attention.attention`, which has checked the arguments. Positions and segments come in pairs or not at all."""
+    dtype = accumulator(jnp.result_type(q, k, v))
+    (t, h), (s, g) = q.shape[1:3], k.shape[1:3]
+    if q_positions is None:
+        q_positions, kv_positions = jnp.arange(s - t, s)[None], jnp.arange(s)[None]
+    k, v = (jnp.repeat(x, h // g, axis=2) for x in (k, v))
+    x = scale * jnp.einsum("bthk,bshk->bths", q, k, preferred_element_type=dtype)
+    if softcap is not None:
+        x = softcap * jnp.tanh(x / softcap)
+    query = [None if y is None else y[:, :, None, None] for y in (q_positions, q_segments)]
+    key = [None if y is None else y[:, None, None, :] for y in (kv_positions, kv_segments)]
+    x = jnp.where(visible(*query, *key, causal=causal, window=window, sinks=sinks), x, -jnp.inf)
+    z = jnp.full((1, 1, h), -jnp.inf, dtype) if sink_logits is None else sink_logits.astype(dtype)[None, None]
+    if q_segments is not None:
+        z = jnp.where(q_segments[:, :, None] == 0, -jnp.inf, z)  # padding is no query: its row is dead whatever the sink
+    top = jnp.maximum(x.max(-1, initial=-jnp.inf), z)
+    top = jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
+    p = jnp.exp(x - top[..., None])
+    total = p.sum(-1) + jnp.exp(z - top)
+    some = jnp.where(total == 0, 1, total)
+    out = jnp.einsum("bths,bshv->bthv", (p / some[..., None]).astype(v.dtype), v, preferred_element_type=dtype)
+    return out.astype(q.dtype), jnp.where(total == 0, -jnp.inf, top + jnp.log(some))
+
+
+def visible(q_positions, q_segments, kv_positions, kv_segments, *, causal, window, sinks):
+    """Which query sees which key: elementwise over positions and segments that broadcast against each other."""
+    terms = [jnp.ones((), bool)]
+    if causal:
+        terms.append(kv_positions <= q_positions)
+    if window is not None:
+        terms.append((q_positions - kv_positions < window) | (kv_positions < sinks))
+    if q_segments is not None:
+        terms.append((q_segments == kv_segments) & (kv_segments != 0))
+    return functools.reduce(operator.and_, terms)

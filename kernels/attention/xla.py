@@ -1,0 +1,305 @@
+"""Attention in plain XLA, tile by tile, so that memory is linear in time; the default everywhere.
+
+Forward: the online softmax (arXiv 1805.02867, 2205.14135). Every query row keeps the largest logit so far, `top`, and to that base the
+sums `total` = Σ_j exp(x_j - top) and `mass` = Σ_j exp(x_j - top) v_j; they absorb one tile of keys after another. They start at
+(-inf, 0, 0), or with a sink logit z at (z, 1, 0); at the end out = mass / total and lse = top + log total.
+
+Backward: nothing but lse is kept of the weights. Every tile is computed again, P = exp(X - lse), and with D = Σ dout·out - dlse
+
+    dv = P^T dout;  dX = P (dout v^T - D), under a softcap c times 1 - (X / c)^2
+    dq = scale dX k;  dk = scale dX^T q;  dz = -Σ_i exp(z - lse_i) D_i
+
+Its tiles stand keys before queries and dq is gathered with its width before time: no product then contracts the major axis of its first
+factor, which takes a CPU twice as long.
+
+Which tiles hold anything visible is known before the loop, from the shapes where positions and segments are the defaults and from the
+least and greatest position and segment of every tile elsewhere. The others are skipped: a causal call does half the work, a window
+O(t W), packed documents what they need. Tiles are walked by a loop even when they are few: unrolled, XLA would hold all of them at once.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from seqlab.kernels.attention.reference import visible
+from seqlab.shapes import accumulator
+
+_DENSE = 2**15  # up to so many logits a head one tile is as fast and compiles sooner
+_EDGE = {"cpu": 128, "gpu": 512, "tpu": 512}  # of a tile: small ones stay in a CPU's cache, large ones fill an accelerator
+_MOST_TILES = 512  # along either axis: bounds the list of tiles to walk
+
+
+class Rule(NamedTuple):
+    """What is fixed when the function is traced."""
+
+    causal: bool
+    window: int | None
+    sinks: int
+    softcap: float | None
+    scale: float
+
+
+class Places(NamedTuple):
+    """Where the queries [b, t] and keys [b, s] stand; None for the default. Integers: nothing is differentiated by them."""
+
+    q_positions: Array | None
+    q_segments: Array | None
+    kv_positions: Array | None
+    kv_segments: Array | None
+
+
+class Plan(NamedTuple):
+    """How the logits are cut into tiles of `rows` queries by `keys` keys, and which of the tiles (i, j) to visit: the first `count`."""
+
+    rows: int
+    keys: int
+    t: int  # padded to a multiple of rows
+    s: int  # padded to a multiple of keys
+    i: Array | np.ndarray
+    j: Array | np.ndarray
+    count: int | Array
+
+    def walk(self, visit: Callable[[Any, Any, Any], Any], carry: Any) -> Any:
+        if self.t == self.rows and self.s == self.keys:
+            return visit(0, 0, carry)
+        i, j = jnp.asarray(self.i), jnp.asarray(self.j)
+        return lax.fori_loop(0, self.count, lambda n, carry: visit(i[n], j[n], carry), carry)
+
+
+def attention(q, k, v, *, causal, window, sinks, q_positions, kv_positions, q_segments, kv_segments, softcap, sink_logits, scale):
+    """See `seqlab.kernels.attention.attention`, which has checked the arguments. Positions and segments come in pairs or not at all."""
+    rule = Rule(causal, window, sinks, softcap, scale)
+    return _attend(rule, q, k, v, sink_logits, Places(q_positions, q_segments, kv_positions, kv_segments))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(rule: Rule, q: Array, k: Array, v: Array, sink: Array | None, places: Places) -> tuple[Array, Array]:
+    if q.shape[1] == 1:
+        return _one_query(rule, q, k, v, sink, places)
+    return _many_queries(rule, q, k, v, sink, places)
+
+
+def _many_queries(rule: Rule, q: Array, k: Array, v: Array, sink: Array | None, places: Places) -> tuple[Array, Array]:
+    dtype, (b, t, h, _), (s, g) = accumulator(jnp.result_type(q, k, v)), q.shape, k.shape[1:3]
+    plan = _plan(rule, places, t, s)
+    tile_mask = _masks(rule, places, plan, t, s)
+    zero = _zero(dtype, q, k, v, sink, *places)
+    z = _first_logit(sink, places, (b, t, h), dtype)
+    start = (z, jnp.where(z == -jnp.inf, 0, jnp.ones((), dtype)), jnp.zeros((b, t, h, v.shape[3]), dtype))
+    start = jax.tree.map(lambda x: _heads(x, g, plan.t) + zero, start)
+    q_heads, k_heads, v_heads = _heads(q, g, plan.t), _heads(k, g, plan.s)[:, :, 0], _heads(v, g, plan.s)[:, :, 0]
+
+    def absorb(i, j, sums):
+        top, total, mass = (_cut(x, 3, i, plan.rows) for x in sums)
+        x, _ = _logits(rule, "bgrtk,bgsk->bgrts", _cut(q_heads, 3, i, plan.rows), _cut(k_heads, 2, j, plan.keys), dtype)
+        x = jnp.where(tile_mask(i, j, (0, None, None, 1, None), (0, None, None, None, 1)), x, -jnp.inf)
+        new_top = jnp.maximum(top, x.max(-1, initial=-jnp.inf))
+        base = jnp.where(new_top == -jnp.inf, 0, new_top)
+        fade, p = jnp.exp(top - base), jnp.exp(x - base[..., None])
+        mass = mass * fade[..., None] + _dot("bgrts,bgsv->bgrtv", p.astype(v.dtype), _cut(v_heads, 2, j, plan.keys), dtype)
+        return tuple(_put(x, 3, i, new) for x, new in zip(sums, (new_top, total * fade + p.sum(-1), mass), strict=True))
+
+    top, total, mass = plan.walk(absorb, start)
+    some = jnp.where(total == 0, 1, total)
+    lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(some))
+    return _unheads(mass / some[..., None], t).astype(q.dtype), _unheads(lse, t)
+
+
+def _one_query(rule: Rule, q: Array, k: Array, v: Array, sink: Array | None, places: Places) -> tuple[Array, Array]:
+    """Decoding. Queries are laid out block-diagonally over the key heads, so that the cache is read as it lies, without a copy of it."""
+    dtype, (b, t, h, width), (s, g) = accumulator(jnp.result_type(q, k, v)), q.shape, k.shape[1:3]
+    own = jnp.eye(g, dtype=bool)[None, :, None, :, None]
+    blocks = jnp.where(own, q.reshape(b, g, h // g, 1, width), jnp.zeros((), q.dtype)).reshape(b, h, g * width)
+    x, _ = _logits(rule, "bhk,bsk->bhs", blocks, k.reshape(b, s, g * width), dtype)
+    x = jnp.where(_masks(rule, places, Plan(1, s, 1, s, 0, 0, 1), t, s)(0, 0, (0, 1, None), (0, None, 1)), x, -jnp.inf)
+    z = _first_logit(sink, places, (b, t, h), dtype)[:, 0]
+    top = jnp.maximum(z, x.max(-1, initial=-jnp.inf))
+    base = jnp.where(top == -jnp.inf, 0, top)
+    p = jnp.exp(x - base[..., None])
+    total = p.sum(-1) + jnp.exp(z - base)
+    some = jnp.where(total == 0, 1, total)
+    out = _dot("bhs,bsv->bhv", p.astype(v.dtype), v.reshape(b, s, g * v.shape[3]), dtype) / some[..., None]
+    out = jnp.where(own, out.reshape(b, g, h // g, g, v.shape[3]), 0).sum(3).reshape(b, t, h, v.shape[3])
+    return out.astype(q.dtype), jnp.where(total == 0, -jnp.inf, base + jnp.log(some))[:, None]
+
+
+def _attend_forward(rule: Rule, q, k, v, sink, places: Places):
+    out, lse = _attend(rule, q, k, v, sink, places)
+    return (out, lse), (q, k, v, sink, places, out, lse)
+
+
+def _attend_backward(rule: Rule, residuals, cotangents):
+    (q, k, v, sink, places, out, lse), (dout, dlse) = residuals, cotangents
+    dtype, t, (s, g) = lse.dtype, q.shape[1], k.shape[1:3]
+    # A row that saw nothing passes nothing on, whatever its cotangents are: those of log(0) tend to be NaN.
+    dead = lse == -jnp.inf
+    dout = jnp.where(dead[..., None], jnp.zeros((), dout.dtype), dout)
+    lse = jnp.where(dead, 0, lse)
+    d = jnp.where(dead, 0, (out.astype(dtype) * dout.astype(dtype)).sum(-1) - dlse)
+    plan = _plan(rule, places, t, s)
+    tile_mask = _masks(rule, places, plan, t, s)
+    zero = _zero(dtype, q, k, v, sink, *places, dout, dlse)
+    rows = tuple(_heads(x, g, plan.t) for x in (q, dout, lse, d))
+    k_heads, v_heads = _heads(k, g, plan.s)[:, :, 0], _heads(v, g, plan.s)[:, :, 0]
+    k_widths = k_heads.swapaxes(2, 3)
+
+    def accumulate(i, j, sums):
+        q_tile, dout_tile, lse_tile, d_tile = (_cut(x, 3, i, plan.rows) for x in rows)
+        k_tile, v_tile = (_cut(x, 2, j, plan.keys) for x in (k_heads, v_heads))
+        x, slope = _logits(rule, "bgsk,bgrtk->bgsrt", k_tile, q_tile, dtype)
+        keep = tile_mask(i, j, (0, None, None, None, 1), (0, None, 1, None, None))
+        p = jnp.exp(jnp.where(keep, x - lse_tile[:, :, None], -jnp.inf))
+        dx = p * (_dot("bgsv,bgrtv->bgsrt", v_tile, dout_tile, dtype) - d_tile[:, :, None]) * slope
+        dq = _dot("bgks,bgsrt->bgkrt", _cut(k_widths, 3, j, plan.keys), dx.astype(k.dtype), dtype)
+        dk = _dot("bgsrt,bgrtk->bgsk", dx.astype(q.dtype), q_tile, dtype)
+        dv = _dot("bgsrt,bgrtv->bgsv", p.astype(dout.dtype), dout_tile, dtype)
+        dq_sum, dk_sum, dv_sum = sums
+        return _add(dq_sum, 4, i, dq), _add(dk_sum, 2, j, dk), _add(dv_sum, 2, j, dv)
+
+    start = tuple(jnp.zeros(x.shape, dtype) + zero for x in (jnp.moveaxis(rows[0], 4, 2), k_heads, v_heads))
+    dq, dk, dv = plan.walk(accumulate, start)
+    dq, dk, dv = _unheads(jnp.moveaxis(dq, 2, 4) * rule.scale, t), _unheads(dk[:, :, None] * rule.scale, s), _unheads(dv[:, :, None], s)
+    dsink = None
+    if sink is not None:
+        weight = jnp.where(dead, 0, jnp.exp(sink.astype(dtype)[None, None] - lse))
+        dsink = -(weight * d).sum((0, 1)).astype(sink.dtype)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dsink, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _logits(rule: Rule, equation: str, x: Array, y: Array, dtype: Any) -> tuple[Array, Array | float]:
+    """The logits of a tile, and by what a softcap multiplies their gradient."""
+    logits = _dot(equation, x, y, dtype) * rule.scale
+    if rule.softcap is None:
+        return logits, 1.0
+    bent = jnp.tanh(logits / rule.softcap)
+    return rule.softcap * bent, 1 - bent * bent
+
+
+def _dot(equation: str, x: Array, y: Array, dtype: Any) -> Array:
+    return jnp.einsum(equation, x, y, preferred_element_type=dtype)
+
+
+def _first_logit(sink: Array | None, places: Places, shape: tuple[int, int, int], dtype: Any) -> Array:
+    """[b, t, h]: the logit that each row holds before it has seen a key: its head's sink, or none. Padding is no query and has none."""
+    z = jnp.broadcast_to(-jnp.inf if sink is None else sink.astype(dtype)[None, None], shape).astype(dtype)
+    return z if places.q_segments is None else jnp.where((places.q_segments == 0)[:, :, None], -jnp.inf, z)
+
+
+def _plan(rule: Rule, places: Places, t: int, s: int) -> Plan:
+    if t * s <= _DENSE or t == 1:
+        return Plan(t, s, t, s, 0, 0, 1)
+    edge = _EDGE.get(jax.default_backend(), 512)
+    rows = _tile(t, edge)
+    keys = _tile(s, edge * max(1, edge // rows))
+    i, j = -(-t // rows), -(-s // keys)
+    if all(x is None for x in places):
+        needed = _needed(rule, _ends(np, np.arange(s - t, s)[None], rows), _ends(np, np.arange(s)[None], keys))[0]
+        listed = np.nonzero(needed)
+        return Plan(rows, keys, i * rows, j * keys, *(x.astype(np.int32) for x in listed), len(listed[0]))
+    q_positions, kv_positions = _positions(places, t, s)
+    needed = _needed(rule, _ends(jnp, q_positions, rows), _ends(jnp, kv_positions, keys))
+    if places.q_segments is not None:
+        q_low, q_high = _ends(jnp, places.q_segments, rows, skip=0)
+        k_low, k_high = _ends(jnp, places.kv_segments, keys, skip=0)
+        needed = needed & (q_low[:, :, None] <= k_high[:, None]) & (k_low[:, None] <= q_high[:, :, None])
+    needed = needed.any(0).ravel()
+    (listed,) = jnp.nonzero(needed, size=i * j, fill_value=0)
+    return Plan(rows, keys, i * rows, j * keys, listed // j, listed % j, needed.sum())
+
+
+def _tile(length: int, edge: int) -> int:
+    """The size of equal tiles of about `edge`, a multiple of 16, few enough."""
+    count = min(-(-length // edge), _MOST_TILES)
+    return math.ceil(length / count / 16) * 16 if count > 1 else length
+
+
+def _ends(xp: Any, x: Array | np.ndarray, size: int, skip: int | None = None) -> tuple[Any, Any]:
+    """The least and the greatest of every `size` of x [b, length], [b, tiles] each; entries equal to `skip` do not count."""
+    x = xp.pad(x, ((0, 0), (0, -x.shape[1] % size)), mode="edge").reshape(x.shape[0], -1, size)
+    if skip is None:
+        return x.min(-1), x.max(-1)
+    limits = np.iinfo(x.dtype)
+    return xp.where(x == skip, limits.max, x).min(-1), xp.where(x == skip, limits.min, x).max(-1)
+
+
+def _needed(rule: Rule, q_ends: tuple[Any, Any], k_ends: tuple[Any, Any]) -> Any:
+    """[b, i, j]: whether a query of tile i may see a key of tile j, as far as their least and greatest positions tell."""
+    (q_low, q_high), (k_low, k_high) = ((low[:, :, None], high[:, :, None]) for low, high in (q_ends, k_ends))
+    k_low, k_high = k_low.swapaxes(1, 2), k_high.swapaxes(1, 2)
+    needed = (k_low <= q_high) | (not rule.causal)
+    if rule.window is not None:
+        needed = needed & ((q_low - k_high < rule.window) | (k_low < rule.sinks))
+    return needed
+
+
+def _positions(places: Places, t: int, s: int) -> tuple[Array, Array]:
+    if places.q_positions is None:
+        return jnp.arange(s - t, s, dtype=jnp.int32)[None], jnp.arange(s, dtype=jnp.int32)[None]
+    return places.q_positions, places.kv_positions
+
+
+def _masks(rule: Rule, places: Places, plan: Plan, t: int, s: int) -> Callable[..., Array]:
+    """A function that gives the mask of tile (i, j), its queries and keys laid out along the given axes (see `_lay`)."""
+    q_positions, kv_positions = _positions(places, t, s)
+    index = jnp.arange(plan.s, dtype=jnp.int32)[None]
+
+    def pad(x: Array | None, length: int) -> Array | None:
+        return None if x is None else jnp.pad(x, ((0, 0), (0, length - x.shape[1])))
+
+    queries = [pad(x, plan.t) for x in (q_positions, places.q_segments)]
+    keys = [pad(x, plan.s) for x in (kv_positions, places.kv_segments)]
+
+    def mask(i: Any, j: Any, q_axes: tuple[int | None, ...], k_axes: tuple[int | None, ...]) -> Array:
+        query = [_lay(x, q_axes, i, plan.rows) for x in queries]
+        key = [_lay(x, k_axes, j, plan.keys) for x in keys]
+        keep = visible(*query, *key, causal=rule.causal, window=rule.window, sinks=rule.sinks)
+        return keep if plan.s == s else keep & (_lay(index, k_axes, j, plan.keys) < s)
+
+    return mask
+
+
+def _lay(x: Array | None, axes: tuple[int | None, ...], tile: Any, size: int) -> Array | None:
+    """One tile of x [b, length], its two axes placed where `axes` says 0 and 1 among new axes of size 1."""
+    if x is None:
+        return None
+    return jnp.expand_dims(_cut(x, 1, tile, size), tuple(n for n, axis in enumerate(axes) if axis is None))
+
+
+def _zero(dtype: Any, *arrays: Array | None) -> Array:
+    """A zero that varies over every mesh axis over which any of the arrays does: inside shard_map a loop must start as it ends."""
+    zeros = [jnp.zeros_like(x, dtype, shape=()) for x in arrays if x is not None]
+    return functools.reduce(jnp.add, zeros)
+
+
+def _heads(x: Array, g: int, length: int) -> Array:
+    """[b, t, h, ...] -> [b, g, h // g, length, ...], padded with zeros."""
+    x = jnp.moveaxis(x, 1, 2)
+    x = x.reshape(x.shape[0], g, x.shape[1] // g, *x.shape[2:])
+    return jnp.pad(x, [(0, length - x.shape[3]) if axis == 3 else (0, 0) for axis in range(x.ndim)])
+
+
+def _unheads(x: Array, t: int) -> Array:
+    """[b, g, r, length, ...] -> [b, t, g * r, ...]."""
+    x = x[:, :, :, :t]
+    return jnp.moveaxis(x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:]), 1, 2)
+
+
+def _cut(x: Array, axis: int, tile: Any, size: int) -> Array:
+    return x if x.shape[axis] == size else lax.dynamic_slice_in_dim(x, tile * size, size, axis)
+
+
+def _put(x: Array, axis: int, tile: Any, new: Array) -> Array:
+    return new if x.shape == new.shape else lax.dynamic_update_slice_in_dim(x, new, tile * new.shape[axis], axis)
+
+
+def _add(x: Array, axis: int, tile: Any, new: Array) -> Array:
+    return _put(x, axis, tile, _cut(x, axis, tile, new.shape[axis]) + new)
