@@ -20,7 +20,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 demo: setup
 	@$(BIN)/seqlab train demo --workdir runs/demo
-	@$(BIN)/seqlab stream runs/demo --prompt 'def ' --max-tokens 2000 --temperature 0.8
+	@$(BIN)/seqlab stream runs/demo --prompt 'def ' --max-tokens 2000
 
 test: setup
 	$(BIN)/python -m pytest -q -n 2 -m 'not slow'

@@ -1,4 +1,4 @@
-"""Gated linear attention and windowed attention in turn: a byte language model that trains in minutes and then streams for ever.
+"""Mamba and windowed attention in turn: a byte language model that trains in two minutes and then streams for ever.
 
 Command: seqlab train demo && seqlab stream runs/demo
 """
@@ -9,5 +9,7 @@ from seqlab.configs import parts
 
 
 def base() -> fdl.Config:
-    model = parts.byte_model(128, 4, parts.gated_linear(), parts.window_attention(window=64))
-    return parts.language_run(model, steps=600, batch_size=16)
+    model = parts.byte_model(128, 4, parts.mamba(state_size=8), parts.window_attention(window=64))
+    return parts.language_run(
+        model, steps=600, batch_size=8, log_every=25, validate_every=150, checkpoint_every=150, validation_windows=160
+    )

@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(stream)
     stream.add_argument("--prompt", default="", metavar="TEXT", help="- reads it from stdin")
     stream.add_argument("--max-tokens", type=int, metavar="N", help="default: no end (Ctrl-C stops)")
-    stream.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 takes the likeliest token; default %(default)s")
+    stream.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 takes the likeliest token; default %(default)s")
     stream.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
     stream.add_argument("--top-p", type=float, metavar="P", help="draw from the smallest set of probability P")
     stream.add_argument("--seed", type=int, default=0)

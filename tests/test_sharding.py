@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import zoo
 from jax.sharding import PartitionSpec
+
 from seqlab import merge, params_of, split
 from seqlab.sharding import constrain, make_mesh, param_shardings
 

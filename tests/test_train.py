@@ -104,6 +104,13 @@ def test_an_interrupted_run_ends_bit_identical(finished, tmp_path, monkeypatch):
     assert dict(read(finished[1]))[30] == dict(read(tmp_path))[30]
 
 
+def test_a_run_does_not_go_on_with_other_data(finished):
+    changed = experiment()
+    changed.data._windows = lambda which, seed: pack(ArraySource([np.arange(400) % 7]), 32, seed)
+    with pytest.raises(ValueError, match="begun on other data"):
+        run(changed, finished[1])
+
+
 def test_a_finished_run_is_left_alone(finished):
     before = sorted((path, path.stat().st_mtime_ns) for path in (finished[1] / "checkpoints").rglob("*"))
     assert run(experiment(), finished[1]).step == 30

@@ -53,7 +53,9 @@ def run(experiment: Experiment, workdir: str | os.PathLike[str]) -> Result:
     workdir.mkdir(parents=True, exist_ok=True)
 
     # Data first: what is wrong with it should be known before anything is compiled.
-    batches = Batches(experiment.data.train(experiment.seed), experiment.batch_size, experiment.seed)
+    windows = experiment.data.train(experiment.seed)
+    batches = Batches(windows, experiment.batch_size, experiment.seed)
+    _check_data(workdir, getattr(windows, "fingerprint", None))
     held_out = held_out_batches(experiment)
 
     # Model and state.
@@ -138,6 +140,17 @@ class Interruptions:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def _check_data(workdir: pathlib.Path, fingerprint: str | None) -> None:
+    """Refuse to go on with a run on other data than it began with: the same step would be another batch."""
+    path = workdir / "data.txt"
+    if fingerprint is None:
+        return
+    if path.exists() and path.read_text().strip() != fingerprint:
+        begun = path.read_text().strip()
+        raise ValueError(f"{workdir} was begun on other data (fingerprint {begun}, now {fingerprint}): use another workdir")
+    path.write_text(fingerprint + "\n")
 
 
 def _drain(pending: list[Any], number: int, saved: int, workdir: pathlib.Path) -> tuple[float, float]:
