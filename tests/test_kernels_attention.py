@@ -295,24 +295,34 @@ def test_merge_refuses_shapes_that_do_not_fit():
 # What the tiles cost.
 
 
-def tiles(count, edge=128, **options):
-    t = count * edge
-    plan = xla._plan(xla.Rule(True, options.get("window"), options.get("sinks", 0), None, 1.0), xla.Places(None, None, None, None), t, t)
-    assert (plan.rows, plan.keys) == (edge, edge)
-    return int(plan.count)
+def plan(t, places=(None,) * 4, window=None, sinks=0, heads=64):
+    return xla._plan(xla.Rule(True, window, sinks, None, 1.0), xla.Places(*places), heads, t, t)
 
 
 def test_tiles_that_nobody_sees_are_skipped():
-    assert tiles(16) == 16 * 17 // 2
-    assert tiles(16, window=128) == 2 * 16 - 1  # the 127 keys before a tile reach into one tile
-    assert tiles(16, window=130) == 3 * 16 - 3
-    assert tiles(16, window=128, sinks=4) == 2 * 16 - 1 + 14
+    for options, count in (
+        ({}, 16 * 17 // 2),
+        ({"window": 128}, 2 * 16 - 1),  # the 127 keys before a tile reach into one tile
+        ({"window": 130}, 3 * 16 - 3),
+        ({"window": 128, "sinks": 4}, 2 * 16 - 1 + 14),
+    ):
+        made = plan(2048, **options)
+        assert (made.rows, made.keys, made.count) == (128, 128, count), options
     positions = jnp.arange(1024)[None]
     segments = 1 + positions // 256
-    plan = xla._plan(xla.Rule(True, None, 0, None, 1.0), xla.Places(positions % 256, segments, positions % 256, segments), 1024, 1024)
-    assert int(plan.count) == 4 * 3
-    plan = xla._plan(xla.Rule(True, None, 0, None, 1.0), xla.Places(positions, None, positions[:, ::-1], None), 1024, 1024)
-    assert int(plan.count) == 8 * 9 // 2
+    assert plan(1024, (positions % 256, segments, positions % 256, segments)).count == 4 * 3
+    assert plan(1024, (positions, None, positions[:, ::-1], None)).count == 8 * 9 // 2
+
+
+def test_tiles_are_longer_where_heads_are_few_and_never_longer_than_a_window():
+    assert plan(4096, heads=16).rows == 256
+    assert plan(4096, heads=2).rows == 512
+    assert plan(4096, heads=2, window=300).rows == 256
+    assert plan(512, heads=2).rows == 128
+    made = plan(999, heads=2)
+    assert (made.rows, made.t) == (128, 1024)
+    made = plan(2**20, heads=1, window=128)
+    assert made.t // made.rows <= 512
 
 
 def compiled(function, *args):
@@ -332,10 +342,12 @@ def test_memory_is_linear_in_time():
 
 
 def test_decoding_is_a_few_fused_operations_without_a_copy_of_the_cache():
-    cache = jax.ShapeDtypeStruct((2, 4096, 2, 32), jnp.float32)
-    step = compiled(
-        lambda q, k, v: attention(q, k, v, window=4000, sinks=4), jax.ShapeDtypeStruct((2, 1, 4, 32), jnp.float32), cache, cache
-    )
+    cache = jax.ShapeDtypeStruct((2, 2, 4096, 32), jnp.float32)  # stored with heads first
+
+    def decode(q, k, v):
+        return attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), window=4000, sinks=4)
+
+    step = compiled(decode, jax.ShapeDtypeStruct((2, 1, 4, 32), jnp.float32), cache, cache)
     text = step.as_text()
     assert "while(" not in text and "sort(" not in text
     assert step.memory_analysis().temp_size_in_bytes < 4096 * 2 * 32 * 4

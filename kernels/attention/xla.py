@@ -31,7 +31,8 @@ from seqlab.kernels.attention.reference import visible
 from seqlab.shapes import accumulator
 
 _DENSE = 2**15  # up to so many logits a head one tile is as fast and compiles sooner
-_EDGE = {"cpu": 128, "gpu": 512, "tpu": 512}  # of a tile: small ones stay in a CPU's cache, large ones fill an accelerator
+_EDGES = 128, 512  # the least and the greatest length of a tile
+_CACHED = 2**20  # logits of all heads in a tile; more leave a CPU's cache between one operation and the next
 _MOST_TILES = 512  # along either axis: bounds the list of tiles to walk
 
 
@@ -87,7 +88,7 @@ def _attend(rule: Rule, q: Array, k: Array, v: Array, sink: Array | None, places
 
 def _many_queries(rule: Rule, q: Array, k: Array, v: Array, sink: Array | None, places: Places) -> tuple[Array, Array]:
     dtype, (b, t, h, _), (s, g) = accumulator(jnp.result_type(q, k, v)), q.shape, k.shape[1:3]
-    plan = _plan(rule, places, t, s)
+    plan = _plan(rule, places, b * h, t, s)
     tile_mask = _masks(rule, places, plan, t, s)
     zero = _zero(dtype, q, k, v, sink, *places)
     z = _first_logit(sink, places, (b, t, h), dtype)
@@ -112,21 +113,20 @@ def _many_queries(rule: Rule, q: Array, k: Array, v: Array, sink: Array | None, 
 
 
 def _one_query(rule: Rule, q: Array, k: Array, v: Array, sink: Array | None, places: Places) -> tuple[Array, Array]:
-    """Decoding. Queries are laid out block-diagonally over the key heads, so that the cache is read as it lies, without a copy of it."""
+    """Decoding. Keys that are stored with heads before slots are read as they lie; of others XLA makes a copy."""
     dtype, (b, t, h, width), (s, g) = accumulator(jnp.result_type(q, k, v)), q.shape, k.shape[1:3]
-    own = jnp.eye(g, dtype=bool)[None, :, None, :, None]
-    blocks = jnp.where(own, q.reshape(b, g, h // g, 1, width), jnp.zeros((), q.dtype)).reshape(b, h, g * width)
-    x, _ = _logits(rule, "bhk,bsk->bhs", blocks, k.reshape(b, s, g * width), dtype)
-    x = jnp.where(_masks(rule, places, Plan(1, s, 1, s, 0, 0, 1), t, s)(0, 0, (0, 1, None), (0, None, 1)), x, -jnp.inf)
-    z = _first_logit(sink, places, (b, t, h), dtype)[:, 0]
-    top = jnp.maximum(z, x.max(-1, initial=-jnp.inf))
+    x, _ = _logits(rule, "bgrk,bsgk->bsgr", q.reshape(b, g, h // g, width), k, dtype)
+    keep = _masks(rule, places, Plan(1, s, 1, s, 0, 0, 1), t, s)(0, 0, (0, 1, None, None), (0, 1, None, None))
+    x = jnp.where(keep, x, -jnp.inf)
+    z = _first_logit(sink, places, (b, t, h), dtype).reshape(b, g, h // g)
+    top = jnp.maximum(z, x.max(1, initial=-jnp.inf))
     base = jnp.where(top == -jnp.inf, 0, top)
-    p = jnp.exp(x - base[..., None])
-    total = p.sum(-1) + jnp.exp(z - base)
+    p = jnp.exp(x - base[:, None])
+    total = p.sum(1) + jnp.exp(z - base)
     some = jnp.where(total == 0, 1, total)
-    out = _dot("bhs,bsv->bhv", p.astype(v.dtype), v.reshape(b, s, g * v.shape[3]), dtype) / some[..., None]
-    out = jnp.where(own, out.reshape(b, g, h // g, g, v.shape[3]), 0).sum(3).reshape(b, t, h, v.shape[3])
-    return out.astype(q.dtype), jnp.where(total == 0, -jnp.inf, base + jnp.log(some))[:, None]
+    out = _dot("bsgr,bsgv->bgrv", p.astype(v.dtype), v, dtype) / some[..., None]
+    lse = jnp.where(total == 0, -jnp.inf, base + jnp.log(some))
+    return out.reshape(b, t, h, v.shape[3]).astype(q.dtype), lse.reshape(b, t, h)
 
 
 def _attend_forward(rule: Rule, q, k, v, sink, places: Places):
@@ -136,13 +136,13 @@ def _attend_forward(rule: Rule, q, k, v, sink, places: Places):
 
 def _attend_backward(rule: Rule, residuals, cotangents):
     (q, k, v, sink, places, out, lse), (dout, dlse) = residuals, cotangents
-    dtype, t, (s, g) = lse.dtype, q.shape[1], k.shape[1:3]
+    dtype, (b, t, h), (s, g) = lse.dtype, lse.shape, k.shape[1:3]
     # A row that saw nothing passes nothing on, whatever its cotangents are: those of log(0) tend to be NaN.
     dead = lse == -jnp.inf
     dout = jnp.where(dead[..., None], jnp.zeros((), dout.dtype), dout)
     lse = jnp.where(dead, 0, lse)
     d = jnp.where(dead, 0, (out.astype(dtype) * dout.astype(dtype)).sum(-1) - dlse)
-    plan = _plan(rule, places, t, s)
+    plan = _plan(rule, places, b * h, t, s)
     tile_mask = _masks(rule, places, plan, t, s)
     zero = _zero(dtype, q, k, v, sink, *places, dout, dlse)
     rows = tuple(_heads(x, g, plan.t) for x in (q, dout, lse, d))
@@ -194,10 +194,10 @@ def _first_logit(sink: Array | None, places: Places, shape: tuple[int, int, int]
     return z if places.q_segments is None else jnp.where((places.q_segments == 0)[:, :, None], -jnp.inf, z)
 
 
-def _plan(rule: Rule, places: Places, t: int, s: int) -> Plan:
+def _plan(rule: Rule, places: Places, heads: int, t: int, s: int) -> Plan:
     if t * s <= _DENSE or t == 1:
         return Plan(t, s, t, s, 0, 0, 1)
-    edge = _EDGE.get(jax.default_backend(), 512)
+    edge = _edge(rule, heads, max(t, s))
     rows = _tile(t, edge)
     keys = _tile(s, edge * max(1, edge // rows))
     i, j = -(-t // rows), -(-s // keys)
@@ -214,6 +214,17 @@ def _plan(rule: Rule, places: Places, t: int, s: int) -> Plan:
     needed = needed.any(0).ravel()
     (listed,) = jnp.nonzero(needed, size=i * j, fill_value=0)
     return Plan(rows, keys, i * rows, j * keys, listed // j, listed % j, needed.sum())
+
+
+def _edge(rule: Rule, heads: int, length: int) -> int:
+    """How long tiles should be: long ones make efficient products, short ones skip more and, `heads` of them at a time, stay in cache."""
+    edge, most = _EDGES
+    if jax.default_backend() != "cpu":
+        return most
+    most = min(most, length // 4, rule.window or length, math.isqrt(_CACHED // max(heads, 1)))
+    while 2 * edge <= most:
+        edge *= 2
+    return edge
 
 
 def _tile(length: int, edge: int) -> int:

@@ -1,0 +1,125 @@
+"""Linear attention: a memory that is a matrix a head, written by outer products and read by the query, in all its kinds.
+
+    kind                     decay                       beta
+    linear attention         -                           -
+    RetNet, Lightning        [h], constant in time       -
+    Mamba-2 (SSD)            [b, t, h]                   -
+    GLA                      [b, t, h, k]                -
+    DeltaNet                 -                           [b, t, h]
+    Gated DeltaNet           [b, t, h]                   [b, t, h]
+    KDA                      [b, t, h, k]                [b, t, h]
+
+Implementations: `reference` (one step in a scan, the truth), `xla` (chunks and matrix products; the default everywhere).
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from seqlab.kernels.dispatch import Op
+from seqlab.shapes import Steps, accumulator
+from seqlab.state import mask_steps
+
+_op = Op("linear_attention", __name__, ("reference", "xla"))
+
+
+def linear_attention(
+    q: Float[Array, "b t g k"],
+    k: Float[Array, "b t g k"],
+    v: Float[Array, "b t h v"],
+    *,
+    decay: Float[Array, "b t h k"] | Float[Array, "b t h"] | Float[Array, " h"] | None = None,
+    beta: Float[Array, "b t h v"] | Float[Array, "b t h"] | None = None,
+    scale: float | None = None,
+    initial_state: Float[Array, "b h k v"] | None = None,
+    reset: Steps | None = None,
+    valid: Steps | None = None,
+    chunk: int | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
+    """Decayed linear attention, with or without the delta rule.
+
+        S~  = diag(exp decay_t) S_{t-1}
+        u_t = v_t,  or with beta  β_t (v_t - S~ᵀ k_t)
+        S_t = S~ + k_t u_tᵀ                                       o_t = scale S_tᵀ q_t
+
+    The decay acts before the delta rule reads, and the query reads after the update. A stretch of time is an affine map of the state.
+    A normaliser (a sum of keys) is what a column of ones in v accumulates.
+
+    Args:
+      q, k: [b, t, g, k].
+      v: [b, t, h, v], where g divides h: head i is read and written by query and key i // (h // g).
+      decay: the logarithm of the decay, <= 0, -inf included: a number a head [b, t, h] or [h], or one a key channel [b, t, h, k].
+      beta: the strength of the delta rule, a number a head [b, t, h] or one a value [b, t, h, v]; None for none. Keys should then have
+        unit length and beta lie in (0, 2), or the recurrence itself may grow without bound.
+      scale: of the output; k ** -0.5 by default.
+      initial_state: [b, h, k, v]; zeros by default.
+      reset: [b, t]; where True a fresh sequence starts, and what the state held, NaN included, is forgotten. (A NaN among the arguments
+        of a valid step may reach the other steps of its chunk in `xla`, in sequences before and after it too.)
+      valid: [b, t]; a step where it is False does nothing: its inputs, NaN included, reach no other output, no state and no gradient, its
+        own output is 0 and its reset is ignored.
+      chunk: the steps that `xla` turns into matrix products, a power of two; None takes 64, or 32 with beta or a decay of channels, or 16
+        with a beta of values. It does not depend on t: trailing invalid steps leave the state bit-identical.
+      implementation: "reference" or "xla"; None lets `seqlab.kernels.dispatch` choose.
+
+    Returns:
+      out [b, t, h, v] in the dtype of v, and the final state [b, h, k, v] in `accumulator` of the widest of q, k and v. Both may be
+      differentiated, in reverse through `xla`, in any way through `reference`.
+
+    Raises:
+      ValueError: if an argument has the wrong shape, type or range, or `implementation` is unknown.
+
+    Sources: arXiv 2006.16236 (linear attention), 2307.08621 (RetNet), 2405.21060 (Mamba-2), 2312.06635 (GLA), 2406.06484 (DeltaNet),
+    2412.06464 (Gated DeltaNet), 2510.26692 (KDA).
+    """
+    _check_arrays(q, k, v, decay, beta, initial_state)
+    for name, flags in (("reset", reset), ("valid", valid)):
+        if flags is not None and (flags.shape != v.shape[:2] or flags.dtype != bool):
+            raise ValueError(f"{name} must be a boolean array [b, t] = {v.shape[:2]}, got {flags.dtype}{flags.shape}")
+    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1 or chunk & (chunk - 1)):
+        raise ValueError(f"chunk must be a power of two or None, got {chunk!r}")
+    (b, t, h, _), width = v.shape, k.shape[-1]
+    dtype = accumulator(jnp.result_type(q, k, v))
+    state = jnp.zeros((b, h, width, v.shape[-1]), dtype) if initial_state is None else initial_state.astype(dtype)
+    if t == 0:
+        return v, state
+    if decay is not None and decay.ndim == 1:
+        decay = jnp.broadcast_to(decay[None, None], (b, t, h))
+    decay, beta = (x[..., None] if x is not None and x.ndim == 3 else x for x in (decay, beta))
+    if valid is not None:  # a step with k = 0, beta = 0 and no decay leaves the state alone; selecting, not multiplying, keeps NaN out
+        q, k, v, decay, beta = (None if x is None else mask_steps(x, valid) for x in (q, k, v, decay, beta))
+        reset = None if reset is None else reset & valid
+    arrays = _vary_alike(q, k, v, decay, beta, state, reset)
+    out, final_state = _op(*arrays, scale=width**-0.5 if scale is None else scale, chunk=chunk, implementation=implementation)
+    if valid is not None:
+        final_state = jnp.where(jnp.any(valid, axis=1)[:, None, None, None], final_state, state)
+    return mask_steps(out, valid), final_state
+
+
+def _check_arrays(q: Array, k: Array, v: Array, decay: Array | None, beta: Array | None, initial_state: Array | None) -> None:
+    for name, x, axes in (("q", q, "b, t, g, k"), ("v", v, "b, t, h, v")):
+        if x.ndim != 4 or 0 in (*x.shape[:1], *x.shape[2:]):
+            raise ValueError(f"{name} must be an array [{axes}] of one row, head and channel at least, got {x.dtype}{x.shape}")
+    (b, t, h, width), (g, keys) = v.shape, q.shape[2:]
+    if h % g:
+        raise ValueError(f"v has {h} heads, which the {g} heads of q must divide")
+    wanted = {
+        "q": (q, {"b, t, g, k": (b, t, g, keys)}),
+        "k": (k, {"b, t, g, k": (b, t, g, keys)}),
+        "v": (v, {"b, t, h, v": (b, t, h, width)}),
+        "decay": (decay, {"b, t, h": (b, t, h), "b, t, h, k": (b, t, h, keys), "h": (h,)}),
+        "beta": (beta, {"b, t, h": (b, t, h), "b, t, h, v": (b, t, h, width)}),
+        "initial_state": (initial_state, {"b, h, k, v": (b, h, keys, width)}),
+    }
+    for name, (x, shapes) in wanted.items():
+        if x is not None and (x.shape not in shapes.values() or not jnp.issubdtype(x.dtype, jnp.floating)):
+            choices = " or ".join(f"[{axes}] = {shape}" for axes, shape in shapes.items())
+            raise ValueError(f"{name} must be a floating-point array {choices}, got {x.dtype}{x.shape}")
+
+
+def _vary_alike(*arrays: Array | None) -> list[Array | None]:
+    """Inside shard_map a loop must end as it starts and a gradient vary as its argument: let all vary over the mesh axes of any."""
+    zeros = [None if x is None else jnp.zeros_like(x, jnp.float32, shape=()) for x in arrays]
+    zero = sum(x for x in zeros if x is not None)
+    fits = [x is None or x.dtype == bool or jax.typeof(own) == jax.typeof(zero) for x, own in zip(arrays, zeros, strict=True)]
+    return [x if fit else x + zero.astype(x.dtype) for x, fit in zip(arrays, fits, strict=True)]
