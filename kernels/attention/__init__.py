@@ -43,7 +43,8 @@ def attention(
 
     Args:
       q: [b, t, h, k]; query head i reads key/value head i // (h // g).
-      k, v: [b, s, g, k] and [b, s, g, v]; g divides h. The widths k and v may differ.
+      k, v: [b, s, g, k] and [b, s, g, v]; g divides h. The widths k and v may differ. A cache that is read one query at a time is best
+        stored as [b, g, s, k] and passed as `cache.swapaxes(1, 2)`: `xla` then reads it as it lies, without a copy.
       causal: hide the keys at later positions.
       window: how many keys a query sees, its own included; needs `causal`.
       sinks: keys at positions below this stay visible outside the window.
