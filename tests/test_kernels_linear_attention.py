@@ -70,7 +70,7 @@ def test_values_and_gradients_are_those_of_float64(name, implementation):
             assert_close(a, e, rounding + tolerance, f"{name} {jax.tree_util.keystr(path)}")
 
 
-@pytest.mark.parametrize("name", ["channel_delta", "groups", "resets_masked_value", "abrupt_channel"])
+@pytest.mark.parametrize("name", ["one_group", "resets_masked_value", "abrupt_channel"])
 def test_float64_is_exact_to_its_own_rounding(name):
     arguments = inputs(SPECS[name])
     cotangents = cotangents_of(arguments)
@@ -119,7 +119,7 @@ def in_pieces(splits, *, initial_state, **arguments):
 
 @pytest.mark.parametrize(
     ("implementation", "splits"),
-    [("xla", (1,) * 9), ("xla", (3, 6)), ("xla", (0, 8, 1)), ("reference", (1, 5, 3))],
+    [("xla", (1,) * 9), ("xla", (0, 3, 6)), ("reference", (1, 5, 3))],
 )
 @pytest.mark.parametrize("kind", [("channel", None), ("head", "head")], ids=["plain", "delta"])
 def test_chunks_are_the_whole(kind, implementation, splits):
@@ -425,7 +425,7 @@ def test_a_named_implementation_is_that_one_or_an_error(monkeypatch):
         ({"v": jnp.ones((2, 5, 3, 6))}, "v has 3 heads, which the 2 heads of q must divide"),
         ({"v": jnp.ones((2, 5, 4, 0))}, "v must be an array .* of one row, head and channel at least"),
         ({"v": jnp.ones((2, 4, 4, 6))}, r"q must be .* \[b, t, g, k\] = \(2, 4, 2, 8\)"),
-        ({"decay": jnp.ones((2, 5, 2))}, r"decay must be .* \[b, t, h\] = \(2, 5, 4\) or \[b, t, h, k\] = \(2, 5, 4, 8\) or \[h\] = \(4,\)"),
+        ({"decay": jnp.ones((2, 5, 2))}, r"decay must be .* = \(2, 5, 4\) or \[b, t, h, k\] = \(2, 5, 4, 8\) or \[h\] = \(4,\)"),
         ({"beta": jnp.ones((2, 5, 4, 8))}, r"beta must be .* \[b, t, h\] = \(2, 5, 4\) or \[b, t, h, v\] = \(2, 5, 4, 6\)"),
         ({"initial_state": jnp.ones((2, 4, 6, 8))}, r"initial_state must be .* \[b, h, k, v\] = \(2, 4, 8, 6\)"),
         ({"reset": jnp.ones((2, 5))}, r"reset must be a boolean array \[b, t\] = \(2, 5\), got float32"),

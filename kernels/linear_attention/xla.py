@@ -108,7 +108,7 @@ def _slices(arrays, start, length):
 
 
 def _either(function, config, state, arrays, *rest):
-    """`function` with the fast or the general treatment of channel decays, as the decays of this block allow."""
+    """`function` with the fast treatment of channel decays where those of this block are mild, else with the general one."""
     decay = arrays[3]
     if decay is None or decay.shape[-1] == 1 or config.size == 1:
         return function(config, False, state, arrays, *rest)
@@ -197,7 +197,8 @@ def _kept(state, keep, whole):
 def _set_apart(state):
     """The state with its columns that are not finite emptied, and which they were, [b, g, r, 1, v].
 
-    Steps before and after a reset share the products of their chunk, where 0 * NaN is NaN: what is broken has to stay outside of them.
+    Steps before and after a reset share the products of their chunk, where 0 * NaN is NaN: what is broken has to stay outside of them,
+    and of their gradients too.
     """
     finite = jnp.all(jnp.isfinite(state), axis=-2, keepdims=True)
     return jnp.where(finite, state, 0), ~finite
@@ -211,7 +212,7 @@ class Masks(NamedTuple):
 
     first: jax.Array | None = None  # [n, b, 1, 1, c, 1] the steps before any reset of their chunk
     last: jax.Array | None = None  # [n, b, 1, 1, c, 1] the steps after which no reset follows in the chunk
-    whole: jax.Array | None = None  # [n, b, 1, 1, 1] the chunk has no reset
+    whole: jax.Array | None = None  # [n, b, 1, 1, 1, 1] the chunk has no reset
     same: jax.Array | None = None  # [n, b, 1, 1, c, c] both steps belong to one sequence
 
 
@@ -305,7 +306,7 @@ _gamma.defvjp(_gamma_forward, _gamma_backward)
 
 
 def _mild_products(left, k, decay, rows):
-    """As the general form with one reference for the whole chunk, its middle: three products fewer a halving, but exp(40) at most."""
+    """One reference row for the whole chunk, its middle, so one product instead of one a halving; its factors reach exp(-_MILD)."""
     size = k.shape[-2]
     row, column = np.arange(size)[:, None], np.arange(size)[None, :]
     ahead = (column >= size // 2) & (column <= row)  # b_r - b_middle right of the middle, where it is a sum of decays,
