@@ -91,6 +91,16 @@ def test_keys_that_repeat_and_a_strong_delta_rule_lose_no_digits():
     assert_close(results[1], expected[1], 1e-4)
 
 
+def test_decays_that_are_just_mild_keep_their_digits():
+    arguments = inputs(Spec(2, 64, 1, 8, 6, decay="channel", chunk=32))
+    arguments["decay"] = jnp.full((2, 64, 1, 8), -1e-4).at[:, 5::16].set(-29.0)  # one great step amid many small ones
+    cotangents = cotangents_of(arguments)
+    results = run(arguments, cotangents, implementation="xla", chunk=32)
+    with jax.enable_x64(True):
+        expected = jax.tree.map(np.asarray, run(*widened((arguments, cotangents)), implementation="reference"))
+    assert_close(results, expected, 5e-6)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("kind", ["head", "channel"])
 def test_a_log_decay_of_minus_infinity_forgets(kind, implementation):

@@ -25,7 +25,7 @@ from seqlab.kernels.linear_attention.reference import step
 # long again), while an accelerator wants to be filled.
 _BLOCK = {"cpu": 1 << 18}
 _BLOCK_ELSEWHERE = 1 << 24
-_MILD = -40.0  # the log decay of half a chunk down to which one reference row is safe: exp(2 * 40) is far from overflow
+_MILD = -30.0  # the log decay of half a chunk down to which one reference row will do: far from overflow, and rounded to 2e-6 or so
 
 
 def linear_attention(q, k, v, decay, beta, initial_state, reset, *, scale, chunk=None):
@@ -307,15 +307,12 @@ _gamma.defvjp(_gamma_forward, _gamma_backward)
 
 def _mild_products(left, k, decay, rows):
     """One reference row for the whole chunk, its middle, so one product instead of one a halving; its factors reach exp(-_MILD)."""
-    size = k.shape[-2]
-    row, column = np.arange(size)[:, None], np.arange(size)[None, :]
-    ahead = (column >= size // 2) & (column <= row)  # b_r - b_middle right of the middle, where it is a sum of decays,
-    back = (column < size // 2) & (column > row)  # and left of it, where it is minus a sum of decays
-    signs = jnp.asarray(ahead.astype(np.int8) - back.astype(np.int8), decay.dtype)
-    middle = jnp.matmul(signs, decay, precision=jax.lax.Precision.HIGHEST)
-    before, after = (jnp.sum(x, axis=-2, keepdims=True) for x in (decay[..., : size // 2, :], decay[..., size // 2 :, :]))
-    left, k = rows(jnp.exp(middle)) * left, jnp.exp(-middle) * k
-    return Products(left @ k.mT, jnp.exp(before) * left, jnp.exp(after) * k, jnp.exp(before + after).mT)
+    *lead, size, width = decay.shape
+    _, through, behind = _halving(decay.reshape(*lead, 2, size // 2, width))
+    middle = jnp.exp(jnp.concatenate([-behind[..., 0, :, :], through[..., 1, :, :]], axis=-2))  # exp(b - b_middle)
+    before, after = jnp.exp(through[..., 0, -1:, :]), jnp.exp(through[..., 1, -1:, :])  # exp(b_middle), exp(b_C - b_middle)
+    left, k = rows(middle) * left, k / middle
+    return Products(left @ k.mT, before * left, after * k, (before * after).mT)
 
 
 def _level(size):
