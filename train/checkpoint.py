@@ -19,6 +19,7 @@ import os
 import pathlib
 import re
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -208,7 +209,7 @@ class Checkpoints:
         except Exception:
             logger.debug("closing after a failed save", exc_info=True)
         if jax.process_index() == 0 and not (self._folder(step) / COMMIT).is_file():
-            shutil.rmtree(self._folder(step), ignore_errors=True)
+            _remove_while_written(self._folder(step))
         left = f"steps {few(self.steps(), 10)} are untouched" if self.steps() else "there is no earlier step"
         return CheckpointError(f"step {step} could not be saved to {self._folder(step)}: {brief(error)}; {left}")
 
@@ -366,6 +367,15 @@ def _delete(folder: pathlib.Path) -> None:
         shutil.rmtree(folder)
     except OSError as error:
         logger.warning("%s is no longer needed and could not be deleted: %s", folder, error)
+
+
+def _remove_while_written(folder: pathlib.Path) -> None:
+    """Remove a folder into which threads of a save that has failed may still be writing."""
+    for _ in range(50):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
 
 
 def _not_a_repetition(record: logging.LogRecord) -> bool:
