@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array
 
 # In order of preference on a platform. `reference` is the truth, slow, and only ever chosen by name.
 _PREFERENCE = {"gpu": ("triton_gpu", "xla"), "tpu": ("pallas_tpu", "xla"), "cpu": ("xla",)}
@@ -112,3 +114,11 @@ def _record(choice: Choice) -> None:
     choices = _log.get()
     if choices is not None:
         choices.append(choice)
+
+
+def vary_alike(*arrays: Array | None) -> list[Array | None]:
+    """Inside shard_map a loop must end as it starts and a gradient vary as its argument: let all vary over the mesh axes of any."""
+    zeros = [None if x is None else jnp.zeros_like(x, jnp.float32, shape=()) for x in arrays]
+    zero = sum(x for x in zeros if x is not None)
+    fits = [x is None or x.dtype == bool or jax.typeof(own) == jax.typeof(zero) for x, own in zip(arrays, zeros, strict=True)]
+    return [x if fit else x + zero.astype(x.dtype) for x, fit in zip(arrays, fits, strict=True)]

@@ -3,11 +3,10 @@
 Implementations: `reference` (a sliding window, the truth), `xla` (shifted products; the default everywhere).
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from seqlab.kernels.dispatch import Op
+from seqlab.kernels.dispatch import Op, vary_alike
 from seqlab.shapes import Activations, Steps
 
 _op = Op("conv", __name__, ("reference", "xla"))
@@ -58,7 +57,7 @@ def conv(
     if t == 0:
         return x, state
     reset = reset & valid if reset is not None and valid is not None else reset
-    return _op(*_vary_alike(x, weight, bias, state, reset, valid), implementation=implementation)
+    return _op(*vary_alike(x, weight, bias, state, reset, valid), implementation=implementation)
 
 
 def _check_arrays(x: Array, weight: Array, bias: Array | None, initial_state: Array | None) -> None:
@@ -75,11 +74,3 @@ def _check_arrays(x: Array, weight: Array, bias: Array | None, initial_state: Ar
     for name, array in (("x", x), ("weight", weight), ("bias", bias), ("initial_state", initial_state)):
         if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{name} must hold floating-point numbers, got {array.dtype}")
-
-
-def _vary_alike(*arrays: Array | None) -> list[Array | None]:
-    """Inside shard_map a loop must end as it starts and a gradient vary as its argument: let all vary over the mesh axes of any."""
-    zeros = [None if x is None else jnp.zeros_like(x, jnp.float32, shape=()) for x in arrays]
-    zero = sum(x for x in zeros if x is not None)
-    fits = [x is None or x.dtype == bool or jax.typeof(own) == jax.typeof(zero) for x, own in zip(arrays, zeros, strict=True)]
-    return [x if fit else x + zero.astype(x.dtype) for x, fit in zip(arrays, fits, strict=True)]

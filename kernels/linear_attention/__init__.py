@@ -12,11 +12,10 @@
 Implementations: `reference` (one step in a scan, the truth), `xla` (chunks and matrix products; the default everywhere).
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from seqlab.kernels.dispatch import Op
+from seqlab.kernels.dispatch import Op, vary_alike
 from seqlab.shapes import Steps, accumulator
 from seqlab.state import mask_steps
 
@@ -89,7 +88,7 @@ def linear_attention(
     if valid is not None:  # a step with k = 0, beta = 0 and no decay leaves the state alone; selecting, not multiplying, keeps NaN out
         q, k, v, decay, beta = (None if x is None else mask_steps(x, valid) for x in (q, k, v, decay, beta))
         reset = None if reset is None else reset & valid
-    arrays = _vary_alike(q, k, v, decay, beta, state, reset)
+    arrays = vary_alike(q, k, v, decay, beta, state, reset)
     out, final_state = _op(*arrays, scale=width**-0.5 if scale is None else scale, chunk=chunk, implementation=implementation)
     if valid is not None:
         final_state = jnp.where(jnp.any(valid, axis=1)[:, None, None, None], final_state, state)
@@ -115,11 +114,3 @@ def _check_arrays(q: Array, k: Array, v: Array, decay: Array | None, beta: Array
         if x is not None and (x.shape not in shapes.values() or not jnp.issubdtype(x.dtype, jnp.floating)):
             choices = " or ".join(f"[{axes}] = {shape}" for axes, shape in shapes.items())
             raise ValueError(f"{name} must be a floating-point array {choices}, got {x.dtype}{x.shape}")
-
-
-def _vary_alike(*arrays: Array | None) -> list[Array | None]:
-    """Inside shard_map a loop must end as it starts and a gradient vary as its argument: let all vary over the mesh axes of any."""
-    zeros = [None if x is None else jnp.zeros_like(x, jnp.float32, shape=()) for x in arrays]
-    zero = sum(x for x in zeros if x is not None)
-    fits = [x is None or x.dtype == bool or jax.typeof(own) == jax.typeof(zero) for x, own in zip(arrays, zeros, strict=True)]
-    return [x if fit else x + zero.astype(x.dtype) for x, fit in zip(arrays, fits, strict=True)]

@@ -3,11 +3,10 @@
 Implementations: `reference` (one step in a scan, the truth), `xla` (chunks, memory linear in time; the default everywhere).
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from seqlab.kernels.dispatch import Op
+from seqlab.kernels.dispatch import Op, vary_alike
 from seqlab.shapes import Steps, accumulator
 from seqlab.state import mask_steps
 
@@ -69,7 +68,7 @@ def scan(
         # An invalid step is a step of length 0, exp(0 A) = 1 and 0 u B = 0; selecting, not multiplying, keeps NaN out.
         u, delta, B, C = (mask_steps(x, valid) for x in (u, delta, B, C))
         reset = None if reset is None else reset & valid
-    y, state = _op(*_vary_alike(u, delta, A, B, C, state, reset), chunk=chunk, implementation=implementation)
+    y, state = _op(*vary_alike(u, delta, A, B, C, state, reset), chunk=chunk, implementation=implementation)
     return mask_steps(y, valid), state
 
 
@@ -85,11 +84,3 @@ def _check_arrays(u: Array, delta: Array, A: Array, B: Array, C: Array, initial_
     for (name, shape), x in zip(shapes.items(), (u, delta, A, B, C, initial_state), strict=True):
         if x is not None and (x.shape != shape or not jnp.issubdtype(x.dtype, jnp.floating)):
             raise ValueError(f"{name} must be a floating-point array [{axes[name]}] = {shape}, got {x.dtype}{x.shape}")
-
-
-def _vary_alike(*arrays: Array | None) -> list[Array | None]:
-    """Inside shard_map a loop must end as it starts and a gradient vary as its argument: let all vary over the mesh axes of any."""
-    zeros = [None if x is None else jnp.zeros_like(x, jnp.float32, shape=()) for x in arrays]
-    zero = sum(x for x in zeros if x is not None)
-    fits = [x is None or x.dtype == bool or jax.typeof(own) == jax.typeof(zero) for x, own in zip(arrays, zeros, strict=True)]
-    return [x if fit else x + zero.astype(x.dtype) for x, fit in zip(arrays, fits, strict=True)]
