@@ -6,6 +6,7 @@ compute dtype of a whole model. Norms and rotary phases work in float32 (float64
 
 import math
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,8 @@ def positive(name: str, value: int) -> int:
 
 class Linear(Module):
     """y = x W + b with W [in, out], initialised normal with standard deviation `scale` / sqrt(in)."""
+
+    torch_layout: ClassVar = {"weight": "[out, in]"}
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool = False, scale: float = 1.0, rngs: nnx.Rngs):
         std = scale / math.sqrt(positive("inputs", inputs))
@@ -100,6 +103,8 @@ class Embedding(Module):
 
 class ShortConv(Module):
     """Causal depthwise convolution over time with its state; the last tap meets the current step."""
+
+    torch_layout: ClassVar = {"weight": "[d, 1, w]"}
 
     def __init__(self, dim: int, *, width: int = 4, bias: bool = False, activation: str | None = "silu", rngs: nnx.Rngs):
         bound = 1 / math.sqrt(positive("width", width))

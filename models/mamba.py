@@ -1,7 +1,7 @@
 """Mamba: a gated, diagonal state-space model whose step size, input map and output map depend on the token (arXiv 2312.00752)."""
 
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ class Mamba(Module):
     """
 
     causal, lookahead, exact = True, 0, True
+    torch_names: ClassVar = {"conv": "conv1d"}
 
     def __init__(
         self,

@@ -1,0 +1,126 @@
+"""Weights under their published names: `convert(model, tensors)` puts a PyTorch state dict into a model.
+
+A module says what its parts are called elsewhere, in two class attributes that only need to name what differs:
+
+    torch_names: dict[str, str | tuple[str, ...]]   our attribute -> the published one ("" = at this level, a tuple = joined outputs)
+    torch_layout: dict[str, str]                    our parameter -> the layout that PyTorch keeps it in, a key of LAYOUTS
+
+Names of a whole architecture (how a language model calls its layers) are tables of the same kind by class name, in ARCHITECTURES.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, ArrayLike
+
+from seqlab.kernels.dispatch import check_name
+from seqlab.module import merge, split
+
+Names = Mapping[str, str | tuple[str, ...]]
+
+LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "[out, in]": np.transpose,
+    "[d, 1, w]": lambda w: w[:, 0].T,  # a depthwise Conv1d
+    "[out, in, w]": lambda w: w.transpose(2, 1, 0),  # a Conv1d
+    "[out, in, h, w]": lambda w: w.transpose(2, 3, 1, 0),  # a Conv2d
+    "[out, in, 1]": lambda w: w[..., 0].T,  # a Conv1d of width 1 is a linear map
+}
+
+_MAMBA: dict[str, Names] = {
+    "LanguageModel": {"embedding": "backbone.embeddings", "head": "lm_head"},
+    "Backbone": {"blocks": "layers", "norm": "norm_f"},
+    "Block": {"mixer_norm": "norm"},
+}
+
+ARCHITECTURES: dict[str, dict[str, Names]] = {"mamba": _MAMBA, "mamba2": _MAMBA}
+
+# In state dicts, but not weights: counters, constants of the positions, and the second name of a tied head.
+IGNORED = (r".*\.num_batches_tracked", r".*rotary.*inv_freq", r"lm_head\.weight")
+
+
+def convert(
+    model: nnx.Module,
+    tensors: Mapping[str, ArrayLike],
+    *,
+    architecture: str | None = None,
+    prefix: str = "",
+    ignore: tuple[str, ...] = IGNORED,
+) -> Any:
+    """A copy of `model` with the published weights `tensors` (anything that NumPy can read, by their original names).
+
+    Args:
+      architecture: how whole models are named, a key of ARCHITECTURES; modules on their own need none.
+      prefix: what the names of this model's tensors begin with; others are left alone.
+      ignore: regular expressions of names that may remain unused.
+
+    Raises:
+      KeyError: a tensor is missing (with the nearest name there is).
+      ValueError: a tensor has another shape than the parameter that it fills, or none of the model's parameters uses it.
+    """
+    if architecture is not None:
+        check_name(architecture, tuple(ARCHITECTURES), "architecture")
+    tables = ARCHITECTURES[architecture] if architecture else {}
+    tensors = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    static, params = split(model)
+    sources = {ours: (theirs, layout) for ours, theirs, layout in _walk(model, "", ("",), tables)}
+    used, new = set(), {}
+    for name, old in params.items():
+        theirs, layout = sources[name]
+        parts = [_layed_out(_find(tensors, part, name), part, layout) for part in theirs]
+        value = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+        if value.shape != old.shape:
+            raise ValueError(f"{' + '.join(theirs)} has shape {value.shape} in this layout, parameter {name} needs {old.shape}")
+        new[name] = jnp.asarray(value, old.dtype)
+        used.update(theirs)
+    left = [name for name in tensors if name not in used and not any(re.fullmatch(pattern, name) for pattern in ignore)]
+    if left:
+        raise ValueError(f"{len(left)} tensors have no place in the model: {', '.join(sorted(left)[:5])}; wrong options or architecture?")
+    return merge(static, new)
+
+
+def published_names(model: nnx.Module, architecture: str | None = None) -> dict[str, tuple[str, ...]]:
+    """Our parameter name -> the published name, or names where one of our parameters joins several."""
+    return {ours: theirs for ours, theirs, _ in _walk(model, "", ("",), ARCHITECTURES[architecture] if architecture else {})}
+
+
+def _walk(
+    module: nnx.Module, ours: str, theirs: tuple[str, ...], tables: Mapping[str, Names]
+) -> Iterator[tuple[str, tuple[str, ...], str | None]]:
+    """(our name, published names, layout) of every parameter; several names where outputs of several published maps are joined."""
+    cls = type(module)
+    names = {**getattr(cls, "torch_names", {}), **tables.get(cls.__name__, {})}
+    layouts = getattr(cls, "torch_layout", {})
+    for attribute, value in vars(module).items():
+        listed = names.get(attribute, attribute)
+        joined = tuple(_join(parent, name) for parent in theirs for name in ((listed,) if isinstance(listed, str) else listed))
+        if isinstance(value, nnx.Variable):
+            yield ours + attribute, joined, layouts.get(attribute)
+        elif isinstance(value, nnx.List):
+            for i, item in enumerate(value):
+                yield from _walk(item, f"{ours}{attribute}.{i}.", tuple(_join(name, str(i)) for name in joined), tables)
+        elif isinstance(value, nnx.Module):
+            yield from _walk(value, f"{ours}{attribute}.", joined, tables)
+
+
+def _join(parent: str, name: str) -> str:
+    return f"{parent}.{name}" if parent and name else parent or name
+
+
+def _find(tensors: Mapping[str, ArrayLike], name: str, ours: str) -> np.ndarray:
+    if name not in tensors:
+        near = difflib.get_close_matches(name, tensors, 1)
+        raise KeyError(f"no tensor {name} for parameter {ours}" + (f"; did you mean {near[0]}?" if near else ""))
+    return np.asarray(tensors[name])
+
+
+def _layed_out(value: np.ndarray, name: str, layout: str | None) -> Array | np.ndarray:
+    if layout is None:
+        return value
+    if value.ndim != layout.count(",") + 1:
+        raise ValueError(f"{name} has shape {value.shape}, expected {layout}")
+    return LAYOUTS[layout](value)

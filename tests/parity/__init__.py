@@ -1,0 +1,82 @@
+"""Parity with the originals: one adapter a system, `check(case)`, which goes by `meta` and the names of arrays, never by file names."""
+
+import json
+import pathlib
+import re
+
+import jax.numpy as jnp
+import numpy as np
+
+
+class Case:
+    """One golden case: arrays in, arrays expected, and which of those were compared.
+
+    `inputs`, `params`, `mids`, `outs` map names without their prefix to arrays, floating ones in the precision of this run; `meta` is
+    what the original's run was. `check` compares; `finish` insists that every output was compared.
+    """
+
+    def __init__(self, path: pathlib.Path, precision: str = "float32"):
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files if name != "meta"}
+            self.meta = json.loads(str(file["meta"]))
+        self.precision = precision
+        self.inputs, self.params, self.mids, self.outs = ({} for _ in range(4))
+        groups = {"in": self.inputs, "param": self.params, "mid": self.mids, "out": self.outs}
+        for name, value in arrays.items():
+            group, _, rest = name.partition(".")
+            kept = group in ("mid", "out")  # what is expected stays as it was written
+            groups[group][rest] = value.astype(precision) if np.issubdtype(value.dtype, np.floating) and not kept else value
+        self.options = self.meta.get("config", self.meta.get("hyper", self.meta))
+        self.rtol, self.atol, self.scaled = tolerances(self.meta, precision)
+        self.compared: set[str] = set()
+
+    def expected(self, name):
+        """The expected array of that name, from the outputs or the intermediates."""
+        return self.outs[name] if name in self.outs else self.mids[name]
+
+    def check(self, name, actual, *, exact=False):
+        """`actual` is the expected array within the case's tolerance (or exactly)."""
+        expected = self.expected(name)
+        self.compared.add(name)
+        actual = np.asarray(actual)
+        assert actual.shape == expected.shape, f"{name}: shape {actual.shape} is not {expected.shape}"
+        if exact:
+            np.testing.assert_array_equal(actual, expected, err_msg=name)
+            return
+        atol = self.atol + self.scaled * np.abs(expected).max(initial=0.0)
+        np.testing.assert_allclose(actual.astype(np.float64), expected.astype(np.float64), rtol=self.rtol, atol=atol, err_msg=name)
+
+    def check_all(self, values, **options):
+        """Each of `values` (by name) that the case holds."""
+        for name, value in values.items():
+            if name in self.outs or name in self.mids:
+                self.check(name, value, **options)
+
+    def array(self, name):
+        """An input by name, None where the case has none."""
+        return None if name not in self.inputs else jnp.asarray(self.inputs[name])
+
+    def finish(self):
+        left = set(self.outs) - self.compared
+        assert not left, f"the adapter does not compare {sorted(left)}"
+
+
+def tolerances(meta, precision):
+    """(relative to each number, absolute, relative to the array's largest number) that the case asks of a run in `precision`."""
+    text = str(meta.get("tolerance", meta.get("tol", "")))
+    found = {name: float(value) for name, value in re.findall(r"(rtol|atol|abs|rel) ?([\d.]+e-?\d+)", text.split("float64")[0] or "")}
+    if "float64" in text:  # the two precisions have a bound each
+        parts = {"float64": re.search(r"float64 (?:rel )?([\d.e-]+)", text), "float32": re.search(r"float32[a-z ]*?([\d.]+e-\d+)", text)}
+        return 0.0, 0.0, float(parts[precision].group(1))
+    single = re.search(r"float32 ([\d.]+e-\d+)", text)
+    if single and not found:
+        return 0.0, float(single.group(1)), 0.0
+    for name in ("atol", "atol_float32"):
+        if name in meta:
+            return 0.0, float(meta[name]), 0.0
+    return found.get("rtol", found.get("rel", 0.0)), found.get("atol", found.get("abs", 0.0)), 0.0
+
+
+def precisions(meta):
+    """In which precisions a case is run: both where the numbers were made in float64."""
+    return ("float32", "float64") if "float64" in str(meta.get("tolerance", meta.get("tol", ""))) else ("float32",)
