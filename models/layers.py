@@ -44,6 +44,13 @@ def positive(name: str, value: int) -> int:
     return int(value)
 
 
+def matmul(x: Float[Array, "*b i"], weight: Float[Array, "i o"], dtype: jax.typing.DTypeLike | None = None) -> Float[Array, "*b o"]:
+    """x W, accumulated and returned in `dtype`. On a CPU the leading axes are made one: XLA would transpose x for the gradient of W."""
+    if jax.default_backend() != "cpu":  # elsewhere the axes stay apart, since each may be sharded over its own mesh axis
+        return jnp.matmul(x, weight, preferred_element_type=dtype)
+    return jnp.matmul(x.reshape(-1, x.shape[-1]), weight, preferred_element_type=dtype).reshape(*x.shape[:-1], weight.shape[1])
+
+
 class Linear(Module):
     """y = x W + b with W [in, out], initialised normal with standard deviation `scale` / sqrt(in)."""
 
@@ -55,7 +62,7 @@ class Linear(Module):
         self.bias = nnx.Param(jnp.zeros((outputs,))) if bias else None
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        y = x @ self.weight[...].astype(x.dtype)
+        y = matmul(x, self.weight[...].astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -98,7 +105,7 @@ class Embedding(Module):
 
     def read_out(self, x: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Logits, in float32 at least."""
-        return jnp.matmul(x, self.weight[...].astype(x.dtype).T, preferred_element_type=accumulator(x.dtype))
+        return matmul(x, self.weight[...].astype(x.dtype).T, accumulator(x.dtype))
 
 
 class ShortConv(Module):
@@ -183,5 +190,6 @@ def rotary_phases(positions: Int[Array, "b t"], width: int, base: float) -> tupl
 def rotate(x: Float[Array, "b t h k"], positions: Int[Array, "b t"], base: float) -> Float[Array, "b t h k"]:
     """Rotary position embedding with half-split pairing: channels i and i + k/2 turn together (arXiv 2104.09864)."""
     cos, sin = (phase[:, :, None, :] for phase in rotary_phases(positions, x.shape[-1], base))
-    first, second = jnp.split(x.astype(accumulator(x.dtype)), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    halves = x.astype(accumulator(x.dtype)).reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
+    turned = halves * cos[..., None, :] + halves[..., ::-1, :] * jnp.stack([-sin, sin], axis=-2)
+    return turned.reshape(x.shape).astype(x.dtype)
