@@ -44,6 +44,13 @@ def positive(name: str, value: int) -> int:
     return int(value)
 
 
+def step_size_bias(key: jax.Array, size: int, low: float = 1e-3, high: float = 0.1, floor: float = 1e-4) -> Float[Array, " d"]:
+    """Biases that make softplus(bias) log-uniform in [low, high]: the step sizes at initialisation (arXiv 2312.00752)."""
+    dt = jnp.exp(jax.random.uniform(key, (size,)) * (math.log(high) - math.log(low)) + math.log(low))
+    dt = jnp.maximum(dt, floor)
+    return dt + jnp.log(-jnp.expm1(-dt))
+
+
 def matmul(x: Float[Array, "*b i"], weight: Float[Array, "i o"], dtype: jax.typing.DTypeLike | None = None) -> Float[Array, "*b o"]:
     """x W, accumulated and returned in `dtype`. On a CPU the leading axes are made one: XLA would transpose x for the gradient of W."""
     if jax.default_backend() != "cpu":  # elsewhere the axes stay apart, since each may be sharded over its own mesh axis
