@@ -3,6 +3,7 @@
     attention          softmax attention, with the log-sum-exp by which partial attentions merge
     conv               depthwise causal convolution over time
     linear_attention   memories that are sums of outer products
+    lmu                one fixed linear recurrence: the Legendre memory
     scan               elementwise linear recurrences
 
 One folder an op. In each:
@@ -28,7 +29,7 @@ import types
 if not __name__.startswith("seqlab."):
     raise ImportError("import seqlab.kernels, not kernels: two copies of one module would hold two sets of classes")
 
-__all__ = ["attention", "conv", "linear_attention", "scan"]
+__all__ = ["attention", "conv", "linear_attention", "lmu", "scan"]
 
 
 class _Kernels(types.ModuleType):

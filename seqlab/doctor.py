@@ -137,6 +137,13 @@ def _linear_attention() -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (_heads(0), _heads(1), _heads(2)), {"decay": jax.nn.log_sigmoid(_heads(3))}
 
 
+def _lmu() -> tuple[tuple[Any, ...], dict[str, Any]]:
+    from seqlab.kernels.lmu import legendre
+
+    A, B = legendre(_WIDTH, 2.0 * _TIME)
+    return (_normal(0, _BATCH, _TIME, _HEADS), jnp.asarray(A, jnp.float32), jnp.asarray(B, jnp.float32)), {}
+
+
 def _scan() -> tuple[tuple[Any, ...], dict[str, Any]]:
     x, maps = _normal(0, _BATCH, _TIME, _WIDTH), (_normal(seed, _BATCH, _TIME, _STATE) for seed in (1, 2))
     return (x, jax.nn.softplus(_normal(3, _BATCH, _TIME, _WIDTH)), -jnp.exp(_normal(4, _WIDTH, _STATE)), *maps), {}
@@ -146,5 +153,6 @@ SAMPLES: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "attention": _attention,
     "conv": _conv,
     "linear_attention": _linear_attention,
+    "lmu": _lmu,
     "scan": _scan,
 }

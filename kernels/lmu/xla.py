@@ -1,0 +1,142 @@
+"""The fast form: time in chunks of c steps, each a handful of matrix products. For j = 0 .. c-1 and the state s before a chunk
+
+    m_j = Ā^{j+1} s + sum_{i <= j} Ā^{j-i} B̄ u_i          s' = m_{c-1}
+
+The sum is a product with the impulse response Āʲ B̄ laid out as a Toeplitz tensor [i, j, d]. The states between chunks come first, by a
+scan over the t/c chunks; then Ā^{j+1} s of all chunks at once by doubling, [X, Ā^k X], so that only Ā, Ā², Ā⁴ ... are needed and never the
+c powers [c, d, d].
+
+The number of products is that of the recurrence, t d² a row: what is saved is the t steps one after another, which is nearly everything on
+an accelerator and nothing on a CPU, whose loops are as fast as its matrix products.
+
+An arbitrary `valid` is compaction: the valid steps of a row move together, in order, and their memories move back. A step that does
+nothing is then a step that is not there, and the final state is the memory of the last valid one, bit for bit.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seqlab.kernels.lmu import reference
+from seqlab.kernels.lmu.reference import HIGHEST
+from seqlab.state import mask_steps
+
+_CHUNK = 32
+
+
+def lmu(u, A, B, initial_state, reset, valid, *, chunk=None):
+    """`m, final_state`; see `reference.lmu` for the arguments. A reset at an invalid step has been taken away."""
+    time = u.shape[1]
+    state = jnp.zeros_like(u, shape=(u.shape[0], u.shape[2], B.shape[0])) if initial_state is None else initial_state
+    if time == 1:  # decoding: one product
+        flags = (None if x is None else x[:, 0] for x in (reset, valid))
+        state, m = reference.step(state, constant(A, u.dtype), constant(B, u.dtype), u[:, 0], *flags)
+        return m[:, None], state
+    if valid is None:
+        m = _chunks(u, A, B, state, reset, min(chunk or _CHUNK, time))
+        return m, m[:, -1]
+    count = jnp.sum(valid, axis=1, keepdims=True)
+    place = jnp.where(valid, jnp.cumsum(valid, axis=1) - 1, count + jnp.cumsum(~valid, axis=1) - 1)
+    order = jnp.argsort(place, axis=1)
+    u = jnp.take_along_axis(mask_steps(u, valid), order[..., None], axis=1)
+    reset = None if reset is None else jnp.take_along_axis(reset, order, axis=1)
+    m = _chunks(u, A, B, state, reset, min(chunk or _CHUNK, time))
+    last = jnp.take_along_axis(m, jnp.maximum(count - 1, 0)[..., None, None], axis=1)[:, 0]
+    state = jnp.where(count[..., None] > 0, last, state)
+    return mask_steps(jnp.take_along_axis(m, place[..., None, None], axis=1), valid), state
+
+
+def _chunks(u, A, B, state, reset, c):
+    """m [b, t, q, d], all steps valid."""
+    b, time, q = u.shape
+    n = -(-time // c)
+    u, reset = (None if x is None else _split(x, n, c) for x in (u, reset))
+    H = impulse_response(A, B, c)
+    sequence = None if reset is None else jnp.cumsum(reset, axis=2)  # [b, n, c]: which one of the chunk's, 0 = the one carried in
+    starts = _starts(u, A, constant(H, u.dtype), state, sequence)
+    carried = spread(starts, A, c)
+    if sequence is not None:
+        carried = jnp.where((sequence == 0)[..., None, None], carried, 0)
+    m = carried + _within(u, constant(H, u.dtype), sequence)
+    return m.reshape(b, n * c, q, -1)[:, :time]
+
+
+def _split(x, n, c):
+    """[b, t, ...] in n chunks [b, n, c, ...], the last filled up with zeros."""
+    padding = ((0, 0), (0, n * c - x.shape[1]), *((0, 0),) * (x.ndim - 2))
+    return jnp.pad(x, padding).reshape(x.shape[0], n, c, *x.shape[2:])
+
+
+def _starts(u, A, H, state, sequence):
+    """[b, n, q, d]: the memory before every chunk."""
+    c = u.shape[2]
+    if sequence is not None:
+        u = jnp.where((sequence == sequence[..., -1:])[..., None], u, 0)  # what the chunk's last sequence leaves behind
+    added = jnp.einsum("bncq,cd->nbqd", u, H[::-1], precision=HIGHEST)
+    carries = None if sequence is None else (sequence[..., -1] == 0).T
+    decay = constant(matrix_power(A, c), u.dtype)
+
+    def body(state, chunk):
+        added, carries = chunk
+        kept = jnp.matmul(state, decay.T, precision=HIGHEST)
+        return added + (kept if carries is None else jnp.where(carries[:, None, None], kept, 0)), state
+
+    _, starts = jax.lax.scan(body, state, (added, carries))
+    return jnp.swapaxes(starts, 0, 1)
+
+
+def _within(u, H, sequence):
+    """[b, n, c, q, d]: what the chunk's own inputs leave in each of its memories."""
+    c = H.shape[0]
+    lag = np.arange(c)[None] - np.arange(c)[:, None]  # [i, j]
+    toeplitz = jnp.where((lag >= 0)[..., None], H[np.maximum(lag, 0)], 0)
+    if sequence is None:
+        return jnp.einsum("bniq,ijd->bnjqd", u, toeplitz, precision=HIGHEST)
+    same = sequence[..., :, None] == sequence[..., None, :]
+    seen = jnp.where((same & (lag >= 0))[..., None], u[:, :, :, None], 0)  # [b, n, i, j, q]; selecting keeps NaN out
+    return jnp.einsum("bnijq,ijd->bnjqd", seen, toeplitz, precision=HIGHEST)
+
+
+def spread(state, A, steps):
+    """Ā^{j+1} s for j = 0 .. steps-1: state [b, n, q, d] -> [b, n, steps, q, d], by doubling."""
+    power = A
+    x = jnp.matmul(state, constant(A, state.dtype).T, precision=HIGHEST)[:, :, None]
+    while (done := x.shape[2]) < steps:
+        more = jnp.matmul(x[:, :, : steps - done], constant(power, state.dtype).T, precision=HIGHEST)
+        x, power = jnp.concatenate([x, more], axis=2), _product(power, power)
+    return x
+
+
+def impulse_response(A, B, steps):
+    """Āʲ B̄ for j = 0 .. steps-1: [steps, d], by doubling."""
+    H, power = B[None], A
+    while (done := H.shape[0]) < steps:
+        joined = [H, _product(H[: steps - done], power.T)]
+        H, power = (np if isinstance(H, np.ndarray) else jnp).concatenate(joined), _product(power, power)
+    return H
+
+
+def response(A, B, steps, dtype):
+    """The spectrum [steps + 1, d] of the impulse response, padded to twice its length."""
+    return jnp.fft.rfft(constant(impulse_response(A, B, steps), dtype), 2 * steps, axis=0)
+
+
+def matrix_power(A, exponent):
+    """A^exponent, exponent >= 1."""
+    result, power = None, A
+    while True:
+        if exponent & 1:
+            result = power if result is None else _product(result, power)
+        exponent >>= 1
+        if not exponent:
+            return result
+        power = _product(power, power)
+
+
+def _product(x, y):
+    """On the host in float64 where both are NumPy's: constants cost no time of the device and no bits."""
+    return x @ y if isinstance(x, np.ndarray) and isinstance(y, np.ndarray) else jnp.matmul(x, y, precision=HIGHEST)
+
+
+def constant(x, dtype):
+    return jnp.asarray(x, dtype)
