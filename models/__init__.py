@@ -5,26 +5,44 @@ if not __name__.startswith("seqlab."):
 
 from seqlab.models.attention import Attention
 from seqlab.models.backbone import Backbone, Block
+from seqlab.models.batch_norm import BatchNorm
 from seqlab.models.cache import Full, Window
+from seqlab.models.delta import DeltaNet, GatedDeltaNet, KimiDeltaAttention
 from seqlab.models.language_model import LanguageModel
 from seqlab.models.layers import MLP, Embedding, LayerNorm, Linear, RMSNorm, ShortConv, SwiGLU
-from seqlab.models.linear_attention import GatedLinearAttention
+from seqlab.models.linear_attention import GatedLinearAttention, LinearAttention, Retention, SimpleGatedLinearAttention
 from seqlab.models.mamba import Mamba
+from seqlab.models.mamba2 import Mamba2
+from seqlab.models.mambamixer import GroupedChannelMixer, MambaMixerStack, SelectiveChannelMixer, SelectiveMixer
+from seqlab.models.tsm2 import TSM2
 
 __all__ = [
     "MLP",
+    "TSM2",
     "Attention",
     "Backbone",
+    "BatchNorm",
     "Block",
+    "DeltaNet",
     "Embedding",
     "Full",
+    "GatedDeltaNet",
     "GatedLinearAttention",
+    "GroupedChannelMixer",
+    "KimiDeltaAttention",
     "LanguageModel",
     "LayerNorm",
     "Linear",
+    "LinearAttention",
     "Mamba",
+    "Mamba2",
+    "MambaMixerStack",
     "RMSNorm",
+    "Retention",
+    "SelectiveChannelMixer",
+    "SelectiveMixer",
     "ShortConv",
+    "SimpleGatedLinearAttention",
     "SwiGLU",
     "Window",
 ]

@@ -4,7 +4,23 @@ import functools
 
 from flax import nnx
 
-from seqlab.models import MLP, Attention, Full, GatedLinearAttention, LanguageModel, Mamba, SwiGLU, Window
+from seqlab.models import (
+    MLP,
+    Attention,
+    DeltaNet,
+    Full,
+    GatedDeltaNet,
+    GatedLinearAttention,
+    KimiDeltaAttention,
+    LanguageModel,
+    LinearAttention,
+    Mamba,
+    Mamba2,
+    Retention,
+    SimpleGatedLinearAttention,
+    SwiGLU,
+    Window,
+)
 
 WINDOW = 8
 partial = functools.partial
@@ -16,8 +32,16 @@ MIXERS = {
     "window_sinks_softcap": partial(Attention, heads=2, cache=Window(WINDOW, sinks=3, softcap=5.0), rotary_base=500.0),
     "mamba": partial(Mamba, state_size=4),
     "mamba_wide_conv": partial(Mamba, state_size=3, conv_width=6, expand=1, bias=True),
+    "mamba2": partial(Mamba2, head_dim=8, state_size=6, groups=2, dt_limit=(0.02, 0.5)),
+    "linear": partial(LinearAttention, heads=2),
+    "linear_normalized": partial(LinearAttention, heads=4, kv_heads=2, feature_map="elu", normalize=True, norm_eps=None),
+    "retention": partial(Retention, heads=2),
+    "simple_gated_linear": partial(SimpleGatedLinearAttention, heads=2, kv_heads=1, gate_normalizer=2.0),
     "gated_linear": partial(GatedLinearAttention, heads=2, gate_rank=4),
     "gated_linear_conv": partial(GatedLinearAttention, heads=2, gate_rank=4, conv_width=3, gate_normalizer=1.0),
+    "delta": partial(DeltaNet, heads=2, negative_eigenvalues=True, gate=True),
+    "gated_delta": partial(GatedDeltaNet, heads=2, value_heads=4, head_dim=6),
+    "kimi_delta": partial(KimiDeltaAttention, heads=2),
     "swiglu": SwiGLU,
     "mlp": MLP,
 }

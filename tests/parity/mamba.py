@@ -33,31 +33,31 @@ def mixer(options):
     )
 
 
-def check_mixer(case, module):
+def check_mixer(case, module, layout=lambda ssm: ssm):
     """The whole, and a stream of it in the original's segments: outputs and both states."""
     x = case.array("x")
     run = jax.jit(lambda x, state: module(x, state))
     y, state = run(x, module.init_state(len(x)))
     case.check("y", y)
-    case.check_all(_states(state, case, ""))
+    case.check_all(_states(state, case, "", layout))
     segments = case.meta.get("segments") or ([case.meta["prefill"], *[1] * case.meta["steps"]] if "prefill" in case.meta else [])
     if segments:
         state, pieces = module.init_state(len(x)), []
         for i, end in enumerate(np.cumsum(segments)):
             y, state = run(x[:, end - segments[i] : end], state)
             pieces.append(y)
-            case.check_all(_states(state, case, f"_{i}") | (_states(state, case, "_prefill") if i == 0 else {}))
+            case.check_all(_states(state, case, f"_{i}", layout) | (_states(state, case, "_prefill", layout) if i == 0 else {}))
         case.check("y_stream", np.concatenate(pieces, axis=1))
 
 
-def _states(state, case, suffix):
+def _states(state, case, suffix, layout):
     """The original keeps one input of the convolution more than a step needs: compared are those that it needs."""
     name = f"conv_state{suffix}"
     if name not in case.outs and name not in case.mids:
         return {}
     expected = case.expected(name)
     kept = np.concatenate([expected[..., :1], np.asarray(state.conv).transpose(0, 2, 1)], axis=-1)
-    return {name: kept, f"ssm_state{suffix}": state.ssm}
+    return {name: kept, f"ssm_state{suffix}": layout(state.ssm)}
 
 
 def check_language_model(case, architecture, factory):

@@ -1,0 +1,64 @@
+"""Mamba-2: the state-space duality with its gradients, the mixer with its states, whole language models."""
+
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from parity import mamba
+from seqlab.convert import convert
+from seqlab.kernels import linear_attention
+from seqlab.models import Mamba2
+
+
+def check(case):
+    if "input_ids" in case.inputs:
+        mamba.check_language_model(case, "mamba2", mixer(case.options))
+    elif "dt" in case.inputs:
+        _check_ssd(case)
+    else:
+        module = convert(mixer(case.options)(case.options["hidden_size"], rngs=nnx.Rngs(0)), case.params)
+        mamba.check_mixer(case, module, lambda ssm: ssm.swapaxes(2, 3))  # the original keeps values before keys
+
+
+def mixer(options):
+    return functools.partial(
+        Mamba2,
+        expand=options["expand"],
+        head_dim=options["head_dim"],
+        state_size=options["state_size"],
+        groups=options["n_groups"],
+        conv_width=options["conv_kernel"],
+        dt_limit=tuple(map(float, options.get("time_step_limit", (0, "inf")))),
+        conv_bias=options["use_conv_bias"],
+        bias=options["use_bias"],
+        norm_eps=options["layer_norm_epsilon"],
+    )
+
+
+def _check_ssd(case):
+    names = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state")
+    floats = {name: case.array(name) for name in names if name in case.inputs}
+    low, high = map(float, case.meta.get("dt_limit", (0, "inf")))
+
+    def run(floats, end=None):
+        """Queries C, keys B, values Δx, log decay ΔA; the original's states are transposed."""
+        f = SimpleNamespace(**{"D": None, "dt_bias": 0.0, "initial_state": None, **floats})
+        x, dt, B, C = (y[:, :end] for y in (f.x, f.dt, f.B, f.C))
+        delta = dt + f.dt_bias
+        delta = jnp.clip(jax.nn.softplus(delta) if case.meta.get("dt_softplus", True) else delta, low, high)
+        start = None if f.initial_state is None else f.initial_state.swapaxes(2, 3)
+        chunk = 8 if case.meta["chunk_size"] <= 8 else 16
+        y, state = linear_attention(C, B, delta[..., None] * x, decay=delta * f.A, scale=1.0, initial_state=start, chunk=chunk)
+        return y if f.D is None else y + f.D[:, None] * x, state.swapaxes(2, 3)
+
+    (y, state), pull = jax.vjp(run, floats)
+    case.check_all({"y": y, "o": y, "y_float64": y, "final_state": state})
+    if "state_after_cut" in case.mids:
+        case.check("state_after_cut", run(floats, case.meta["cut"])[1])
+    if "cotangent_o" in case.inputs:
+        (grads,) = pull((case.array("cotangent_o"), case.array("cotangent_state")))
+        for name, gradient in grads.items():
+            case.check(f"grad_{name}", gradient)
