@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from seqlab.kernels.dispatch import check_name
+from seqlab.models.batch_norm import moved_statistics, put_statistics
 from seqlab.models.layers import Factory, RMSNorm, SwiGLU, positive
 from seqlab.module import Module, merge, split
 from seqlab.shapes import Activations, Steps
@@ -113,15 +114,26 @@ class Backbone(Module):
             states = (None,) * self.depth if state is None else state
             new = []
             for block, old in zip(self.blocks, states, strict=True):
-                static, params = split(block)
-                x, updated = self._run(static)(params, x, old, reset, valid)
+                x, updated = self._call(block, x, old, reset, valid)
                 new.append(updated)
             state = None if state is None else tuple(new)
         return self.norm(x), state
 
+    def _call(self, block: Block, *arguments: Any) -> tuple[Activations, State | None]:
+        if self.remat == "none":
+            return block(*arguments)
+        static, params = split(block)
+        x, state, statistics = self._run(static)(params, *arguments)
+        put_statistics(block, statistics)
+        return x, state
+
     def _run(self, static: Any) -> Any:
+        """A block as a pure function of its parameters; what it measured in training (BatchNorm) is a result like its state."""
+
         def run(params, x, state, reset, valid):
-            return merge(static, params)(x, state, reset, valid)
+            block = merge(static, params)
+            x, state = block(x, state, reset, valid)
+            return x, state, moved_statistics(block)
 
         return jax.checkpoint(run) if self.remat == "block" else run
 
@@ -131,13 +143,16 @@ class Backbone(Module):
         states = (None,) * len(parts) if state is None else tuple(stacked.layers for stacked in state)
 
         def repeat(x, layer):
-            new = []
+            new, measured = [], []
             for run, params, old in zip(runs, *layer, strict=True):
-                x, updated = run(params, x, old, reset, valid)
+                x, updated, statistics = run(params, x, old, reset, valid)
                 new.append(updated)
-            return x, tuple(new)  # activations and states only: returning parameters would stack a copy of them
+                measured.append(statistics)
+            return x, (tuple(new), measured)  # never parameters: returning them would stack a copy
 
-        x, states = jax.lax.scan(repeat, x, (tuple(params for _, params in parts), states))
+        x, (states, measured) = jax.lax.scan(repeat, x, (tuple(params for _, params in parts), states))
+        for block, statistics in zip(self.blocks, measured, strict=True):
+            put_statistics(block, statistics)
         return x, (None if state is None else tuple(map(Stacked, states)))
 
 

@@ -57,6 +57,12 @@ def merge(static: Static, params: Params) -> Any:
     return nnx.merge(static.graph, jax.tree_util.tree_unflatten(static.tree, [params[name] for name in static.names]))
 
 
+def statistics_of(static: Static) -> frozenset[str]:
+    """The names of what training measures and no gradient reaches (`nnx.BatchStat`): running means and variances."""
+    variables = jax.tree.leaves(jax.tree.unflatten(static.tree, static.names), is_leaf=lambda part: isinstance(part, nnx.Variable))
+    return frozenset(name for name, variable in zip(static.names, variables, strict=True) if isinstance(variable, nnx.BatchStat))
+
+
 def params_of(model: nnx.Module) -> Params:
     """The parameters of `model` by name."""
     return split(model)[1]

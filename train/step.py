@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from seqlab.module import Params, Static, merge
+from seqlab.module import Params, Static, merge, params_of, statistics_of
 from seqlab.train.optim import global_norm
 
 Batch = dict[str, Array]
@@ -42,7 +42,8 @@ def next_token_loss(model: Any, batch: Batch) -> tuple[Float[Array, ""], Float[A
 
 def init_state(static: Static, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    learnt, _ = _parted(static, params)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(learnt))
 
 
 def train_step(
@@ -51,31 +52,44 @@ def train_step(
     """One update from one global batch, in `accumulate` parts whose gradients add up to that of the whole.
 
     A batch whose loss or gradient is not finite changes nothing but is reported: the state stays that of the last good step.
+    Running statistics (BatchNorm) are measured along the way, part after part, and take the place of the old ones.
     """
+    learnt, statistics = _parted(static, state.params)
 
-    def objective(params: Params, part: Batch) -> tuple[Array, Array]:
-        return loss(merge(static, params), part)
+    def objective(learnt: Params, statistics: Params, part: Batch) -> tuple[Array, tuple[Array, Params]]:
+        model = merge(static, learnt | statistics)
+        if statistics:
+            model.train()
+        total, count = loss(model, part)
+        return total, (count, _parted(static, params_of(model))[1] if statistics else {})
 
     gradient = jax.value_and_grad(objective, has_aux=True)
     if accumulate == 1:
-        (total, count), grads = gradient(state.params, batch)
+        (total, (count, statistics)), grads = gradient(learnt, statistics, batch)
     else:
         parts = jax.tree.map(lambda leaf: leaf.reshape(accumulate, -1, *leaf.shape[1:]), batch)
-        zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+        zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, learnt))
 
         def add(carry, part):
-            (total, count), grads = gradient(state.params, part)
-            return jax.tree.map(jnp.add, carry, (total, count, grads)), None
+            sums, statistics = carry
+            (total, (count, statistics)), grads = gradient(learnt, statistics, part)
+            return (jax.tree.map(jnp.add, sums, (total, count, grads)), statistics), None
 
-        (total, count, grads), _ = jax.lax.scan(add, zero, parts)
+        ((total, count, grads), statistics), _ = jax.lax.scan(add, (zero, statistics), parts)
     count = jnp.maximum(count, 1.0)
     grads = jax.tree.map(lambda leaf: leaf / count, grads)
     norm = global_norm(grads)
     finite = jnp.isfinite(total) & jnp.isfinite(norm)
-    updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-    new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state)
+    updates, optimizer_state = optimizer.update(grads, state.optimizer, learnt)
+    new = TrainState(state.step + 1, optax.apply_updates(learnt, updates) | statistics, optimizer_state)
     new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
     return new, StepMetrics(total / count, norm, finite)
+
+
+def _parted(static: Static, params: Params) -> tuple[Params, Params]:
+    """What the optimizer changes, and what training measures."""
+    measured = statistics_of(static)
+    return {name: leaf for name, leaf in params.items() if name not in measured}, {name: params[name] for name in measured}
 
 
 def evaluate_step(static: Static, loss: Loss, params: Params, batch: Batch) -> tuple[Array, Array]:

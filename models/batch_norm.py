@@ -1,0 +1,75 @@
+"""Batch normalisation that streams: in evaluation it is one affine map a channel."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from seqlab.models.layers import positive
+from seqlab.module import Module
+from seqlab.shapes import Steps, accumulator
+from seqlab.state import mask_steps
+
+Statistics = dict[str, Array]
+
+
+class BatchNorm(Module):
+    """(x - mean) / sqrt(var + eps) * weight + bias, mean and variance a channel (arXiv 1502.03167).
+
+    In evaluation, which is how a model is born, they are the running statistics: an affine map, so that streaming is exact. In training
+    (`model.train()`, as everywhere in NNX; seqlab's training step does it itself) they are those of the batch, over rows and valid steps:
+    rows are then not independent, a chunk is not the whole, and the law does not hold. Every training call moves the running statistics,
+
+        running <- (1 - momentum) running + momentum batch
+
+    with the unbiased variance. They are `nnx.BatchStat`: in the dictionary of parameters by name, saved and loaded like them, but without
+    gradient, update or decay.
+
+    Args:
+      momentum: the weight of the new batch, 0.1 as in PyTorch (Flax calls that 0.9).
+    """
+
+    def __init__(self, dim: int, *, eps: float = 1e-5, momentum: float = 0.1, rngs: nnx.Rngs | None = None):
+        self.weight = nnx.Param(jnp.ones((positive("dim", dim),)))
+        self.bias = nnx.Param(jnp.zeros((dim,)))
+        self.running_mean = nnx.BatchStat(jnp.zeros((dim,)))
+        self.running_var = nnx.BatchStat(jnp.ones((dim,)))
+        self.eps, self.momentum, self.use_running_average = eps, momentum, True
+
+    def __call__(self, x: Float[Array, "b t d"], valid: Steps | None = None) -> Float[Array, "b t d"]:
+        wide = mask_steps(x.astype(accumulator(x.dtype)), valid)
+        if self.use_running_average:
+            mean, var = self.running_mean[...].astype(wide.dtype), self.running_var[...].astype(wide.dtype)
+        else:
+            mean, var = self._measure(wide, valid)
+        y = (wide - mean) * (jax.lax.rsqrt(var + self.eps) * self.weight[...].astype(wide.dtype)) + self.bias[...].astype(wide.dtype)
+        return y.astype(x.dtype)
+
+    def _measure(self, x: Array, valid: Steps | None) -> tuple[Array, Array]:
+        """Mean and biased variance of a batch whose invalid steps are zero; the running statistics move."""
+        seen = x.shape[0] * x.shape[1] if valid is None else jnp.sum(valid, dtype=x.dtype)
+        count = jnp.maximum(seen, 1)
+        mean = jnp.sum(x, axis=(0, 1)) / count
+        var = jnp.sum(jnp.square(mask_steps(x - mean, valid)), axis=(0, 1)) / count
+        for statistic, batch in ((self.running_mean, mean), (self.running_var, var * (count / jnp.maximum(count - 1, 1)))):
+            old = statistic[...]
+            moved = old + self.momentum * (jax.lax.stop_gradient(batch).astype(old.dtype) - old)
+            statistic[...] = jnp.where(seen > 0, moved, old)
+        return mean, var
+
+
+def moved_statistics(module: nnx.Module) -> Statistics:
+    """The running statistics of the BatchNorms in `module` that are training, by a name within it; empty for every other model."""
+    return {f"{path}.{name}": getattr(norm, name)[...] for path, norm in _training(module) for name in ("running_mean", "running_var")}
+
+
+def put_statistics(module: nnx.Module, statistics: Statistics) -> None:
+    """Write back what `moved_statistics` returned of a copy of `module`."""
+    for path, norm in _training(module) if statistics else ():
+        for name in ("running_mean", "running_var"):
+            getattr(norm, name)[...] = statistics[f"{path}.{name}"]
+
+
+def _training(module: nnx.Module) -> list[tuple[str, BatchNorm]]:
+    found = ((".".join(map(str, path)), part) for path, part in nnx.iter_modules(module))
+    return [(path, part) for path, part in found if isinstance(part, BatchNorm) and not part.use_running_average]
