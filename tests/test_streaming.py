@@ -21,7 +21,7 @@ LENGTH = 3 * zoo.WINDOW + 5
 
 
 # Gradients cost half of the compilations: for one of each kind here, for all of them in the slow tests.
-WITH_GRADIENTS = ("attention_gqa_norm", "window_sinks_softcap", "mamba", "gated_linear_conv", "swiglu", "lm_hybrid_scanned")
+WITH_GRADIENTS = ("attention_gqa_norm", "window_sinks_softcap", "mamba", "gated_linear_conv", "gated_delta", "swiglu", "lm_hybrid_scanned")
 
 
 @pytest.mark.parametrize("name", zoo.MIXERS)
@@ -49,6 +49,13 @@ def test_the_other_gradients_obey_the_law(name):
 @pytest.mark.parametrize("name", ["attention_gqa_norm", "window", "mamba", "gated_linear_conv"])
 def test_mixer_obeys_the_law_in_bfloat16(name):
     verify_streaming(zoo.mixer(name), length=LENGTH, dtype="bfloat16", gradients=False).raise_for_failure()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+@pytest.mark.parametrize("name", zoo.MIXERS)
+def test_every_mixer_obeys_the_law_in_other_dtypes(name, dtype):
+    verify_streaming(zoo.mixer(name), length=LENGTH, dtype=dtype).raise_for_failure()
 
 
 @pytest.mark.slow
@@ -119,7 +126,7 @@ def cases(draw):
     return lengths, np.stack([np.isin(np.arange(LENGTH), r) for r in reset]), valid, draw(st.integers(0, 99))
 
 
-@pytest.mark.parametrize("name", ["window_sinks_softcap", "attention", "mamba", "gated_linear_conv"])
+@pytest.mark.parametrize("name", ["window_sinks_softcap", "attention", "mamba", "gated_linear_conv", "kimi_delta", "retention"])
 @hypothesis.settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck))
 @hypothesis.given(case=cases())
 def test_any_split_of_any_ragged_packed_batch_is_its_documents_one_by_one(name, case):
