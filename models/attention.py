@@ -23,7 +23,12 @@ class Attention(Module):
       cache: which past a query may see and how it is stored: `Full(capacity)` or `Window(window, sinks)`.
       rotary_base: base of the rotary frequencies; None for no positions at all.
       qk_norm: RMSNorm queries and keys per head before the rotation.
-    State: the policy's, two arrays of `kv_heads * head_dim` numbers a stored key.
+
+    The state is the policy's: two arrays of `kv_heads * head_dim` numbers a stored key, and its position.
+
+    Pitfalls:
+      A full cache ends: beyond its capacity outputs are NaN, never a wrong number. A window goes on for ever.
+      Window W means the query and the W - 1 keys before it.
     """
 
     causal, lookahead, exact = True, 0, True

@@ -23,6 +23,10 @@ class DeltaNet(MatrixMemory):
       use_beta: False writes with β = 1.
       negative_eigenvalues: β in (0, 2), so that the memory may flip signs and track parity (arXiv 2411.12537).
       gate: silu gate on the read-out.
+
+    Pitfalls:
+      Keys must have unit length and β lie in (0, 2), or I - β k kᵀ expands and the memory grows without bound ("sum" does not promise it).
+      The triangular system of a chunk is solved in float32 whatever the activations are; in bfloat16 it loses the pairs it holds.
     """
 
     torch_names: ClassVar = MatrixMemory.torch_names | {"beta": "b_proj"}
@@ -69,6 +73,10 @@ class GatedDeltaNet(MatrixMemory):
       head_dim: key channels of a head; by default 0.75 dim / heads, rounded up to a multiple of 8, for 6 dim^2 parameters.
       value_heads: memories; queries and keys are shared by value_heads / heads of them.
       negative_eigenvalues: β in (0, 2) (arXiv 2411.12537).
+
+    Pitfalls:
+      The decay acts before the delta rule reads: what is subtracted is what is left after forgetting.
+      The read-out is normed, then gated; in Mamba-2 it is the other way round.
     """
 
     torch_names: ClassVar = MatrixMemory.torch_names | {"beta": "b_proj", "decay": "a_proj"}
@@ -110,6 +118,9 @@ class KimiDeltaAttention(MatrixMemory):
 
     log a = -exp(A_log) softplus(low-rank(x) + dt_bias), A_log per head and dt_bias per channel; the read-out is normed per head and gated
     by the sigmoid of another low-rank map. `value_heads` and `negative_eigenvalues` as in `GatedDeltaNet`.
+
+    Pitfalls:
+      A decay per channel rules out one product for all of a chunk; its scores are built by halving, and chunks are shorter.
     """
 
     torch_names: ClassVar = MatrixMemory.torch_names | {"beta": "b_proj", "decay": "f_proj"}

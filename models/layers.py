@@ -139,7 +139,11 @@ class ShortConv(Module):
 
 
 class MLP(Module):
-    """Channel mixer: linear, activation, linear, one step at a time; it has no state."""
+    """Channel mixer: down(activation(up x)), one step at a time; it has no state.
+
+    Pitfalls:
+      "gelu" is the exact one, as in the papers; JAX's own default is the tanh approximation, here "gelu_tanh".
+    """
 
     causal, lookahead, exact = True, 0, True
 
@@ -160,9 +164,14 @@ class MLP(Module):
 
 
 class SwiGLU(Module):
-    """Channel mixer: down(silu(gate x) * up x) (Shazeer, arXiv 2002.05202); `hidden` is 8/3 dim, rounded up to a multiple of 64."""
+    """Channel mixer: down(silu(gate x) * up x) (Shazeer, arXiv 2002.05202); `hidden` is 8/3 dim, rounded up to a multiple of 64.
+
+    Pitfalls:
+      Gate and up projection are one matrix here, the gate first; published weights come as two.
+    """
 
     causal, lookahead, exact = True, 0, True
+    torch_names: ClassVar = {"gate_up": ("gate_proj", "up_proj"), "down": "down_proj"}
 
     def __init__(self, dim: int, *, hidden: int | None = None, out_scale: float = 1.0, rngs: nnx.Rngs):
         hidden = -(-8 * dim // (3 * 64)) * 64 if hidden is None else positive("hidden", hidden)

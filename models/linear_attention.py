@@ -76,6 +76,10 @@ class LinearAttention(MatrixMemory):
       normalize: divide by φ(q)·Σ φ(k), as softmax does; wants features that are never negative. The sum is one more column of the memory.
       norm_q, norm_k: divide features by their sum (plus 1e-4).
       norm_eps: of the RMS norm of the read-out per head; None for no norm.
+
+    Pitfalls:
+      Features of both signs make the normaliser cross zero: `normalize` belongs to elu, relu and hedgehog.
+      The memory adds for ever: at equal state it recalls fewer pairs than a delta rule, and long streams drown early tokens.
     """
 
     torch_names: ClassVar = MatrixMemory.torch_names | {"q_map": "feature_map_q", "k_map": "feature_map_k", "norm": "norm"}
@@ -126,6 +130,10 @@ class Retention(MatrixMemory):
 
     The forgetting is fixed, head h remembers about 2^(5+h) steps. The read-out is normed per head and gated by silu.
     `conv_width` puts a short causal convolution with silu in front of queries, keys and values (off by default, as published).
+
+    Pitfalls:
+      Positions must go on across chunks, or rotated keys no longer meet their queries; here they are part of the state.
+      1 - γ is 2^-12 for the eighth head: γ in bfloat16 would be 1. It is made in float64 as log1p(-2^(-5-h)).
     """
 
     torch_names: ClassVar = MatrixMemory.torch_names | {"norm": "g_norm_swish_gate"}
@@ -168,6 +176,9 @@ class SimpleGatedLinearAttention(MatrixMemory):
     """Linear attention with a scalar gate: S_t = a_t S_{t-1} + k_t v_tᵀ, log a = logsigmoid(x W) / `gate_normalizer` per head and step.
 
     The head-wise form of gated linear attention (arXiv 2312.06635), with a short convolution in front; its memory is that of Mamba-2.
+
+    Pitfalls:
+      A gate that starts near 1 / 2 forgets within a few steps: `gate_normalizer` 16 lets it start at 0.96.
     """
 
     torch_names: ClassVar = MatrixMemory.torch_names | {"decay": "gk_proj", "norm": "g_norm_swish_gate"}
@@ -202,6 +213,10 @@ class GatedLinearAttention(MatrixMemory):
     log a = logsigmoid(low-rank projection of x) / `gate_normalizer`, not below `gate_floor` where that is given; the output is
     RMS-normalised per head, then gated by silu. `conv_width` puts a short causal convolution with silu in front of queries, keys and
     values (off by default, as published).
+
+    Pitfalls:
+      Inside a chunk decays must be taken as differences of sums, never as exp(b) exp(-b): the second factor overflows under a strong gate.
+      Without a short convolution one layer cannot compare neighbouring tokens; small models learn much slower.
     """
 
     torch_names: ClassVar = MatrixMemory.torch_names | {"decay": "gk_proj", "norm": "g_norm_swish_gate"}

@@ -49,6 +49,10 @@ class Mamba2(Module):
       head_dim: P, which must divide E.
       groups: G, which must divide the number of heads; the norm works on G parts of the channels.
       dt_limit: the least and the greatest step size.
+
+    Pitfalls:
+      The gate comes before the norm and the norm works on `groups` parts of the channels: only models with several groups show the mistake.
+      Heads share B and C in a row (head // (heads / groups)), not in turn.
     """
 
     causal, lookahead, exact = True, 0, True
