@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from seqlab import kernels
-from seqlab.models.layers import Linear, ShortConv, positive
+from seqlab.models.layers import Linear, ShortConv, positive, step_size_bias
 from seqlab.module import Module
 from seqlab.shapes import Activations, Steps, accumulator
 from seqlab.state import State, mask_steps
@@ -22,7 +22,37 @@ class MambaState(NamedTuple):
     ssm: Float[Array, "b e n"]
 
 
-class Mamba(Module):
+class Selective(Module):
+    """What Mamba and its relatives do to a stream of E = `inner` channels: convolution, selection, scan, skip. Abstract: see `selected`."""
+
+    torch_names: ClassVar = {"conv": "conv1d"}
+
+    def __init__(self, inner: int, *, dt_rank: int, state_size: int, conv_width: int, conv_bias: bool, rngs: nnx.Rngs):
+        self.inner, self.state_size, self.dt_rank = inner, positive("state_size", state_size), positive("dt_rank", dt_rank)
+        self.conv = ShortConv(inner, width=conv_width, bias=conv_bias, rngs=rngs)
+        self.x_proj = Linear(inner, dt_rank + 2 * state_size, rngs=rngs)
+        self.dt_proj = Linear(dt_rank, inner, bias=True, scale=1 / math.sqrt(3), rngs=rngs)
+        self.dt_proj.bias[...] = step_size_bias(rngs.params(), inner)
+        self.A_log = nnx.Param(jnp.broadcast_to(jnp.log(jnp.arange(1.0, state_size + 1)), (inner, state_size)))
+        self.D = nnx.Param(jnp.ones((inner,)))
+
+    def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> MambaState:
+        ssm = jnp.zeros((batch, self.inner, self.state_size), accumulator(dtype))
+        return MambaState(self.conv.init_state(batch, dtype), ssm)
+
+    def selected(self, a: Activations, state: MambaState | None, reset: Steps | None, valid: Steps | None):
+        """a [b, t, e] -> y [b, t, e]: c = silu(conv(a)); r, B, C = x_proj(c); Δ = softplus(dt_proj(r)); scan; + D c."""
+        conv, ssm = (None, None) if state is None else state
+        c, conv = self.conv(a, conv, reset, valid)
+        rank, B, C = jnp.split(self.x_proj(c), [self.dt_rank, self.dt_rank + self.state_size], axis=-1)
+        wide = accumulator(a.dtype)  # step sizes and decays in float32 whatever the activations are
+        delta = jax.nn.softplus(rank.astype(wide) @ self.dt_proj.weight[...].astype(wide) + self.dt_proj.bias[...].astype(wide))
+        A = -jnp.exp(self.A_log[...].astype(wide))
+        y, ssm = kernels.scan(c, delta, A, B, C, initial_state=ssm, reset=reset, valid=valid)
+        return y + self.D[...].astype(a.dtype) * c, (None if state is None else MambaState(conv, ssm))
+
+
+class Mamba(Selective):
     """The S6 mixer. Symbols of the paper: E = expand * d inner channels, N = state_size, R = rank of the step size, K = conv_width.
 
         a, z = in_proj(x);  c = silu(conv(a));  r, B, C = x_proj(c);  Δ = softplus(dt_proj(r))
@@ -30,10 +60,13 @@ class Mamba(Module):
 
     The state transition is exact, the input map is Euler's (Δ B), as in the published code; a chunk continues the scan from its state,
     whatever its length.
+
+    Pitfalls:
+      B, C and Δ come from the convolved half, the gate from the other; D is added before the gate; the bias of Δ is inside the softplus.
+      Other libraries restart the scan where a cached call brings several tokens; compare with them step by step only.
     """
 
     causal, lookahead, exact = True, 0, True
-    torch_names: ClassVar = {"conv": "conv1d"}
 
     def __init__(
         self,
@@ -48,36 +81,13 @@ class Mamba(Module):
         out_scale: float = 1.0,
         rngs: nnx.Rngs,
     ):
-        self.dim, self.inner, self.state_size = dim, positive("expand", expand) * dim, positive("state_size", state_size)
-        self.dt_rank = -(-dim // 16) if dt_rank is None else positive("dt_rank", dt_rank)
-        self.in_proj = Linear(dim, 2 * self.inner, bias=bias, rngs=rngs)
-        self.conv = ShortConv(self.inner, width=conv_width, bias=conv_bias, rngs=rngs)
-        self.x_proj = Linear(self.inner, self.dt_rank + 2 * state_size, rngs=rngs)
-        self.dt_proj = Linear(self.dt_rank, self.inner, bias=True, scale=1 / math.sqrt(3), rngs=rngs)
-        self.dt_proj.bias[...] = _inverse_softplus_of_log_uniform(rngs.params(), self.inner)
-        self.A_log = nnx.Param(jnp.broadcast_to(jnp.log(jnp.arange(1, state_size + 1, dtype=jnp.float32)), (self.inner, state_size)))
-        self.D = nnx.Param(jnp.ones((self.inner,)))
-        self.out_proj = Linear(self.inner, dim, bias=bias, scale=out_scale, rngs=rngs)
-
-    def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> MambaState:
-        ssm = jnp.zeros((batch, self.inner, self.state_size), accumulator(dtype))
-        return MambaState(self.conv.init_state(batch, dtype), ssm)
+        self.dim, inner = dim, positive("expand", expand) * dim
+        dt_rank = -(-dim // 16) if dt_rank is None else dt_rank
+        self.in_proj = Linear(dim, 2 * inner, bias=bias, rngs=rngs)
+        super().__init__(inner, dt_rank=dt_rank, state_size=state_size, conv_width=conv_width, conv_bias=conv_bias, rngs=rngs)
+        self.out_proj = Linear(inner, dim, bias=bias, scale=out_scale, rngs=rngs)
 
     def __call__(self, x: Activations, state: State | None = None, reset: Steps | None = None, valid: Steps | None = None):
-        conv, ssm = (None, None) if state is None else state
         a, z = jnp.split(self.in_proj(mask_steps(x, valid)), 2, axis=-1)
-        c, conv = self.conv(a, conv, reset, valid)
-        rank, B, C = jnp.split(self.x_proj(c), [self.dt_rank, self.dt_rank + self.state_size], axis=-1)
-        wide = accumulator(x.dtype)  # step sizes and decays in float32 whatever the activations are
-        delta = jax.nn.softplus(rank.astype(wide) @ self.dt_proj.weight[...].astype(wide) + self.dt_proj.bias[...].astype(wide))
-        A = -jnp.exp(self.A_log[...].astype(wide))
-        y, ssm = kernels.scan(c, delta, A, B, C, initial_state=ssm, reset=reset, valid=valid)
-        y = y + self.D[...].astype(x.dtype) * c
-        return self.out_proj(y * jax.nn.silu(z)), (None if state is None else MambaState(conv, ssm))
-
-
-def _inverse_softplus_of_log_uniform(key: jax.Array, size: int, low: float = 1e-3, high: float = 0.1, floor: float = 1e-4) -> Array:
-    """Biases that make softplus(bias) log-uniform in [low, high]: the step sizes at initialisation."""
-    dt = jnp.exp(jax.random.uniform(key, (size,)) * (math.log(high) - math.log(low)) + math.log(low))
-    dt = jnp.maximum(dt, floor)
-    return dt + jnp.log(-jnp.expm1(-dt))
+        y, state = self.selected(a, state, reset, valid)
+        return self.out_proj(y * jax.nn.silu(z)), state

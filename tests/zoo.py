@@ -11,12 +11,15 @@ from seqlab.models import (
     Full,
     GatedDeltaNet,
     GatedLinearAttention,
+    GroupedChannelMixer,
     KimiDeltaAttention,
     LanguageModel,
     LinearAttention,
     Mamba,
     Mamba2,
+    MambaMixerStack,
     Retention,
+    SelectiveMixer,
     SimpleGatedLinearAttention,
     SwiGLU,
     Window,
@@ -42,6 +45,11 @@ MIXERS = {
     "delta": partial(DeltaNet, heads=2, negative_eigenvalues=True, gate=True),
     "gated_delta": partial(GatedDeltaNet, heads=2, value_heads=4, head_dim=6),
     "kimi_delta": partial(KimiDeltaAttention, heads=2),
+    "selective": partial(SelectiveMixer, state_size=4),
+    "grouped_channels": partial(GroupedChannelMixer, mixer=partial(SelectiveMixer, state_size=4)),
+    "mamba_mixer_stack": partial(
+        MambaMixerStack, depth=2, token_mixer=partial(SelectiveMixer, state_size=4), channel_mixer=partial(GroupedChannelMixer, groups=2)
+    ),
     "swiglu": SwiGLU,
     "mlp": MLP,
 }
