@@ -3,15 +3,16 @@
 import fiddle as fdl
 from fiddle import selectors
 
-from seqlab.models import Attention, GatedLinearAttention, Window
+from seqlab.models import Attention, GatedDeltaNet, GatedLinearAttention, Mamba2, Window
 
 
 def tiny(cfg: fdl.Config) -> None:
     """Shrink model, windows and run to what a test can afford: seconds, and still every kind of layer."""
     model = cfg.model
     model.dim, model.depth = 16, len(model.mixers) if isinstance(model.mixers, tuple | list) else 1
-    for mixer in (Attention, GatedLinearAttention):
+    for mixer in (Attention, GatedDeltaNet, GatedLinearAttention):
         selectors.select(cfg, mixer, check_nonempty=False).set(heads=2)
+    selectors.select(cfg, Mamba2, check_nonempty=False).set(head_dim=8, state_size=8)
     selectors.select(cfg, Window, check_nonempty=False).set(window=8, sinks=2)
     cfg.data.length, cfg.batch_size, cfg.accumulate = 32, 4, 1
     cfg.steps, cfg.log_every, cfg.checkpoint_every, cfg.validate_every, cfg.validation_windows = 4, 2, 2, 4, 4

@@ -2,7 +2,7 @@
 
 import fiddle as fdl
 
-from seqlab.models import Attention, GatedLinearAttention, LanguageModel, Mamba, Window
+from seqlab.models import Attention, GatedDeltaNet, GatedLinearAttention, LanguageModel, Mamba, Mamba2, Window
 from seqlab.train.experiment import Experiment
 from seqlab.train.optim import adamw
 from seqlab.train.text import Text
@@ -33,3 +33,13 @@ def gated_linear(heads: int = 4, conv_width: int | None = 4) -> fdl.Partial:
 def mamba(state_size: int = 16) -> fdl.Partial:
     """The selective state-space mixer with the published sizes."""
     return fdl.Partial(Mamba, state_size=state_size)
+
+
+def mamba2(head_dim: int = 32, state_size: int = 64) -> fdl.Partial:
+    """The state-space mixer with a decay a head; heads and state smaller than published, for models of this size."""
+    return fdl.Partial(Mamba2, head_dim=head_dim, state_size=state_size)
+
+
+def gated_delta(heads: int = 4) -> fdl.Partial:
+    """The gated delta rule with the published convolution, gate and norm."""
+    return fdl.Partial(GatedDeltaNet, heads=heads)
