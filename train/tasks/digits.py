@@ -1,0 +1,44 @@
+"""Handwritten digits as sequences: the 8 x 8 images of scikit-learn, one grey value a step (the small kin of sequential MNIST)."""
+
+import dataclasses
+
+import numpy as np
+
+from seqlab.train.tasks.examples import Examples, answers_at_the_end, at_least
+
+_SPLIT = 0  # the seed of what is held out
+
+
+@dataclasses.dataclass(frozen=True)
+class Digits:
+    """1797 images of 64 steps, row by row, values in [0, 1]; at the last step the digit, 0 to 9.
+
+    Args:
+      held_out: images to validate on, the same for every seed.
+    Raises:
+      ModuleNotFoundError: without scikit-learn, whose images they are (`pip install scikit-learn`); only once data are asked for.
+    """
+
+    held_out: int = 360
+
+    tokenizer = None  # numbers, not symbols
+
+    def __post_init__(self) -> None:
+        at_least("held_out", self.held_out, 1)
+        if self.held_out > 1500:
+            raise ValueError(f"held_out must leave some of the 1797 images to train on (1500 at most), got {self.held_out}")
+
+    def train(self, seed: int) -> Examples:
+        """The same images for every seed; their order is drawn by `Batches`."""
+        return self._images(slice(self.held_out, None))
+
+    def validation(self) -> Examples:
+        return self._images(slice(self.held_out))
+
+    def _images(self, which: slice) -> Examples:
+        from sklearn.datasets import load_digits
+
+        images = load_digits()
+        # Raw bits are the only random numbers that numpy promises to keep from version to version.
+        order = np.argsort(np.random.PCG64(_SPLIT).random_raw(len(images.target)), kind="stable")[which]
+        return answers_at_the_end(images.data[order, :, None] / 16.0, images.target[order, None])

@@ -1,0 +1,117 @@
+"""What all tasks share: examples by number, and names for their tokens."""
+
+import functools
+import hashlib
+import operator
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from jaxtyping import Int, Num
+
+from seqlab.train.packing import Item
+
+IGNORE = -100  # the label of a step that is not scored: the published generators' own sign
+VALIDATION = 2**31  # seeds of what is held out begin here: no run trains on them
+
+
+class Examples:
+    """A task's examples in memory, each an `Item`: `inputs`, `targets`, and `valid`, True where a step is scored.
+
+    Args:
+      inputs: [n, t] tokens, or [n, t, channels] numbers.
+      labels: [n, t], `IGNORE` where a step is not scored.
+    """
+
+    def __init__(self, inputs: Num[np.ndarray, "n t *c"], labels: Int[np.ndarray, "n t"]) -> None:
+        if inputs.shape[:2] != labels.shape:
+            raise ValueError(f"labels must have the shape {inputs.shape[:2]} of the inputs, got {labels.shape}")
+        self.inputs, self.labels = _compact(inputs), _compact(labels)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> Item:
+        index = operator.index(index)
+        inputs, labels = self.inputs[index], self.labels[index]
+        whole = np.issubdtype(inputs.dtype, np.integer)
+        scored = labels != IGNORE
+        return {
+            "inputs": inputs.astype(np.int32 if whole else np.float32),
+            "targets": np.where(scored, labels, 0).astype(np.int32),
+            "valid": scored,
+        }
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that differ when any example does."""
+        digest = hashlib.sha256(f"{self.inputs.shape} {self.inputs.dtype} {self.labels.dtype} ".encode())
+        digest.update(self.inputs)
+        digest.update(self.labels)
+        return digest.hexdigest()[:16]
+
+
+def answers_at_the_end(inputs: Num[np.ndarray, "n t *c"], answers: Int[np.ndarray, "n m"]) -> Examples:
+    """Examples whose last m steps are scored, with these answers."""
+    labels = np.full(inputs.shape[:2], IGNORE, np.int64)
+    labels[:, inputs.shape[1] - answers.shape[1] :] = answers
+    return Examples(inputs, labels)
+
+
+def _compact(values: Num[np.ndarray, "..."]) -> Num[np.ndarray, "..."]:
+    """A read-only copy in as few bytes as its values need."""
+    if np.issubdtype(values.dtype, np.integer):
+        small = values.size == 0 or (values.min() >= -(2**15) and values.max() < 2**15)
+        values = values.astype(np.int16 if small else np.int32)
+    else:
+        values = values.astype(np.float32)
+    values = np.ascontiguousarray(values)
+    values.setflags(write=False)
+    return values
+
+
+class Symbols:
+    """A tokenizer of words: token i is called `names[i]`, and text is names with blanks between them."""
+
+    bos = None  # an example of a task is a whole: nothing is put in front of it
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self._ids = {name: i for i, name in enumerate(self.names)}
+        self.vocab_size = len(self.names)
+
+    def encode(self, text: str | bytes) -> Int[np.ndarray, " t"]:
+        """The tokens of names with blanks between them. Raises ValueError for a name that no token has."""
+        words = (text.decode() if isinstance(text, bytes) else text).split()
+        unknown = [word for word in words if word not in self._ids]
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is no token of this task; its {self.vocab_size} tokens are {' '.join(self.names[:20])} ...")
+        return np.array([self._ids[word] for word in words], np.int32)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Names with a blank behind each."""
+        return "".join(map(self.push, tokens))
+
+    def decoder(self) -> "Symbols":
+        """Itself: every token is a whole word."""
+        return self
+
+    def push(self, token: int) -> str:
+        """The name of `token` and a blank."""
+        if not 0 <= int(token) < self.vocab_size:
+            raise ValueError(f"token: got {int(token)}, expected 0 to {self.vocab_size - 1}")
+        return f"{self.names[int(token)]} "
+
+    def finish(self) -> str:
+        """Nothing is ever left over."""
+        return ""
+
+
+def numbers(vocab_size: int) -> Symbols:
+    """Tokens that are called by their number."""
+    return Symbols([str(i) for i in range(vocab_size)])
+
+
+def at_least(name: str, value: int, least: int, why: str = "") -> None:
+    """Refuse what is not an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}{f' ({why})' if why else ''}, got {value!r}")

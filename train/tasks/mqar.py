@@ -1,0 +1,93 @@
+"""Multi-query associative recall (Zoology, arXiv 2312.04927): pairs of key and value, then keys again, each to be answered by its value."""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Int
+
+from seqlab.train.tasks.examples import IGNORE, VALIDATION, Examples, Symbols, at_least, numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class MQAR:
+    """`pairs` bindings in `length` steps over `vocab_size` tokens, the lower half keys, the upper half values.
+
+    Args:
+      power: where the queries stand: the chance of slot s behind the pairs is as s^(power - 1). 0.01 puts most of them close, 1 anywhere.
+      fill: what stands between the queries: random tokens (as published since), or the token 0 (as in the paper's figure).
+      examples, held_out: how many there are to train and to validate on.
+    """
+
+    vocab_size: int = 64
+    length: int = 64
+    pairs: int = 8
+    power: float = 0.01
+    fill: bool = False
+    examples: int = 20_000
+    held_out: int = 1000
+
+    def __post_init__(self) -> None:
+        at_least("pairs", self.pairs, 1)
+        at_least("length", self.length, 4 * self.pairs, f"4 * pairs, pairs={self.pairs}")
+        at_least("vocab_size", self.vocab_size, 2 * self.pairs + 2, f"pairs={self.pairs} keys are drawn from half of it")
+        if self.length % 2:
+            raise ValueError(f"length must be even, got {self.length}")
+        if not self.power > 0:
+            raise ValueError(f"power must be positive, got {self.power!r}")
+        for name in ("examples", "held_out"):
+            at_least(name, getattr(self, name), 1)
+
+    @property
+    def tokenizer(self) -> Symbols:
+        return numbers(self.vocab_size)
+
+    def train(self, seed: int) -> Examples:
+        return self._draw(self.examples, seed % VALIDATION)
+
+    def validation(self) -> Examples:
+        return self._draw(self.held_out, VALIDATION)
+
+    def _draw(self, count: int, seed: int) -> Examples:
+        inputs, labels, _ = mqar(
+            seed, count, vocab_size=self.vocab_size, length=self.length, pairs=self.pairs, power=self.power, fill=self.fill
+        )
+        return Examples(inputs, labels)
+
+
+def mqar(
+    seed: int, count: int, *, vocab_size: int, length: int, pairs: int, power: float = 0.01, fill: bool = False
+) -> tuple[Int[np.ndarray, "n t"], Int[np.ndarray, "n t"], Int[np.ndarray, "n k"]]:
+    """Inputs, labels, and the slot of each pair's query: the numbers of the original under `np.random.seed(seed)`.
+
+    Only what fills the gaps comes from a generator of ours; the original draws it with torch.
+    """
+    rng = np.random.RandomState(seed)  # the legacy generator, whose stream is frozen
+    low, high = np.arange(1, vocab_size // 2), np.arange(vocab_size // 2, vocab_size)
+    keys = np.stack([rng.choice(low, pairs, replace=False) for _ in range(count)])
+    values = np.stack([rng.choice(high, pairs, replace=False) for _ in range(count)])
+    slots = (length - 2 * pairs) // 2
+    chance = power * np.arange(1, slots + 1) ** (power - 1)
+    chance /= chance.sum()
+    gaps = np.stack([rng.choice(slots, pairs, replace=False, p=chance) for _ in range(count)])
+    noise = np.random.default_rng([seed, 1]).integers(0, vocab_size, (count, length)) if fill else None
+    return (*assemble(keys, values, gaps, length, noise), gaps)
+
+
+def assemble(
+    keys: Int[np.ndarray, "n k"],
+    values: Int[np.ndarray, "n k"],
+    gaps: Int[np.ndarray, "n k"],
+    length: int,
+    noise: Int[np.ndarray, "n t"] | None = None,
+) -> tuple[Int[np.ndarray, "n t"], Int[np.ndarray, "n t"]]:
+    """Inputs and labels of drawn numbers: k1 v1 k2 v2 ..., then key i at step 2k + 2 gap_i, whose label, there, is value i.
+
+    `noise` stands where neither a pair nor a query does; without it, 0.
+    """
+    count, pairs = keys.shape
+    inputs = np.zeros((count, length), np.int64)
+    labels = np.full((count, length), IGNORE, np.int64)
+    inputs[:, 0 : 2 * pairs : 2], inputs[:, 1 : 2 * pairs : 2] = keys, values
+    np.put_along_axis(inputs, 2 * pairs + 2 * gaps, keys, axis=1)
+    np.put_along_axis(labels, 2 * pairs + 2 * gaps, values, axis=1)
+    return (inputs if noise is None else np.where(inputs == 0, noise, inputs)), labels
