@@ -2,8 +2,9 @@
 
     python tests/bench_train.py --torch-python PATH_OF_A_PYTHON_WITH_TORCH [--rounds 3] [--length 512]
 
-Mamba against torch's scan written step by step and in chunks; attention against torch's fused `scaled_dot_product_attention`. Ratios are
-taken within one run, the contestants in turn; compilation and warm-up are left out on every side.
+Mamba and the gated delta rule against torch's recurrence written step by step and in chunks, as the reference code of both has them;
+attention against torch's fused `scaled_dot_product_attention`. Ratios are taken within one run, the contestants in turn; compilation
+and warm-up are left out on every side.
 """
 
 import argparse
@@ -60,6 +61,52 @@ class Mamba(nn.Module):
         y = self.scan(c, F.softplus(self.dt(r)), -torch.exp(self.A_log), B, C)
         return self.out((y + self.D * c) * F.silu(z))
 
+def delta_steps(q, k, v, g, beta):
+    S, os = torch.zeros(*v.shape[:1], v.shape[2], k.shape[-1], v.shape[-1]), []
+    for t in range(v.shape[1]):
+        S = S * g[:, t].exp()[..., None, None]
+        u = beta[:, t, :, None] * (v[:, t] - torch.einsum("bhkv,bhk->bhv", S, k[:, t]))
+        S = S + k[:, t][..., None] * u[..., None, :]
+        os.append(torch.einsum("bhkv,bhk->bhv", S, q[:, t]))
+    return torch.stack(os, 1)
+
+def delta_chunks(q, k, v, g, beta, size=64):
+    """The triangular system of each chunk inverted row by row, states from chunk to chunk."""
+    q, k, v, g, beta = (y.transpose(1, 2).unflatten(2, (-1, size)) for y in (q, k, v, g[..., None], beta[..., None]))
+    b = g.cumsum(-2)
+    G = torch.exp(torch.where(torch.tril(torch.ones(size, size, dtype=torch.bool)), b - b.mT, -torch.inf))
+    A = -torch.tril(beta * (k @ k.mT) * G, -1)
+    rows = [A[..., :1, :]]
+    for r in range(1, size):
+        rows.append(A[..., r:r+1, :] + A[..., r:r+1, :r] @ torch.cat(rows, -2))
+    T = torch.cat(rows, -2) + torch.eye(size)
+    U, W = T @ (beta * v), T @ (beta * b.exp() * k)
+    P, S, os = (q @ k.mT) * G, torch.zeros(*k.shape[:2], k.shape[-1], v.shape[-1]), []
+    for c in range(q.shape[2]):
+        u = U[:, :, c] - W[:, :, c] @ S
+        os.append((q[:, :, c] * b[:, :, c].exp()) @ S + P[:, :, c] @ u)
+        last = b[:, :, c, -1:]
+        S = S * last.exp() + (k[:, :, c] * (last - b[:, :, c]).exp()).mT @ u
+    return torch.stack(os, 2).flatten(2, 3).transpose(1, 2)
+
+class GatedDelta(nn.Module):
+    def __init__(self, d, rule, heads=3):
+        super().__init__()
+        self.h, self.rule = heads, rule
+        n = heads * 48
+        self.split = [n, n, 2 * n]
+        self.qkv, self.conv = nn.Linear(d, 4 * n, bias=False), nn.Conv1d(4 * n, 4 * n, 4, groups=4 * n, padding=3, bias=False)
+        self.a, self.b, self.g = (nn.Linear(d, width, bias=False) for width in (heads, heads, 2 * n))
+        self.A_log, self.dt = nn.Parameter(torch.zeros(heads)), nn.Parameter(torch.zeros(heads))
+        self.norm, self.out = RMSNorm(96), nn.Linear(2 * n, d, bias=False)
+    def forward(self, x):
+        y = F.silu(self.conv(self.qkv(x).mT)[..., :x.shape[1]].mT)
+        q, k, v = (z.unflatten(-1, (self.h, -1)) for z in y.split(self.split, -1))
+        q, k = F.normalize(q, dim=-1) * 48 ** -0.5, F.normalize(k, dim=-1)
+        g = -self.A_log.exp() * F.softplus(self.a(x) + self.dt)
+        o = self.norm(self.rule(q, k, v, g, self.b(x).sigmoid())).flatten(2)
+        return self.out(o * F.silu(self.g(x)))
+
 class Attention(nn.Module):
     def __init__(self, d):
         super().__init__(); self.qkv, self.out = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
@@ -79,12 +126,16 @@ class SwiGLU(nn.Module):
         g, u = self.up(x).chunk(2, -1)
         return self.down(F.silu(g) * u)
 
-make = {"steps": lambda: Mamba(width, scan_steps), "chunks": lambda: Mamba(width, scan_chunks), "attention": lambda: Attention(width)}[kind]
+make = {
+    "steps": lambda: Mamba(width, scan_steps), "chunks": lambda: Mamba(width, scan_chunks), "attention": lambda: Attention(width),
+    "delta steps": lambda: GatedDelta(width, delta_steps), "delta chunks": lambda: GatedDelta(width, delta_chunks),
+}[kind]
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed, self.norm = nn.Embedding(256, width), RMSNorm(width)
-        self.blocks = nn.ModuleList(m for _ in range(layers) for m in ([make(), SwiGLU(width)] if kind == "attention" else [make()]))
+        bare = kind in ("steps", "chunks")
+        self.blocks = nn.ModuleList(m for _ in range(layers) for m in ([make()] if bare else [make(), SwiGLU(width)]))
         self.norms = nn.ModuleList(RMSNorm(width) for _ in self.blocks)
     def forward(self, x):
         x = self.embed(x)
@@ -114,13 +165,16 @@ def prepared(kind, length):
     import numpy as np
     from flax import nnx
 
-    from seqlab.models import Attention, LanguageModel, Mamba
+    from seqlab.models import Attention, GatedDeltaNet, LanguageModel, Mamba
     from seqlab.module import split
     from seqlab.train.optim import adamw
     from seqlab.train.step import init_state, next_token_loss, train_step
 
-    attention = functools.partial(Attention, heads=WIDTH // 64)
-    options = {"mixers": attention} if kind == "attention" else {"mixers": Mamba, "channel_mixer": None}
+    options = {
+        "attention": {"mixers": functools.partial(Attention, heads=WIDTH // 64)},
+        "gated delta": {"mixers": functools.partial(GatedDeltaNet, heads=3, head_dim=48)},
+        "mamba": {"mixers": Mamba, "channel_mixer": None},
+    }[kind]
     static, params = split(LanguageModel(256, WIDTH, LAYERS, rngs=nnx.Rngs(0), **options))
     optimizer = adamw(1000, peak=1e-4)
     tokens = np.random.default_rng(0).integers(0, 256, (BATCH, length + 1)).astype(np.int32)
@@ -153,8 +207,11 @@ def main():
     parser.add_argument("--torch-python", required=True)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--only", nargs="*", help="mamba, gated delta, attention")
     args = parser.parse_args()
-    for kind, rivals in (("mamba", {"steps": 1, "chunks": 3}), ("attention", {"attention": 5})):
+    contests = {"mamba": {"steps": 1, "chunks": 3}, "gated delta": {"delta steps": 1, "delta chunks": 3}, "attention": {"attention": 5}}
+    for kind in args.only or contests:
+        rivals = contests[kind]
         rounds = []
         for _ in range(args.rounds):
             speed = ours(kind, args.length, 5)
