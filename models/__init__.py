@@ -14,6 +14,7 @@ from seqlab.models.linear_attention import GatedLinearAttention, LinearAttention
 from seqlab.models.mamba import Mamba
 from seqlab.models.mamba2 import Mamba2
 from seqlab.models.mambamixer import GroupedChannelMixer, MambaMixerStack, SelectiveChannelMixer, SelectiveMixer
+from seqlab.models.sequence_model import SequenceModel
 from seqlab.models.tsm2 import TSM2
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Retention",
     "SelectiveChannelMixer",
     "SelectiveMixer",
+    "SequenceModel",
     "ShortConv",
     "SimpleGatedLinearAttention",
     "SwiGLU",

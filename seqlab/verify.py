@@ -135,7 +135,8 @@ def verify_streaming(
     """Check the law on `mixer` and report.
 
     Args:
-      mixer: anything with the protocol of `seqlab.Mixer`: a mixer of width `mixer.dim`, or a model of `mixer.vocab_size` tokens.
+      mixer: anything with the protocol of `seqlab.Mixer`: a mixer of width `mixer.dim`, or a model of `mixer.vocab_size` tokens
+        or of numbers in `mixer.inputs` channels.
       inputs: what to run it on, [b, t, d] or tokens [b, t] with b >= 2, t >= 12; random of `batch` and `length` by default. For a window W
         choose lengths beyond 3 W.
       dtype: "float32", "bfloat16" or "float64"; a model's own compute dtype by default.
@@ -174,7 +175,8 @@ def _subject(mixer: Mixer, inputs: Array | None, shape: tuple[int, int], dtype: 
         if hasattr(mixer, "vocab_size"):
             inputs = jnp.asarray(rng.integers(0, mixer.vocab_size, shape), jnp.int32)
         else:
-            inputs = jnp.asarray(rng.normal(size=(*shape, mixer.dim)), dtype)
+            width = mixer.inputs if hasattr(mixer, "inputs") else mixer.dim
+            inputs = jnp.asarray(rng.normal(size=(*shape, width)), dtype)
     if inputs.ndim not in (2, 3) or inputs.shape[0] < 2 or inputs.shape[1] < 12:
         raise ValueError(f"inputs must be [b, t] tokens or [b, t, d] with b >= 2 and t >= 12, got shape {inputs.shape}")
     state = functools.partial(mixer.init_state, dtype=dtype)

@@ -20,6 +20,7 @@ from seqlab.models import (
     MambaMixerStack,
     Retention,
     SelectiveMixer,
+    SequenceModel,
     SimpleGatedLinearAttention,
     SwiGLU,
     Window,
@@ -60,6 +61,7 @@ MODELS = {
     "lm_gated_linear": {"mixers": MIXERS["gated_linear_conv"], "remat": "block"},
     "lm_hybrid": {"mixers": (MIXERS["mamba"], MIXERS["window_sinks_softcap"])},
     "lm_hybrid_scanned": {"mixers": (MIXERS["gated_linear_conv"], MIXERS["window"]), "scan_layers": True},
+    "sequence_hybrid": {"build": partial(SequenceModel, 3, 5), "mixers": (MIXERS["mamba"], MIXERS["window"])},
 }
 
 
@@ -68,4 +70,5 @@ def mixer(name, dim=16):
 
 
 def model(name, dtype="float32", depth=2, vocab_size=31):
-    return LanguageModel(vocab_size, 16, depth, dtype=dtype, rngs=nnx.Rngs(0), **MODELS[name])
+    options = {"build": partial(LanguageModel, vocab_size)} | MODELS[name]
+    return options.pop("build")(16, depth, dtype=dtype, rngs=nnx.Rngs(0), **options)

@@ -1,0 +1,74 @@
+"""Whole models: a way in, the backbone, a way out. What models of tokens and models of numbers share is here, once."""
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Num
+
+from seqlab.models.backbone import Backbone, unrolled
+from seqlab.module import Module
+from seqlab.shapes import Activations, Steps
+from seqlab.state import State
+
+
+class Model(Module):
+    """A backbone between `embed` and `read_out`; a mixer over what goes in, under the same law.
+
+    A subclass sets `dtype` and `backbone` and defines the two ends, each a function of one step alone.
+    """
+
+    dtype: str
+    backbone: Backbone
+
+    def embed(self, inputs: Num[Array, "b t *c"], valid: Steps | None = None) -> Activations:
+        """Activations of the backbone's width for the inputs, in the compute dtype."""
+        raise NotImplementedError
+
+    def read_out(self, x: Float[Array, "*b d"]) -> Float[Array, "*b o"]:
+        """What the model says at features `x`, in float32 at least."""
+        raise NotImplementedError
+
+    @property
+    def causal(self) -> bool:
+        return self.backbone.causal
+
+    @property
+    def lookahead(self) -> int:
+        return self.backbone.lookahead
+
+    @property
+    def exact(self) -> bool:
+        return self.backbone.exact
+
+    @property
+    def capacity(self) -> int | None:
+        return self.backbone.capacity
+
+    def init_state(self, batch: int, dtype: jax.typing.DTypeLike | None = None) -> State:
+        return self.backbone.init_state(batch, self.dtype if dtype is None else dtype)
+
+    def __call__(
+        self, inputs: Num[Array, "b t *c"], state: State | None = None, reset: Steps | None = None, valid: Steps | None = None
+    ) -> tuple[Float[Array, "b t o"], State | None]:
+        x, state = self.features(inputs, state, reset, valid)
+        return self.read_out(x), state
+
+    def features(
+        self, inputs: Num[Array, "b t *c"], state: State | None = None, reset: Steps | None = None, valid: Steps | None = None
+    ) -> tuple[Activations, State | None]:
+        """What the outputs are read from: where only some steps' outputs are wanted, `read_out` those of their features."""
+        return self.backbone(self.embed(inputs, valid), state, reset, valid)
+
+    def unrolled(self) -> "Model":
+        """The same model with one set of parameters a layer, for decoding; itself where it is so already."""
+        if not self.backbone.scan_layers:
+            return self
+        static_copy = nnx.merge(*nnx.split(self))
+        static_copy.backbone = unrolled(self.backbone)
+        return static_copy
+
+
+def check_dtype(dtype: str) -> str:
+    """`dtype`, refused unless it is one that models compute in."""
+    if dtype not in ("float32", "bfloat16", "float64"):
+        raise ValueError(f"dtype must be 'float32', 'bfloat16' or 'float64', got {dtype!r}")
+    return dtype

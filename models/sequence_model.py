@@ -1,0 +1,51 @@
+"""A model of sequences of numbers: signals, pixels, measurements in; classes, values or forecasts out, at every step."""
+
+from flax import nnx
+from jaxtyping import Array, Float
+
+from seqlab.models.backbone import Backbone
+from seqlab.models.layers import Factory, Linear, RMSNorm, SwiGLU, positive
+from seqlab.models.model import Model, check_dtype
+from seqlab.shapes import Activations, Steps, accumulator
+from seqlab.state import mask_steps
+
+
+class SequenceModel(Model):
+    """Outputs [b, t, outputs] of numbers [b, t, inputs]: a linear map in, a backbone, a linear map out, under the same law.
+
+    What is known at a step is all that came before: a whole sequence is classified at its last valid step.
+
+    Args:
+      inputs, outputs: channels that go in, and numbers (logits of classes, values) that come out at every step.
+      mixers, channel_mixer, norm, scan_layers, remat: as in `Backbone`.
+      dtype: compute dtype, as in `LanguageModel`; outputs are float32 at least.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        dim: int,
+        depth: int,
+        mixers: Factory | tuple[Factory, ...],
+        *,
+        channel_mixer: Factory | tuple[Factory | None, ...] | None = SwiGLU,
+        norm: Factory = RMSNorm,
+        dtype: str = "float32",
+        scan_layers: bool = False,
+        remat: str = "none",
+        rngs: nnx.Rngs,
+    ):
+        self.inputs, self.outputs, self.dtype = positive("inputs", inputs), positive("outputs", outputs), check_dtype(dtype)
+        self.inlet = Linear(inputs, dim, bias=True, rngs=rngs)
+        self.backbone = Backbone(
+            dim, depth, mixers, channel_mixer=channel_mixer, norm=norm, scan_layers=scan_layers, remat=remat, rngs=rngs
+        )
+        self.head = Linear(dim, outputs, bias=True, scale=0.1, rngs=rngs)  # small: training begins at a guess
+
+    def embed(self, inputs: Float[Array, "b t c"], valid: Steps | None = None) -> Activations:
+        return self.inlet(mask_steps(inputs, valid).astype(self.dtype))
+
+    def read_out(self, x: Float[Array, "*b d"]) -> Float[Array, "*b o"]:
+        """Outputs in float32 at least; parameters and sums in it too."""
+        return self.head(x.astype(accumulator(x.dtype)))
