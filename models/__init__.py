@@ -9,8 +9,10 @@ from seqlab.models.batch_norm import BatchNorm
 from seqlab.models.cache import Full, Window
 from seqlab.models.delta import DeltaNet, GatedDeltaNet, KimiDeltaAttention
 from seqlab.models.language_model import LanguageModel
-from seqlab.models.layers import MLP, Embedding, LayerNorm, Linear, RMSNorm, ShortConv, SwiGLU
+from seqlab.models.layers import MLP, Embedding, Identity, LayerNorm, Linear, RMSNorm, ShortConv, SwiGLU
 from seqlab.models.linear_attention import GatedLinearAttention, LinearAttention, Retention, SimpleGatedLinearAttention
+from seqlab.models.lmu import LMU, RecurrentLMU
+from seqlab.models.lmuformer import LMUFormer, LMUMixer, SpikingLMUMixer
 from seqlab.models.mamba import Mamba
 from seqlab.models.mamba2 import Mamba2
 from seqlab.models.mambamixer import GroupedChannelMixer, MambaMixerStack, SelectiveChannelMixer, SelectiveMixer
@@ -18,6 +20,7 @@ from seqlab.models.sequence_model import SequenceModel
 from seqlab.models.tsm2 import TSM2
 
 __all__ = [
+    "LMU",
     "MLP",
     "TSM2",
     "Attention",
@@ -30,7 +33,10 @@ __all__ = [
     "GatedDeltaNet",
     "GatedLinearAttention",
     "GroupedChannelMixer",
+    "Identity",
     "KimiDeltaAttention",
+    "LMUFormer",
+    "LMUMixer",
     "LanguageModel",
     "LayerNorm",
     "Linear",
@@ -39,12 +45,14 @@ __all__ = [
     "Mamba2",
     "MambaMixerStack",
     "RMSNorm",
+    "RecurrentLMU",
     "Retention",
     "SelectiveChannelMixer",
     "SelectiveMixer",
     "SequenceModel",
     "ShortConv",
     "SimpleGatedLinearAttention",
+    "SpikingLMUMixer",
     "SwiGLU",
     "Window",
 ]

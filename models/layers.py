@@ -6,7 +6,7 @@ compute dtype of a whole model. Norms and rotary phases work in float32 (float64
 
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +71,16 @@ class Linear(Module):
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         y = matmul(x, self.weight[...].astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Identity(Module):
+    """x itself: the norm of a model whose mixers normalise inside."""
+
+    def __init__(self, dim: int, *, rngs: nnx.Rngs | None = None):
+        self.dim = dim
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        return x
 
 
 class RMSNorm(Module):
@@ -209,3 +219,13 @@ def rotate(x: Float[Array, "b t h k"], positions: Int[Array, "b t"], base: float
     halves = x.astype(accumulator(x.dtype)).reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
     turned = halves * cos[..., None, :] + halves[..., ::-1, :] * jnp.stack([-sin, sin], axis=-2)
     return turned.reshape(x.shape).astype(x.dtype)
+
+
+def step_by_step(step: Callable[[State, Any], tuple[State, Any]], state: State, inputs: Any) -> tuple[State, Any]:
+    """`state, outputs` of step(state, input) -> state, output along time, the second axis of every leaf; one step is no loop."""
+    inputs = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), inputs)
+    if {leaf.shape[0] for leaf in jax.tree.leaves(inputs)} == {1}:
+        state, outputs = step(state, jax.tree.map(lambda leaf: leaf[0], inputs))
+        return state, jax.tree.map(lambda leaf: leaf[:, None], outputs)
+    state, outputs = jax.lax.scan(step, state, inputs)
+    return state, jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), outputs)

@@ -2,7 +2,8 @@
 
 A module says what its parts are called elsewhere, in two class attributes that only need to name what differs:
 
-    torch_names: dict[str, str | tuple[str, ...]]   our attribute -> the published one ("" = at this level, a tuple = joined outputs)
+    torch_names: dict[str, str | tuple[str, ...] | list[str]]   our attribute -> the published one ("" = at this level, a tuple = joined
+                                                    outputs, a list = a name for each item of ours)
     torch_layout: dict[str, str]                    our parameter -> the layout that PyTorch keeps it in, a key of LAYOUTS
 
 Names of a whole architecture (how a language model calls its layers) are tables of the same kind by class name, in ARCHITECTURES.
@@ -21,7 +22,7 @@ from jaxtyping import Array, ArrayLike
 from seqlab.kernels.dispatch import check_name
 from seqlab.module import merge, split
 
-Names = Mapping[str, str | tuple[str, ...]]
+Names = Mapping[str, str | tuple[str, ...] | list[str]]
 
 LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "[out, in]": np.transpose,
@@ -37,10 +38,15 @@ _MAMBA: dict[str, Names] = {
     "Block": {"mixer_norm": "norm"},
 }
 
-ARCHITECTURES: dict[str, dict[str, Names]] = {"mamba": _MAMBA, "mamba2": _MAMBA}
+_LMUFORMER: dict[str, Names] = {
+    "Backbone": {"blocks": "block"},
+    "Block": {"mixer": "attn", "channel_mixer": "mlp"},
+}
 
-# In state dicts, but not weights: counters, constants of the positions, and the second name of a tied head.
-IGNORED = (r".*\.num_batches_tracked", r".*rotary.*inv_freq", r"lm_head\.weight")
+ARCHITECTURES: dict[str, dict[str, Names]] = {"mamba": _MAMBA, "mamba2": _MAMBA, "lmuformer": _LMUFORMER}
+
+# In state dicts, but not weights: counters, constants of positions and of Legendre memories, and the second name of a tied head.
+IGNORED = (r".*\.num_batches_tracked", r".*rotary.*inv_freq", r".*\.lmu\.[ABH]", r"lm_head\.weight")
 
 
 def convert(
@@ -100,6 +106,9 @@ def _walk(
         joined = tuple(_join(parent, name) for parent in theirs for name in ((listed,) if isinstance(listed, str) else listed))
         if isinstance(value, nnx.Variable):
             yield ours + attribute, joined, layouts.get(attribute)
+        elif isinstance(value, nnx.List) and isinstance(listed, list):
+            for i, (item, name) in enumerate(zip(value, joined, strict=True)):
+                yield from _walk(item, f"{ours}{attribute}.{i}.", (name,), tables)
         elif isinstance(value, nnx.List):
             for i, item in enumerate(value):
                 yield from _walk(item, f"{ours}{attribute}.{i}.", tuple(_join(name, str(i)) for name in joined), tables)

@@ -69,8 +69,12 @@ def params_of(model: nnx.Module) -> Params:
 
 
 def count_params(model_or_params: nnx.Module | Params) -> int:
-    """How many numbers the parameters hold; abstract models (`nnx.eval_shape`) count too."""
-    params = model_or_params if isinstance(model_or_params, dict) else params_of(model_or_params)
+    """How many numbers are learnt; abstract models (`nnx.eval_shape`) count too. In a dictionary every array counts."""
+    if isinstance(model_or_params, dict):
+        params = model_or_params
+    else:
+        static, params = split(model_or_params)
+        params = {name: leaf for name, leaf in params.items() if name not in statistics_of(static)}
     return sum(math.prod(leaf.shape) for leaf in params.values())
 
 

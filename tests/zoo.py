@@ -2,11 +2,14 @@
 
 import functools
 
+import jax
 from flax import nnx
 
 from seqlab.models import (
+    LMU,
     MLP,
     Attention,
+    BatchNorm,
     DeltaNet,
     Full,
     GatedDeltaNet,
@@ -15,19 +18,44 @@ from seqlab.models import (
     KimiDeltaAttention,
     LanguageModel,
     LinearAttention,
+    LMUFormer,
+    LMUMixer,
     Mamba,
     Mamba2,
     MambaMixerStack,
+    RecurrentLMU,
     Retention,
     SelectiveMixer,
     SequenceModel,
     SimpleGatedLinearAttention,
+    SpikingLMUMixer,
     SwiGLU,
     Window,
 )
 
 WINDOW = 8
 partial = functools.partial
+
+
+def stirred(build):
+    """With norms that do something: statistics and affine maps at random, as after training, where those of a new model do nothing."""
+
+    def build_stirred(dim, *, rngs):
+        model = build(dim, rngs=rngs)
+        for _, norm in nnx.iter_modules(model):
+            if isinstance(norm, BatchNorm):
+                size = norm.bias.shape
+                norm.running_mean[...] = 0.3 * jax.random.normal(rngs.params(), size)
+                norm.running_var[...] = jax.random.uniform(rngs.params(), size, minval=0.02, maxval=0.3)
+                norm.bias[...] = 0.5 * jax.random.normal(rngs.params(), size)
+        return model
+
+    return build_stirred
+
+
+def lmuformer(dim, *, rngs, **options):
+    return LMUFormer(dim, 5, dim=dim, theta=20.0, expand=2, rngs=rngs, **options)
+
 
 MIXERS = {
     "attention": partial(Attention, heads=4, cache=Full(64)),
@@ -50,6 +78,21 @@ MIXERS = {
     "grouped_channels": partial(GroupedChannelMixer, mixer=partial(SelectiveMixer, state_size=4)),
     "mamba_mixer_stack": partial(
         MambaMixerStack, depth=2, token_mixer=partial(SelectiveMixer, state_size=4), channel_mixer=partial(GroupedChannelMixer, groups=2)
+    ),
+    "lmu": partial(LMU, order=7, theta=12.5),
+    "lmu_channels": partial(LMU, order=4, theta=30.0, channels=3, hidden=11),
+    "lmu_cell": partial(RecurrentLMU, order=6, theta=16.0),
+    "lmu_cell_keras": partial(RecurrentLMU, order=4, theta=9.0, hidden=5, channels=3, memory_to_memory=False, use_bias=True),
+    "lmu_cell_dense": partial(RecurrentLMU, order=5, theta=9.0, cell="dense", hidden_to_memory=False, discretizer="euler"),
+    "lmu_cell_none": partial(RecurrentLMU, order=5, theta=9.0, channels=2, cell="none"),
+    "lmuformer_mixer": stirred(partial(LMUMixer, theta=20.0)),
+    "lmuformer": stirred(partial(lmuformer, depth=2)),
+    "lmuformer_causal": stirred(partial(lmuformer, centred=False)),
+    "lmuformer_spiking_mixer": stirred(partial(SpikingLMUMixer, theta=20.0)),
+    "lmuformer_spiking": stirred(partial(lmuformer, spiking=True)),
+    "lmuformer_spiking_causal": stirred(partial(lmuformer, spiking=True, centred=False)),
+    "streaming_tsm2": partial(
+        StreamingTSM2, length=13, horizon=2, patch=4, stride=3, dim=4, depth=1, mixer=partial(SelectiveMixer, state_size=2)
     ),
     "swiglu": SwiGLU,
     "mlp": MLP,
