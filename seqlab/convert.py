@@ -38,12 +38,18 @@ _MAMBA: dict[str, Names] = {
     "Block": {"mixer_norm": "norm"},
 }
 
+_FLA: dict[str, Names] = {  # the models of flash-linear-attention around any of its layers
+    "LanguageModel": {"embedding": "model.embeddings", "backbone": "model", "head": "lm_head"},
+    "Backbone": {"blocks": "layers"},
+    "Block": {"mixer_norm": "attn_norm", "mixer": "attn", "channel_norm": "mlp_norm", "channel_mixer": "mlp"},
+}
+
 _LMUFORMER: dict[str, Names] = {
     "Backbone": {"blocks": "block"},
     "Block": {"mixer": "attn", "channel_mixer": "mlp"},
 }
 
-ARCHITECTURES: dict[str, dict[str, Names]] = {"mamba": _MAMBA, "mamba2": _MAMBA, "lmuformer": _LMUFORMER}
+ARCHITECTURES: dict[str, dict[str, Names]] = {"mamba": _MAMBA, "mamba2": _MAMBA, "fla": _FLA, "lmuformer": _LMUFORMER}
 
 # In state dicts, but not weights: counters, constants of positions and of Legendre memories, and the second name of a tied head.
 IGNORED = (r".*\.num_batches_tracked", r".*rotary.*inv_freq", r".*\.lmu\.[ABH]", r"lm_head\.weight")
