@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     stream.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end after this text; may be given several times")
     stream.set_defaults(run=_stream)
 
-    evaluate = commands.add_parser("eval", help="validation loss of a trained model, in bits a token")
+    evaluate = commands.add_parser("eval", help="what a trained model is worth on the held-out data, in the figure of its task")
     _add_run(evaluate)
     _add_set(evaluate, "change fields of the data, such as data.length=1024")
     _add_json(evaluate)
@@ -144,6 +144,8 @@ def _stream(args: argparse.Namespace) -> int:
 
     _enable_compile_cache()
     run = runs.load(args.workdir, args.step)
+    if run.tokenizer is None:
+        raise runs.RunError(f"{args.workdir} is a model of numbers, not of tokens: there is nothing to stream as text")
     stream = stream_generate(
         run.model,
         sys.stdin.read() if args.prompt == "-" else args.prompt,
@@ -187,11 +189,12 @@ def _eval(args: argparse.Namespace) -> int:
     if fixed:
         raise config.ConfigError(f"the model of a run is what it is, and cannot be set: {fixed[0]}")
     result = runs.evaluate(run.model, config.build(cfg))
-    record = {"workdir": str(args.workdir), "step": run.step, **result._asdict()}
+    quality = result.quality
+    record = {"workdir": str(args.workdir), "step": run.step, quality.name: result.value, "targets": result.targets}
     if args.json:
         print(json.dumps(record))
     else:
-        print(f"{args.workdir}, step {run.step}: {result.bits_per_token:.4f} bits a token over {result.tokens:,} tokens")
+        print(f"{args.workdir}, step {run.step}: {quality.sentence(result.value)} over {result.targets:,} targets")
     return 0
 
 

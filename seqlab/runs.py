@@ -11,6 +11,7 @@ from flax import nnx
 
 from seqlab.module import Module, merge, split
 from seqlab.tokens import Tokenizer
+from seqlab.train.quality import Quality, quality_of
 
 
 class RunError(ValueError):
@@ -18,19 +19,23 @@ class RunError(ValueError):
 
 
 class Run(NamedTuple):
-    """A trained model: `config` is the Fiddle config that built it, `step` the checkpoint that its parameters are from."""
+    """A trained model: `config` is the Fiddle config that built it, `step` the checkpoint that its parameters are from.
+
+    `tokenizer` is None where the model's inputs are not tokens.
+    """
 
     model: Module
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     config: Any
     step: int
 
 
 class Evaluation(NamedTuple):
-    """`bits_per_token` over `tokens` targets; where tokens are bytes, bits per byte."""
+    """`value` of the task's `quality` (bits a token, accuracy, ...) over `targets`."""
 
-    bits_per_token: float
-    tokens: int
+    quality: Quality
+    value: float
+    targets: int
 
 
 def load(workdir: str | os.PathLike[str], step: int | None = None) -> Run:
@@ -67,10 +72,10 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Run:
 
 
 def evaluate(model: Module, experiment: Any) -> Evaluation:
-    """The loss of `model` on the held-out windows of `experiment`, the same that its training validates on."""
+    """The metric of `experiment` for `model` on its held-out windows, the same that its training validates on."""
     from seqlab.train.loop import held_out_batches, validate
     from seqlab.train.step import evaluate_step
 
     static, params = split(model)
-    step = jax.jit(functools.partial(evaluate_step, static, experiment.loss))
-    return Evaluation(*validate(step, params, held_out_batches(experiment)))
+    step = jax.jit(functools.partial(evaluate_step, static, experiment.metric))
+    return Evaluation(quality_of(experiment.metric), *validate(step, params, held_out_batches(experiment)))

@@ -99,7 +99,7 @@ def test_a_run_from_training_to_text(folder, monkeypatch, capsys):
     record = json.loads(capsys.readouterr().out)
     assert record["step"] == 6
     assert abs(record["bits_per_token"] - logged[6]) < 1e-5
-    assert record["tokens"] == 4 * 32  # tiny validates on four windows of 32
+    assert record["targets"] == 4 * 32  # tiny validates on four windows of 32
     assert cli.main(["eval", "whole", "--step", "4", "--set", "validation_windows=8"]) == 0
     assert "whole, step 4: " in capsys.readouterr().out
     assert cli.main(["eval", "whole", "--set", "model.dim=8"]) == 2
@@ -132,7 +132,7 @@ def test_an_interrupted_stream_says_how_it_went(folder, monkeypatch, capsys):
             yield seqlab.generate.Token(0, 0, 65, "A", 0.0, None)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("seqlab.runs.load", lambda workdir, step: seqlab.runs.Run(None, None, None, 0))
+    monkeypatch.setattr("seqlab.runs.load", lambda workdir, step: seqlab.runs.Run(None, seqlab.ByteTokenizer(), None, 0))
     monkeypatch.setattr("seqlab.generate.stream_generate", lambda *args, **kwargs: Stopped())
     assert cli.main(["stream", "anything"]) == 130
     printed = capsys.readouterr()

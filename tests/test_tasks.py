@@ -2,11 +2,14 @@
 
 import random
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from seqlab.tokens import TextDecoder
 from seqlab.train.data import Batches
+from seqlab.train.quality import accuracy, bits_per_token, metric, quality_of
+from seqlab.train.step import next_token_loss
 from seqlab.train.tasks import IGNORE, MQAR, AssociativeRecall, Copying, Digits, Examples, Induction, ListOps, Symbols, induction, listops
 from seqlab.train.tasks.listops import TOKENS, bracketed, evaluate
 
@@ -181,3 +184,20 @@ def test_what_cannot_be_drawn_is_said():
         ListOps(length=6, shortest=2, depth=2, arguments=2, examples=10_000, held_out=10).train(0)
     with pytest.raises(ValueError, match=r"labels must have the shape \(2, 3\) of the inputs, got \(2, 4\)"):
         Examples(np.zeros((2, 3), int), np.zeros((2, 4), int))
+
+
+def test_metrics_count_what_is_scored():
+    def model(inputs, state, reset, valid):
+        return jnp.eye(4)[inputs] * 2.0, state  # the likeliest token is the one shown
+
+    batch = {"inputs": np.array([[0, 1, 2, 3]]), "targets": np.array([[0, 1, 0, 3]]), "valid": np.array([[True, False, True, True]])}
+    assert [float(x) for x in accuracy(model, batch)] == [2.0, 3.0]
+    loss, count = bits_per_token(model, batch)
+    right = np.log2(np.exp(2) + 3) - 2 / np.log(2)
+    np.testing.assert_allclose([loss, count], [3 * right + 2 / np.log(2), 3], rtol=1e-6)
+    assert quality_of(accuracy) == ("accuracy", "accuracy", "higher")
+    assert quality_of(accuracy).sentence(0.5) == "accuracy 0.5000"
+    assert quality_of(bits_per_token).sentence(1.5) == "1.5000 bits a token"
+    assert quality_of(next_token_loss) == ("next_token_loss", "next token loss", "lower")
+    with pytest.raises(ValueError, match="better: got 'bigger', expected one of 'higher', 'lower'"):
+        metric("x", better="bigger")

@@ -114,7 +114,8 @@ def build(cfg: fdl.Config) -> Experiment:
     for name in ("train", "validation", "tokenizer"):
         if not hasattr(experiment.data, name):
             raise ConfigError(f"data: {type(experiment.data).__name__} has no {name!r}")
-    most, size = experiment.data.tokenizer.vocab_size, getattr(model, "vocab_size", None)
+    tokenizer, size = experiment.data.tokenizer, getattr(model, "vocab_size", None)
+    most = 0 if tokenizer is None else tokenizer.vocab_size
     if size is not None and size < most:
         raise ConfigError(f"model.vocab_size: got {size}, expected at least {most}, what the tokenizer of the data needs")
     return experiment

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from seqlab.module import Module
+from seqlab.train.quality import bits_per_token
 from seqlab.train.step import Loss, next_token_loss
 
 
@@ -14,9 +15,11 @@ class Experiment:
 
     Args:
       model: called as model(rngs=...) for the module.
-      data: an object with `train(seed)` and `validation()`, sequences of windows (see `train.text.Text`), and a `tokenizer`.
+      data: an object with `train(seed)` and `validation()`, sequences of windows (see `train.text.Text`), and a `tokenizer`, None where
+        inputs are not tokens.
       optimizer: called as optimizer(steps) for an optax transformation.
       loss: (model, batch) -> (sum over targets, number of targets).
+      metric: of the same kind: what validation reports, see `train.quality`.
       steps, batch_size: updates, and windows in each; `accumulate` splits a batch into that many parts, to save memory.
       seed: of parameters and data order.
       log_every, validate_every, checkpoint_every: in steps; `validation_windows` bounds the cost of one validation.
@@ -27,6 +30,7 @@ class Experiment:
     data: Any
     optimizer: Callable[[int], Any]
     loss: Loss = next_token_loss
+    metric: Loss = bits_per_token
     steps: int = 1000
     batch_size: int = 16
     accumulate: int = 1

@@ -20,6 +20,7 @@ from seqlab.train.checkpoint import Checkpoints
 from seqlab.train.data import Batches, validation_batches
 from seqlab.train.experiment import Experiment
 from seqlab.train.metrics import Metrics, Progress
+from seqlab.train.quality import quality_of
 from seqlab.train.step import TrainState, evaluate_step, init_state, train_step
 
 
@@ -28,7 +29,7 @@ class NonFiniteError(RuntimeError):
 
 
 class Result(NamedTuple):
-    """How a run ended: "finished" or the name of the signal that interrupted it, at which step, with which validation loss (bits)."""
+    """How a run ended: "finished" or the name of the signal that interrupted it, at which step, with which figure on the held-out data."""
 
     status: str
     step: int
@@ -77,18 +78,18 @@ def run(experiment: Experiment, workdir: str | os.PathLike[str]) -> Result:
     begin = time.perf_counter()
     step = jax.jit(functools.partial(train_step, static, optimizer, experiment.loss, experiment.accumulate), donate_argnums=0)
     step = step.lower(state, batches[start]).compile()
-    evaluate = jax.jit(functools.partial(evaluate_step, static, experiment.loss))
+    evaluate, quality = jax.jit(functools.partial(evaluate_step, static, experiment.metric)), quality_of(experiment.metric)
     _say(f"compiled the training step in {time.perf_counter() - begin:.1f} s")
 
     # Steps.
     progress = Progress(experiment.steps, start)
     pending: list[Any] = []
     validation, saved, clock, tokens = None, start, time.perf_counter(), 0
-    with Interruptions() as interruption, checkpoints, Metrics(workdir, start) as metrics, progress:
+    with Interruptions() as interruption, checkpoints, Metrics(workdir, start, quality) as metrics, progress:
         for number, batch in enumerate(batches.iterate(start), start + 1):
             state, measured = step(state, batch)
             pending.append(measured)
-            tokens += batch["inputs"].size
+            tokens += math.prod(batch["inputs"].shape[:2])
             progress.advance(number)
             last = number == experiment.steps or interruption.name is not None
             if last or not all(number % n for n in (experiment.log_every, experiment.checkpoint_every, experiment.validate_every)):
@@ -102,8 +103,8 @@ def run(experiment: Experiment, workdir: str | os.PathLike[str]) -> Result:
                 saved = number
             if (number % experiment.validate_every == 0 or last) and interruption.name is None:
                 validation, _ = validate(evaluate, state.params, held_out)
-                metrics.write(number, validation_bits_per_token=validation)
-                progress.say(f"step {number}: validation {validation:.4f} bits a token")
+                metrics.write(number, **{f"validation_{quality.name}": validation})
+                progress.say(f"step {number}: validation {quality.sentence(validation)}")
                 metrics.draw()
                 clock = time.perf_counter()
             if last:
@@ -174,10 +175,10 @@ def held_out_batches(experiment: Experiment) -> Any:
 
 
 def validate(evaluate: Any, params: Params, held_out: Any) -> tuple[float, int]:
-    """Bits a target over the held-out batches (for bytes, bits per byte), and the number of targets."""
+    """The metric over the held-out batches, and the number of targets."""
     sums = jax.device_get([evaluate(params, batch) for batch in held_out])
     count = sum(count for _, count in sums)
-    return float(sum(total for total, _ in sums) / max(count, 1.0) / math.log(2)), int(count)
+    return float(sum(total for total, _ in sums) / max(count, 1.0)), int(count)
 
 
 def _to_dict(state: TrainState) -> dict[str, Any]:

@@ -8,15 +8,17 @@ import sys
 import time
 from typing import Any
 
+from seqlab.train.quality import Quality
+
 
 class Metrics:
     """Writes the metrics of one run folder. After a resume the lines past `step` are dropped: the run will write them again."""
 
-    def __init__(self, workdir: pathlib.Path, step: int = 0):
+    def __init__(self, workdir: pathlib.Path, step: int, quality: Quality):
         from tensorboardX import SummaryWriter
 
-        self.path = workdir / "metrics.jsonl"
-        self.rows = [row for row in _read(self.path) if row["step"] <= step]
+        self.path, self._quality = workdir / "metrics.jsonl", quality
+        self.rows = [row for row in read_rows(self.path) if row["step"] <= step]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         os.replace(temporary, self.path)
@@ -40,7 +42,7 @@ class Metrics:
         figure = Figure(figsize=(8, 3.2), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(1, 2)
-        titles = {"loss": "training loss (nats a token)", "validation_bits_per_token": "validation (bits a token)"}
+        titles = {"loss": "training loss", f"validation_{self._quality.name}": f"validation: {self._quality.words}"}
         for ax, (name, title) in zip(axes, titles.items(), strict=True):
             points = [(row["step"], row[name]) for row in self.rows if isinstance(row.get(name), int | float)]
             ax.plot(*zip(*points, strict=True), lw=1.2, marker="." if len(points) < 30 else None) if points else None
@@ -58,7 +60,7 @@ class Metrics:
         self._events.close()
 
 
-def _read(path: pathlib.Path) -> list[dict[str, Any]]:
+def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
     """The lines of a metrics file; one that was cut short by a kill is left out."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
