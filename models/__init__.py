@@ -18,6 +18,7 @@ from seqlab.models.mamba2 import Mamba2
 from seqlab.models.mambamixer import GroupedChannelMixer, MambaMixerStack, SelectiveChannelMixer, SelectiveMixer
 from seqlab.models.sequence_model import SequenceModel
 from seqlab.models.tsm2 import TSM2
+from seqlab.models.tsm2_streaming import StreamingTSM2
 
 __all__ = [
     "LMU",
@@ -53,6 +54,7 @@ __all__ = [
     "ShortConv",
     "SimpleGatedLinearAttention",
     "SpikingLMUMixer",
+    "StreamingTSM2",
     "SwiGLU",
     "Window",
 ]

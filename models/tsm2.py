@@ -129,7 +129,7 @@ class Forecaster(Module):
         )
         self.head = Linear(self.patches * dim, horizon, bias=True, rngs=rngs)
 
-    def _check(self, x: Series) -> None:
+    def check(self, x: Series) -> None:
         if x.ndim != 3 or x.shape[2] != self.variates or not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"x must be a floating-point array [b, t, m] with m = variates = {self.variates}, got {x.dtype}{x.shape}")
 
@@ -138,9 +138,9 @@ class Forecaster(Module):
         starts = jnp.arange((x.shape[1] - self.patch) // self.stride + 1) * self.stride
         return x[:, starts[:, None] + jnp.arange(self.patch)].swapaxes(2, 3)
 
-    def _read(self, tokens: VariateTokens) -> Forecast:
-        """The forecast from the last n patches [b, n, m, d]."""
-        return self.head(rearrange(tokens, "b n m d -> b m (n d)")).swapaxes(1, 2)
+    def read(self, tokens: Float[Array, "*b n m d"]) -> Float[Array, "*b h m"]:
+        """The forecast from the last n tokens of every variate."""
+        return self.head(rearrange(tokens, "... n m d -> ... m (n d)")).swapaxes(-1, -2)
 
 
 class TSM2(Forecaster):
@@ -188,13 +188,13 @@ class TSM2(Forecaster):
         self.reversible, self.align = reversible, align
 
     def __call__(self, x: Float[Array, "b length m"]) -> Forecast:
-        self._check(x)
+        self.check(x)
         if x.shape[1] != self.length:
             raise ValueError(f"x must have length={self.length} steps, got {x.shape[1]}")
         mean, deviation = _statistics(x) if self.reversible else (0.0, 1.0)
         unread = (self.length - self.patch) % self.stride if self.align == "end" else 0
         tokens, _ = self.stack(self.embed(self.cut(((x - mean) / deviation)[:, unread:])))
-        return self._read(tokens) * deviation + mean
+        return self.read(tokens) * deviation + mean
 
     def forecast(self, x: Float[Array, "b length m"]) -> Forecast:
         """The same; both forms have it."""

@@ -29,6 +29,7 @@ from seqlab.models import (
     SequenceModel,
     SimpleGatedLinearAttention,
     SpikingLMUMixer,
+    StreamingTSM2,
     SwiGLU,
     Window,
 )
