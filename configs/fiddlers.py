@@ -1,9 +1,12 @@
 """Variations of any config, one verb each; they change a config in place. `seqlab train lm_mamba --fiddler "longer(4)"` applies them."""
 
+from typing import Any
+
 import fiddle as fdl
 from fiddle import selectors
 
-from seqlab.models import Attention, GatedDeltaNet, GatedLinearAttention, Mamba2, Window
+from seqlab.models import Attention, Full, GatedDeltaNet, GatedLinearAttention, Mamba2, Window
+from seqlab.train.override import fields, named, nearest
 
 
 def tiny(cfg: fdl.Config) -> None:
@@ -14,8 +17,28 @@ def tiny(cfg: fdl.Config) -> None:
         selectors.select(cfg, mixer, check_nonempty=False).set(heads=2)
     selectors.select(cfg, Mamba2, check_nonempty=False).set(head_dim=8, state_size=8)
     selectors.select(cfg, Window, check_nonempty=False).set(window=8, sinks=2)
-    cfg.data.length, cfg.batch_size, cfg.accumulate = 32, 4, 1
+    for name, value in {"length": 32, "examples": 64, "held_out": 16}.items():
+        if name in (fields(fdl.get_callable(cfg.data)) or {}):
+            setattr(cfg.data, name, value)
+    cfg.batch_size, cfg.accumulate = 4, 1
     cfg.steps, cfg.log_every, cfg.checkpoint_every, cfg.validate_every, cfg.validation_windows = 4, 2, 2, 4, 4
+
+
+def mixer(cfg: fdl.Config, name: str, **options: Any) -> None:
+    """Another mixer in every layer, by its name in `seqlab list`: "mamba", or with options mixer("mamba", state_size=4)."""
+    cls = named(name)
+    known = fields(cls)
+    if "cache" in known and "cache" not in options:  # what a window holds is what has to be remembered
+        options["cache"] = fdl.Config(Full, capacity=cfg.data.length)
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{cls.__name__} has no option {option!r}{nearest(option, known)}")
+    cfg.model.mixers = fdl.Partial(cls, **options)
+
+
+def width(cfg: fdl.Config, dim: int) -> None:
+    """A model of another width."""
+    cfg.model.dim = dim
 
 
 def bf16(cfg: fdl.Config) -> None:

@@ -2,9 +2,10 @@
 
 import fiddle as fdl
 
-from seqlab.models import Attention, GatedDeltaNet, GatedLinearAttention, LanguageModel, Mamba, Mamba2, Window
+from seqlab.models import Attention, Full, GatedDeltaNet, GatedLinearAttention, LanguageModel, Mamba, Mamba2, Window
 from seqlab.train.experiment import Experiment
 from seqlab.train.optim import adamw
+from seqlab.train.quality import accuracy
 from seqlab.train.text import Text
 
 BYTES = 256  # the vocabulary of the byte tokenizer
@@ -18,6 +19,22 @@ def language_run(model: fdl.Partial, *, length: int = 256, peak: float = 3e-3, *
 def byte_model(dim: int, depth: int, *mixers: fdl.Partial, **options: object) -> fdl.Partial:
     """A language model over bytes with these mixers in turn; `options` are fields of `LanguageModel`."""
     return fdl.Partial(LanguageModel, vocab_size=BYTES, dim=dim, depth=depth, mixers=mixers, **options)
+
+
+def task_run(model: fdl.Partial, data: fdl.Config, *, peak: float = 3e-3, **run: int) -> fdl.Config:
+    """A model trained on a task and judged by its accuracy. Small runs decay no weights."""
+    optimizer = fdl.Partial(adamw, peak=peak, weight_decay=0.0)
+    return fdl.Config(Experiment, model=model, data=data, optimizer=optimizer, metric=accuracy, **run)
+
+
+def token_model(vocab_size: int, dim: int, depth: int, *mixers: fdl.Partial, **options: object) -> fdl.Partial:
+    """A model over a task's tokens; without channel mixers unless `options` name one: what is asked is what a mixer remembers."""
+    return fdl.Partial(LanguageModel, vocab_size=vocab_size, dim=dim, depth=depth, mixers=mixers, **({"channel_mixer": None} | options))
+
+
+def attention(capacity: int, heads: int = 4) -> fdl.Partial:
+    """Attention over all of up to `capacity` steps."""
+    return fdl.Partial(Attention, heads=heads, cache=fdl.Config(Full, capacity=capacity))
 
 
 def window_attention(window: int, sinks: int = 4, heads: int = 4) -> fdl.Partial:

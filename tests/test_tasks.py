@@ -17,9 +17,9 @@ SMALL = {"examples": 60, "held_out": 20}
 TASKS = {
     "mqar": MQAR(vocab_size=32, length=32, pairs=5, **SMALL),
     "mqar_filled": MQAR(vocab_size=32, length=32, pairs=5, power=1.0, fill=True, **SMALL),
-    "induction": Induction(vocab_size=12, length=20, **SMALL),
-    "induction_long": Induction(vocab_size=12, length=20, copied=3, triggers=4, everywhere=True, **SMALL),
-    "associative_recall": AssociativeRecall(vocab_size=10, length=12, **SMALL),
+    "induction": Induction(vocab_size=12, length=21, **SMALL),
+    "induction_long": Induction(vocab_size=12, length=23, copied=3, triggers=4, everywhere=True, **SMALL),
+    "associative_recall": AssociativeRecall(vocab_size=10, length=14, **SMALL),
     "copying": Copying(length=24, data=4, selective=False, **SMALL),
     "selective_copying": Copying(length=24, data=4, **SMALL),
     "listops": ListOps(length=30, **SMALL),
@@ -164,7 +164,8 @@ def test_symbols_are_a_tokenizer():
         (MQAR, {"length": 33, "pairs": 8}, "length must be even, got 33"),
         (MQAR, {"vocab_size": 17}, "vocab_size must be an integer of at least 18"),
         (MQAR, {"power": 0.0}, "power must be positive"),
-        (Induction, {"length": 4, "copied": 2}, "length must be an integer of at least 5"),
+        (Induction, {"length": 5, "copied": 2}, "length must be an integer of at least 6"),
+        (AssociativeRecall, {"length": 20, "keys": 2}, r"length must be a multiple of keys \+ 1 = 3, got 20"),
         (AssociativeRecall, {"keys": 0}, "keys must be an integer of at least 1"),
         (Copying, {"length": 10, "data": 8}, r"length must be an integer of at least 16 \(2 \* data, data=8\), got 10"),
         (Copying, {"alphabet": True}, "alphabet must be an integer of at least 3 .*, got True"),
@@ -179,7 +180,7 @@ def test_tasks_refuse(task, options, message):
 
 def test_what_cannot_be_drawn_is_said():
     with pytest.raises(ValueError, match=r"only \d+ different ones were found of 5000"):
-        Induction(vocab_size=6, length=4).train(0)
+        Induction(vocab_size=6, length=5).train(0)
     with pytest.raises(ValueError, match="hardly any new expression of 3 to 5 tokens"):
         ListOps(length=6, shortest=2, depth=2, arguments=2, examples=10_000, held_out=10).train(0)
     with pytest.raises(ValueError, match=r"labels must have the shape \(2, 3\) of the inputs, got \(2, 4\)"):

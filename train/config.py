@@ -27,7 +27,7 @@ import fiddle as fdl
 from flax import nnx
 
 from seqlab.train.experiment import Experiment
-from seqlab.train.override import ConfigError, check, children, fields, fit, named, nearest, override, tree
+from seqlab.train.override import ConfigError, check, children, fields, fit, literal, named, nearest, override, tree
 
 __all__ = ["ConfigError", "build", "diff", "fiddle", "fiddlers", "flat", "from_json", "load", "names", "override", "prepare", "to_json"]
 
@@ -81,11 +81,12 @@ def fiddle(cfg: fdl.Config, call: str) -> fdl.Config:
     name = call.partition("(")[0].strip()
     if name not in known:
         raise ConfigError(f"no fiddler {name!r}{nearest(name, known)}")
-    function, hints = known[name], fields(known[name])
+    function, hints = known[name], fields(known[name]) or {}
     try:
         values, keywords = _arguments(call)
         bound = inspect.signature(function).bind(changed, *values, **keywords)
-        bound.arguments |= {key: fit(value, hints[key].hint) for key, value in list(bound.arguments.items())[1:]}
+        given = {key: value for key, value in bound.arguments.items() if key in hints and value is not changed}
+        bound.arguments |= {key: fit(value, hints[key].hint) for key, value in given.items()}
     except (SyntaxError, ValueError, TypeError) as error:
         expected = ", ".join(map(str, list(inspect.signature(function).parameters.values())[1:]))
         raise ConfigError(f"fiddler {call!r}: expected {name}({expected})") from error
@@ -190,11 +191,11 @@ def _import_file(path: pathlib.Path) -> Any:
 
 
 def _arguments(text: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The literals in "name(1, factor=2)"; none in "name"."""
+    """The literals in "name(1, factor=2)", bare words being strings; none in "name"."""
     call = ast.parse(text.strip(), mode="eval").body
     if not isinstance(call, ast.Call):
         return (), {}
-    return tuple(map(ast.literal_eval, call.args)), {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    return tuple(map(literal, call.args)), {keyword.arg: literal(keyword.value) for keyword in call.keywords}
 
 
 def _located(error: Exception) -> ConfigError:

@@ -156,7 +156,7 @@ def fit(value: Any, hint: Any) -> Any:
 
 
 def named(name: str) -> Any:
-    """The class of `seqlab.models` called `name`, or what "module:name" stands for."""
+    """The class of `seqlab.models` called `name` (GatedDeltaNet or gated_delta_net), or what "module:name" stands for."""
     if ":" in name:
         module, _, attribute = name.partition(":")
         try:
@@ -168,9 +168,14 @@ def named(name: str) -> Any:
         return found
     models = importlib.import_module("seqlab.models")
     known = [each for each in models.__all__ if inspect.isclass(getattr(models, each)) and issubclass(getattr(models, each), nnx.Module)]
+    name = {_plain(each): each for each in known}.get(_plain(name), name)
     if name not in known:
         raise ConfigError(f"{name!r} is no module of seqlab.models{nearest(name, known)} (others are named as module:Name)")
     return getattr(models, name)
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", "").lower()
 
 
 def nearest(name: str, known: collections.abc.Iterable[str]) -> str:
@@ -232,15 +237,20 @@ def _fitted(value: Any, field: Field, where: str, text: str | None = None) -> An
         raise ConfigError(f"{where}: {error}") from error
 
 
+class _Words(ast.NodeTransformer):
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        return ast.Constant(node.id)
+
+
+def literal(node: ast.expr) -> Any:
+    """The value of a Python literal in which bare words stand for strings. Raises ValueError for what is none."""
+    return ast.literal_eval(_Words().visit(node))
+
+
 def _parse(text: str) -> Any:
     """A Python literal in which bare words stand for strings; anything else is the string itself."""
-
-    class Words(ast.NodeTransformer):
-        def visit_Name(self, node: ast.Name) -> ast.AST:
-            return ast.Constant(node.id)
-
     try:
-        return ast.literal_eval(Words().visit(ast.parse(text, mode="eval")).body)
+        return literal(ast.parse(text, mode="eval").body)
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         return text
 

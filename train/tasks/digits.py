@@ -21,7 +21,7 @@ class Digits:
 
     held_out: int = 360
 
-    tokenizer = None  # numbers, not symbols
+    length, tokenizer = 64, None  # of what is no field: numbers are no symbols
 
     def __post_init__(self) -> None:
         at_least("held_out", self.held_out, 1)

@@ -44,7 +44,7 @@ class Induction(_Recall):
     """Random tokens with "=>" somewhere and again at the end, where what followed it the first time is to be repeated.
 
     Args:
-      length: random tokens in front of the last sign; the model sees `length + copied` steps.
+      length: steps of an example; the last sign stands `copied` steps before its end.
       copied: how many tokens are to be repeated.
       triggers: how often the sign may stand in the middle (in half of the examples it stands there once).
       everywhere: score every next token, as the original's training does, not only what is to be repeated.
@@ -58,17 +58,15 @@ class Induction(_Recall):
         super().__post_init__()
         at_least("copied", self.copied, 1)
         at_least("triggers", self.triggers, 1)
-        at_least("length", self.length, self.copied + 3, f"copied={self.copied}")
+        at_least("length", self.length, 2 * self.copied + 2, f"2 * copied + 2, copied={self.copied}")
 
     def train(self, seed: int) -> Examples:
         return self._examples(self.examples, seed % VALIDATION, everywhere=self.everywhere)
 
     def _examples(self, count: int, seed: int, everywhere: bool = False) -> Examples:
         rng = np.random.default_rng(seed)
-        sequences = distinct(
-            lambda n: induction(rng, n, vocab_size=self.vocab_size, length=self.length, copied=self.copied, triggers=self.triggers), count
-        )
-        return next_tokens(sequences, None if everywhere else self.copied)
+        options = {"vocab_size": self.vocab_size, "length": self.length - self.copied, "copied": self.copied, "triggers": self.triggers}
+        return next_tokens(distinct(lambda n: induction(rng, n, **options), count), None if everywhere else self.copied)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +74,7 @@ class AssociativeRecall(_Recall):
     """Keys with their values in turn, "=>", a key: its value is to be given, or "." where the key has not been seen.
 
     Args:
-      length: tokens in front of the sign.
+      length: steps of an example, the sign and the key behind it included: a multiple of `keys + 1`.
       keys: tokens a key.
       allow_dot: whether a key may be asked for that has not been seen.
     """
@@ -87,11 +85,13 @@ class AssociativeRecall(_Recall):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("keys", self.keys, 1)
-        at_least("length", self.length, self.keys + 1, f"keys={self.keys}")
+        at_least("length", self.length, 2 * (self.keys + 1), f"2 * (keys + 1), keys={self.keys}")
+        if self.length % (self.keys + 1):
+            raise ValueError(f"length must be a multiple of keys + 1 = {self.keys + 1}, got {self.length}")
 
     def _examples(self, count: int, seed: int) -> Examples:
         rng = np.random.default_rng(seed)
-        options = {"vocab_size": self.vocab_size, "length": self.length, "keys": self.keys, "allow_dot": self.allow_dot}
+        options = {"vocab_size": self.vocab_size, "length": self.length - self.keys - 1, "keys": self.keys, "allow_dot": self.allow_dot}
         return next_tokens(distinct(lambda n: associative_recall(rng, n, **options), count), 1)
 
 
@@ -103,7 +103,7 @@ def vocabulary(vocab_size: int) -> list[str]:
 def induction(
     rng: np.random.Generator, count: int, *, vocab_size: int, length: int, copied: int = 1, triggers: int = 1
 ) -> Int[np.ndarray, "n t"]:
-    """`count` sequences of `length + 1 + copied` tokens, drawn from `rng` as the original draws them."""
+    """`count` sequences of `length` random tokens, the sign and the `copied` answers, drawn from `rng` as the original draws them."""
     names = vocabulary(vocab_size)
     sign = names.index(SIGN)
     chance = np.array([0.0 if name in (DOT, SIGN) else 1 / (vocab_size - 2) for name in names])
@@ -125,8 +125,9 @@ def induction(
 def associative_recall(
     rng: np.random.Generator, count: int, *, vocab_size: int, length: int, keys: int = 1, allow_dot: bool = True
 ) -> Int[np.ndarray, "n t"]:
-    """`count` sequences of about `length + 2 + keys` tokens, drawn from `rng` as the original draws them.
+    """`count` sequences of `length` tokens of pairs (a rest that is no pair left out), the sign, a key and its value.
 
+    Drawn from `rng` as the original draws them.
     The map from keys to values is drawn anew for every sequence. Half of the numbers, in the order of strings, are keys, half values.
     """
     names = vocabulary(vocab_size)

@@ -1,0 +1,15 @@
+"""Handwritten digits, one pixel a step: 64 steps in, one of ten classes at the last of them.
+
+Command: seqlab train digits
+"""
+
+import fiddle as fdl
+
+from seqlab.configs import parts
+from seqlab.models import SequenceModel
+from seqlab.train.tasks import Digits
+
+
+def base() -> fdl.Config:
+    model = fdl.Partial(SequenceModel, inputs=1, outputs=10, dim=64, depth=2, mixers=(parts.mamba(),))
+    return parts.task_run(model, fdl.Config(Digits), peak=3e-3, steps=600, batch_size=64, validation_windows=360)
