@@ -264,7 +264,7 @@ class LMUFormer(Module):
         spiking: bool = False,
         rngs: nnx.Rngs,
     ):
-        self.dim, self.classes = positive("inputs", inputs), positive("classes", classes)
+        self.inputs, self.dim, self.classes = positive("inputs", inputs), positive("dim", dim), positive("classes", classes)
         embedding, mixer, mlp = (SpikingEmbedding, SpikingLMUMixer, SpikingMLP) if spiking else (ConvEmbedding, LMUMixer, ConvMLP)
         self.embedding = embedding(inputs, dim, centred=centred, rngs=rngs)
         mixer, mlp = functools.partial(mixer, theta=theta, order=order), functools.partial(mlp, expand=expand)
