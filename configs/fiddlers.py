@@ -12,7 +12,8 @@ from seqlab.train.override import fields, named, nearest
 def tiny(cfg: fdl.Config) -> None:
     """Shrink model, windows and run to what a test can afford: seconds, and still every kind of layer."""
     model = cfg.model
-    model.dim, model.depth = 16, len(model.mixers) if isinstance(model.mixers, tuple | list) else 1
+    mixers = getattr(model, "mixers", None)
+    model.dim, model.depth = 16, len(mixers) if isinstance(mixers, tuple | list) else 1
     for mixer in (Attention, GatedDeltaNet, GatedLinearAttention):
         selectors.select(cfg, mixer, check_nonempty=False).set(heads=2)
     selectors.select(cfg, Mamba2, check_nonempty=False).set(head_dim=8, state_size=8)
@@ -20,6 +21,8 @@ def tiny(cfg: fdl.Config) -> None:
     for name, value in {"length": 32, "examples": 64, "held_out": 16}.items():
         if name in (fields(fdl.get_callable(cfg.data)) or {}):
             setattr(cfg.data, name, value)
+    if "length" in fields(fdl.get_callable(model)):
+        model.length = cfg.data.length
     cfg.batch_size, cfg.accumulate = 4, 1
     cfg.steps, cfg.log_every, cfg.checkpoint_every, cfg.validate_every, cfg.validation_windows = 4, 2, 2, 4, 4
 
