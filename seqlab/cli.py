@@ -72,9 +72,17 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a config, or go on with a run")
     train.add_argument("config", help="a name (`seqlab list` shows them) or the path of a Python file with base()")
     train.add_argument("--workdir", type=pathlib.Path, metavar="DIR", help="run folder; default runs/CONFIG")
-    train.add_argument("--fiddler", nargs="+", action="extend", default=[], metavar="NAME", help='variations, such as tiny or "longer(4)"')
-    _add_set(train, "change fields after the fiddlers, such as model.dim=192")
+    _add_changes(train)
     train.set_defaults(run=_train)
+
+    comparing = commands.add_parser("compare", help="train configs, or one with several mixers, on one budget; a table and a figure")
+    comparing.add_argument("configs", nargs="+", metavar="config", help="names or paths, as for train")
+    comparing.add_argument("--mixers", metavar="A,B,...", help='each config with each of these, such as "mamba(state_size=4),attention"')
+    comparing.add_argument("--steps", type=int, metavar="N", help="updates of every run")
+    comparing.add_argument("--workdir", type=pathlib.Path, metavar="DIR", help="folder of the runs; default runs/compare_CONFIGS")
+    _add_changes(comparing)
+    _add_json(comparing)
+    comparing.set_defaults(run=_compare)
 
     stream = commands.add_parser("stream", help="generate text with a trained model, live and without end")
     _add_run(stream)
@@ -108,6 +116,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, help="a checkpoint; default: the last good one")
 
 
+def _add_changes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--fiddler", nargs="+", action="extend", default=[], metavar="NAME", help='variations, such as tiny or "longer(4)"')
+    _add_set(parser, "change fields after the fiddlers, such as model.dim=192")
+
+
 def _add_set(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="PATH=VALUE", help=text)
 
@@ -136,6 +149,20 @@ def _train(args: argparse.Namespace) -> int:
     _say(f"{args.config} in {workdir}" + (f", changed:{changes}" if changes else ""))
     _enable_compile_cache()
     return _SIGNALS[run(experiment, workdir).status]
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from seqlab import compare
+
+    candidates = compare.plan(args.configs, args.mixers, args.fiddler, args.steps, args.set)
+    workdir = args.workdir or pathlib.Path("runs") / "_".join(["compare", *(pathlib.Path(name).stem for name in args.configs)])
+    _enable_compile_cache()
+    result = compare.compare(candidates, workdir)
+    if result.status == "finished":
+        record = {"workdir": str(workdir), "quality": result.quality._asdict(), "rows": [row._asdict() for row in result.rows]}
+        print(json.dumps(record) if args.json else compare.as_text(result))
+        _say(f"{workdir}: compare.json, compare.md, compare.png")
+    return _SIGNALS[result.status]
 
 
 def _stream(args: argparse.Namespace) -> int:
