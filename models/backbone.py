@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from seqlab.kernels.dispatch import check_name
-from seqlab.models.batch_norm import moved_statistics, put_statistics
+from seqlab.models.batch_norm import moved_statistics, normed, put_statistics
 from seqlab.models.layers import Factory, RMSNorm, SwiGLU, positive
 from seqlab.module import Module, merge, split
 from seqlab.shapes import Activations, Steps
@@ -31,10 +31,10 @@ class Block(Module):
 
     def __call__(self, x: Activations, state: State | None = None, reset: Steps | None = None, valid: Steps | None = None):
         mixed, channel = (None, None) if state is None else state
-        y, mixed = self.mixer(self.mixer_norm(x), mixed, reset, valid)
+        y, mixed = self.mixer(normed(self.mixer_norm, x, valid), mixed, reset, valid)
         x = x + y
         if self.channel_mixer is not None:
-            y, channel = self.channel_mixer(self.channel_norm(x), channel, reset, valid)
+            y, channel = self.channel_mixer(normed(self.channel_norm, x, valid), channel, reset, valid)
             x = x + y
         return x, (None if state is None else (mixed, channel))
 
@@ -117,7 +117,7 @@ class Backbone(Module):
                 x, updated = self._call(block, x, old, reset, valid)
                 new.append(updated)
             state = None if state is None else tuple(new)
-        return self.norm(x), state
+        return normed(self.norm, x, valid), state
 
     def _call(self, block: Block, *arguments: Any) -> tuple[Activations, State | None]:
         if self.remat == "none":

@@ -58,6 +58,11 @@ class BatchNorm(Module):
         return mean, var
 
 
+def normed(norm: nnx.Module, x: Float[Array, "b t d"], valid: Steps | None) -> Float[Array, "b t d"]:
+    """norm(x) for norms of every kind: the one that measures a batch must know which of its steps are there."""
+    return norm(x, valid) if isinstance(norm, BatchNorm) else norm(x)
+
+
 def moved_statistics(module: nnx.Module) -> Statistics:
     """The running statistics of the BatchNorms in `module` that are training, by a name within it; empty for every other model."""
     return {f"{path}.{name}": getattr(norm, name)[...] for path, norm in _training(module) for name in ("running_mean", "running_var")}

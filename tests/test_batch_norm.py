@@ -108,6 +108,19 @@ def test_recomputed_and_scanned_layers_measure_the_same(options):
     assert_close(other, plain, 1e-5)
 
 
+def test_as_the_norm_of_a_backbone_it_measures_valid_steps_alone():
+    def measured(rows, valid):
+        stack = Backbone(6, 1, functools.partial(Mixing, normed=False), channel_mixer=None, norm=BatchNorm, rngs=nnx.Rngs(0))
+        stack.train()
+        stack(rows, None, None, valid)
+        return split(stack)[1]
+
+    data = batch()
+    alone = data["x"][data["valid"]][None]  # rows are independent here: all valid steps may stand in one
+    padded = np.where(data["valid"][..., None], data["x"], np.nan)
+    assert_close(measured(padded, jnp.asarray(data["valid"])), measured(alone, None), 1e-5)
+
+
 def test_parts_of_a_batch_are_measured_one_after_another():
     whole, parts = (stepped(model(), [batch()], accumulate)[-1].params for accumulate in (1, 2))
     halves = [{name: leaf[half] for name, leaf in batch().items()} for half in (slice(0, 2), slice(2, 4))]

@@ -91,7 +91,8 @@ def _within(u, H, sequence):
     lag = np.arange(c)[None] - np.arange(c)[:, None]  # [i, j]
     toeplitz = jnp.where((lag >= 0)[..., None], H[np.maximum(lag, 0)], 0)
     if sequence is None:
-        return jnp.einsum("bniq,ijd->bnjqd", u, toeplitz, precision=HIGHEST)
+        b, n, _, q = u.shape
+        return jnp.swapaxes(_times(jnp.swapaxes(u, 2, 3), toeplitz.reshape(c, -1)).reshape(b, n, q, c, -1), 2, 3)
     same = sequence[..., :, None] == sequence[..., None, :]
     seen = jnp.where((same & (lag >= 0))[..., None], u[:, :, :, None], 0)  # [b, n, i, j, q]; selecting keeps NaN out
     return jnp.einsum("bnijq,ijd->bnjqd", seen, toeplitz, precision=HIGHEST)
@@ -100,9 +101,9 @@ def _within(u, H, sequence):
 def spread(state, A, steps):
     """Ā^{j+1} s for j = 0 .. steps-1: state [b, n, q, d] -> [b, n, steps, q, d], by doubling."""
     power = A
-    x = jnp.matmul(state, constant(A, state.dtype).T, precision=HIGHEST)[:, :, None]
+    x = _times(state, constant(A, state.dtype).T)[:, :, None]
     while (done := x.shape[2]) < steps:
-        more = jnp.matmul(x[:, :, : steps - done], constant(power, state.dtype).T, precision=HIGHEST)
+        more = _times(x[:, :, : steps - done], constant(power, state.dtype).T)
         x, power = jnp.concatenate([x, more], axis=2), _product(power, power)
     return x
 
@@ -133,10 +134,18 @@ def matrix_power(A, exponent):
         power = _product(power, power)
 
 
+def _times(x, matrix):
+    """x [..., i] times matrix [i, o]. On a CPU the leading axes are made one: XLA would transpose x for a gradient; elsewhere they stay
+    apart, since each may be sharded over its own mesh axis."""
+    rows = x.reshape(-1, x.shape[-1]) if jax.default_backend() == "cpu" else x
+    return jnp.matmul(rows, matrix, precision=HIGHEST).reshape(*x.shape[:-1], matrix.shape[1])
+
+
 def _product(x, y):
     """On the host in float64 where both are NumPy's: constants cost no time of the device and no bits."""
     return x @ y if isinstance(x, np.ndarray) and isinstance(y, np.ndarray) else jnp.matmul(x, y, precision=HIGHEST)
 
 
 def constant(x, dtype):
+    """A matrix of the host or the device as one of the computation, in its precision."""
     return jnp.asarray(x, dtype)
