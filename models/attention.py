@@ -1,17 +1,33 @@
 """Softmax attention as a mixer: projections around a cache policy."""
 
-import functools
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
-from seqlab.models.cache import Full, Window
+from seqlab.kernels.dispatch import check_name
+from seqlab.models.cache import Full
 from seqlab.models.layers import Linear, RMSNorm, positive, rotate
 from seqlab.module import Module
 from seqlab.shapes import Activations, Steps
 from seqlab.state import State, mask_steps
+
+
+class Policy(Protocol):
+    """A cache policy, see `seqlab.models.cache`; hashable, since it is part of a model's description."""
+
+    exact: bool
+
+    def init_state(self, batch: int, kv_heads: int, width: int, dtype: jax.typing.DTypeLike) -> State: ...
+
+    def __call__(
+        self, q: Any, k: Any, v: Any, state: State | None, reset: Any, valid: Any, rotary: Any
+    ) -> tuple[Any, Any, State | None]: ...
+
+    def rewind(self, state: State, steps: Int[Array, " b"]) -> State: ...
 
 
 class Attention(Module):
@@ -20,18 +36,21 @@ class Attention(Module):
     Args:
       dim: model width d.
       heads: query heads h; `kv_heads` (default h) divides it; `head_dim` defaults to d / h.
-      cache: which past a query may see and how it is stored: `Full(capacity)` or `Window(window, sinks)`.
-      rotary_base: base of the rotary frequencies; None for no positions at all.
+      cache: which past a query may see and how it is stored: a policy of `seqlab.models.cache`.
+      rotary_base: base of the rotary frequencies; None for no positions at all. `rotary_width`: how many first channels of a head turn.
       qk_norm: RMSNorm queries and keys per head before the rotation.
+      sink: a logit for no key at all, which takes weight from the others: "zero" (softmax-off-by-one) or "learned", one a head.
+      bias, out_bias: of the projections into heads, and out of them.
 
-    The state is the policy's: two arrays of `kv_heads * head_dim` numbers a stored key, and its position.
+    The state is the policy's: of a full cache two arrays of `kv_heads * head_dim` numbers a stored key, and its position.
 
     Pitfalls:
       A full cache ends: beyond its capacity outputs are NaN, never a wrong number. A window goes on for ever.
       Window W means the query and the W - 1 keys before it.
     """
 
-    causal, lookahead, exact = True, 0, True
+    causal, lookahead = True, 0
+    torch_names: ClassVar = {"qkv": ("q_proj", "k_proj", "v_proj"), "out": "o_proj"}
 
     def __init__(
         self,
@@ -40,10 +59,13 @@ class Attention(Module):
         heads: int = 4,
         kv_heads: int | None = None,
         head_dim: int | None = None,
-        cache: Full | Window = Full(),  # noqa: B008 - frozen
+        cache: Policy = Full(),  # noqa: B008 - frozen
         rotary_base: float | None = 10_000.0,
+        rotary_width: int | None = None,
         qk_norm: bool = False,
+        sink: str | None = None,
         bias: bool = False,
+        out_bias: bool = False,
         out_scale: float = 1.0,
         rngs: nnx.Rngs,
     ):
@@ -54,18 +76,30 @@ class Attention(Module):
         if head_dim is None and dim % heads:
             raise ValueError(f"heads must divide dim={dim} where head_dim is not given, got {heads}")
         self.head_dim = dim // heads if head_dim is None else positive("head_dim", head_dim)
-        if rotary_base is not None and self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
-        self.cache, self.rotary_base = cache, rotary_base
+        self.rotary_width = self.head_dim if rotary_width is None else positive("rotary_width", rotary_width)
+        if rotary_base is not None and self.rotary_width % 2:
+            name = "head_dim" if rotary_width is None else "rotary_width"
+            raise ValueError(f"{name} must be even for rotary positions, got {self.rotary_width}")
+        if self.rotary_width > self.head_dim:
+            raise ValueError(f"rotary_width must not exceed head_dim={self.head_dim}, got {rotary_width}")
+        if sink is not None:
+            check_name(sink, ("zero", "learned"), "sink")
+        self.cache, self.rotary_base, self.sink = cache, rotary_base, sink
         self.qkv = Linear(dim, (heads + 2 * self.kv_heads) * self.head_dim, bias=bias, rngs=rngs)
-        self.out = Linear(heads * self.head_dim, dim, bias=bias, scale=out_scale, rngs=rngs)
+        self.out = Linear(heads * self.head_dim, dim, bias=out_bias, scale=out_scale, rngs=rngs)
         self.q_norm = RMSNorm(self.head_dim) if qk_norm else None
         self.k_norm = RMSNorm(self.head_dim) if qk_norm else None
+        self.sink_logits = nnx.Param(jnp.zeros((heads,))) if sink == "learned" else None
+
+    @property
+    def exact(self) -> bool:
+        """Whether a stream equals the parallel form: False for caches that approximate."""
+        return self.cache.exact
 
     @property
     def capacity(self) -> int | None:
         """The longest sequence that the cache can hold; None for one without end."""
-        return self.cache.capacity if isinstance(self.cache, Full) else None
+        return getattr(self.cache, "capacity", None)
 
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> State:
         return self.cache.init_state(batch, self.kv_heads, self.head_dim, dtype)
@@ -75,6 +109,21 @@ class Attention(Module):
         q, k, v = jnp.split(qkv, [self.heads, self.heads + self.kv_heads], axis=2)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        rotary = (lambda y, _: y) if self.rotary_base is None else functools.partial(rotate, base=self.rotary_base)
-        out, _, new = self.cache(q, k, v, state, reset, valid, rotary)
+        out, lse, new = self.cache(q, k, v, state, reset, valid, self.rotary)
+        if self.sink is not None:  # exp(lse) / (exp(lse) + exp(z)) of the weight is left to the keys
+            z = 0.0 if self.sink_logits is None else self.sink_logits[...].astype(lse.dtype)
+            out = out * jax.nn.sigmoid(lse - z)[..., None].astype(out.dtype)
         return self.out(rearrange(out, "b t h k -> b t (h k)")), new
+
+    def rotary(self, x: Float[Array, "b t h k"], positions: Int[Array, "b t"]) -> Float[Array, "b t h k"]:
+        """Queries or keys turned to their positions."""
+        if self.rotary_base is None:
+            return x
+        if self.rotary_width == self.head_dim:
+            return rotate(x, positions, self.rotary_base)
+        turned, rest = jnp.split(x, [self.rotary_width], axis=-1)
+        return jnp.concatenate([rotate(turned, positions, self.rotary_base), rest], axis=-1)
+
+    def rewind(self, state: State, steps: Int[Array, " b"]) -> State:
+        """The state `steps` steps ago; ValueError where the cache no longer has it."""
+        return self.cache.rewind(state, steps)

@@ -83,7 +83,7 @@ def _dedented(text: str) -> str:
 def _contract(mixer: Any) -> str:
     causal = "causal" if mixer.causal else "not causal: it sees the whole sequence and does not stream"
     delay = f", looks {mixer.lookahead} steps ahead: an output is final that many steps later" if mixer.lookahead else ""
-    exact = "" if mixer.exact is True else f", approximate when streamed ({mixer.exact})"
+    exact = "" if mixer.exact else ", approximate when streamed"
     law = "Whole = any split into chunks = step by step; padding, resets and neighbouring rows change nothing." if mixer.causal else ""
     return f"{causal}{delay}{exact}. {law}"
 

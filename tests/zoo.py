@@ -63,6 +63,9 @@ MIXERS = {
     "attention_gqa_norm": partial(Attention, heads=4, kv_heads=2, head_dim=6, qk_norm=True, bias=True, cache=Full(64)),
     "window": partial(Attention, heads=2, cache=Window(WINDOW)),
     "window_sinks_softcap": partial(Attention, heads=2, cache=Window(WINDOW, sinks=3, softcap=5.0), rotary_base=500.0),
+    "window_in_cache": partial(
+        Attention, heads=4, kv_heads=2, cache=Window(WINDOW, sinks=3, positions="cache"), sink="learned", rotary_width=2
+    ),
     "mamba": partial(Mamba, state_size=4),
     "mamba_wide_conv": partial(Mamba, state_size=3, conv_width=6, expand=1, bias=True),
     "mamba2": partial(Mamba2, head_dim=8, state_size=6, groups=2, dt_limit=(0.02, 0.5)),

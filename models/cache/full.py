@@ -1,0 +1,83 @@
+"""The cache that keeps everything, up to a capacity."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from seqlab import kernels
+from seqlab.models.cache.common import (
+    CacheState,
+    Rotary,
+    attend,
+    empty,
+    forget_from,
+    joined,
+    new_span,
+    only_valid,
+    places,
+    store,
+    stored_span,
+)
+from seqlab.models.layers import positive
+from seqlab.shapes import Keys, LogSumExp, Queries, Steps, Values
+from seqlab.state import segments
+
+
+@dataclasses.dataclass(frozen=True)
+class Full:
+    """Every key is kept, up to `capacity` steps of one sequence; attention beyond it gives NaN, never a wrong number."""
+
+    capacity: int = 4096
+    softcap: float | None = None
+
+    exact = True
+
+    def __post_init__(self):
+        positive("capacity", self.capacity)
+
+    def __str__(self) -> str:
+        return f"full({self.capacity})"
+
+    def init_state(self, batch: int, kv_heads: int, width: int, dtype: jax.typing.DTypeLike) -> CacheState:
+        return empty(batch, self.capacity, kv_heads, width, dtype)
+
+    def __call__(
+        self, q: Queries, k: Keys, v: Values, state: CacheState | None, reset: Steps | None, valid: Steps | None, rotary: Rotary
+    ) -> tuple[Float[Array, "b t h v"], LogSumExp, CacheState | None]:
+        if state is None:
+            return (*parallel(q, k, v, reset, valid, rotary, softcap=self.softcap), None)
+        where = segments(q.shape[:2], state.length, reset, valid)
+        q, k = rotary(q, where.positions), rotary(k, where.positions)
+        capacity = state.positions.shape[1]
+        new = store(state, k, v, where, where.positions, where.positions < capacity, reset)
+        if reset is None:  # one sequence a row: store first, then the cache holds all that the queries may see
+            span = stored_span(new)
+            sides = {"q_positions": where.positions, "kv_positions": span.positions}
+            out, lse = kernels.attention(q, span.k, span.v, **sides, softcap=self.softcap)
+        else:
+            out, lse = attend(q, where.positions, where, joined(stored_span(state), new_span(k, v, where)), softcap=self.softcap)
+        beyond = (where.positions >= capacity)[:, :, None]
+        return jnp.where(beyond[..., None], jnp.nan, only_valid(out, where)), jnp.where(beyond, jnp.nan, lse), new
+
+    def rewind(self, state: CacheState, steps: Int[Array, " b"]) -> CacheState:
+        """The state `steps` steps ago, row by row."""
+        return forget_from(state, _earlier(state, steps))
+
+
+def _earlier(state: CacheState, steps: Int[Array, " b"]) -> Int[Array, " b"]:
+    """The lengths `steps` steps ago; ValueError where a row has not seen as many. Looks at the numbers: not for jitted code."""
+    length = state.length - jnp.asarray(steps, jnp.int32)
+    if bool(jnp.any(length < 0)):
+        raise ValueError(f"steps must not exceed the steps seen, {state.length.tolist()} by row, got {jnp.asarray(steps).tolist()}")
+    return length
+
+
+def parallel(q, k, v, reset, valid, rotary, **limits):
+    """Training: whole sequences, nothing stored."""
+    if reset is None and valid is None:
+        positions = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), q.shape[:2])
+        return kernels.attention(rotary(q, positions), rotary(k, positions), v, **limits)
+    where = places(q.shape[:2], reset, valid)
+    return attend(rotary(q, where.positions), where.positions, where, new_span(rotary(k, where.positions), v, where), **limits)

@@ -1,0 +1,105 @@
+"""Cache policies: each equals attention under its mask, written down in numpy; what can be taken back and what cannot."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import assert_close, random
+
+from seqlab.models import Attention, Full, Window
+from seqlab.module import params_of
+
+LENGTH, W = 43, 8
+
+
+def compiled(mixer):
+    return jax.jit(lambda x, state=None: mixer(x, state))
+
+
+def turned(x, position):
+    """Half-split rotation in float64: x [h, k] at one position."""
+    angle = position * 10_000.0 ** (-np.arange(0, x.shape[-1], 2) / x.shape[-1])
+    first, second = np.split(x, 2, axis=-1)
+    return np.concatenate([first * np.cos(angle) - second * np.sin(angle), second * np.cos(angle) + first * np.sin(angle)], axis=-1)
+
+
+def streaming_llm(mixer, x, sinks, window):
+    """The definition (arXiv 2309.17453): every query numbers what it still sees from 0 on, keys turned afresh, itself last."""
+    p = {name: np.asarray(value, np.float64) for name, value in params_of(mixer).items()}
+    h, g, k = mixer.heads, mixer.kv_heads, mixer.head_dim
+    q, key, v = np.split((np.asarray(x, np.float64) @ p["qkv.weight"]).reshape(len(x), h + 2 * g, k), [h, h + g], axis=1)
+    out = []
+    for i in range(len(x)):
+        seen = [j for j in range(i + 1) if j < sinks or i - j < window]
+        keys = np.stack([turned(key[j], place) for place, j in enumerate(seen)])
+        query = turned(q[i], len(seen) - 1)
+        for head in range(h):
+            weights = np.exp(keys[:, head * g // h] @ query[head] / np.sqrt(k))
+            weights = weights / (weights.sum() + (mixer.sink is not None))
+            out.append(weights @ v[seen, head * g // h])
+    return np.stack(out).reshape(len(x), h * k) @ p["out.weight"]
+
+
+@pytest.mark.parametrize("sinks, sink", [(0, None), (3, None), (1, "zero")])
+def test_positions_in_the_cache_are_those_of_streaming_llm(sinks, sink):
+    cache = Window(W, sinks, positions="cache")
+    mixer = Attention(16, heads=4, kv_heads=2, cache=cache, sink=sink, rngs=nnx.Rngs(0))
+    x = random(0, LENGTH, 16)  # the ring is wrapped five times
+    expected = streaming_llm(mixer, x, sinks, W)
+    call = compiled(mixer)
+    assert_close(call(x[None])[0][0], expected, 2e-5, "whole")
+    for chunk in (5, 13):
+        state, outputs = mixer.init_state(1), []
+        for begin in range(0, LENGTH, chunk):
+            y, state = call(x[None, begin : begin + chunk], state)
+            outputs.append(y[0])
+        assert_close(jnp.concatenate(outputs), expected, 2e-5, f"chunks of {chunk}")
+
+
+@pytest.mark.parametrize("cache", [Full(64), Window(40, sinks=2, positions="cache")], ids=str)
+def test_what_is_taken_back_was_never_there(cache):
+    mixer = Attention(16, heads=2, cache=cache, rngs=nnx.Rngs(0))
+    x = random(1, 2, 30, 16)
+    call = compiled(mixer)
+    _, early = call(x[:, :20], mixer.init_state(2))
+    _, late = call(x[:, 20:], early)
+    back = mixer.rewind(late, jnp.asarray([10, 10]))
+    for name, a, b in zip(early._fields, back, early, strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=name)
+    uneven = mixer.rewind(late, jnp.asarray([0, 7]))
+    assert uneven.length.tolist() == [30, 23]
+
+
+def test_what_the_ring_has_overwritten_cannot_be_taken_back():
+    mixer = Attention(16, heads=2, cache=Window(W, sinks=2), rngs=nnx.Rngs(0))
+    _, state = compiled(mixer)(random(2, 1, 30, 16), mixer.init_state(1))
+    with pytest.raises(ValueError, match=r"steps=3 cannot be taken back: sinks\(2\)\+window\(8\) has overwritten"):
+        mixer.rewind(state, 3)
+    with pytest.raises(ValueError, match=r"steps must not exceed the steps seen, \[30\] by row, got 31"):
+        mixer.rewind(state, 31)
+
+
+def test_room_can_be_made_before_a_turn():
+    """`evict` leaves the sinks and the last keys; places in the cache close up behind it."""
+    mixer = Attention(16, heads=2, cache=Window(12, sinks=2, positions="cache", edge="call"), rngs=nnx.Rngs(0))
+    x = random(3, 1, 16, 16)
+    call = compiled(mixer)
+    _, state = call(x[:, :10], mixer.init_state(1))
+    y, _ = call(x[:, 10:13], mixer.cache.evict(state, 4))
+    kept = jnp.concatenate([x[:, :2], x[:, 6:13]], axis=1)  # as if the rest had never been
+    assert_close(y, call(kept)[0][:, -3:], 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: Window(8, positions="relative"), r"positions.*'relative'"),
+        (lambda: Window(8, edge="stpe"), r"edge.*'stpe'.*did you mean 'step'"),
+        (lambda: Attention(16, heads=2, sink="learnt", rngs=nnx.Rngs(0)), r"sink.*'learnt'.*did you mean 'learned'"),
+        (lambda: Attention(16, heads=2, rotary_width=10, rngs=nnx.Rngs(0)), r"rotary_width must not exceed head_dim=8, got 10"),
+    ],
+)
+def test_impossible_policies_are_refused(build, words):
+    with pytest.raises(ValueError, match=words):
+        build()
