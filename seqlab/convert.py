@@ -44,12 +44,38 @@ _FLA: dict[str, Names] = {  # the models of flash-linear-attention around any of
     "Block": {"mixer_norm": "attn_norm", "mixer": "attn", "channel_norm": "mlp_norm", "channel_mixer": "mlp"},
 }
 
+_LLAMA: dict[str, Names] = {
+    "LanguageModel": {"embedding": "model.embed_tokens", "backbone": "model", "head": "lm_head"},
+    "Backbone": {"blocks": "layers"},
+    "Block": {
+        "mixer_norm": "input_layernorm",
+        "mixer": "self_attn",
+        "channel_norm": "post_attention_layernorm",
+        "channel_mixer": "mlp",
+    },
+}
+
+_NEOX: dict[str, Names] = {
+    "LanguageModel": {"embedding": "gpt_neox.embed_in", "backbone": "gpt_neox", "head": "embed_out"},
+    "Backbone": {"blocks": "layers", "norm": "final_layer_norm"},
+    "Block": _LLAMA["Block"] | {"mixer": "attention"},
+    "Attention": {"out": "dense"},
+    "MLP": {"up": "dense_h_to_4h", "down": "dense_4h_to_h"},
+}
+
 _LMUFORMER: dict[str, Names] = {
     "Backbone": {"blocks": "block"},
     "Block": {"mixer": "attn", "channel_mixer": "mlp"},
 }
 
-ARCHITECTURES: dict[str, dict[str, Names]] = {"mamba": _MAMBA, "mamba2": _MAMBA, "fla": _FLA, "lmuformer": _LMUFORMER}
+ARCHITECTURES: dict[str, dict[str, Names]] = {
+    "mamba": _MAMBA,
+    "mamba2": _MAMBA,
+    "fla": _FLA,
+    "llama": _LLAMA,
+    "neox": _NEOX,
+    "lmuformer": _LMUFORMER,
+}
 
 # In state dicts, but not weights: counters, constants of positions and of Legendre memories, and the second name of a tied head.
 IGNORED = (r".*\.num_batches_tracked", r".*rotary.*inv_freq", r".*\.lmu\.[ABH]", r"lm_head\.weight")
