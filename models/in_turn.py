@@ -128,6 +128,8 @@ def _ago(
 
 def _next(x: Activations, reset: Steps | None, valid: Steps | None) -> Activations:
     """The input of the next valid step, 0 where the sequence ends."""
+    if x.shape[1] == 0:
+        return x
     if reset is None and valid is None:
         return jnp.pad(x[:, 1:], ((0, 0), (0, 1), (0, 0)))
     batch, time = x.shape[:2]

@@ -88,7 +88,7 @@ class LMU(Module):
         """The memories of all steps, channel after channel, and the last one."""
         matrices = legendre(self.order, self.theta, self.discretizer)
         m, state = kernels.lmu(u, *matrices, initial_state=state, reset=reset, valid=valid)
-        return m.reshape(*m.shape[:2], -1), state
+        return m.reshape(*m.shape[:2], self.channels * self.order), state
 
 
 class CellState(NamedTuple):

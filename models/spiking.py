@@ -59,7 +59,7 @@ def lif(
     if not tau >= 1:
         raise ValueError(f"tau must be a number of steps >= 1, got {tau!r}")
     wide, base = accumulator(x.dtype), 0.0 if rest is None else rest
-    start = jnp.full_like(x[:, 0], base, wide) if v is None else v.astype(wide)
+    start = jnp.full_like(x, base, wide, shape=(x.shape[0], x.shape[2])) if v is None else v.astype(wide)
     reset = reset & valid if reset is not None and valid is not None else reset
 
     def step(old: Array, now: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
@@ -99,4 +99,4 @@ class Spike(Module):
 
     def __call__(self, x: Activations, state: State | None = None, reset: Steps | None = None, valid: Steps | None = None):
         spikes, v = lif(self.norm(x, valid), state, tau=self.tau, threshold=self.threshold, reset=reset, valid=valid)
-        return spikes, (None if state is None else v[:, -1] if x.shape[1] else state)
+        return spikes, (state if state is None or x.shape[1] == 0 else v[:, -1])

@@ -91,6 +91,15 @@ def test_packed_and_padded_documents_are_separate_documents(name):
             assert_close(streamed[row, steps[late:]], alone[0, : len(steps) - late], 2e-5, f"streamed, row {row}")
 
 
+@pytest.mark.parametrize("name", ["lmu", "lmu_cell", "lmuformer", "lmuformer_spiking"])
+def test_no_steps_change_nothing(name):
+    mixer = zoo.mixer(name)
+    state = jax.tree.map(lambda leaf: leaf + 1, mixer.init_state(2))
+    y, after = mixer(jnp.zeros((2, 0, 16)), state, jnp.zeros((2, 0), bool), jnp.zeros((2, 0), bool))
+    assert y.shape[:2] == mixer(jnp.zeros((2, 0, 16)))[0].shape[:2] == (2, 0)
+    assert_identical(after, state)
+
+
 def test_a_stream_that_is_late_does_not_count_for_ever():
     """After two thousand steps the counter that tells the first steps from the others still holds a small number."""
     params, run, mixer = runner("lmuformer")
