@@ -1,5 +1,6 @@
 """Softmax attention as a mixer: projections around a cache policy."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
 import jax
@@ -127,3 +128,15 @@ class Attention(Module):
     def rewind(self, state: State, steps: Int[Array, " b"]) -> State:
         """The state `steps` steps ago; ValueError where the cache no longer has it."""
         return self.cache.rewind(state, steps)
+
+
+def with_cache(model: Module, cache: Policy | Sequence[Policy]) -> Module:
+    """A copy of `model` whose attention layers have another cache, or each its own where a sequence of policies is given."""
+    copy = nnx.merge(*nnx.split(model))
+    layers = [module for _, module in nnx.iter_modules(copy) if isinstance(module, Attention)]
+    policies = list(cache) if isinstance(cache, Sequence) else [cache] * len(layers)
+    if len(policies) != len(layers) or not layers:
+        raise ValueError(f"the model has {len(layers)} attention layers, got {len(policies)} caches")
+    for layer, policy in zip(layers, policies, strict=True):
+        layer.cache = policy
+    return copy

@@ -1,5 +1,7 @@
 """Cache policies: each equals attention under its mask, written down in numpy; what can be taken back and what cannot."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,10 @@ import pytest
 from flax import nnx
 from helpers import assert_close, random
 
-from seqlab.models import Attention, Full, Window
+from seqlab.models import Attention, Full, LanguageModel, Window
+from seqlab.models.attention import with_cache
+from seqlab.models.cache import duo
+from seqlab.models.duo import fit_gates, retrieval_heads
 from seqlab.module import params_of
 
 LENGTH, W = 43, 8
@@ -103,3 +108,31 @@ def test_room_can_be_made_before_a_turn():
 def test_impossible_policies_are_refused(build, words):
     with pytest.raises(ValueError, match=words):
         build()
+
+
+def test_a_share_of_the_heads_streams():
+    alpha = jnp.asarray([[0.1, 0.9], [0.5, 0.2]])
+    assert retrieval_heads(alpha, 0.5) == [[False, True], [True, False]]
+    assert retrieval_heads(alpha, 0.0) == [[True, True], [True, True]]
+    assert retrieval_heads(alpha, 1) == [[False, False], [False, False]]
+    assert sum(map(sum, retrieval_heads(jnp.ones((2, 4)), 0.75))) == 2, "equal gates are parted"
+    caches = [duo(row, capacity=32, sinks=1, window=4) for row in retrieval_heads(alpha, 0.5)]
+    model = LanguageModel(11, 16, 2, functools.partial(Attention, heads=4, kv_heads=2), rngs=nnx.Rngs(0))
+    assert [block.mixer.cache for block in with_cache(model, caches).backbone.blocks] == caches
+    assert model.backbone.blocks[0].mixer.cache == Full()
+    with pytest.raises(ValueError, match="the model has 2 attention layers, got 3 caches"):
+        with_cache(model, [*caches, Full()])
+    with pytest.raises(ValueError, match="sparsity must be a share between 0 and 1, got 2"):
+        retrieval_heads(alpha, 2)
+
+
+def test_gates_fall_where_heads_need_no_past_and_stay_where_they_do():
+    """Window as long as the sequence: streaming costs nothing and the gates fall; a window of one step costs, and they stay higher."""
+    model = LanguageModel(11, 16, 2, functools.partial(Attention, heads=2), rngs=nnx.Rngs(1))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 11, (2, 24)))
+    labels = jnp.arange(24)[None] >= 12
+    labels = jnp.broadcast_to(labels, tokens.shape)
+    free, history = fit_gates(model, lambda _: (tokens, labels), steps=40, sinks=1, window=24, rate=0.05)
+    dear, _ = fit_gates(model, lambda _: (tokens, labels), steps=40, sinks=1, window=1, rate=0.05, weight=1e-4)
+    assert float(history[0].distill) < 1e-10 and float(free.max()) < 0.3
+    assert float(dear.mean()) > 0.8

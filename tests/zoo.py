@@ -33,6 +33,7 @@ from seqlab.models import (
     SwiGLU,
     Window,
 )
+from seqlab.models.cache import duo
 
 WINDOW = 8
 partial = functools.partial
@@ -66,6 +67,7 @@ MIXERS = {
     "window_in_cache": partial(
         Attention, heads=4, kv_heads=2, cache=Window(WINDOW, sinks=3, positions="cache"), sink="learned", rotary_width=2
     ),
+    "duo": partial(Attention, heads=4, kv_heads=2, cache=duo((True, False), capacity=64, sinks=2, window=WINDOW)),
     "mamba": partial(Mamba, state_size=4),
     "mamba_wide_conv": partial(Mamba, state_size=3, conv_width=6, expand=1, bias=True),
     "mamba2": partial(Mamba2, head_dim=8, state_size=6, groups=2, dt_limit=(0.02, 0.5)),

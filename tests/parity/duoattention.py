@@ -1,0 +1,85 @@
+"""DuoAttention: the masks, the gates' training step, and deployment with heads of two kinds."""
+
+import jax
+import numpy as np
+
+from parity import streamingllm
+from seqlab.convert import convert
+from seqlab.kernels.attention.reference import visible
+from seqlab.models import Full
+from seqlab.models.attention import with_cache
+from seqlab.models.cache import duo
+from seqlab.models.duo import duo_loss, two_streams
+
+
+def check(case):
+    if "items" in case.meta:
+        for i, item in enumerate(case.meta["items"]):
+            case.check(f"mask{i}", _mask(case.expected(f"mask{i}").shape[0], item["sink"], item["recent"]), exact=True)
+    elif "alpha" in case.inputs:
+        _check_training(case)
+    else:
+        _check_deployment(case)
+
+
+def _mask(side, sinks, window):
+    i = np.arange(side)
+    return np.asarray(visible(i[:, None], None, i[None], None, causal=True, window=window, sinks=sinks))
+
+
+def _model(case):
+    return convert(streamingllm.llama({"rope_theta": 10000.0, **case.meta}, Full(64)), case.params, architecture="llama")
+
+
+def _check_training(case):
+    model, options = _model(case), {"sinks": case.meta["sink_size"], "window": case.meta["recent_size"]}
+    tokens, labels = case.array("input_ids"), case.array("label_mask")
+    full, gated = two_streams(model, case.array("alpha"), tokens, **options)
+    case.check_all({"hidden_full": full, "hidden_duo": gated})
+
+    def objective(alpha):
+        loss = duo_loss(model, alpha, tokens, labels, **options, weight=case.meta["reg_weight"])
+        return loss.total, loss
+
+    (_, loss), gradient = jax.value_and_grad(objective, has_aux=True)(case.array("alpha"))
+    case.check_all({"loss": loss.total, "distill_loss": loss.distill, "reg_loss": loss.regularizer, "grad_alpha": gradient})
+    if "streaming_mask" in case.mids:
+        case.check("streaming_mask", _mask(case.meta["T"], *options.values()), exact=True)
+
+
+def _check_deployment(case):
+    """The original lets streaming heads see all of a call, and lists full heads before streaming ones."""
+    sinks, recent = case.meta["sink_size"], case.meta["recent_size"]
+    kept = case.inputs["full_head_mask"] > 0.5
+    caches = [duo(row, capacity=64, sinks=sinks, window=recent + 1, edge="call") for row in kept]
+    model, tokens = with_cache(_model(case), caches), case.array("input_ids")
+
+    def call(tokens, state):
+        x, state = model.features(tokens, state)
+        return x, model.read_out(x), state
+
+    run, state, results, lengths, begin = jax.jit(call), model.init_state(len(tokens)), [], [], 0
+    for size in case.meta["chunks"]:
+        *result, state = run(tokens[:, begin : begin + size], state)
+        results.append(result)
+        begin += size
+        lengths.append([begin, min(begin, sinks + recent)])
+    case.check("hidden", np.concatenate([hidden for hidden, _ in results], axis=1))
+    case.check("logits", np.concatenate([logits for _, logits in results], axis=1))
+    case.check("cache_lens_full_streaming", lengths, exact=True)
+    for layer, (mixed, _) in enumerate(state):
+        for own, wanted in _by_kind(mixed, kept[layer]):
+            for letter, values in zip("kv", _kept(own, sinks, recent if wanted == "streaming" else begin), strict=True):
+                case.check(f"{wanted}_{letter}_layer{layer}", values)
+
+
+def _by_kind(mixed, kept):
+    if kept.all() or not kept.any():
+        return [(mixed, "full" if kept.all() else "streaming")]
+    return [(mixed[0], "full"), (mixed[1], "streaming")]
+
+
+def _kept(state, sinks, recent):
+    positions, length = np.asarray(state.positions[0]), int(state.length[0])
+    order = [j for j in np.argsort(positions) if positions[j] < length and (positions[j] < sinks or positions[j] >= length - recent)]
+    return np.asarray(state.k)[:, :, order], np.asarray(state.v)[:, :, order]
