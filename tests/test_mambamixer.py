@@ -32,6 +32,15 @@ def documents(reset, valid):
     return [part for part in np.split(steps, [i for i, step in enumerate(steps) if i and reset[step]]) if len(part)]
 
 
+def alone(run, x, steps):
+    """What `run(x, valid)` makes of one sequence, at the front of a row that is filled up with steps that are not valid (one shape, one
+    compilation; that filling changes nothing is a clause of the law)."""
+    front = np.full_like(x, np.nan)
+    front[: len(steps)] = x[steps]
+    y, _ = run(front[None], np.arange(len(x))[None] < len(steps))
+    return y[:, : len(steps)]
+
+
 def ragged(seed, time, rate=0.25):
     rng = np.random.default_rng(seed)
     return rng.random((3, time)) < rate, np.stack([rng.random(time) < 0.6, np.arange(time) < time - 4, np.arange(time) >= 3])
@@ -40,24 +49,25 @@ def ragged(seed, time, rate=0.25):
 def test_one_direction_is_mamba():
     mamba, mixer = Mamba(8, state_size=3, rngs=nnx.Rngs(0)), SelectiveMixer(8, state_size=3, rngs=nnx.Rngs(0))
     x = random(1, 2, 9, 8)
-    assert_close(mixer(x, mixer.init_state(2)), mamba(x, mamba.init_state(2)), 0.0)
+    assert_close(*(jax.jit(lambda x, m=m: m(x, m.init_state(2)))(x) for m in (mixer, mamba)), 0.0)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_two_directions_keep_packed_documents_apart(seed):
     mixer = SelectiveMixer(8, bidirectional=True, state_size=4, rngs=nnx.Rngs(0))
     (reset, valid), x = ragged(seed, 17), np.asarray(random(seed, 3, 17, 8))
     y = np.asarray(jax.jit(lambda *flags: mixer(jnp.where(valid[..., None], x, jnp.nan), None, *flags)[0])(reset, valid))
+    run = jax.jit(lambda x, valid: mixer(x, None, None, valid))
     assert (y[~valid] == 0).all()
     for row in range(3):
         for steps in documents(reset[row], valid[row]):
-            assert_close(y[row : row + 1, steps], mixer(jnp.asarray(x[row : row + 1, steps]))[0], 1e-5)
+            assert_close(y[row : row + 1, steps], alone(run, x[row], steps), 1e-5)
 
 
 def test_two_directions_see_the_future_and_refuse_a_state():
     mixer = SelectiveMixer(8, bidirectional=True, state_size=4, rngs=nnx.Rngs(0))
-    x = random(0, 1, 6, 8)
-    assert np.abs(mixer(x)[0][:, 0] - mixer(x.at[:, -1].add(1.0))[0][:, 0]).max() > 1e-6
+    x, run = random(0, 1, 6, 8), jax.jit(lambda x: mixer(x)[0])
+    assert np.abs(run(x)[:, 0] - run(x.at[:, -1].add(1.0))[:, 0]).max() > 1e-6
     assert verify_streaming(mixer, length=13).ok
     with pytest.raises(ValueError, match="state must be None"):
         mixer(x, mixer.init_state(1))
@@ -72,11 +82,11 @@ def test_a_sequence_ends_before_the_next_valid_reset():
 
 def test_the_channel_mixer_is_the_mixer_of_the_transpose():
     channel = SelectiveChannelMixer(6, tokens=5, mixer=SMALL, rngs=nnx.Rngs(0))
-    x = random(0, 2, 5, 6)
-    assert_close(channel(x)[0], channel.mixer(x.swapaxes(1, 2))[0].swapaxes(1, 2), 0.0)
+    x, run = random(0, 2, 5, 6), jax.jit(lambda x, valid=None: channel(x, None, None, valid)[0])
+    assert_close(run(x), jax.jit(lambda x: channel.mixer(x.swapaxes(1, 2))[0].swapaxes(1, 2))(x), 1e-6)
     valid = jnp.asarray([[True, False, True, True, True], [True] * 5])
-    dirty, _ = channel(jnp.where(valid[..., None], x, jnp.nan), None, None, valid)
-    assert_close(dirty[0], channel(x.at[0, 1].set(0.0))[0][0].at[1].set(0.0), 1e-6)
+    dirty = run(jnp.where(valid[..., None], x, jnp.nan), valid)
+    assert_close(dirty[0], run(x.at[0, 1].set(0.0))[0].at[1].set(0.0), 1e-6)
     with pytest.raises(ValueError, match="tokens=5 steps"):
         channel(x[:, :4])
     with pytest.raises(ValueError, match="reset must be None"):
@@ -84,19 +94,22 @@ def test_the_channel_mixer_is_the_mixer_of_the_transpose():
 
 
 def test_at_first_the_sums_are_a_residual_network():
-    stack = MambaMixerStack(8, 3, SMALL, functools.partial(GroupedChannelMixer, groups=2, mixer=SMALL), rngs=nnx.Rngs(0))
+    stack = MambaMixerStack(8, 2, SMALL, functools.partial(GroupedChannelMixer, groups=2, mixer=SMALL), rngs=nnx.Rngs(0))
+
+    def residual(x):
+        for i in range(2):
+            x = x + stack.token_mixers[i](stack.token_norms[i](x))[0]
+            x = x + stack.channel_mixers[i](stack.channel_norms[i](x))[0]
+        return LayerNorm(8)(x)
+
     x = random(0, 2, 7, 8)
-    y = x
-    for i in range(3):
-        y = y + stack.token_mixers[i](stack.token_norms[i](y))[0]
-        y = y + stack.channel_mixers[i](stack.channel_norms[i](y))[0]
-    assert_close(stack(x)[0], LayerNorm(8)(y), 1e-5)
+    assert_close(jax.jit(lambda x: stack(x)[0])(x), jax.jit(residual)(x), 1e-5)
 
 
 def test_weights_beyond_a_sum_are_never_used():
     stack = MambaMixerStack(8, 2, SMALL, functools.partial(GroupedChannelMixer, groups=2, mixer=SMALL), final_sum=False, rngs=nnx.Rngs(0))
     static, params = split(stack)
-    used = jax.grad(lambda p: jnp.sum(jnp.sin(merge(static, p)(random(0, 2, 7, 8))[0])))(params)
+    used = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(merge(static, p)(random(0, 2, 7, 8))[0]))))(params)
     mask = {
         "alpha": [[1, 0, 0], [1, 1, 0]],
         "beta": [[1, 0, 0], [1, 1, 0]],
@@ -112,21 +125,23 @@ def streaming(variates=3, length=13, **options):
     return StreamingTSM2(variates, length, 2, **options, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("options", [{}, {"patch": 5, "stride": 5, "reversible": False}, {"patch": 1, "stride": 1, "length": 3}])
-def test_a_forecast_is_the_end_of_a_stream_of_any_length(options):
+@pytest.mark.parametrize(
+    ("options", "times"),
+    [({}, (12, 21)), ({"patch": 5, "stride": 5, "reversible": False}, (5,)), ({"patch": 1, "stride": 1, "length": 3}, (9,))],
+)
+def test_a_forecast_is_the_end_of_a_stream_of_any_length(options, times):
     model = streaming(**options)
     x = random(0, 2, 21, 3, scale=3.0) + 7
-    for time in (model.patch, 11, 12, 20, 21):
+    for time in times:
         unread = (time - model.patch) % model.stride
-        y, _ = model(x[:, unread:time])
-        assert_close(model.forecast(x[:, :time]), y[:, -1], 1e-5)
-        assert np.abs(y[:, -1]).min() > 0
+        y = jax.jit(lambda x: model(x)[0][:, -1])(x[:, unread:time])
+        assert_close(jax.jit(lambda x: model.forecast(x))(x[:, :time]), y, 1e-5)
+        assert np.abs(y).min() > 0
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_streaming_forecasts_of_ragged_packed_rows_are_those_of_their_documents(seed):
+def test_streaming_forecasts_of_ragged_packed_rows_are_those_of_their_documents():
     model = streaming()
-    (reset, valid), x = ragged(seed, 24, 0.1), np.asarray(random(seed, 3, 24, 3))
+    (reset, valid), x = ragged(0, 24, 0.1), np.asarray(random(0, 3, 24, 3))
     state, outputs, run = model.init_state(3), [], jax.jit(lambda *arguments: model(*arguments))
     for start in range(0, 24, 8):
         here = slice(start, start + 8)
@@ -134,15 +149,17 @@ def test_streaming_forecasts_of_ragged_packed_rows_are_those_of_their_documents(
         outputs.append(y)
     y = np.asarray(jnp.concatenate(outputs, axis=1))
     assert (y[~valid] == 0).all()
+    fresh = jax.jit(lambda x, valid: model(x, model.init_state(1), None, valid))
     for row in range(3):
         for steps in documents(reset[row], valid[row]):
-            alone, end = model(jnp.asarray(x[row : row + 1, steps]), model.init_state(1))
-            assert_close(y[row : row + 1, steps], alone, 2e-5)
-        assert_close(take_rows(state, [row]), end, 2e-5)
+            assert_close(y[row : row + 1, steps], alone(fresh, x[row], steps), 2e-5)
+        front = np.concatenate([x[row][steps], np.zeros((24 - len(steps), 3), np.float32)])
+        assert_close(take_rows(state, [row]), fresh(front[None], np.arange(24)[None] < len(steps))[1], 2e-5)
 
 
 def test_steps_between_patches_keep_the_forecast_and_a_young_sequence_has_none():
-    y, _ = streaming()(random(0, 2, 9, 3))
+    model = streaming()
+    y = jax.jit(lambda x: model(x)[0])(random(0, 2, 9, 3))
     assert (np.asarray(y[:, :3]) == 0).all()
     assert_close(y[:, 4:6], jnp.repeat(y[:, 3:4], 2, axis=1), 0.0)
     assert np.abs(y[:, 6] - y[:, 5]).max() > 1e-4
@@ -165,7 +182,8 @@ def test_reversible_normalisation_moves_with_the_series():
     """Forecasts follow a change of level and of unit (RevIN): exactly so for the window, and for the past."""
     x = random(0, 2, 13, 3)
     for model in (TSM2(3, 13, 2, patch=4, stride=3, dim=4, depth=1, mixer=SMALL, rngs=nnx.Rngs(0)), streaming()):
-        assert_close(model.forecast(5 * x + 40), 5 * model.forecast(x) + 40, 1e-4)
+        run = jax.jit(lambda x, model=model: model.forecast(x))
+        assert_close(run(5 * x + 40), 5 * run(x) + 40, 1e-4)
 
 
 def test_a_window_is_cut_from_its_end_or_from_its_start():
@@ -173,8 +191,9 @@ def test_a_window_is_cut_from_its_end_or_from_its_start():
         model = TSM2(2, 14, 3, patch=4, stride=4, dim=4, depth=1, mixer=SMALL, reversible=False, align=align, rngs=nnx.Rngs(0))
         x = random(0, 2, 14, 2)
         assert model.patches == 3
-        assert_close(model(x.at[:, unread].set(9.0)), model(x), 0.0)
-        assert np.abs(model(x.at[:, 5].set(9.0)) - model(x)).max() > 1e-4
+        run = jax.jit(lambda x, model=model: model(x))
+        assert_close(run(x.at[:, unread].set(9.0)), run(x), 0.0)
+        assert np.abs(run(x.at[:, 5].set(9.0)) - run(x)).max() > 1e-4
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import optax
 
 from seqlab.module import Params
 
-# Never decayed: norms, biases, and the parameters of recurrences, whose size has a meaning.
-NO_DECAY = r"(^|\.)(bias|A_log|D|dt_bias|.*norm\.weight|scale)$"
+# Never decayed: norms, biases, the parameters of recurrences, whose size has a meaning, and MambaMixer's sums, which are at home at 1.
+NO_DECAY = r"(^|\.)(bias|A_log|D|dt_bias|.*norm\.weight|scale|alpha|beta|theta|gamma)$"
 
 
 def adamw(
