@@ -32,6 +32,7 @@ _PUBLIC = {
     "ByteTokenizer": "seqlab.tokens",
     "stream_generate": "seqlab.generate",
     "load": "seqlab.runs",
+    "convert": "seqlab.weights",
     "explain": "seqlab.kernels.dispatch",
     "use_implementation": "seqlab.kernels.dispatch",
 }

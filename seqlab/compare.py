@@ -131,7 +131,7 @@ def measure(name: str, workdir: pathlib.Path, experiment: Any) -> Row:
     worth = {row["step"]: row[key] for row in logged if key in row}
     value = float(worth[trained.step]) if trained.step in worth else runs.evaluate(trained.model, experiment).value
     speeds = [row["tokens_per_second"] for row in logged if isinstance(row.get("tokens_per_second"), int | float)]
-    streams = trained.model.causal and hasattr(trained.model, "init_state")
+    streams = getattr(trained.model, "causal", False) and hasattr(trained.model, "init_state")
     return Row(
         name,
         str(workdir),
@@ -168,7 +168,8 @@ def _step_speed(model: Module, steps: int) -> float:
 
         return jax.lax.scan(step, state, inputs)
 
-    arguments = params, model.init_state(1), jnp.zeros((steps, 1, 1, model.inputs))
+    width = model.inputs if hasattr(model, "inputs") else model.dim
+    arguments = params, model.init_state(1), jnp.zeros((steps, 1, 1, width))
     jax.block_until_ready(loop(*arguments))
     begin = time.perf_counter()
     jax.block_until_ready(loop(*arguments))

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from seqlab.convert import convert
 from seqlab.kernels import scan
 from seqlab.models import TSM2, MambaMixerStack, SelectiveChannelMixer, SelectiveMixer
+from seqlab.weights import convert
 
 # of one direction: ours, theirs
 PARTS = {"conv1d.weight": "conv_weight", "conv1d.bias": "conv_bias", "x_proj.weight": "x_proj", "A_log": "A_log", "D": "D"} | {

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from seqlab.convert import convert
 from seqlab.models import Attention, LanguageModel, LayerNorm, RMSNorm, SwiGLU, Window
 from seqlab.models.layers import MLP
+from seqlab.weights import convert
 
 
 def check(case):
