@@ -40,6 +40,11 @@ class SelectiveMixer(Module):
       ValueError: a state is given to a mixer of two directions, which would silently be another function chunk by chunk.
 
     Source: MambaMixer (arXiv 2403.19888), sections 3.1 and 3.2; the mixer of one direction is Mamba's (arXiv 2312.00752).
+
+    Pitfalls:
+      The input is turned round before a convolution that stays causal, which is not the same as an anticausal convolution.
+      Directions are added before the gate, which they share; an original with a gate each has other weights.
+      "MambaMixer" in other libraries is the plain Mamba block.
     """
 
     causal, lookahead, exact = True, 0, True
@@ -104,6 +109,10 @@ class SelectiveChannelMixer(Module):
       ValueError: x has another number of steps than `tokens`; a `reset` or a state is given.
 
     Source: MambaMixer (arXiv 2403.19888), section 3.2.
+
+    Pitfalls:
+      Every output sees the future: behind a causal token mixer it makes the whole model one that is not causal.
+      A row that is shorter than `tokens` has to be filled up and flagged by `valid`; its fill counts as zeros, not as absent.
     """
 
     causal, lookahead, exact = False, 0, True
@@ -132,6 +141,10 @@ class GroupedChannelMixer(Module):
     Causal and without state, unlike the paper's channel mixer, whose weights belong to one sequence length; the layout is that of the
     paper's TSM2, where the tokens of a step are variates (arXiv 2403.19888, section 3.4). `mixer` is called as mixer(d // groups,
     bidirectional=True, rngs=rngs).
+
+    Pitfalls:
+      Channels of one group meet in matrix products, those of different groups only through the scan: the order of channels matters.
+      A scan over few groups is many tiny scans, b * t of them: memory grows with them all.
     """
 
     causal, lookahead, exact = True, 0, True
