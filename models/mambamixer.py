@@ -39,7 +39,7 @@ class SelectiveMixer(Module):
     Raises:
       ValueError: a state is given to a mixer of two directions, which would silently be another function chunk by chunk.
 
-    Source: MambaMixer (arXiv 2403.19888), sections 3.1 and 3.2; the mixer of one direction is Mamba's (arXiv 2312.00752).
+    Source: MambaMixer (arXiv 2403.19888); the mixer of one direction is Mamba's (arXiv 2312.00752).
 
     Pitfalls:
       The input is turned round before a convolution that stays causal, which is not the same as an anticausal convolution.
@@ -108,7 +108,7 @@ class SelectiveChannelMixer(Module):
     Raises:
       ValueError: x has another number of steps than `tokens`; a `reset` or a state is given.
 
-    Source: MambaMixer (arXiv 2403.19888), section 3.2.
+    Source: MambaMixer (arXiv 2403.19888).
 
     Pitfalls:
       Every output sees the future: behind a causal token mixer it makes the whole model one that is not causal.
@@ -139,7 +139,7 @@ class GroupedChannelMixer(Module):
         y_t = flat(mixer(x_t as [groups, d / groups]))
 
     Causal and without state, unlike the paper's channel mixer, whose weights belong to one sequence length; the layout is that of the
-    paper's TSM2, where the tokens of a step are variates (arXiv 2403.19888, section 3.4). `mixer` is called as mixer(d // groups,
+    paper's TSM2, where the tokens of a step are variates (arXiv 2403.19888). `mixer` is called as mixer(d // groups,
     bidirectional=True, rngs=rngs).
 
     Pitfalls:
@@ -185,7 +185,7 @@ class MambaMixerStack(Module):
     The sums are taken step by step: the stack is causal, and streams, if its mixers do. Arrays may have axes between time and width
     ([b, t, m, d]) where mixers and norms take them.
 
-    Source: MambaMixer (arXiv 2403.19888), section 3.3; DenseFormer (arXiv 2402.02622).
+    Source: MambaMixer (arXiv 2403.19888); DenseFormer (arXiv 2402.02622).
     """
 
     def __init__(

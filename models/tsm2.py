@@ -1,4 +1,4 @@
-"""TSM2: forecasting many series at once by selection along time and along variates (arXiv 2403.19888, first version, section 3.4).
+"""TSM2: forecasting many series at once by selection along time and along variates (arXiv 2403.19888, first version).
 
 Every variate is cut into patches of P steps, one every S steps; a patch becomes a vector, so there are tokens [b, n, m, d] for n patches
 of m variates. A `MambaMixerStack` mixes them: its token mixer scans the patches of a variate forwards, its channel mixer scans the variates
@@ -161,7 +161,7 @@ class TSM2(Forecaster):
     Raises:
       ValueError: an impossible size, or a window of another shape.
 
-    Source: TSM2 in MambaMixer (arXiv 2403.19888 v1), section 3.4; RevIN (Kim et al., ICLR 2022).
+    Source: TSM2 in MambaMixer (arXiv 2403.19888 v1); RevIN (Kim et al., ICLR 2022).
     """
 
     causal = False

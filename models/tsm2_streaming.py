@@ -59,7 +59,7 @@ class StreamingTSM2(Forecaster):
     Raises:
       ValueError: an impossible size, or an x of another shape.
 
-    Source: TSM2 in MambaMixer (arXiv 2403.19888 v1), section 3.4, made causal here.
+    Source: TSM2 in MambaMixer (arXiv 2403.19888 v1), made causal here.
     """
 
     causal = True

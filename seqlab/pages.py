@@ -119,7 +119,8 @@ def _state(mixer: Any) -> str:
 def _use(cls: type, simple: bool) -> str:
     signature = ", ".join(str(p).split(":")[0] + _default(p) for p in inspect.signature(cls).parameters.values() if p.name != "rngs")
     call = f"{cls.__name__}({_DIM}, rngs=nnx.Rngs(0))" if simple else f"{cls.__name__}(..., rngs=nnx.Rngs(0))"
-    code = f"from flax import nnx\nfrom seqlab.models import {cls.__name__}\n\nmixer = {call}\ny, state = mixer(x, mixer.init_state(batch))"
+    line = "y, state = mixer(x, mixer.init_state(batch))" if cls.causal else "y, _ = mixer(x)  # the whole sequence at once"
+    code = f"from flax import nnx\nfrom seqlab.models import {cls.__name__}\n\nmixer = {call}\n{line}"
     return f"```python\n{code}\n```\n\n`{cls.__name__}({signature}, rngs)`"
 
 
