@@ -13,4 +13,4 @@ from seqlab.train.tasks import ListOps
 def base() -> fdl.Config:
     data = fdl.Config(ListOps, length=64, shortest=8, depth=4, arguments=4, examples=20_000)
     model = parts.token_model(16, 64, 4, parts.mamba(), parts.attention(64), channel_mixer=SwiGLU)
-    return parts.task_run(model, data, peak=2e-3, steps=1500, batch_size=64, validation_windows=1000)
+    return parts.task_run(model, data, peak=2e-3, steps=600, batch_size=64, validation_windows=1000)
