@@ -9,9 +9,11 @@ import pytest
 from flax import nnx
 from helpers import assert_close, random
 
+from seqlab import state_bytes
 from seqlab.models import Attention, Full, LanguageModel, Window
 from seqlab.models.attention import with_cache
-from seqlab.models.cache import duo
+from seqlab.models.cache import Quantized, duo
+from seqlab.models.cache.quantize import dequantize, pack, quantize, unpack
 from seqlab.models.duo import fit_gates, retrieval_heads
 from seqlab.module import params_of
 
@@ -136,3 +138,55 @@ def test_gates_fall_where_heads_need_no_past_and_stay_where_they_do():
     dear, _ = fit_gates(model, lambda _: (tokens, labels), steps=40, sinks=1, window=1, rate=0.05, weight=1e-4)
     assert float(history[0].distill) < 1e-10 and float(free.max()) < 0.3
     assert float(dear.mean()) > 0.8
+
+
+@pytest.mark.parametrize("bits, bound", [(2, 0.9), (4, 0.25), (8, 0.02)])
+def test_a_coded_cache_stays_near_the_exact_one(bits, bound):
+    """A code is off by half a step of its group at most: the error of the output falls with 1 / (2^bits - 1)."""
+    x = random(4, 2, LENGTH, 32)
+    exact = Attention(32, heads=2, cache=Full(64), rngs=nnx.Rngs(0))
+    coded = with_cache(exact, Quantized(64, bits=bits, group=16, residual=16))
+    error = float(jnp.max(jnp.abs(compiled(coded)(x)[0] - compiled(exact)(x)[0])))
+    scale = float(jnp.max(jnp.abs(compiled(exact)(x)[0])))
+    assert 0 < error < bound * scale
+
+
+def test_two_bits_are_a_fifth_of_sixteen():
+    attention = Attention(256, heads=2, rngs=nnx.Rngs(0))
+    exact = with_cache(attention, Full(8192))
+    coded = with_cache(attention, Quantized(8192, bits=2, group=32, residual=128, half_groups=True))
+    assert state_bytes(coded, dtype=jnp.float16) <= 0.21 * state_bytes(exact, dtype=jnp.float16)
+
+
+def test_groups_of_equal_numbers_come_back_exactly():
+    x = jnp.full((3, 8), 0.3)
+    codes, groups = quantize(x, 4, 2)
+    np.testing.assert_array_equal(dequantize(codes, groups), x)
+    y = random(5, 3, 64)
+    codes, groups = quantize(y, 16, 4)
+    np.testing.assert_array_equal(unpack(pack(codes, 4), 4), codes)
+    assert float(jnp.max(jnp.abs(dequantize(codes, groups) - y))) <= 0.5001 * float(groups.scale.max())
+
+
+def test_what_is_coded_cannot_be_taken_back():
+    mixer = Attention(16, heads=2, cache=Quantized(32, bits=4, group=8, residual=8), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"steps=1 cannot be taken back: full\(32\)\+int4 has coded the steps before them"):
+        mixer.rewind(mixer.init_state(1), 1)
+    x = random(6, 1, 40, 16)
+    y, _ = compiled(mixer)(x, mixer.init_state(1))
+    assert np.isfinite(np.asarray(y[:, :32])).all() and np.isnan(np.asarray(y[:, 32:])).all(), "never a wrong number"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"capacity": None}, "give capacity or window"),
+        ({"window": 8}, "give capacity or window"),
+        ({"bits": 3}, r"bits must be one of \(2, 4, 8\), got 3"),
+        ({"residual": 48, "group": 32}, "residual must be a multiple of group=32, got 48"),
+        ({"sinks": -1}, "sinks must be an integer of at least 0, got -1"),
+    ],
+)
+def test_impossible_codings_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        Quantized(**options)

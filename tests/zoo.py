@@ -33,7 +33,7 @@ from seqlab.models import (
     SwiGLU,
     Window,
 )
-from seqlab.models.cache import duo
+from seqlab.models.cache import Quantized, duo
 
 WINDOW = 8
 partial = functools.partial
@@ -66,6 +66,10 @@ MIXERS = {
     "window_sinks_softcap": partial(Attention, heads=2, cache=Window(WINDOW, sinks=3, softcap=5.0), rotary_base=500.0),
     "window_in_cache": partial(
         Attention, heads=4, kv_heads=2, cache=Window(WINDOW, sinks=3, positions="cache"), sink="learned", rotary_width=2
+    ),
+    "coded": partial(Attention, heads=2, head_dim=8, cache=Quantized(64, bits=4, group=4, residual=8)),
+    "coded_window": partial(
+        Attention, heads=2, kv_heads=1, head_dim=8, cache=Quantized(None, WINDOW, sinks=2, bits=8, group=2, residual=4)
     ),
     "duo": partial(Attention, heads=4, kv_heads=2, cache=duo((True, False), capacity=64, sinks=2, window=WINDOW)),
     "mamba": partial(Mamba, state_size=4),

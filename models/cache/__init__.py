@@ -14,6 +14,7 @@ where sequences must end, and `rewind(state, steps)`, which raises where the pas
 from seqlab.models.cache.common import CacheState
 from seqlab.models.cache.full import Full
 from seqlab.models.cache.heads import Heads, duo
+from seqlab.models.cache.quantized import Quantized
 from seqlab.models.cache.window import Window
 
-__all__ = ["CacheState", "Full", "Heads", "Window", "duo"]
+__all__ = ["CacheState", "Full", "Heads", "Quantized", "Window", "duo"]

@@ -1,0 +1,59 @@
+"""Numbers in two, four or eight bits: a scale and a least value a group, codes packed into words (KIVI, arXiv 2402.02750)."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt
+
+BITS = (2, 4, 8)
+
+
+class Groups(NamedTuple):
+    """What a group of numbers is coded by: x = code * scale + least."""
+
+    scale: Float[Array, "..."]
+    least: Float[Array, "..."]
+
+
+def groups_of(least: Array, greatest: Array, bits: int) -> Groups:
+    """Where all of a group are equal the scale is 1: the code is 0 and the number comes back exactly."""
+    spread = greatest - least
+    return Groups(jnp.where(spread > 0, spread / (2**bits - 1), 1), least)
+
+
+def encode(x: Float[Array, "..."], groups: Groups, bits: int) -> UInt[Array, "..."]:
+    """Codes of x, rounded half to even; the groups are broadcast against it."""
+    return jnp.round(jnp.clip((x - groups.least) / groups.scale, 0, 2**bits - 1)).astype(jnp.uint32)
+
+
+def decode(codes: UInt[Array, "..."], groups: Groups) -> Float[Array, "..."]:
+    """The numbers that the codes stand for, in the dtype of the groups."""
+    return codes.astype(groups.scale.dtype) * groups.scale + groups.least
+
+
+def quantize(x: Float[Array, "*b d"], group: int, bits: int) -> tuple[UInt[Array, "*b d"], Groups]:
+    """Codes of the last axis in groups of `group` numbers, and the groups [*b, d / group]."""
+    parts = x.reshape(*x.shape[:-1], -1, group)
+    groups = groups_of(parts.min(-1), parts.max(-1), bits)
+    return encode(parts, Groups(*(y[..., None] for y in groups)), bits).reshape(x.shape), groups
+
+
+def dequantize(codes: UInt[Array, "*b d"], groups: Groups) -> Float[Array, "*b d"]:
+    """The inverse of `quantize`, but for rounding."""
+    parts = codes.reshape(*groups.scale.shape, -1)
+    return decode(parts, Groups(*(y[..., None] for y in groups))).reshape(codes.shape)
+
+
+def pack(codes: UInt[Array, "*b d"], bits: int) -> UInt[Array, "*b w"]:
+    """32 / bits codes of the last axis in a word, the first one in the lowest bits."""
+    parts = codes.reshape(*codes.shape[:-1], -1, 32 // bits)
+    return jnp.sum(parts << _shifts(bits), axis=-1, dtype=jnp.uint32)
+
+
+def unpack(words: UInt[Array, "*b w"], bits: int) -> UInt[Array, "*b d"]:
+    """The inverse of `pack`."""
+    return ((words[..., None] >> _shifts(bits)) & jnp.uint32(2**bits - 1)).reshape(*words.shape[:-1], -1)
+
+
+def _shifts(bits: int) -> Int[Array, " c"]:
+    return jnp.arange(0, 32, bits, dtype=jnp.uint32)

@@ -1,0 +1,76 @@
+"""KIVI: codes, scales and packing; attention with a coded cache."""
+
+import jax
+import numpy as np
+from flax import nnx
+
+from seqlab.models import Attention
+from seqlab.models.cache import Quantized
+from seqlab.models.cache.quantize import Groups, decode, dequantize, encode, groups_of, pack, quantize, unpack
+from seqlab.weights import convert
+
+
+def check(case):
+    if "k" in case.inputs:
+        _check_codes(case)
+    else:
+        _check_attention(case)
+
+
+def _check_codes(case):
+    bits, steps, channels = (case.meta[name] for name in ("bits", "group_k_tokens", "group_v_channels"))
+    k, v = case.array("k"), case.array("v")
+    case.rtol, case.atol = 1e-6, 1e-7  # of the scales; codes are exact
+    parts = k.reshape(*k.shape[:2], -1, steps, k.shape[3])
+    groups = Groups(*(x[..., None, :] for x in groups_of(parts.min(-2), parts.max(-2), bits)))
+    levels = encode(parts, groups, bits)
+    over_time = levels.reshape(k.shape).swapaxes(2, 3)
+    decoded = decode(levels, groups).reshape(k.shape)
+    case.check("k_levels", levels.reshape(k.shape), exact=True)
+    case.check("k_scale", groups.scale)
+    case.check("k_min", groups.least)
+    words = np.asarray(pack(over_time, bits)).view(np.int32)
+    case.check("k_code_channel_major", words, exact=True)
+    case.check("k_code", words.swapaxes(2, 3), exact=True)
+    case.check("k_scale_channel_major", groups.scale[..., 0, :].swapaxes(2, 3))
+    case.check("k_min_channel_major", groups.least[..., 0, :].swapaxes(2, 3))
+    codes, groups = quantize(v, channels, bits)
+    case.check("v_levels", codes, exact=True)
+    case.check("v_code", np.asarray(pack(codes, bits)).view(np.int32), exact=True)
+    case.check("v_scale", groups.scale[..., None])
+    case.check("v_min", groups.least[..., None])
+    case.rtol, case.atol = 1e-6, 1e-6  # code * scale + least: one rounding of numbers of size 4 more or less
+    case.check("v_deq", dequantize(codes, groups))
+    case.check("k_deq", decoded)
+
+
+def _check_attention(case):
+    """A prefill that sees itself exactly, then one token a call; the original packs keys along time."""
+    o = case.options
+    assert o["k_bits"] == o["v_bits"], "seqlab codes keys and values in equally many bits"
+    bits, group, residual = o["k_bits"], o["group_size"], o["residual_length"]
+    cache = Quantized(256, bits=bits, group=group, residual=residual, edge="call")
+    mixer = Attention(
+        o["hidden"], heads=o["heads"], kv_heads=o["kv_heads"], rotary_base=o.get("rope_theta", 1e4), cache=cache, rngs=nnx.Rngs(0)
+    )
+    mixer, x = convert(mixer, case.params), case.array("x")
+    run, state = jax.jit(lambda x, state: mixer(x, state)), mixer.init_state(len(x))
+    outputs, lengths, begin = [], [], 0
+    for size in (o["prefill"], *[1] * o["decode_steps"]):
+        y, state = run(x[:, begin : begin + size], state)
+        begin += size
+        outputs.append(y)
+        keys, values = begin // residual * residual, max(0, begin - residual)
+        lengths.append([keys, begin - keys, values, begin - values, begin])
+    case.check("attn_out", np.concatenate(outputs, axis=1))
+    case.check("lens_kq_kres_vq_vres_total", lengths, exact=True)
+    levels = unpack(state.k, bits)[:, :, :keys].swapaxes(2, 3)
+    case.check("final_k_code", np.asarray(pack(levels, bits)).view(np.int32), exact=True)
+    case.check("final_v_code", np.asarray(state.v)[:, :, :values].view(np.int32), exact=True)
+    for name, own, count in (("k", state.k_groups, keys // group), ("v", state.v_groups, values)):
+        scale, least = (np.asarray(x)[:, :, :count] for x in own)
+        case.check(f"final_{name}_scale", scale.swapaxes(2, 3) if name == "k" else scale)
+        case.check(f"final_{name}_min", least.swapaxes(2, 3) if name == "k" else least)
+    for name, own, first in (("k", state.rest_k, keys), ("v", state.rest_v, values)):
+        order = np.arange(first, begin) % residual
+        case.check(f"final_{name}_residual", np.asarray(own)[:, :, order])
