@@ -29,6 +29,7 @@ from seqlab.train.data import Batches
 from seqlab.train.loop import held_out_batches, run
 from seqlab.train.metrics import read_rows
 from seqlab.train.quality import Quality, quality_of
+from seqlab.train.tasks.examples import numbers
 
 COLUMNS = ("name", "parameters", "state bytes", "train tokens/s", "stream tokens/s")
 _MAY_DIFFER = ("model", "optimizer", "accumulate", "log_every", "validate_every", "checkpoint_every", "keep")
@@ -149,7 +150,8 @@ def stream_speed(trained: runs.Run) -> float:
     model, capacity = trained.model, getattr(trained.model, "capacity", None)
     steps = _STREAMED if capacity is None else max(1, min(_STREAMED, capacity - 1))
     if trained.tokenizer is not None and hasattr(model, "vocab_size"):
-        stream = stream_generate(model, [0], max_tokens=steps, temperature=0, tokenizer=trained.tokenizer, block=max(1, steps // 8))
+        names = numbers(model.vocab_size)  # a model may know more tokens than its task has names for
+        stream = stream_generate(model, [0], max_tokens=steps, temperature=0, tokenizer=names, block=max(1, steps // 8))
         for _ in stream:
             pass
         return stream.stats["tokens_per_second"]

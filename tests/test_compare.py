@@ -30,7 +30,7 @@ def here(folder, monkeypatch):
 
 def test_mixers_of_one_config_are_trained_and_measured(capsys, monkeypatch):
     # stopped in the second run, then continued by the same command
-    arguments = ["compare", "mqar", "--mixers", "mamba(state_size=2, expand=1),attention(heads=2)", *TINY]
+    arguments = ["compare", "mqar", "--mixers", "mamba(state_size=2, expand=1),attention(heads=2)", *TINY, "--set", "data.vocab_size=24"]
     original, stops = compare.run, iter((False, True))
 
     def stopped(experiment, workdir):
@@ -97,7 +97,7 @@ def test_what_cannot_be_compared_is_refused_before_work(arguments, message, caps
 
 def test_a_folder_of_another_comparison_is_refused(capsys):
     before = sorted(pathlib.Path("out").rglob("*"))
-    assert cli.main(["compare", "mqar", "--mixers", "swiglu,attention(heads=2)", *TINY, "--set", "seed=5"]) == 2
+    assert cli.main(["compare", "mqar", "--mixers", "swiglu,attention(heads=2)", *TINY, "--set", "data.vocab_size=24", "seed=5"]) == 2
     assert "out/attention_heads=2 belongs to another config (saved -> given):\n  seed: 0 -> 5" in capsys.readouterr().err
     assert sorted(pathlib.Path("out").rglob("*")) == before
 
