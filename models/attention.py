@@ -10,17 +10,18 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from seqlab.kernels.dispatch import check_name
-from seqlab.models.cache import Full
+from seqlab.models.cache import Full, parse_cache
 from seqlab.models.layers import Linear, RMSNorm, positive, rotate
 from seqlab.module import Module
 from seqlab.shapes import Activations, Steps
-from seqlab.state import State, mask_steps
+from seqlab.state import State, mask_steps, state_bytes
 
 
 class Policy(Protocol):
     """A cache policy, see `seqlab.models.cache`; hashable, since it is part of a model's description."""
 
     exact: bool
+    span: int
 
     def init_state(self, batch: int, kv_heads: int, width: int, dtype: jax.typing.DTypeLike) -> State: ...
 
@@ -130,9 +131,14 @@ class Attention(Module):
         return self.cache.rewind(state, steps)
 
 
-def with_cache(model: Module, cache: Policy | Sequence[Policy]) -> Module:
-    """A copy of `model` whose attention layers have another cache, or each its own where a sequence of policies is given."""
+def with_cache(model: Module, cache: str | Policy | Sequence[Policy]) -> Module:
+    """A copy of `model` whose attention layers have another cache, or each its own where a sequence of policies is given.
+
+    A string is read by `parse_cache`: "sinks(4)+window(1020)+int4". Raises ValueError where it cannot be, where the model has no
+    attention, or another number of attention layers than there are policies.
+    """
     copy = nnx.merge(*nnx.split(model))
+    cache = parse_cache(cache) if isinstance(cache, str) else cache
     layers = [module for _, module in nnx.iter_modules(copy) if isinstance(module, Attention)]
     policies = list(cache) if isinstance(cache, Sequence) else [cache] * len(layers)
     if len(policies) != len(layers) or not layers:
@@ -140,3 +146,9 @@ def with_cache(model: Module, cache: Policy | Sequence[Policy]) -> Module:
     for layer, policy in zip(layers, policies, strict=True):
         layer.cache = policy
     return copy
+
+
+def bytes_per_step(model: Module, dtype: jax.typing.DTypeLike = jnp.float32) -> float:
+    """Bytes that the attention layers of `model` keep for each step that they remember; 0 without attention."""
+    layers = [module for _, module in nnx.iter_modules(model) if isinstance(module, Attention)]
+    return sum(state_bytes(layer, dtype=dtype) / layer.cache.span for layer in layers)

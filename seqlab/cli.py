@@ -93,6 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     stream.add_argument("--top-p", type=float, metavar="P", help="draw from the smallest set of probability P")
     stream.add_argument("--seed", type=int, default=0)
     stream.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end after this text; may be given several times")
+    stream.add_argument(
+        "--cache", metavar="SPEC", help="what attention remembers instead of what it was trained with, e.g. sinks(4)+window(1020)+int4"
+    )
     stream.set_defaults(run=_stream)
 
     evaluate = commands.add_parser("eval", help="what a trained model is worth on the held-out data, in the figure of its task")
@@ -168,6 +171,7 @@ def _compare(args: argparse.Namespace) -> int:
 def _stream(args: argparse.Namespace) -> int:
     from seqlab import runs
     from seqlab.generate import stream_generate
+    from seqlab.models.attention import bytes_per_step, with_cache
 
     _enable_compile_cache()
     run = runs.load(args.workdir, args.step)
@@ -183,7 +187,10 @@ def _stream(args: argparse.Namespace) -> int:
         seed=args.seed,
         stop=args.stop,
         tokenizer=run.tokenizer,
+        cache=args.cache,
     )
+    if args.cache:
+        _say(f"cache {args.cache}: {bytes_per_step(with_cache(run.model, args.cache), run.model.dtype):,.1f} bytes a remembered step")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
     code = 0

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
+from seqlab.models.attention import with_cache
 from seqlab.module import Module, Static, merge, split
 from seqlab.state import State
 from seqlab.tokens import ByteTokenizer, Tokenizer
@@ -80,6 +81,7 @@ def stream_generate(
     state: StreamState | None = None,
     stop: str | bytes | Sequence[str | bytes] = (),
     tokenizer: Tokenizer | None = None,
+    cache: Any = None,
     block: int | None = None,
     prefill_chunks: Sequence[int] = PREFILL_CHUNKS,
 ) -> "Stream":
@@ -98,6 +100,8 @@ def stream_generate(
       state: continue from `Stream.state`; its rows are the batch.
       stop: a row ends after text that ends with one of these.
       tokenizer: bytes by default.
+      cache: what the attention layers remember instead of what they were built with: a policy of `seqlab.models.cache`, one a layer, or
+        words such as "sinks(4)+window(1020)+int4". A `state` that is continued must have been made with the same.
       block: tokens drawn in one dispatch; by default as many as take 30 ms. It changes no token.
       prefill_chunks: the chunk sizes in which prompts are read: each is compiled once.
     Raises:
@@ -111,7 +115,7 @@ def stream_generate(
     chunks = tuple(sorted(set(prefill_chunks)))
     if not chunks or chunks[0] < 1 or len(chunks) > 8:
         raise ValueError(f"prefill_chunks must be one to eight positive sizes, got {prefill_chunks!r}")
-    model, tokenizer = _unrolled(model), tokenizer or ByteTokenizer()
+    model, tokenizer = _unrolled(model if cache is None else with_cache(model, cache)), tokenizer or ByteTokenizer()
     rows = _rows(prompt, tokenizer, model.vocab_size, fresh=state is None)
     if state is None:
         state = stream_state(model, len(rows), _check_seed(seed, len(rows)))

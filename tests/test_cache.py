@@ -9,10 +9,10 @@ import pytest
 from flax import nnx
 from helpers import assert_close, random
 
-from seqlab import state_bytes
+from seqlab import state_bytes, stream_generate
 from seqlab.models import Attention, Full, LanguageModel, Window
-from seqlab.models.attention import with_cache
-from seqlab.models.cache import Quantized, duo
+from seqlab.models.attention import bytes_per_step, with_cache
+from seqlab.models.cache import Quantized, duo, parse_cache
 from seqlab.models.cache.quantize import dequantize, pack, quantize, unpack
 from seqlab.models.duo import fit_gates, retrieval_heads
 from seqlab.module import params_of
@@ -190,3 +190,53 @@ def test_what_is_coded_cannot_be_taken_back():
 def test_impossible_codings_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         Quantized(**options)
+
+
+@pytest.mark.parametrize(
+    ("spec", "policy"),
+    [
+        ("full(64)", Full(64)),
+        ("sinks(4)+window(60)", Window(60, 4)),
+        ("window(8) + in_place", Window(8, positions="cache")),
+        ("full(256)+int2(group=16, residual=32)", Quantized(256, bits=2, group=16, residual=32)),
+        ("sinks(4)+window(1020)+int4", Quantized(None, 1020, 4, bits=4)),
+    ],
+)
+def test_caches_are_words(spec, policy):
+    assert parse_cache(spec) == policy
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("windw(8)", r"cache term.*'windw'.*did you mean 'window'"),
+        ("sinks(4)", "must hold one of full.n. and window.n."),
+        ("full(8)+window(4)", "must hold one of full.n. and window.n."),
+        ("sinks(4)+full(8)", "sinks add nothing"),
+        ("window(8)+int2+int4", "asks for int2 and int4 at once"),
+        ("sinks(2)+window(8)+in_place+int4", "in_place and int4 do not go together"),
+        ("window", r"window takes one number, window\(n\)"),
+        ("window(8)+window(9)", "window stands twice"),
+        ("window(eight)", "cannot read 'eight'"),
+        ("window(8)+int4(bits=2)", "int4 takes group and residual, got bits"),
+        ("window(0)", "window must be a positive integer, got 0"),
+    ],
+)
+def test_impossible_products_are_refused_with_a_reason(spec, words):
+    with pytest.raises(ValueError, match=words):
+        parse_cache(spec)
+
+
+def test_a_stream_takes_a_cache_by_name():
+    model = LanguageModel(64, 32, 2, functools.partial(Attention, heads=2), rngs=nnx.Rngs(0))
+    options = {"temperature": 0, "max_tokens": 24}
+    prompt = [list(range(20))]
+
+    def tokens(cache):
+        return [token.token for token in stream_generate(model, prompt, cache=cache, **options)]
+
+    assert tokens("full(64)") == tokens(None) == tokens("window(64)") == tokens(with_cache(model, Full(64)).backbone.blocks[0].mixer.cache)
+    assert tokens("sinks(1)+window(4)") != tokens(None)
+    assert bytes_per_step(with_cache(model, "full(64)")) == pytest.approx(2 * (2 * 32 * 4 + 4) + 2 * 4 / 64)
+    with pytest.raises(ValueError, match="did you mean 'window'"):
+        tokens("windwo(8)")

@@ -40,6 +40,11 @@ class Full:
     def __str__(self) -> str:
         return f"full({self.capacity})"
 
+    @property
+    def span(self) -> int:
+        """How many steps it remembers at most."""
+        return self.capacity
+
     def init_state(self, batch: int, kv_heads: int, width: int, dtype: jax.typing.DTypeLike) -> CacheState:
         return empty(batch, self.capacity, kv_heads, width, dtype)
 

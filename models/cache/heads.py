@@ -33,6 +33,11 @@ class Heads:
     def capacity(self) -> int | None:
         return min((c for policy in self.policies if (c := getattr(policy, "capacity", None)) is not None), default=None)
 
+    @property
+    def span(self) -> int:
+        """How many steps it remembers at most, in some heads."""
+        return max(policy.span for policy in self.policies)
+
     def __str__(self) -> str:
         return " | ".join(f"{self.of.count(i)} x {policy}" for i, policy in enumerate(self.policies))
 

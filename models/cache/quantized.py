@@ -92,6 +92,11 @@ class Quantized:
         return self.edge == "step"
 
     @property
+    def span(self) -> int:
+        """How many steps it remembers at most."""
+        return self.sinks + (self.capacity - self.sinks if self.window is None else self.window)
+
+    @property
     def slots(self) -> int:
         """Coded steps that are held: whole blocks of `residual`."""
         steps = self.window - 1 if self.window is not None else self.capacity - self.sinks

@@ -72,6 +72,11 @@ class Window:
     def __str__(self) -> str:
         return (f"sinks({self.sinks})+" if self.sinks else "") + f"window({self.window})"
 
+    @property
+    def span(self) -> int:
+        """How many steps it remembers at most."""
+        return self.sinks + self.window
+
     def init_state(self, batch: int, kv_heads: int, width: int, dtype: jax.typing.DTypeLike) -> CacheState:
         return empty(batch, self.sinks + self.window, kv_heads, width, dtype)
 
