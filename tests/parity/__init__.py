@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +28,7 @@ class Case:
             kept = group in ("mid", "out")  # what is expected stays as it was written
             groups[group][rest] = value.astype(precision) if np.issubdtype(value.dtype, np.floating) and not kept else value
         self.options = self.meta.get("config", self.meta.get("hyper", self.meta))
-        self.rtol, self.atol, self.scaled = tolerances(self.meta, precision)
+        self.tolerance, self.gradient_tolerance = tolerances(self.meta, precision)
         self.compared: set[str] = set()
 
     def expected(self, name):
@@ -43,8 +44,10 @@ class Case:
         if exact:
             np.testing.assert_array_equal(actual, expected, err_msg=name)
             return
-        atol = self.atol + self.scaled * np.abs(expected).max(initial=0.0)
-        np.testing.assert_allclose(actual.astype(np.float64), expected.astype(np.float64), rtol=self.rtol, atol=atol, err_msg=name)
+        gradient = name.startswith("grad") or name in ("dq", "dk", "dv")
+        rtol, atol, scaled = self.gradient_tolerance if gradient else self.tolerance
+        atol += scaled * np.abs(expected).max(initial=0.0)
+        np.testing.assert_allclose(actual.astype(np.float64), expected.astype(np.float64), rtol=rtol, atol=atol, err_msg=name)
 
     def check_all(self, values, **options):
         """Each of `values` (by name) that the case holds."""
@@ -61,20 +64,35 @@ class Case:
         assert not left, f"the adapter does not compare {sorted(left)}"
 
 
+class Tolerance(NamedTuple):
+    """Relative to each number, absolute, and relative to the array's largest number."""
+
+    rtol: float = 0.0
+    atol: float = 0.0
+    scaled: float = 0.0
+
+
 def tolerances(meta, precision):
-    """(relative to each number, absolute, relative to the array's largest number) that the case asks of a run in `precision`."""
-    text = str(meta.get("tolerance", meta.get("tol", "")))
-    found = {name: float(value) for name, value in re.findall(r"(rtol|atol|abs|rel) ?([\d.]+e-?\d+)", text.split("float64")[0] or "")}
+    """What the case asks of a run in `precision`: for values, and for gradients where it says something else of them."""
+    text = str(meta.get("tolerance", meta.get("tol", ""))).partition("; bf16")[0]
     if "float64" in text:  # the two precisions have a bound each
         parts = {"float64": re.search(r"float64 (?:rel )?([\d.e-]+)", text), "float32": re.search(r"float32[a-z ]*?([\d.]+e-\d+)", text)}
-        return 0.0, 0.0, float(parts[precision].group(1))
-    single = re.search(r"float32 ([\d.]+e-\d+)", text)
-    if single and not found:
-        return 0.0, float(single.group(1)), 0.0
+        bound = Tolerance(scaled=float(parts[precision].group(1)))
+        return bound, bound
     for name in ("atol", "atol_float32"):
         if name in meta:
-            return 0.0, float(meta[name]), 0.0
-    return found.get("rtol", found.get("rel", 0.0)), found.get("atol", found.get("abs", 0.0)), 0.0
+            return (Tolerance(atol=float(meta[name])),) * 2
+    values, _, gradients = text.partition("grads")
+    bound = _named(values)
+    single = re.search(r"float32 ([\d.]+e-\d+)", values)
+    bound = Tolerance(atol=float(single.group(1))) if single and bound == Tolerance() else bound
+    own = _named(gradients)
+    return bound, Tolerance(own.rtol or bound.rtol, own.atol or bound.atol)
+
+
+def _named(text):
+    found = dict(re.findall(r"(rtol|atol|abs|rel) ?([\d.]+e-?\d+)", text))
+    return Tolerance(float(found.get("rtol", found.get("rel", 0.0))), float(found.get("atol", found.get("abs", 0.0))))
 
 
 def precisions(meta):

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from parity import Tolerance
 from seqlab.models import Attention
 from seqlab.models.cache import Quantized
 from seqlab.models.cache.quantize import Groups, decode, dequantize, encode, groups_of, pack, quantize, unpack
@@ -20,7 +21,7 @@ def check(case):
 def _check_codes(case):
     bits, steps, channels = (case.meta[name] for name in ("bits", "group_k_tokens", "group_v_channels"))
     k, v = case.array("k"), case.array("v")
-    case.rtol, case.atol = 1e-6, 1e-7  # of the scales; codes are exact
+    case.tolerance = Tolerance(1e-6, 1e-7)  # of the scales; codes are exact
     parts = k.reshape(*k.shape[:2], -1, steps, k.shape[3])
     groups = Groups(*(x[..., None, :] for x in groups_of(parts.min(-2), parts.max(-2), bits)))
     levels = encode(parts, groups, bits)
@@ -39,7 +40,7 @@ def _check_codes(case):
     case.check("v_code", np.asarray(pack(codes, bits)).view(np.int32), exact=True)
     case.check("v_scale", groups.scale[..., None])
     case.check("v_min", groups.least[..., None])
-    case.rtol, case.atol = 1e-6, 1e-6  # code * scale + least: one rounding of numbers of size 4 more or less
+    case.tolerance = Tolerance(1e-6, 1e-6)  # code * scale + least: one rounding of numbers of size 4 more or less
     case.check("v_deq", dequantize(codes, groups))
     case.check("k_deq", decoded)
 

@@ -15,10 +15,13 @@ from seqlab.weights import convert, published_names
 def check(case):
     if "x" in case.inputs:
         _check_layer(case)
-    elif any(name.startswith("grad_") for name in case.outs):
-        _check_gradients(case)
-    else:
-        _check_op(case)
+        return
+    for implementation in ("reference", "xla"):
+        call = functools.partial(linear_attention, implementation=implementation)
+        if any(name.startswith("grad_") for name in case.outs):
+            _check_gradients(case, call)
+        else:
+            _check_op(case, jax.jit(functools.partial(call, chunk=16)))
 
 
 def _arguments(case):
@@ -30,9 +33,8 @@ def _arguments(case):
     return arrays | ({} if decay is None else {"decay": decay})
 
 
-def _check_op(case):
+def _check_op(case, call):
     arguments = _arguments(case)
-    call = jax.jit(functools.partial(linear_attention, chunk=16))
     out, state = call(**arguments)
     case.check("o", out)
     case.check("final_state", state)
@@ -54,11 +56,14 @@ def _check_op(case):
             case.check_all({f"final_state_elu{suffix}": final[..., :-1], f"final_z_elu{suffix}": jnp.moveaxis(final[..., -1:], -1, 1)})
 
 
-def _check_gradients(case):
-    arguments = _arguments(case)
-    results, pull = jax.vjp(lambda arguments: linear_attention(**arguments, chunk=8), arguments)
+def _check_gradients(case, call):
+    @jax.jit
+    def run(arguments, cotangents):
+        results, pull = jax.vjp(lambda arguments: call(**arguments, chunk=8), arguments)
+        return results, pull(cotangents)[0]
+
+    results, grads = run(_arguments(case), (case.array("cotangent_o"), case.array("cotangent_state")))
     case.check_all(dict(zip(("o", "final_state"), results, strict=True)))
-    (grads,) = pull((case.array("cotangent_o"), case.array("cotangent_state")))
     names = {"decay": "gk" if "gk" in case.inputs else "g"}
     case.check_all({f"grad_{names.get(name, name)}": gradient for name, gradient in grads.items()})
 

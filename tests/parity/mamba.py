@@ -18,7 +18,8 @@ def check(case):
     elif "x" in case.inputs:
         check_mixer(case, convert(mixer(case.options)(case.options["hidden_size"], rngs=nnx.Rngs(0)), case.params))
     else:
-        _check_scan(case)
+        for implementation in ("reference", "xla"):
+            _check_scan(case, functools.partial(scan, implementation=implementation))
 
 
 def mixer(options):
@@ -112,7 +113,7 @@ class _Masked:
         return y * self.keep, state
 
 
-def _check_scan(case):
+def _check_scan(case, scan):
     names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
     floats = {name: case.array(name) for name in names if name in case.inputs}
     softplus = case.meta.get("delta_softplus", True)

@@ -17,7 +17,8 @@ def check(case):
     if "input_ids" in case.inputs:
         mamba.check_language_model(case, "mamba2", mixer(case.options))
     elif "dt" in case.inputs:
-        _check_ssd(case)
+        for implementation in ("reference", "xla"):
+            _check_ssd(case, functools.partial(linear_attention, implementation=implementation))
     else:
         module = convert(mixer(case.options)(case.options["hidden_size"], rngs=nnx.Rngs(0)), case.params)
         mamba.check_mixer(case, module, lambda ssm: ssm.swapaxes(2, 3))  # the original keeps values before keys
@@ -38,7 +39,7 @@ def mixer(options):
     )
 
 
-def _check_ssd(case):
+def _check_ssd(case, linear_attention):
     names = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state")
     floats = {name: case.array(name) for name in names if name in case.inputs}
     low, high = map(float, case.meta.get("dt_limit", (0, "inf")))
