@@ -386,15 +386,17 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert checkpoints.restore(2)[1]["x"].tolist() == [0, 1, 2, 3, 4, 5]
 
 
-def test_a_save_that_the_end_of_the_program_cuts_off_is_not_silent(tmp_path):
+def test_a_save_that_the_end_of_the_program_finds_in_progress_is_finished_or_reported(tmp_path):
     code = """
 import sys
 import numpy as np
 from seqlab.train.checkpoint import Checkpoints
 Checkpoints(sys.argv[1]).save(1, {"x": np.random.default_rng(0).random(8_000_000)})
 """
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True)
-    if not Checkpoints(tmp_path).steps():
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+    if Checkpoints(tmp_path).steps():
+        np.testing.assert_array_equal(Checkpoints(tmp_path).restore()[1]["x"], np.random.default_rng(0).random(8_000_000))
+    else:  # since Python 3.12 a program that ends cannot start the threads that Orbax needs
         assert "the program ended before a checkpoint was saved; close() the checkpoints" in done.stderr
         assert Checkpoints(tmp_path).restore() is None
 

@@ -13,12 +13,14 @@ A state is a nested dictionary with string keys. A leaf is named by its keys joi
 """
 
 import atexit
+import concurrent.futures.thread  # noqa: F401 - it registers the executors' farewell: see the end of this file
 import logging
 import operator
 import os
 import pathlib
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -306,13 +308,18 @@ class Checkpoints:
 _unfinished: set[Checkpoints] = set()
 
 
-@atexit.register
-def _lost() -> None:
+def _finish() -> None:
+    """A program that ends without close() still has its last save, or hears that it was lost."""
     for checkpoints in tuple(_unfinished):
         try:
             checkpoints.wait()
         except CheckpointError as error:
             logger.error("the program ended before a checkpoint was saved; close() the checkpoints, or use `with`: %s", error)
+
+
+# Farewells are said last come, first served, and executors say theirs to their threads: a save that is waited for after that never ends
+# (Orbax gives up after five minutes). So this one is registered where they are, behind them; `atexit` alone comes too late.
+getattr(threading, "_register_atexit", atexit.register)(_finish)
 
 
 def _placed(name: str, value: Any, like: Mapping[str, Any]) -> Any:
