@@ -64,6 +64,16 @@ def test_positions_in_the_cache_are_those_of_streaming_llm(sinks, sink):
         assert_close(jnp.concatenate(outputs), expected, 2e-5, f"chunks of {chunk}")
 
 
+@pytest.mark.parametrize("cache", [Full(8192), Window(8188, 4), Window(8188, 4, positions="cache")], ids=str)
+def test_a_decode_step_copies_no_cache(cache):
+    """Rows that have ended are invalid steps: telling them apart must not touch the keys and values of all others."""
+    mixer = Attention(32, heads=2, cache=cache, rngs=nnx.Rngs(0))
+    state = jax.eval_shape(lambda: mixer.init_state(2))
+    step = jax.jit(lambda x, state, valid: mixer(x, state, None, valid), donate_argnums=1)
+    compiled_step = step.lower(jax.ShapeDtypeStruct((2, 1, 32), jnp.float32), state, jax.ShapeDtypeStruct((2, 1), bool)).compile()
+    assert compiled_step.memory_analysis().temp_size_in_bytes < state.k.size * state.k.dtype.itemsize
+
+
 @pytest.mark.parametrize("cache", [Full(64), Window(40, sinks=2, positions="cache")], ids=str)
 def test_what_is_taken_back_was_never_there(cache):
     mixer = Attention(16, heads=2, cache=cache, rngs=nnx.Rngs(0))

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from seqlab import kernels
 from seqlab.shapes import Keys, Values
-from seqlab.state import Segments, Steps, segments
+from seqlab.state import Segments, Steps
 
 Rotary = Callable[[Array, Array], Array]
 
@@ -29,12 +29,15 @@ class CacheState(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Keys and values [b, s, g, k] with the position and the segment [b, s] of each; segment 0 is an empty slot or padding."""
+    """Keys and values [b, s, g, k] with the position and the segment [b, s] of each; segment 0 is an empty slot or padding.
+
+    `segments` None: all belong to the sequence of the queries, and what is empty stands at NEVER.
+    """
 
     k: Keys
     v: Values
     positions: Int[Array, "b s"]
-    segments: Int[Array, "b s"]
+    segments: Int[Array, "b s"] | None
 
 
 def empty(batch: int, slots: int, kv_heads: int, width: int, dtype: jax.typing.DTypeLike) -> CacheState:
@@ -43,22 +46,16 @@ def empty(batch: int, slots: int, kv_heads: int, width: int, dtype: jax.typing.D
     return CacheState(zeros, zeros, jnp.full((batch, slots), NEVER, jnp.int32), jnp.zeros((batch,), jnp.int32))
 
 
-def places(shape: tuple[int, int], reset: Steps | None, valid: Steps | None) -> Segments:
-    """Where the steps of whole sequences stand: training, nothing stored."""
-    return segments(shape, 0, reset, valid)
-
-
 def new_span(k: Keys, v: Values, where: Segments) -> Span:
     """The keys of a chunk, already rotated."""
     return Span(k, v, where.positions, where.ids)
 
 
-def stored_span(state: CacheState, slots: slice = slice(None), segment: Array | int = 1) -> Span:
-    """What is stored in `slots`, a view of it once compiled. It belongs to one sequence: before a chunk is stored to segment 1, the one
-    that the state carries, and after it to the last segment of the chunk [b, 1]."""
-    positions = state.positions[:, slots]
+def stored_span(state: CacheState, slots: slice = slice(None)) -> Span:
+    """What is stored in `slots`, a view of it once compiled; before a chunk is stored it is of segment 1, the sequence that is carried."""
     k, v = (x[:, :, slots].swapaxes(1, 2) for x in (state.k, state.v))
-    return Span(k, v, positions, jnp.where(positions == NEVER, 0, segment))
+    positions = state.positions[:, slots]
+    return Span(k, v, positions, (positions != NEVER).astype(jnp.int32))
 
 
 def joined(a: Span, b: Span) -> Span:
@@ -68,7 +65,9 @@ def joined(a: Span, b: Span) -> Span:
 
 def attend(q: Array, positions: Int[Array, "b t"], where: Segments, span: Span, **limits) -> tuple[Array, Array]:
     """`kernels.attention` of queries at `positions` over a span."""
-    sides = {"q_positions": positions, "q_segments": where.ids, "kv_positions": span.positions, "kv_segments": span.segments}
+    sides = {"q_positions": positions, "kv_positions": span.positions}
+    if span.segments is not None:  # telling segments apart costs a copy of the keys and values
+        sides |= {"q_segments": where.ids, "kv_segments": span.segments}
     return kernels.attention(q, span.k, span.v, **sides, **limits)
 
 
@@ -103,3 +102,11 @@ def forget_from(state: CacheState, length: Int[Array, " b"]) -> CacheState:
     later = state.positions >= length[:, None]
     kept = jnp.where(later[:, None, :, None], 0, state.k), jnp.where(later[:, None, :, None], 0, state.v)
     return CacheState(*kept, jnp.where(later, NEVER, state.positions), length)
+
+
+def earlier(state: CacheState, steps: Int[Array, " b"]) -> Int[Array, " b"]:
+    """The lengths `steps` steps ago; ValueError where a row has not seen as many. Looks at the numbers: not for jitted code."""
+    length = state.length - jnp.asarray(steps, jnp.int32)
+    if bool(jnp.any(length < 0)):
+        raise ValueError(f"steps must not exceed the steps seen, {state.length.tolist()} by row, got {jnp.asarray(steps).tolist()}")
+    return length

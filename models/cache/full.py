@@ -11,12 +11,12 @@ from seqlab.models.cache.common import (
     CacheState,
     Rotary,
     attend,
+    earlier,
     empty,
     forget_from,
     joined,
     new_span,
     only_valid,
-    places,
     store,
     stored_span,
 )
@@ -57,26 +57,15 @@ class Full:
         q, k = rotary(q, where.positions), rotary(k, where.positions)
         capacity = state.positions.shape[1]
         new = store(state, k, v, where, where.positions, where.positions < capacity, reset)
-        if reset is None:  # one sequence a row: store first, then the cache holds all that the queries may see
-            span = stored_span(new)
-            sides = {"q_positions": where.positions, "kv_positions": span.positions}
-            out, lse = kernels.attention(q, span.k, span.v, **sides, softcap=self.softcap)
-        else:
-            out, lse = attend(q, where.positions, where, joined(stored_span(state), new_span(k, v, where)), softcap=self.softcap)
+        # With one sequence a row the cache holds, once the chunk is stored, all that the queries may see.
+        span = stored_span(new)._replace(segments=None) if reset is None else joined(stored_span(state), new_span(k, v, where))
+        out, lse = attend(q, where.positions, where, span, softcap=self.softcap)
         beyond = (where.positions >= capacity)[:, :, None]
         return jnp.where(beyond[..., None], jnp.nan, only_valid(out, where)), jnp.where(beyond, jnp.nan, lse), new
 
     def rewind(self, state: CacheState, steps: Int[Array, " b"]) -> CacheState:
         """The state `steps` steps ago, row by row."""
-        return forget_from(state, _earlier(state, steps))
-
-
-def _earlier(state: CacheState, steps: Int[Array, " b"]) -> Int[Array, " b"]:
-    """The lengths `steps` steps ago; ValueError where a row has not seen as many. Looks at the numbers: not for jitted code."""
-    length = state.length - jnp.asarray(steps, jnp.int32)
-    if bool(jnp.any(length < 0)):
-        raise ValueError(f"steps must not exceed the steps seen, {state.length.tolist()} by row, got {jnp.asarray(steps).tolist()}")
-    return length
+        return forget_from(state, earlier(state, steps))
 
 
 def parallel(q, k, v, reset, valid, rotary, **limits):
@@ -84,5 +73,5 @@ def parallel(q, k, v, reset, valid, rotary, **limits):
     if reset is None and valid is None:
         positions = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), q.shape[:2])
         return kernels.attention(rotary(q, positions), rotary(k, positions), v, **limits)
-    where = places(q.shape[:2], reset, valid)
+    where = segments(q.shape[:2], 0, reset, valid)
     return attend(rotary(q, where.positions), where.positions, where, new_span(rotary(k, where.positions), v, where), **limits)

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from seqlab import kernels
 from seqlab.kernels.attention import merge
 from seqlab.kernels.dispatch import check_name
 from seqlab.models.cache.common import (
@@ -15,16 +14,16 @@ from seqlab.models.cache.common import (
     Rotary,
     Span,
     attend,
+    earlier,
     empty,
     forget_from,
     joined,
     new_span,
     only_valid,
-    places,
     store,
     stored_span,
 )
-from seqlab.models.cache.full import _earlier, parallel
+from seqlab.models.cache.full import parallel
 from seqlab.models.layers import positive
 from seqlab.shapes import Keys, LogSumExp, Queries, Steps, Values
 from seqlab.state import Segments, segments
@@ -83,55 +82,52 @@ class Window:
     def __call__(
         self, q: Queries, k: Keys, v: Values, state: CacheState | None, reset: Steps | None, valid: Steps | None, rotary: Rotary
     ) -> tuple[Float[Array, "b t h v"], LogSumExp, CacheState | None]:
-        simple = self.positions == "absolute" or not self.sinks
         if state is None:
-            if simple:
+            if not self._in_place:
                 return (*parallel(q, k, v, reset, valid, rotary, **self._limits()), None)
-            where = places(q.shape[:2], reset, valid)
-            span = new_span(rotary(k, where.positions), v, where)
-            return (*self._with_sinks_in_place(q, rotary, where, jnp.full(q.shape[:1], self.sinks), span, span), None)
+            where = segments(q.shape[:2], 0, reset, valid)
+            start = jnp.full(q.shape[:1], self.sinks)
+            return (*self._with_sinks_in_place(q, rotary, where, start, new_span(rotary(k, where.positions), v, where)), None)
         where = segments(q.shape[:2], state.length, reset, valid)
         k = rotary(k, where.positions)
         new = self._stored(state, k, v, where, reset)
         if q.shape[1] == 1:  # the ring after the store holds exactly what the one query sees: no copy of the cache is needed
-            last = where.last[:, None]
-            sinks, ring = stored_span(new, slice(self.sinks), last), stored_span(new, slice(self.sinks, None), last)
-            whole = stored_span(new, slice(None), last)
+            span = stored_span(new)._replace(segments=None)
         else:
             old = state if self.edge == "step" else _without_oldest(state, self.window - 1, self.sinks)
-            fresh = new_span(k, v, where)
-            sinks, ring = (joined(stored_span(old, part), fresh) for part in (slice(self.sinks), slice(self.sinks, None)))
-            whole = joined(stored_span(old), fresh)
-        if simple:
-            turned = rotary(q, where.positions)
-            if q.shape[1] == 1 and reset is None and valid is None:  # no segments to tell apart
-                sides = {"q_positions": where.positions, "kv_positions": whole.positions}
-                out, lse = kernels.attention(turned, whole.k, whole.v, **sides, **self._limits())
-            else:
-                out, lse = attend(turned, where.positions, where, whole, **self._limits())
+            span = joined(stored_span(old), new_span(k, v, where))
+        if self._in_place:
+            out, lse = self._with_sinks_in_place(q, rotary, where, _ring_start(state, self.sinks), span)
         else:
-            out, lse = self._with_sinks_in_place(q, rotary, where, _ring_start(state, self.sinks, self.window), sinks, ring)
+            out, lse = attend(rotary(q, where.positions), where.positions, where, span, **self._limits())
         return only_valid(out, where), lse, new
+
+    @property
+    def _in_place(self) -> bool:
+        """Whether sinks are read from another place than the window."""
+        return self.positions == "cache" and self.sinks > 0
 
     def _limits(self) -> dict:
         """What `kernels.attention` is told; under "call" what is stored is what is seen."""
         return {"softcap": self.softcap} | ({"window": self.window, "sinks": self.sinks} if self.edge == "step" else {})
 
-    def _with_sinks_in_place(self, q, rotary: Rotary, where: Segments, start: Int[Array, " b"], sinks: Span, ring: Span):
+    def _with_sinks_in_place(self, q: Queries, rotary: Rotary, where: Segments, start: Int[Array, " b"], span: Span):
         """Attention over the ring at absolute distances, merged with attention over the sinks from the query's place in the cache.
 
         `start` [b]: the first position behind the sinks that the state still holds; a fresh sequence starts behind its sinks.
         """
         p = where.positions
-        start = jnp.where(where.ids == 1, start[:, None], self.sinks)
-        first = jnp.maximum(start, p - self.window + 1) if self.edge == "step" else start  # of the ring, as the query sees it
-        place = jnp.where(p < self.sinks, p, self.sinks + p - jnp.maximum(first, self.sinks))
-        limits = {"softcap": self.softcap}
-        ring = ring._replace(segments=jnp.where(ring.positions >= self.sinks, ring.segments, 0))
-        sinks = sinks._replace(segments=jnp.where(sinks.positions < self.sinks, sinks.segments, 0))
+        first = jnp.where(where.ids == 1, start[:, None], self.sinks)  # of the ring, as the query sees it
+        first = jnp.maximum(first, p - self.window + 1) if self.edge == "step" else first
+        place = jnp.where(p < self.sinks, p, self.sinks + p - first)
+        ring = span._replace(positions=jnp.where(span.positions >= self.sinks, span.positions, NEVER))
+        if span.segments is None:  # the slots of a state, of which the sinks have the first ones
+            sinks = Span(*(x[:, : self.sinks] for x in span[:3]), None)
+        else:
+            sinks = span._replace(positions=jnp.where(span.positions < self.sinks, span.positions, NEVER))
         window = {"window": self.window} if self.edge == "step" else {}
-        near = attend(rotary(q, p), p, where, ring, **window, **limits)
-        return merge(*near, *attend(rotary(q, place), p, where, sinks, **limits))
+        near = attend(rotary(q, p), p, where, ring, softcap=self.softcap, **window)
+        return merge(*near, *attend(rotary(q, place), p, where, sinks, softcap=self.softcap))
 
     def _stored(self, state: CacheState, k, v, where: Segments, reset: Steps | None) -> CacheState:
         ring = self.sinks + (where.positions - self.sinks) % self.window
@@ -146,7 +142,7 @@ class Window:
 
     def rewind(self, state: CacheState, steps: Int[Array, " b"]) -> CacheState:
         """The state `steps` steps ago; ValueError where the ring has overwritten what a query would see there."""
-        length = _earlier(state, steps)
+        length = earlier(state, steps)
         needed = jnp.maximum(length - self.window + 1, self.sinks)
         if bool(jnp.any((state.length - self.window > needed) & (length > self.sinks))):
             raise ValueError(f"steps={jnp.asarray(steps).tolist()} cannot be taken back: {self} has overwritten the keys before them")
@@ -158,7 +154,7 @@ def _without_oldest(state: CacheState, recent: int, sinks: int) -> CacheState:
     return state._replace(positions=jnp.where(gone, NEVER, state.positions))
 
 
-def _ring_start(state: CacheState, sinks: int, window: int) -> Int[Array, " b"]:
+def _ring_start(state: CacheState, sinks: int) -> Int[Array, " b"]:
     """The first position behind the sinks that is stored; the next to come where none is."""
     behind = jnp.where(state.positions >= sinks, state.positions, NEVER).min(axis=1)
     return jnp.maximum(sinks, jnp.minimum(behind, state.length))
