@@ -11,9 +11,9 @@ from jaxtyping import Array, Float, Int
 
 from seqlab.kernels.dispatch import check_name
 from seqlab.models.cache import Full, parse_cache
-from seqlab.models.layers import Linear, RMSNorm, positive, rotate
+from seqlab.models.layers import Linear, RMSNorm, divisor, positive, rotate
 from seqlab.module import Module
-from seqlab.shapes import Activations, Steps
+from seqlab.shapes import Activations, Keys, LogSumExp, Queries, Steps, Values
 from seqlab.state import State, mask_steps, state_bytes
 
 
@@ -72,9 +72,7 @@ class Attention(Module):
         rngs: nnx.Rngs,
     ):
         self.dim, self.heads = dim, positive("heads", heads)
-        self.kv_heads = heads if kv_heads is None else positive("kv_heads", kv_heads)
-        if heads % self.kv_heads:
-            raise ValueError(f"kv_heads must divide heads={heads}, got {kv_heads}")
+        self.kv_heads = divisor("kv_heads", kv_heads, "heads", heads)
         if head_dim is None and dim % heads:
             raise ValueError(f"heads must divide dim={dim} where head_dim is not given, got {heads}")
         self.head_dim = dim // heads if head_dim is None else positive("head_dim", head_dim)
@@ -107,15 +105,26 @@ class Attention(Module):
         return self.cache.init_state(batch, self.kv_heads, self.head_dim, dtype)
 
     def __call__(self, x: Activations, state: State | None = None, reset: Steps | None = None, valid: Steps | None = None):
-        qkv = rearrange(self.qkv(mask_steps(x, valid)), "b t (h k) -> b t h k", k=self.head_dim)
-        q, k, v = jnp.split(qkv, [self.heads, self.heads + self.kv_heads], axis=2)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self.project(mask_steps(x, valid))
         out, lse, new = self.cache(q, k, v, state, reset, valid, self.rotary)
-        if self.sink is not None:  # exp(lse) / (exp(lse) + exp(z)) of the weight is left to the keys
-            z = 0.0 if self.sink_logits is None else self.sink_logits[...].astype(lse.dtype)
-            out = out * jax.nn.sigmoid(lse - z)[..., None].astype(out.dtype)
-        return self.out(rearrange(out, "b t h k -> b t (h k)")), new
+        return self.read_out(self.without_sink(out, lse)), new
+
+    def project(self, x: Activations) -> tuple[Queries, Keys, Values]:
+        """Queries, keys and values in heads, not yet turned to their positions."""
+        qkv = rearrange(self.qkv(x), "b t (h k) -> b t h k", k=self.head_dim)
+        q, k, v = jnp.split(qkv, [self.heads, self.heads + self.kv_heads], axis=2)
+        return (q, k, v) if self.q_norm is None else (self.q_norm(q), self.k_norm(k), v)
+
+    def without_sink(self, out: Float[Array, "b t h v"], lse: LogSumExp) -> Float[Array, "b t h v"]:
+        """The heads' outputs with the weight that a sink leaves them, exp(lse) / (exp(lse) + exp(z))."""
+        if self.sink is None:
+            return out
+        z = 0.0 if self.sink_logits is None else self.sink_logits[...].astype(lse.dtype)
+        return out * jax.nn.sigmoid(lse - z)[..., None].astype(out.dtype)
+
+    def read_out(self, heads: Float[Array, "b t h v"]) -> Activations:
+        """What the heads' outputs add to the stream."""
+        return self.out(rearrange(heads, "b t h v -> b t (h v)"))
 
     def rotary(self, x: Float[Array, "b t h k"], positions: Int[Array, "b t"]) -> Float[Array, "b t h k"]:
         """Queries or keys turned to their positions."""

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from seqlab.kernels.dispatch import check_name
-from seqlab.models.layers import Linear, positive, step_size_bias
-from seqlab.models.matrix_memory import FEATURES, LowRank, MatrixMemory, Rule, fewer_heads, head_widths, repeat_heads, sum_to_one, unit
+from seqlab.models.layers import Linear, divisor, positive, step_size_bias
+from seqlab.models.matrix_memory import FEATURES, LowRank, MatrixMemory, Rule, head_widths, repeat_heads, sum_to_one, unit
 from seqlab.shapes import accumulator
 
 
@@ -165,7 +165,7 @@ def _head_dim(dim: int, heads: int, head_dim: int | None, share: float) -> int:
 def _value_heads(heads: int, value_heads: int | None, head_dim: int, expand_v: float) -> tuple[tuple[int, int, int], tuple[int, int]]:
     """Counts of query, key and value heads, and the channels of a key and of a value."""
     values = heads if value_heads is None else positive("value_heads", value_heads)
-    fewer_heads("heads", heads, values)
+    divisor("heads", heads, "value_heads", values)
     width = head_dim * expand_v
     if width < 1 or width != int(width):
         raise ValueError(f"expand_v must make a whole number of value channels of head_dim={head_dim}, got {expand_v}")

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from seqlab import kernels
@@ -124,14 +123,11 @@ def retrieval_heads(alpha: Gates, sparsity: float, seed: int = 0) -> list[list[b
 
 def _heads_of(block: Block, x: Float[Array, "b t d"], limits: dict[str, int]) -> Float[Array, "b t h k"]:
     mixer = block.mixer
-    qkv = rearrange(mixer.qkv(block.mixer_norm(x)), "b t (h k) -> b t h k", k=mixer.head_dim)
-    q, k, v = jnp.split(qkv, [mixer.heads, mixer.heads + mixer.kv_heads], axis=2)
-    if mixer.q_norm is not None:
-        q, k = mixer.q_norm(q), mixer.k_norm(k)
+    q, k, v = mixer.project(block.mixer_norm(x))
     positions: Int[Array, "b t"] = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-    return kernels.attention(mixer.rotary(q, positions), mixer.rotary(k, positions), v, **limits)[0]
+    return mixer.without_sink(*kernels.attention(mixer.rotary(q, positions), mixer.rotary(k, positions), v, **limits))
 
 
 def _rest_of(block: Block, x: Float[Array, "b t d"], heads: Float[Array, "b t h k"]) -> Float[Array, "b t d"]:
-    x = x + block.mixer.out(rearrange(heads, "b t h k -> b t (h k)"))
+    x = x + block.mixer.read_out(heads)
     return x if block.channel_mixer is None else x + block.channel_mixer(block.channel_norm(x))[0]

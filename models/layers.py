@@ -58,6 +58,15 @@ def matmul(x: Float[Array, "*b i"], weight: Float[Array, "i o"], dtype: jax.typi
     return jnp.matmul(x.reshape(-1, x.shape[-1]), weight, preferred_element_type=dtype).reshape(*x.shape[:-1], weight.shape[1])
 
 
+def divisor(name: str, value: int | None, whole_name: str, whole: int) -> int:
+    """`value`, or `whole` for None; refused unless it divides `whole`."""
+    if value is None:
+        return whole
+    if whole % positive(name, value):
+        raise ValueError(f"{name} must divide {whole_name}={whole}, got {value}")
+    return int(value)
+
+
 class Linear(Module):
     """y = x W + b with W [in, out], initialised normal with standard deviation `scale` / sqrt(in)."""
 

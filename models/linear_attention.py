@@ -9,14 +9,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from seqlab.kernels.dispatch import check_name
-from seqlab.models.layers import Linear, positive, rotate
+from seqlab.models.layers import Linear, divisor, positive, rotate
 from seqlab.models.matrix_memory import (
     FEATURES,
     LowRank,
     MatrixMemory,
     Rule,
     counted,
-    fewer_heads,
     head_widths,
     repeat_heads,
     sum_to_one,
@@ -101,7 +100,7 @@ class LinearAttention(MatrixMemory):
         out_scale: float = 1.0,
         rngs: nnx.Rngs,
     ):
-        shape, kv = head_widths(dim, heads, expand_k, expand_v), fewer_heads("kv_heads", kv_heads, heads)
+        shape, kv = head_widths(dim, heads, expand_k, expand_v), divisor("kv_heads", kv_heads, "heads", heads)
         options = {"conv_width": None, "gate": None, "norm_eps": norm_eps, "out_scale": out_scale}
         super().__init__(dim, (heads, kv, kv), shape, **options, rngs=rngs)
         self.q_map = FeatureMap(feature_map, shape[0], rngs=rngs)
@@ -153,7 +152,7 @@ class Retention(MatrixMemory):
         out_scale: float = 1.0,
         rngs: nnx.Rngs,
     ):
-        shape, kv = head_widths(dim, heads, expand_k, expand_v), fewer_heads("kv_heads", kv_heads, heads)
+        shape, kv = head_widths(dim, heads, expand_k, expand_v), divisor("kv_heads", kv_heads, "heads", heads)
         if shape[0] % 2:
             raise ValueError(f"dim * expand_k / heads must be even for rotary positions, got {shape[0]}")
         options = {"activations": _with_conv(conv_width), "gate": "silu" if gate else None, "norm_eps": norm_eps, "out_scale": out_scale}
@@ -198,7 +197,7 @@ class SimpleGatedLinearAttention(MatrixMemory):
         out_scale: float = 1.0,
         rngs: nnx.Rngs,
     ):
-        shape, kv = head_widths(dim, heads, expand_k, expand_v), fewer_heads("kv_heads", kv_heads, heads)
+        shape, kv = head_widths(dim, heads, expand_k, expand_v), divisor("kv_heads", kv_heads, "heads", heads)
         options = {"conv_width": conv_width, "conv_bias": conv_bias, "activations": _with_conv(conv_width)}
         super().__init__(dim, (heads, kv, kv), shape, **options, norm_eps=norm_eps, out_scale=out_scale, rngs=rngs)
         self.decay, self.gate_normalizer = Linear(dim, heads, bias=True, rngs=rngs), gate_normalizer
@@ -239,7 +238,7 @@ class GatedLinearAttention(MatrixMemory):
         out_scale: float = 1.0,
         rngs: nnx.Rngs,
     ):
-        shape, kv = head_widths(dim, heads, expand_k, expand_v), fewer_heads("kv_heads", kv_heads, heads)
+        shape, kv = head_widths(dim, heads, expand_k, expand_v), divisor("kv_heads", kv_heads, "heads", heads)
         if gate_floor is not None and not gate_floor <= 0:
             raise ValueError(f"gate_floor is a bound of the logarithm of the decay and must not be positive, got {gate_floor}")
         options = {"conv_width": conv_width, "conv_bias": conv_bias, "activations": _with_conv(conv_width)}

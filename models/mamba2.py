@@ -9,8 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from seqlab import kernels
-from seqlab.models.layers import Linear, ShortConv, positive, step_size_bias
-from seqlab.models.matrix_memory import fewer_heads
+from seqlab.models.layers import Linear, ShortConv, divisor, positive, step_size_bias
 from seqlab.module import Module
 from seqlab.shapes import Activations, Steps, accumulator
 from seqlab.state import State, mask_steps
@@ -28,7 +27,7 @@ class GatedRMSNorm(Module):
 
     def __init__(self, dim: int, groups: int = 1, *, eps: float = 1e-5, rngs: nnx.Rngs | None = None):
         self.weight = nnx.Param(jnp.ones((positive("dim", dim),)))
-        self.groups, self.eps = fewer_heads("groups", groups, dim), eps
+        self.groups, self.eps = divisor("groups", groups, "dim", dim), eps
 
     def __call__(self, y: Float[Array, "b t e"], z: Float[Array, "b t e"]) -> Float[Array, "b t e"]:
         wide = accumulator(y.dtype)
@@ -80,7 +79,7 @@ class Mamba2(Module):
         low, high = dt_limit
         if not 0 <= low < high:
             raise ValueError(f"dt_limit must be two numbers with 0 <= least < greatest, got {dt_limit}")
-        self.heads, self.groups = self.inner // head_dim, fewer_heads("groups", groups, self.inner // head_dim)
+        self.heads, self.groups = self.inner // head_dim, divisor("groups", groups, "heads", self.inner // head_dim)
         self.dt_limit = (float(low), float(high))
         mixed = self.inner + 2 * groups * state_size
         self.splits = (self.inner, self.inner + mixed)

@@ -174,15 +174,6 @@ def head_widths(dim: int, heads: int, expand_k: float, expand_v: float) -> tuple
     return keys // heads, values // heads
 
 
-def fewer_heads(name: str, value: int | None, heads: int) -> int:
-    """`value`, or `heads` for None; refused unless it divides `heads`."""
-    if value is None:
-        return heads
-    if heads % positive(name, value):
-        raise ValueError(f"{name} must divide heads={heads}, got {value}")
-    return value
-
-
 def unit(x: Heads) -> Heads:
     """x / sqrt(|x|^2 + 1e-6) over the last axis, in float32 at least."""
     wide = x.astype(accumulator(x.dtype))
