@@ -7,7 +7,6 @@ compare.json, compare.md and compare.png, written anew by every call from what t
 
 import functools
 import json
-import math
 import os
 import pathlib
 import re
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 import fiddle as fdl
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from seqlab import runs
 from seqlab.generate import stream_generate
@@ -26,7 +26,7 @@ from seqlab.module import Module, count_params, merge, split
 from seqlab.state import state_bytes
 from seqlab.train import config
 from seqlab.train.data import Batches
-from seqlab.train.loop import held_out_batches, run
+from seqlab.train.loop import NonFiniteError, held_out_batches, run
 from seqlab.train.metrics import read_rows
 from seqlab.train.quality import Quality, quality_of
 from seqlab.train.tasks.examples import numbers
@@ -39,7 +39,8 @@ _STREAMED = 256  # steps by which the speed of streaming is measured
 class Row(NamedTuple):
     """A trained candidate: sizes, speeds (compilation apart), and what it is worth at `step`.
 
-    `state_bytes` and `stream_tokens_per_second` are of one stream, None for a model that cannot stream.
+    `state_bytes` and `stream_tokens_per_second` are of one stream, None for a model that cannot stream. A run that diverged has neither
+    speeds nor quality, and `diverged` says what became of it.
     """
 
     name: str
@@ -47,9 +48,10 @@ class Row(NamedTuple):
     step: int
     parameters: int
     state_bytes: int | None
-    train_tokens_per_second: float
+    train_tokens_per_second: float | None
     stream_tokens_per_second: float | None
-    quality: float
+    quality: float | None
+    diverged: str | None = None
 
 
 class Comparison(NamedTuple):
@@ -99,10 +101,11 @@ def plan(
 def compare(candidates: dict[str, fdl.Config], workdir: str | os.PathLike[str]) -> Comparison:
     """Train what is not trained yet, one run after the other, measure all, and write compare.json, compare.md and compare.png.
 
+    A run that diverges is a row that says so; the others are trained all the same.
+
     Raises:
       ConfigError, ValueError, OSError: as training would; before anything is trained or made if it is about a config, the data or a folder
         that belongs to another config.
-      NonFiniteError: a run diverged.
     """
     workdir = pathlib.Path(workdir)
     experiments = {name: config.build(cfg) for name, cfg in candidates.items()}
@@ -116,7 +119,11 @@ def compare(candidates: dict[str, fdl.Config], workdir: str | os.PathLike[str]) 
                 config.prepare(cfg, folders[name])
     rows, quality = [], quality_of(first.metric)
     for name, experiment in experiments.items():
-        result = run(experiment, folders[name])
+        try:
+            result = run(experiment, folders[name])
+        except NonFiniteError as error:
+            rows.append(_diverged(name, folders[name], experiment, str(error)))
+            continue
         if result.status != "finished":
             return Comparison(result.status, quality, rows)
         rows.append(measure(name, folders[name], experiment))
@@ -139,10 +146,17 @@ def measure(name: str, workdir: pathlib.Path, experiment: Any) -> Row:
         trained.step,
         count_params(trained.model),
         state_bytes(trained.model) if streams else None,
-        statistics.median(speeds) if speeds else math.nan,
+        statistics.median(speeds) if speeds else None,
         stream_speed(trained) if streams else None,
         value,
     )
+
+
+def _diverged(name: str, workdir: pathlib.Path, experiment: Any, error: str) -> Row:
+    """What can be said of a run without a model: how large it is, and how far it got."""
+    logged = [row["step"] for row in read_rows(workdir / "metrics.jsonl")]
+    model = nnx.eval_shape(lambda: experiment.model(rngs=nnx.Rngs(0)))
+    return Row(name, str(workdir), max(logged, default=0), count_params(model), None, None, None, None, error)
 
 
 def stream_speed(trained: runs.Run) -> float:
@@ -185,7 +199,7 @@ def as_table(comparison: Comparison) -> list[list[str]]:
     for row in comparison.rows:
         sizes = [f"{row.parameters:,}", "-" if row.state_bytes is None else f"{row.state_bytes:,}"]
         speeds = ["-" if speed is None else f"{speed:,.0f}" for speed in (row.train_tokens_per_second, row.stream_tokens_per_second)]
-        cells.append([row.name, *sizes, *speeds, f"{row.quality:.4f}"])
+        cells.append([row.name, *sizes, *speeds, "diverged" if row.quality is None else f"{row.quality:.4f}"])
     return cells
 
 
@@ -248,7 +262,7 @@ def draw(comparison: Comparison, path: pathlib.Path) -> None:
             (r["step"], r["loss"]) for r in read_rows(pathlib.Path(row.workdir) / "metrics.jsonl") if isinstance(r.get("loss"), float)
         ]
         (line,) = learning.plot(*zip(*points, strict=True), lw=1.2, label=row.name) if points else learning.plot([], [], label=row.name)
-        if row.state_bytes is not None:
+        if row.state_bytes is not None and row.quality is not None:
             worth.plot([row.state_bytes], [row.quality], "o", color=line.get_color())
             worth.annotate(row.name, (row.state_bytes, row.quality), xytext=(6, 4), textcoords="offset points", fontsize=8)
     worth.set(xlabel="state of one stream (bytes)", ylabel=comparison.quality.words, title=f"{comparison.quality.better} is better")

@@ -102,6 +102,23 @@ def test_a_folder_of_another_comparison_is_refused(capsys):
     assert sorted(pathlib.Path("out").rglob("*")) == before
 
 
+def test_a_run_that_diverges_is_a_row_that_says_so(folder, monkeypatch):
+    cfgs = compare.plan(["mqar"], "attention(heads=2),mamba(state_size=2, expand=1)", ["tiny"], 4, ["data.vocab_size=24"])
+    original = compare.run
+
+    def diverging(experiment, workdir):
+        if "attention" in workdir.name:
+            raise loop.NonFiniteError("step 3: loss inf")
+        return original(experiment, workdir)
+
+    monkeypatch.setattr(compare, "run", diverging)
+    lost, sound = compare.compare(cfgs, folder / "out").rows
+    assert (lost.quality, lost.diverged, lost.state_bytes) == (None, "step 3: loss inf", None)
+    assert lost.parameters > 0 and sound.diverged is None and 0 <= sound.quality <= 1
+    assert json.loads((folder / "out/compare.json").read_text())["rows"][0]["diverged"] == "step 3: loss inf"
+    assert "| diverged |" in (folder / "out/compare.md").read_text()
+
+
 def test_a_plan_is_configs_and_nothing_more():
     names = list(compare.plan(["lm_mamba", "lm_gated_delta"], fiddlers=["tiny"]))
     assert names == ["lm_mamba", "lm_gated_delta"]
