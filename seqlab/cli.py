@@ -155,7 +155,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from seqlab import compare
+    from seqlab import compare, report
 
     candidates = compare.plan(args.configs, args.mixers, args.fiddler, args.steps, args.set)
     workdir = args.workdir or pathlib.Path("runs") / "_".join(["compare", *(pathlib.Path(name).stem for name in args.configs)])
@@ -163,7 +163,7 @@ def _compare(args: argparse.Namespace) -> int:
     result = compare.compare(candidates, workdir)
     if result.status == "finished":
         record = {"workdir": str(workdir), "quality": result.quality._asdict(), "rows": [row._asdict() for row in result.rows]}
-        print(json.dumps(record) if args.json else compare.as_text(result))
+        print(json.dumps(record) if args.json else report.as_text(compare.as_table(result)))
         _say(f"{workdir}: compare.json, compare.md, compare.png")
     return _SIGNALS[result.status]
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from seqlab import runs
+from seqlab import report, runs
 from seqlab.generate import stream_generate
 from seqlab.module import Module, count_params, merge, split
 from seqlab.state import state_bytes
@@ -85,7 +85,7 @@ def plan(
             given = ([] if steps is None else [f"steps={steps}"]) + list(assignments)
             cfg = functools.reduce(config.override, given, cfg)
             title = stem if spec is None else spec if len(names) == 1 else f"{stem} {spec}"
-            if folder_name(title) in map(folder_name, found):
+            if report.file_name(title) in map(report.file_name, found):
                 raise config.ConfigError(f"{title!r} is there twice: every candidate has a folder of its own name")
             found[title] = cfg
     first, *others = found
@@ -112,7 +112,7 @@ def compare(candidates: dict[str, fdl.Config], workdir: str | os.PathLike[str]) 
     first = next(iter(experiments.values()))
     Batches(first.data.train(first.seed), first.batch_size, first.seed)
     held_out_batches(first)
-    folders = {name: workdir / folder_name(name) for name in candidates}
+    folders = {name: workdir / report.file_name(name) for name in candidates}
     for known in (True, False):  # first what could be refused
         for name, cfg in candidates.items():
             if folders[name].exists() == known:
@@ -203,30 +203,9 @@ def as_table(comparison: Comparison) -> list[list[str]]:
     return cells
 
 
-def as_text(comparison: Comparison) -> str:
-    """The table for a terminal: names to the left, numbers to the right."""
-    cells = as_table(comparison)
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(text.rjust(size) if i else text.ljust(size) for i, (text, size) in enumerate(zip(line, widths, strict=True)))
-        for line in cells
-    )
-
-
-def as_markdown(comparison: Comparison) -> str:
-    """The table for a page."""
-    header, *rows = as_table(comparison)
-    return "".join(f"| {' | '.join(line)} |\n" for line in [header, ["---", *["---:"] * (len(header) - 1)], *rows])
-
-
-def folder_name(title: str) -> str:
-    """The folder of a candidate: its name with what file systems may not like replaced."""
-    return re.sub(r"[^\w.=-]+", "_", title).strip("_")
-
-
 def _specs(text: str) -> list[str]:
     """The items of "a,b(x=1, y=2)": split at the commas outside parentheses."""
-    found = [item.strip() for item in re.split(r",(?![^(]*\))", text)]
+    found = report.split_specs(text)
     if not all(found):
         raise config.ConfigError(f"mixers: expected names with commas between them, such as mamba,attention(heads=2), got {text!r}")
     return found
@@ -241,38 +220,26 @@ def _fiddler(spec: str) -> str:
 def _write(comparison: Comparison, experiment: Any, workdir: pathlib.Path) -> None:
     budget = {name: getattr(experiment, name) for name in ("steps", "batch_size", "seed")} | {"data": repr(experiment.data)}
     record = {"quality": comparison.quality._asdict(), **budget, "rows": [row._asdict() for row in comparison.rows]}
-    text = f"{experiment.steps:,} steps of {experiment.batch_size} on `{experiment.data!r}`\n\n{as_markdown(comparison)}"
-    for name, content in {"compare.json": json.dumps(record, indent=1) + "\n", "compare.md": text}.items():
-        temporary = workdir / f"{name}.tmp"
-        temporary.write_text(content)
-        os.replace(temporary, workdir / name)
+    table = report.as_markdown(as_table(comparison))
+    report.write(workdir / "compare.json", json.dumps(record, indent=1) + "\n")
+    report.write(workdir / "compare.md", f"{experiment.steps:,} steps of {experiment.batch_size} on `{experiment.data!r}`\n\n{table}")
     draw(comparison, workdir / "compare.png")
 
 
 def draw(comparison: Comparison, path: pathlib.Path) -> None:
     """One figure: what each is worth over the bytes of its state, and how each learnt."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    worth, learning = figure.subplots(1, 2)
-    for row in comparison.rows:
-        points = [
-            (r["step"], r["loss"]) for r in read_rows(pathlib.Path(row.workdir) / "metrics.jsonl") if isinstance(r.get("loss"), float)
-        ]
-        (line,) = learning.plot(*zip(*points, strict=True), lw=1.2, label=row.name) if points else learning.plot([], [], label=row.name)
-        if row.state_bytes is not None and row.quality is not None:
-            worth.plot([row.state_bytes], [row.quality], "o", color=line.get_color())
-            worth.annotate(row.name, (row.state_bytes, row.quality), xytext=(6, 4), textcoords="offset points", fontsize=8)
-    worth.set(xlabel="state of one stream (bytes)", ylabel=comparison.quality.words, title=f"{comparison.quality.better} is better")
-    if any(row.state_bytes for row in comparison.rows):
-        worth.set_xscale("log", base=2)
-        worth.margins(x=0.3, y=0.15)
-    learning.set(xlabel="step", ylabel="training loss", title="training")
-    learning.legend(fontsize=8)
-    for ax in (worth, learning):
-        ax.grid(alpha=0.3)
-    temporary = path.with_name(f"{path.stem}.tmp.png")
-    figure.savefig(temporary, dpi=110)
-    os.replace(temporary, path)
+    with report.figure(path, columns=2) as (worth, learning):
+        for row in comparison.rows:
+            points = [
+                (r["step"], r["loss"]) for r in read_rows(pathlib.Path(row.workdir) / "metrics.jsonl") if isinstance(r.get("loss"), float)
+            ]
+            (line,) = learning.plot(*zip(*points, strict=True), lw=1.2, label=row.name) if points else learning.plot([], [], label=row.name)
+            if row.state_bytes is not None and row.quality is not None:
+                worth.plot([row.state_bytes], [row.quality], "o", color=line.get_color())
+                worth.annotate(row.name, (row.state_bytes, row.quality), xytext=(6, 4), textcoords="offset points", fontsize=8)
+        worth.set(xlabel="state of one stream (bytes)", ylabel=comparison.quality.words, title=f"{comparison.quality.better} is better")
+        if any(row.state_bytes for row in comparison.rows):
+            worth.set_xscale("log", base=2)
+            worth.margins(x=0.3, y=0.15)
+        learning.set(xlabel="step", ylabel="training loss", title="training")
+        learning.legend(fontsize=8)

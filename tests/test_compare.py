@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 import seqlab
-from seqlab import cli, compare
+from seqlab import cli, compare, report
 from seqlab.module import count_params
 from seqlab.state import state_bytes
 from seqlab.train import config, loop
@@ -136,12 +136,12 @@ def test_a_plan_is_configs_and_nothing_more():
 def test_tables():
     rows = [compare.Row("a", "x/a", 5, 1234, 64, 10.4, 2000.0, 0.5), compare.Row("bcd", "x/bcd", 5, 7, None, 1.0, None, 0.25)]
     result = compare.Comparison("finished", compare.Quality("mse", "squared error", "lower"), rows)
-    assert compare.as_text(result).splitlines() == [
+    assert report.as_text(compare.as_table(result)).splitlines() == [
         "name  parameters  state bytes  train tokens/s  stream tokens/s  squared error (lower is better)",
         "a          1,234           64              10            2,000                           0.5000",
         "bcd            7            -               1                -                           0.2500",
     ]
-    assert compare.as_markdown(result).splitlines()[1:3] == [
+    assert report.as_markdown(compare.as_table(result)).splitlines()[1:3] == [
         "| --- | ---: | ---: | ---: | ---: | ---: |",
         "| a | 1,234 | 64 | 10 | 2,000 | 0.5000 |",
     ]
