@@ -12,18 +12,42 @@ from flax import nnx
 from seqlab.kernels.dispatch import check_name
 from seqlab.models.batch_norm import moved_statistics, normed, put_statistics
 from seqlab.models.layers import Factory, RMSNorm, SwiGLU, positive
+from seqlab.models.stochastic import DropPath
 from seqlab.module import Module, merge, split
 from seqlab.shapes import Activations, Steps
 from seqlab.state import Stacked, State, mask_steps
 
 
 class Block(Module):
-    """x + mixer(norm(x)), then x + channel_mixer(norm(x)); without a channel mixer the first half alone, as in Mamba."""
+    """x + mixer(norm(x)), then x + channel_mixer(norm(x)); without a channel mixer the first half alone, as in Mamba.
 
-    def __init__(self, dim: int, mixer: Factory, channel_mixer: Factory | None = SwiGLU, norm: Factory = RMSNorm, *, rngs: nnx.Rngs):
+    Arrays are [b, t, d], or whatever the mixers take: over images [b, h, w, d] this is the block of PoolFormer and its kin, whose options
+    are (arXiv 2111.11418, 2210.13452):
+
+    Args:
+      layer_scale, residual_scale: each branch, or the stream that it is added to, times a learnt vector that begins at this value.
+      drop_path: the probability with which a branch is left out in training, row by row (stochastic depth).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mixer: Factory,
+        channel_mixer: Factory | None = SwiGLU,
+        norm: Factory = RMSNorm,
+        *,
+        layer_scale: float | None = None,
+        residual_scale: float | None = None,
+        drop_path: float = 0.0,
+        rngs: nnx.Rngs,
+    ):
         self.mixer_norm, self.mixer = norm(dim, rngs=rngs), mixer(dim, rngs=rngs)
         self.channel_norm = None if channel_mixer is None else norm(dim, rngs=rngs)
         self.channel_mixer = None if channel_mixer is None else channel_mixer(dim, rngs=rngs)
+        self.layer_scale_1, self.residual_scale_1 = _vector(dim, layer_scale), _vector(dim, residual_scale)
+        second = channel_mixer is not None
+        self.layer_scale_2, self.residual_scale_2 = (_vector(dim, value) if second else None for value in (layer_scale, residual_scale))
+        self.drop_path = DropPath(drop_path, rngs=rngs) if drop_path else None
 
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[State, State]:
         channel = () if self.channel_mixer is None else self.channel_mixer.init_state(batch, dtype)
@@ -32,11 +56,20 @@ class Block(Module):
     def __call__(self, x: Activations, state: State | None = None, reset: Steps | None = None, valid: Steps | None = None):
         mixed, channel = (None, None) if state is None else state
         y, mixed = self.mixer(normed(self.mixer_norm, x, valid), mixed, reset, valid)
-        x = x + y
+        x = self._sum(x, y, self.residual_scale_1, self.layer_scale_1)
         if self.channel_mixer is not None:
             y, channel = self.channel_mixer(normed(self.channel_norm, x, valid), channel, reset, valid)
-            x = x + y
+            x = self._sum(x, y, self.residual_scale_2, self.layer_scale_2)
         return x, (None if state is None else (mixed, channel))
+
+    def _sum(self, x: Activations, y: Activations, stream: nnx.Param | None, branch: nnx.Param | None) -> Activations:
+        y = y if branch is None else y * branch[...].astype(y.dtype)
+        y = y if self.drop_path is None else self.drop_path(y)
+        return (x if stream is None else x * stream[...].astype(x.dtype)) + y
+
+
+def _vector(dim: int, value: float | None) -> nnx.Param | None:
+    return None if value is None else nnx.Param(jnp.full((dim,), value))
 
 
 class Backbone(Module):

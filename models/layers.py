@@ -160,6 +160,10 @@ class ShortConv(Module):
 class MLP(Module):
     """Channel mixer: down(activation(up x)), one step at a time; it has no state.
 
+    Args:
+      expand, hidden: the width inside is `hidden`, by default expand * dim.
+      activation: a name, or a factory of a module with parameters of its own, called as activation(hidden, rngs=rngs).
+
     Pitfalls:
       "gelu" is the exact one, as in the papers; JAX's own default is the tanh approximation, here "gelu_tanh".
     """
@@ -167,19 +171,30 @@ class MLP(Module):
     causal, lookahead, exact = True, 0, True
 
     def __init__(
-        self, dim: int, *, hidden: int | None = None, activation: str = "gelu", bias: bool = True, out_scale: float = 1.0, rngs: nnx.Rngs
+        self,
+        dim: int,
+        *,
+        expand: int = 4,
+        hidden: int | None = None,
+        activation: str | Factory = "gelu",
+        bias: bool = True,
+        out_scale: float = 1.0,
+        rngs: nnx.Rngs,
     ):
-        hidden = 4 * dim if hidden is None else positive("hidden", hidden)
-        check_name(activation, tuple(ACTIVATIONS), "activation")
-        self.dim, self.activation = dim, activation
+        hidden = positive("expand", expand) * dim if hidden is None else positive("hidden", hidden)
+        if isinstance(activation, str):
+            check_name(activation, tuple(ACTIVATIONS), "activation")
+        self.dim = dim
         self.up = Linear(dim, hidden, bias=bias, rngs=rngs)
+        self.activation = activation if isinstance(activation, str) else activation(hidden, rngs=rngs)
         self.down = Linear(hidden, dim, bias=bias, scale=out_scale, rngs=rngs)
 
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[()]:
         return ()
 
     def __call__(self, x: Activations, state: State | None = None, reset: Steps | None = None, valid: Steps | None = None):
-        return self.down(ACTIVATIONS[self.activation](self.up(mask_steps(x, valid)))), state
+        act = ACTIVATIONS[self.activation] if isinstance(self.activation, str) else self.activation
+        return self.down(act(self.up(mask_steps(x, valid)))), state
 
 
 class SwiGLU(Module):

@@ -20,6 +20,7 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike
 
 from seqlab.kernels.dispatch import check_name
+from seqlab.models.stochastic import Draws
 from seqlab.module import merge, split
 
 Names = Mapping[str, str | tuple[str, ...] | list[str]]
@@ -30,6 +31,7 @@ LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "[out, in, w]": lambda w: w.transpose(2, 1, 0),  # a Conv1d
     "[out, in, h, w]": lambda w: w.transpose(2, 3, 1, 0),  # a Conv2d
     "[out, in, 1]": lambda w: w[..., 0].T,  # a Conv1d of width 1 is a linear map
+    "[1, d, h, w]": lambda w: w[0].transpose(1, 2, 0),
 }
 
 _MAMBA: dict[str, Names] = {
@@ -68,6 +70,41 @@ _LMUFORMER: dict[str, Names] = {
     "Block": {"mixer": "attn", "channel_mixer": "mlp"},
 }
 
+# The image models of the two MetaFormer papers number the parts of the network one after the other, or by stage.
+_METABLOCK: dict[str, Names] = {
+    "ImageClassifier": {"backbone": ""},
+    "Stage": {"blocks": ""},
+    "MLP": {"up": "fc1", "down": "fc2", "activation": "act"},
+}
+
+
+def _poolformer(positions: tuple[int, ...] = ()) -> dict[str, Names]:
+    """PoolFormer's names; the stages of `positions` have an embedding of places in front of them, which takes a number too."""
+    stages, downs, embeddings, number = [], ["patch_embed"], [], 0
+    for i in range(4):
+        if i in positions:
+            embeddings.append(f"network.{number}")
+            number += 1
+        stages.append(f"network.{number}")
+        downs.append(f"network.{number + 1}")
+        number += 2
+    return _METABLOCK | {
+        "ImagePyramid": {"backbone": "", "norms": ["norm0", "norm2", "norm4", "norm6"]},
+        "ImageBackbone": {"downs": downs[:4], "stages": stages, "positions": embeddings},
+        "Downsample": {"conv": "proj"},
+        "Block": {"mixer_norm": "norm1", "mixer": "token_mixer", "channel_norm": "norm2", "channel_mixer": "mlp"},
+    }
+
+
+_METAFORMER: dict[str, Names] = _METABLOCK | {
+    "ImageBackbone": {"downs": "downsample_layers"},
+    "Block": {
+        **_poolformer()["Block"],
+        **{f"residual_scale_{i}": f"res_scale{i}.scale" for i in (1, 2)},
+        **{f"layer_scale_{i}": f"layer_scale{i}.scale" for i in (1, 2)},
+    },
+}
+
 ARCHITECTURES: dict[str, dict[str, Names]] = {
     "mamba": _MAMBA,
     "mamba2": _MAMBA,
@@ -75,6 +112,10 @@ ARCHITECTURES: dict[str, dict[str, Names]] = {
     "llama": _LLAMA,
     "neox": _NEOX,
     "lmuformer": _LMUFORMER,
+    "poolformer": _poolformer(),
+    "metaformer_ppaa": _poolformer(positions=(2, 3)),
+    "metaformer_pppa": _poolformer(positions=(3,)),
+    "metaformer": _METAFORMER,
 }
 
 # In state dicts, but not weights: counters, constants of positions and of Legendre memories, and the second name of a tied head.
@@ -108,6 +149,9 @@ def convert(
     sources = {ours: (theirs, layout) for ours, theirs, layout in _walk(model, "", ("",), tables)}
     used, new = set(), {}
     for name, old in params.items():
+        if name not in sources:  # nothing that anybody publishes
+            new[name] = old
+            continue
         theirs, layout = sources[name]
         parts = [_layed_out(_find(tensors, part, name), part, layout) for part in theirs]
         value = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
@@ -136,10 +180,12 @@ def _walk(
     for attribute, value in vars(module).items():
         listed = names.get(attribute, attribute)
         joined = tuple(_join(parent, name) for parent in theirs for name in ((listed,) if isinstance(listed, str) else listed))
+        if isinstance(value, Draws):
+            continue
         if isinstance(value, nnx.Variable):
             yield ours + attribute, joined, layouts.get(attribute)
         elif isinstance(value, nnx.List) and isinstance(listed, list):
-            for i, (item, name) in enumerate(zip(value, joined, strict=True)):
+            for i, (item, name) in enumerate(zip(value, joined[: len(value)], strict=True)):  # names beyond belong to larger models
                 yield from _walk(item, f"{ours}{attribute}.{i}.", (name,), tables)
         elif isinstance(value, nnx.List):
             for i, item in enumerate(value):
@@ -162,6 +208,8 @@ def _find(tensors: Mapping[str, ArrayLike], name: str, ours: str) -> np.ndarray:
 def _layed_out(value: np.ndarray, name: str, layout: str | None) -> Array | np.ndarray:
     if layout is None:
         return value
+    if layout == "[out, in]":  # a convolution of width 1 is a linear map
+        value = value.reshape(value.shape[:2] + tuple(size for size in value.shape[2:] if size != 1))
     if value.ndim != layout.count(",") + 1:
         raise ValueError(f"{name} has shape {value.shape}, expected {layout}")
     return LAYOUTS[layout](value)

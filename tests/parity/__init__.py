@@ -84,7 +84,7 @@ def tolerances(meta, precision):
             return (Tolerance(atol=float(meta[name])),) * 2
     values, _, gradients = text.partition("grads")
     bound = _named(values)
-    single = re.search(r"float32 ([\d.]+e-\d+)", values)
+    single = re.search(r"(?:float32 |^)([\d.]+e-\d+)", values)  # a number alone is absolute
     bound = Tolerance(atol=float(single.group(1))) if single and bound == Tolerance() else bound
     own = _named(gradients)
     return bound, Tolerance(own.rtol or bound.rtol, own.atol or bound.atol)

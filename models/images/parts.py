@@ -1,0 +1,132 @@
+"""What models of images are made of. Images are [b, h, w, channels]; letters of an array of theirs: b, h, w (height, width), d."""
+
+import math
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from seqlab.models.layers import Factory, positive
+from seqlab.module import Module
+from seqlab.shapes import Steps, accumulator
+from seqlab.state import State
+
+Map = Float[Array, "b h w d"]
+
+
+class ImageMixer(Module):
+    """Mixes the places of a map. Abstract: a subclass defines `mix`.
+
+    It is called like every mixer, so that blocks need not know; but a map has no order in time: there is no state, `init_state` is empty,
+    and a state, resets or flags are refused.
+    """
+
+    causal, lookahead, exact = False, 0, True
+
+    def mix(self, x: Map) -> Map:
+        """The mixed map, of the same shape."""
+        raise NotImplementedError
+
+    def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[()]:
+        return ()
+
+    def __call__(self, x: Map, state: State | None = None, reset: Steps | None = None, valid: Steps | None = None) -> tuple[Map, None]:
+        for name, value in (("state", state), ("reset", reset), ("valid", valid)):
+            if value is not None:
+                raise ValueError(f"{name} must be None: {type(self).__name__} mixes the places of an image, which has no time")
+        return self.mix(x), None
+
+
+class Conv(Module):
+    """A convolution with weights [h, w, in / groups, out]; uniform in ±1/sqrt(fan in) at the beginning, as PyTorch's."""
+
+    torch_layout: ClassVar = {"weight": "[out, in, h, w]"}
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        padding: int = 0,
+        groups: int = 1,
+        bias: bool = True,
+        rngs: nnx.Rngs,
+    ):
+        if positive("inputs", inputs) % positive("groups", groups) or positive("outputs", outputs) % groups:
+            raise ValueError(f"groups must divide inputs={inputs} and outputs={outputs}, got {groups}")
+        shape = (positive("kernel", kernel), kernel, inputs // groups, outputs)
+        bound = 1 / math.sqrt(math.prod(shape[:3]))
+        self.weight = nnx.Param(jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound))
+        self.bias = nnx.Param(jax.random.uniform(rngs.params(), (outputs,), minval=-bound, maxval=bound)) if bias else None
+        self.stride, self.padding, self.groups = positive("stride", stride), padding, groups
+
+    def __call__(self, x: Map) -> Float[Array, "b i j o"]:
+        y = jax.lax.conv_general_dilated(
+            x,
+            self.weight[...].astype(x.dtype),
+            (self.stride,) * 2,
+            ((self.padding,) * 2,) * 2,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=self.groups,
+        )
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class MapNorm(Module):
+    """(x - mean) / sqrt(var + eps) * weight + bias, mean and variance over a whole map: group norm of one group (arXiv 1803.08494)."""
+
+    def __init__(self, dim: int, *, eps: float = 1e-5, bias: bool = True, rngs: nnx.Rngs | None = None):
+        self.weight = nnx.Param(jnp.ones((positive("dim", dim),)))
+        self.bias = nnx.Param(jnp.zeros((dim,))) if bias else None
+        self.eps = eps
+
+    def __call__(self, x: Map) -> Map:
+        wide, axes = x.astype(accumulator(x.dtype)), (1, 2, 3)
+        centred = wide - jnp.mean(wide, axis=axes, keepdims=True)
+        rate = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=axes, keepdims=True) + self.eps)
+        y = centred * rate * self.weight[...].astype(wide.dtype)
+        return (y if self.bias is None else y + self.bias[...].astype(wide.dtype)).astype(x.dtype)
+
+
+class StarReLU(Module):
+    """scale * relu(x)^2 + bias, two learnt numbers (arXiv 2210.13452).
+
+    The paper derives 0.8944 and -0.4472, which make mean 0 and variance 1 of a unit normal; its code, and we, begin at 1 and 0.
+    """
+
+    def __init__(self, dim: int | None = None, *, rngs: nnx.Rngs | None = None):
+        self.scale, self.bias = nnx.Param(jnp.ones((1,))), nnx.Param(jnp.zeros((1,)))
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        return self.scale[...].astype(x.dtype) * jnp.square(jax.nn.relu(x)) + self.bias[...].astype(x.dtype)
+
+
+class Downsample(Module):
+    """A strided convolution between a norm before it and one behind, either of which may be None: a stem, or the way to the next stage."""
+
+    torch_names: ClassVar = {"norm_before": "pre_norm", "norm_after": "post_norm"}
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        kernel: int = 3,
+        stride: int = 2,
+        padding: int = 1,
+        before: Factory | None = None,
+        after: Factory | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.norm_before = None if before is None else before(inputs, rngs=rngs)
+        self.conv = Conv(inputs, outputs, kernel, stride=stride, padding=padding, rngs=rngs)
+        self.norm_after = None if after is None else after(outputs, rngs=rngs)
+
+    def __call__(self, x: Map) -> Float[Array, "b i j o"]:
+        x = x if self.norm_before is None else self.norm_before(x)
+        x = self.conv(x)
+        return x if self.norm_after is None else self.norm_after(x)

@@ -1,0 +1,44 @@
+"""What is random in training: dropout and stochastic depth, as a function of the parameters like everything else.
+
+A module that draws keeps its key among the statistics (`Draws`): every training call uses it up and leaves the next one, so that a step
+is a pure function, and a run that is resumed draws what it would have drawn. In evaluation nothing is drawn.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from seqlab.module import Module
+
+
+class Draws(nnx.BatchStat):
+    """The raw key of the next draw: measured by training in a sense, without gradient, update or decay, and no weight to publish."""
+
+
+class Dropout(Module):
+    """Entries set to zero with probability `rate` in training, the others divided by 1 - rate (arXiv 1207.0580)."""
+
+    def __init__(self, rate: float, *, rngs: nnx.Rngs):
+        if not 0 <= rate < 1:
+            raise ValueError(f"rate must be a probability below 1, got {rate!r}")
+        self.rate, self.deterministic = rate, True
+        self.key = Draws(jax.random.key_data(rngs.params())) if rate else None
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        return self._drop(x, x.shape)
+
+    def _drop(self, x: Array, shape: tuple[int, ...]) -> Array:
+        if self.deterministic or self.key is None:
+            return x
+        now, following = jax.random.split(jax.random.wrap_key_data(self.key[...]))
+        self.key[...] = jax.random.key_data(following)
+        keep = jax.random.bernoulli(now, 1 - self.rate, shape)
+        return jnp.where(keep, x / (1 - self.rate), jnp.zeros((), x.dtype))
+
+
+class DropPath(Dropout):
+    """The same for whole rows of the batch: stochastic depth (arXiv 1603.09382)."""
+
+    def __call__(self, x: Float[Array, "b *t d"]) -> Float[Array, "b *t d"]:
+        return self._drop(x, (x.shape[0],) + (1,) * (x.ndim - 1))
