@@ -15,6 +15,7 @@ from seqlab.models.layers import Factory, RMSNorm, SwiGLU, positive
 from seqlab.models.stochastic import DropPath
 from seqlab.module import Module, merge, split
 from seqlab.shapes import Activations, Steps
+from seqlab.sharding import along_time
 from seqlab.state import Stacked, State, mask_steps
 
 
@@ -65,7 +66,7 @@ class Block(Module):
     def _sum(self, x: Activations, y: Activations, stream: nnx.Param | None, branch: nnx.Param | None) -> Activations:
         y = y if branch is None else y * branch[...].astype(y.dtype)
         y = y if self.drop_path is None else self.drop_path(y)
-        return (x if stream is None else x * stream[...].astype(x.dtype)) + y
+        return along_time((x if stream is None else x * stream[...].astype(x.dtype)) + y)
 
 
 def _vector(dim: int, value: float | None) -> nnx.Param | None:
@@ -140,7 +141,7 @@ class Backbone(Module):
         return tuple(Stacked(jax.tree.map(lambda leaf: jnp.repeat(leaf[None], repeats, axis=0), state)) for state in states)
 
     def __call__(self, x: Activations, state: State | None = None, reset: Steps | None = None, valid: Steps | None = None):
-        x = mask_steps(x, valid)
+        x = along_time(mask_steps(x, valid))
         if self.scan_layers:
             x, state = self._scanned(x, state, reset, valid)
         else:

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from seqlab import kernels
+from seqlab import kernels, sequence_parallel
 from seqlab.kernels.dispatch import check_name
 from seqlab.module import Module
 from seqlab.shapes import Activations, Steps, Tokens, accumulator
@@ -53,7 +53,8 @@ def step_size_bias(key: jax.Array, size: int, low: float = 1e-3, high: float = 0
 
 def matmul(x: Float[Array, "*b i"], weight: Float[Array, "i o"], dtype: jax.typing.DTypeLike | None = None) -> Float[Array, "*b o"]:
     """x W, accumulated and returned in `dtype`. On a CPU the leading axes are made one: XLA would transpose x for the gradient of W."""
-    if jax.default_backend() != "cpu":  # elsewhere the axes stay apart, since each may be sharded over its own mesh axis
+    split = x.ndim > 2 and sequence_parallel.parts(x.shape[1]) > 1
+    if split or jax.default_backend() != "cpu":  # there the axes stay apart, since each may be sharded over its own mesh axis
         return jnp.matmul(x, weight, preferred_element_type=dtype)
     return jnp.matmul(x.reshape(-1, x.shape[-1]), weight, preferred_element_type=dtype).reshape(*x.shape[:-1], weight.shape[1])
 
@@ -245,11 +246,43 @@ def rotate(x: Float[Array, "b t h k"], positions: Int[Array, "b t"], base: float
     return turned.reshape(x.shape).astype(x.dtype)
 
 
-def step_by_step(step: Callable[[State, Any], tuple[State, Any]], state: State, inputs: Any) -> tuple[State, Any]:
-    """`state, outputs` of step(state, input) -> state, output along time, the second axis of every leaf; one step is no loop."""
+def step_by_step(step: Callable[..., tuple[State, Any]], state: State, inputs: Any, *constants: Any) -> tuple[State, Any]:
+    """`state, outputs` of step(state, input, *constants) -> state, output along time, the second axis of every leaf of the inputs; one
+    step is no loop. Arrays that `step` needs at every step are `constants`, not something that it closes over."""
+    if sequence_parallel.parts(jax.tree.leaves(inputs)[0].shape[1]) > 1:
+        return _device_by_device(step, state, inputs, constants)
     inputs = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), inputs)
     if {leaf.shape[0] for leaf in jax.tree.leaves(inputs)} == {1}:
-        state, outputs = step(state, jax.tree.map(lambda leaf: leaf[0], inputs))
+        state, outputs = step(state, jax.tree.map(lambda leaf: leaf[0], inputs), *constants)
         return state, jax.tree.map(lambda leaf: leaf[:, None], outputs)
-    state, outputs = jax.lax.scan(step, state, inputs)
+    state, outputs = jax.lax.scan(lambda state, x: step(state, x, *constants), state, inputs)
     return state, jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), outputs)
+
+
+def _device_by_device(step: Callable[..., tuple[State, Any]], state: State, inputs: Any, constants: Any) -> tuple[State, Any]:
+    """The same where time is split over devices: any `step` may not be linear, so one begins where the other ends."""
+    leaves, tree = jax.tree.flatten(inputs)
+    real = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
+    there = sequence_parallel.all_valid(None, leaves[0].shape)  # the steps that fill up the last stretch are not
+
+    def guarded(old: State, now: Any, *constants: Any) -> tuple[State, Any]:
+        now, there = now
+        new, outputs = step(old, now, *constants)
+        if there is not None:
+            new = jax.tree.map(lambda a, b: jnp.where(there.reshape(-1, *(1,) * (a.ndim - 1)), a, b), new, old)
+        return new, outputs
+
+    def run(state: State, floats: Any, rest: Any) -> tuple[Any, State]:
+        (numbers, constants), (flags, there) = floats, rest
+        numbers, flags = iter(numbers), iter(flags)
+        inputs = jax.tree.unflatten(tree, [next(numbers if own else flags) for own in real])
+        state, outputs = step_by_step(guarded, state, (inputs, there), *constants)
+        return outputs, state
+
+    def stretch(timed: Any, whole: Any) -> tuple[Any, State]:
+        (leaves, there), (state, constants) = timed, whole
+        numbers, flags = ([leaf for leaf, own in zip(leaves, real, strict=True) if own is kind] for kind in (True, False))
+        return sequence_parallel.relay(run, state, (numbers, constants), (flags, there))
+
+    outputs, state = sequence_parallel.split(stretch, (leaves, there), (state, constants))
+    return state, outputs

@@ -189,7 +189,7 @@ class RecurrentLMU(Module):
         driven = inputs if self.cell == "none" else _total(p, W_x=inputs) + p.get("W_b", 0)
         arrays = (_total(p, e_x=inputs) + p.get("e_b", 0), driven, reset if valid is None or reset is None else reset & valid, valid)
 
-        def step(old: CellState, now: tuple[Array, ...]) -> tuple[CellState, Array]:
+        def step(old: CellState, now: tuple[Array, ...], p: dict[str, Array], A: Array, B: Array) -> tuple[CellState, Array]:
             u, driven, reset, valid = now
             h, m = old if reset is None else jax.tree.map(lambda leaf: _where(reset, jnp.zeros_like(leaf), leaf), old)
             u = u + _total(p, e_h=h, e_m=_flat(m))
@@ -204,7 +204,7 @@ class RecurrentLMU(Module):
             return new, y
 
         start = self.init_state(x.shape[0], wide) if state is None else state
-        new, y = step_by_step(step, start, arrays)
+        new, y = step_by_step(step, start, arrays, p, A, B)
         return y.astype(x.dtype), (None if state is None else new)
 
 

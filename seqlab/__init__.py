@@ -29,6 +29,7 @@ _PUBLIC = {
     "load_state": "seqlab.state",
     "Report": "seqlab.verify",
     "verify_streaming": "seqlab.verify",
+    "verify_devices": "seqlab.verify_devices",
     "ByteTokenizer": "seqlab.tokens",
     "stream_generate": "seqlab.generate",
     "load": "seqlab.runs",

@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from seqlab.module import Params
+from seqlab.sequence_parallel import AXIS, parts
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH = ("data", "fsdp")
@@ -79,3 +80,14 @@ def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
     if mesh.empty or not set(AXES) >= set(mesh.axis_names):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+
+
+def along_time(x: Array) -> Array:
+    """Ask XLA to place activations [b, t, ...] as everything that acts on steps wants them: rows over the batch axes, time over `sequence`.
+
+    It does nothing where time is not split.
+    """
+    if parts(x.shape[1]) == 1:
+        return x
+    names = jax.sharding.get_abstract_mesh().axis_names
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(tuple(name for name in BATCH if name in names) or None, AXIS))

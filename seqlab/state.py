@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from seqlab.sequence_parallel import running_max, running_sum
 from seqlab.shapes import Activations, Steps
 
 State = Any  # a pytree of arrays, by convention a NamedTuple
@@ -66,13 +67,13 @@ def segments(shape: tuple[int, int], start: Int[Array, " b"] | int, reset: Steps
     batch, time = shape
     start = jnp.broadcast_to(jnp.asarray(start, jnp.int32), (batch,))
     keep = jnp.ones(shape, bool) if valid is None else valid
-    index = jnp.cumsum(keep, axis=1, dtype=jnp.int32) - 1  # among the valid steps
+    index = running_sum(keep) - 1  # among the valid steps
     count = index[:, -1] + 1 if time else jnp.zeros((batch,), jnp.int32)
     if reset is None:
         return Segments(keep.astype(jnp.int32), start[:, None] + index, start + count, jnp.ones((batch,), jnp.int32))
     fresh = reset & keep
-    ids = 1 + jnp.cumsum(fresh, axis=1, dtype=jnp.int32)
-    origin = jax.lax.cummax(jnp.where(fresh, index, -start[:, None]), axis=1)
+    ids = 1 + running_sum(fresh)
+    origin = running_max(jnp.where(fresh, index, -start[:, None]))
     last, base = (ids[:, -1], origin[:, -1]) if time else (jnp.ones((batch,), jnp.int32), -start)
     return Segments(jnp.where(keep, ids, 0), index - origin, count - base, last)
 

@@ -28,7 +28,7 @@ from seqlab.state import Mixer, State, put_rows, state_bytes, take_rows
 # Relative to the largest magnitude of what is compared. bfloat16 keeps 8 bits: chunks round their intermediates at other places than the
 # whole does, a few units of 2^-8 through a block.
 BOUNDS = {"float64": 1e-10, "float32": 2e-5, "bfloat16": 4e-2}
-_GRADIENT_SLACK = 5  # a gradient sums over all steps
+GRADIENT_SLACK = 5  # a gradient sums over all steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Report:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Subject:
+class Subject:
     """The mixer under test as a pure function, its inputs, and the bounds."""
 
     static: Static
@@ -104,9 +104,7 @@ class _Subject:
         def loss(params, x, valid, lengths):
             y, state = _chain(apply, params, x, lengths, self.state(x.shape[0]), None, valid)
             y = jnp.where(valid.reshape(valid.shape + (1,) * (y.ndim - 2)), y, 0)
-            real = [leaf for leaf in jax.tree.leaves((y, state)) if _real(leaf)]
-            weights = [jax.random.normal(jax.random.key(i), leaf.shape) for i, leaf in enumerate(real)]
-            return sum(jnp.sum(leaf.astype(accumulator(leaf.dtype)) * weight) for leaf, weight in zip(real, weights, strict=True))
+            return projected((y, state))
 
         return jax.jit(jax.grad(loss, argnums=(0, 1) if _real(self.inputs) else (0,)), static_argnums=3)
 
@@ -148,7 +146,7 @@ def verify_streaming(
         raise ValueError(f"dtype must be one of {', '.join(BOUNDS)}, got {dtype!r}")
     # Accelerators may take float32 products in fewer bits by default, which is a property of theirs and not of the mixer.
     with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext(), jax.default_matmul_precision("highest"):
-        subject = _subject(mixer, inputs, (batch, length), dtype, BOUNDS[dtype] if bound is None else bound, seed)
+        subject = subject_of(mixer, inputs, (batch, length), dtype, BOUNDS[dtype] if bound is None else bound, seed)
         checks: list[Check] = []
         if not getattr(mixer, "causal", True):
             checks.append(Check("C1", "chunks = whole", None, note="declares causal = False: only rows are checked"))
@@ -158,13 +156,13 @@ def verify_streaming(
             checks += [constant, *_chunks(subject, rng, gradients), *_padding(subject, rng, gradients), *_resets(subject), *_rows(subject)]
         else:
             checks.append(constant)  # a state that changes its shape cannot be threaded: nothing else can be asked
-        checks.append(Check("C5", "devices = one device", None, note="needs a mesh with a sequence axis"))
+        checks.append(Check("C5", "devices = one device", None, note="ask seqlab.verify_devices, where there are several"))
         size = state_bytes(mixer, 1, subject.inputs.dtype if subject.inputs.ndim == 3 else dtype)
     checks.sort(key=lambda check: check.clause)
     return Report(type(mixer).__name__, dtype, subject.inputs.shape[1], size, tuple(checks))
 
 
-def _subject(mixer: Mixer, inputs: Array | None, shape: tuple[int, int], dtype: str, bound: float, seed: int) -> _Subject:
+def subject_of(mixer: Mixer, inputs: Array | None, shape: tuple[int, int], dtype: str, bound: float, seed: int) -> Subject:
     static, params = split(mixer)
     if dtype == "float64":
         params = {
@@ -180,7 +178,7 @@ def _subject(mixer: Mixer, inputs: Array | None, shape: tuple[int, int], dtype: 
     if inputs.ndim not in (2, 3) or inputs.shape[0] < 2 or inputs.shape[1] < 12:
         raise ValueError(f"inputs must be [b, t] tokens or [b, t, d] with b >= 2 and t >= 12, got shape {inputs.shape}")
     state = functools.partial(mixer.init_state, dtype=dtype)
-    return _Subject(static, params, inputs, state, bound, getattr(mixer, "lookahead", 0), getattr(mixer, "exact", True))
+    return Subject(static, params, inputs, state, bound, getattr(mixer, "lookahead", 0), getattr(mixer, "exact", True))
 
 
 def _chain(apply, params, x, lengths, state, reset, valid):
@@ -210,34 +208,41 @@ def _splits(length: int, rng: np.random.Generator) -> dict[str, tuple[int, ...]]
     }
 
 
-def _chunks(subject: _Subject, rng: np.random.Generator, gradients: bool) -> list[Check]:
+def _chunks(subject: Subject, rng: np.random.Generator, gradients: bool) -> list[Check]:
     x, n = subject.inputs, subject.lookahead
     time = x.shape[1]
     parallel, none = subject.apply(subject.params, x, None, None, None)
     plain, _ = subject.apply(subject.params, x, subject.state(x.shape[0]), None, None)
     whole, final = subject.run(x)
     checks = [
-        _compare("C1", "streamed whole = parallel form" + f", {n} steps late" * bool(n), subject, whole[:, n:], parallel[:, : time - n]),
-        _compare("C1", "reset and valid all idle = none given", subject, whole, plain),
+        compare("C1", "streamed whole = parallel form" + f", {n} steps late" * bool(n), subject, whole[:, n:], parallel[:, : time - n]),
+        compare("C1", "reset and valid all idle = none given", subject, whole, plain),
         Check("C1", "no state in, no state out", none is None),
     ]
     splits = _splits(time, rng)
     for name, lengths in splits.items():
         y, state = subject.run(x, lengths)
-        checks.append(_compare("C1", f"{name} = whole: outputs", subject, y, whole))
-        checks.append(_compare("C1", f"{name} = whole: final state", subject, state, final))
+        checks.append(compare("C1", f"{name} = whole: outputs", subject, y, whole))
+        checks.append(compare("C1", f"{name} = whole: final state", subject, state, final))
     if gradients:
         valid = jnp.ones(x.shape[:2], bool)
         expected, actual = (subject.gradients(subject.params, x, valid, lengths) for lengths in ((time,), splits["two chunks"]))
-        checks.append(_compare("C1", "two chunks = whole: gradients", subject, actual, expected, _GRADIENT_SLACK))
+        checks.append(compare("C1", "two chunks = whole: gradients", subject, actual, expected, GRADIENT_SLACK))
     return checks
+
+
+def projected(tree: Any) -> Array:
+    """One number in which every number of `tree` counts, each with a random weight: what gradients are taken of."""
+    real = [leaf for leaf in jax.tree.leaves(tree) if _real(leaf)]
+    weights = [jax.random.normal(jax.random.key(i), leaf.shape) for i, leaf in enumerate(real)]
+    return sum(jnp.sum(leaf.astype(accumulator(leaf.dtype)) * weight) for leaf, weight in zip(real, weights, strict=True))
 
 
 def _real(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def _padding(subject: _Subject, rng: np.random.Generator, gradients: bool) -> list[Check]:
+def _padding(subject: Subject, rng: np.random.Generator, gradients: bool) -> list[Check]:
     x, n = subject.inputs, subject.lookahead
     batch, time = x.shape[:2]
     lengths = np.asarray([time - _cut(time), _cut(time)])[np.arange(batch) % 2]  # ragged rows
@@ -254,8 +259,8 @@ def _padding(subject: _Subject, rng: np.random.Generator, gradients: bool) -> li
             alone, last = subject.run(x[row : row + 1, here])
             outputs.append((y[row : row + 1, here][:, n:], alone[:, n:]))
             states.append((take_rows(state, [row]), last))
-        checks.append(_compare("C2", f"ragged rows padded with NaN on the {side}: outputs", subject, *zip(*outputs, strict=True)))
-        checks.append(_compare("C2", f"ragged rows padded with NaN on the {side}: state", subject, *zip(*states, strict=True)))
+        checks.append(compare("C2", f"ragged rows padded with NaN on the {side}: outputs", subject, *zip(*outputs, strict=True)))
+        checks.append(compare("C2", f"ragged rows padded with NaN on the {side}: state", subject, *zip(*states, strict=True)))
     _, before = subject.run(x)
     _, after = subject.run(_fill(x, jnp.zeros((batch, time), bool), rng), valid=jnp.zeros((batch, time), bool), state=before)
     checks.append(_identical("C2", "a chunk of padding leaves the state bit-identical", after, before))
@@ -263,7 +268,7 @@ def _padding(subject: _Subject, rng: np.random.Generator, gradients: bool) -> li
         valid = jnp.asarray(np.arange(time)[None] < lengths[:, None])
         blank = jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 2)), x, 0)
         clean, dirty = (subject.gradients(subject.params, y, valid, (time,)) for y in (blank, _fill(x, valid, rng)))
-        checks.append(_compare("C2", "NaN in the padding leaves gradients alone", subject, dirty, clean, _GRADIENT_SLACK))
+        checks.append(compare("C2", "NaN in the padding leaves gradients alone", subject, dirty, clean, GRADIENT_SLACK))
     return checks
 
 
@@ -274,7 +279,7 @@ def _fill(x: Array, valid: Array, rng: np.random.Generator) -> Array:
     return jnp.where(valid, x, jnp.asarray(rng.permutation(np.asarray(x).ravel()).reshape(x.shape)))
 
 
-def _resets(subject: _Subject) -> list[Check]:
+def _resets(subject: Subject) -> list[Check]:
     x, n = subject.inputs, subject.lookahead
     if n:
         return [Check("C3", "packed documents = separate documents", None, note=f"looks {n} steps ahead: a reset would cut its delay line")]
@@ -286,16 +291,16 @@ def _resets(subject: _Subject) -> list[Check]:
     first, _ = subject.run(x[:, :at])
     second, last = subject.run(x[:, at:])
     checks = [
-        _compare("C3", "packed documents = separate documents: outputs", subject, packed, jnp.concatenate([first, second], axis=1)),
-        _compare("C3", "packed documents = separate documents: state", subject, final, last),
+        compare("C3", "packed documents = separate documents: outputs", subject, packed, jnp.concatenate([first, second], axis=1)),
+        compare("C3", "packed documents = separate documents: state", subject, final, last),
     ]
     _, used = subject.run(x)
     again, state = subject.run(x[:, at:], reset=jnp.asarray(np.arange(time - at)[None] == 0).repeat(batch, 0), state=used)
-    checks.append(_compare("C3", "reset of a used state = a fresh state", subject, (again, state), (second, last)))
+    checks.append(compare("C3", "reset of a used state = a fresh state", subject, (again, state), (second, last)))
     return checks
 
 
-def _constant_state(subject: _Subject) -> Check:
+def _constant_state(subject: Subject) -> Check:
     def shapes(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), tree)
 
@@ -306,7 +311,7 @@ def _constant_state(subject: _Subject) -> Check:
     return Check("C4", "the state keeps its shapes and dtypes", same, note="" if same else f"{shapes(fresh)} became {shapes(used)}")
 
 
-def _rows(subject: _Subject) -> list[Check]:
+def _rows(subject: Subject) -> list[Check]:
     x = subject.inputs
     batch, time = x.shape[:2]
     half = _cut(time)
@@ -318,21 +323,21 @@ def _rows(subject: _Subject) -> list[Check]:
     alone = subject.run(x[1:2, half:], state=take_rows(state, [1]))
     swapped, _ = subject.run(x[:, half:].at[0].set(x[1, half:]), state=put_rows(state, [0], take_rows(state, [1])))
     return [
-        _compare("C6", "rows in another order: outputs and state", subject, turned, expected),
-        _compare("C6", "a row taken out = the row in its batch", subject, alone, (rest[1:2], take_rows(final, [1]))),
+        compare("C6", "rows in another order: outputs and state", subject, turned, expected),
+        compare("C6", "a row taken out = the row in its batch", subject, alone, (rest[1:2], take_rows(final, [1]))),
         _identical("C6", "a row replaced leaves its neighbours bit-identical", swapped[1:], rest[1:]),
-        _compare("C6", "a forked row continues as the original", subject, swapped[:1], rest[1:2]),
+        compare("C6", "a forked row continues as the original", subject, swapped[:1], rest[1:2]),
     ]
 
 
-def _rows_of_whole(subject: _Subject) -> list[Check]:
+def _rows_of_whole(subject: Subject) -> list[Check]:
     x = subject.inputs
     y, _ = subject.apply(subject.params, x, None, None, None)
     alone, _ = subject.apply(subject.params, x[1:2], None, None, None)
-    return [_compare("C6", "a row alone = the row in its batch", subject, alone, y[1:2])]
+    return [compare("C6", "a row alone = the row in its batch", subject, alone, y[1:2])]
 
 
-def _compare(clause: str, what: str, subject: _Subject, actual: Any, expected: Any, slack: float = 1.0) -> Check:
+def compare(clause: str, what: str, subject: Subject, actual: Any, expected: Any, slack: float = 1.0) -> Check:
     """Largest error over the leaves, each relative to its own scale; integers must be equal."""
     if not subject.exact and clause == "C1":
         return Check(clause, what, None, note="declares exact = False")

@@ -10,7 +10,14 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FOLDERS = ("seqlab", "models", "kernels", "train", "configs")
-CORE = ("shapes", "module", "state", "sharding", "tokens")  # of seqlab/: imported by everything, importing nothing above it
+CORE = (
+    "shapes",
+    "module",
+    "state",
+    "sharding",
+    "sequence_parallel",
+    "tokens",
+)  # of seqlab/: imported by everything, importing nothing above it
 ORDER = ("core", "kernels", "models", "train", "configs", "top")  # each may import what stands before it
 
 

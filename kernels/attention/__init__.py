@@ -3,6 +3,7 @@
 Implementations: `reference` (dense, the truth), `xla` (tiles, memory linear in time; the default everywhere).
 """
 
+import functools
 import math
 import numbers
 
@@ -10,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from seqlab import sequence_parallel
+from seqlab.kernels.attention.ring import ring
 from seqlab.kernels.dispatch import Op
 from seqlab.shapes import Keys, LogSumExp, Queries, Values
 
@@ -80,7 +83,8 @@ def attention(
         kv_segments = places["kv_segments"] = jnp.ones((b, s), jnp.int32) if kv_segments is None else kv_segments
         # Zero weight does not stop a NaN (0 * NaN), neither here nor in the gradients: padding is replaced before anything reads it.
         q, k, v = _without_padding(q, q_segments), _without_padding(k, kv_segments), _without_padding(v, kv_segments)
-    return _op(
+    split = min(sequence_parallel.parts(t), sequence_parallel.parts(s)) > 1
+    return (functools.partial(ring, _op) if split else _op)(
         q,
         k,
         v,

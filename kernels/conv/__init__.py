@@ -3,9 +3,13 @@
 Implementations: `reference` (a sliding window, the truth), `xla` (shifted products; the default everywhere).
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from seqlab import sequence_parallel
 from seqlab.kernels.dispatch import Op, vary_alike
 from seqlab.shapes import Activations, Steps
 
@@ -57,7 +61,30 @@ def conv(
     if t == 0:
         return x, state
     reset = reset & valid if reset is not None and valid is not None else reset
+    if sequence_parallel.parts(t) > 1:
+        valid = sequence_parallel.all_valid(valid, x.shape)
+        run = functools.partial(_stretch, implementation)
+        return sequence_parallel.split(run, (x, reset, valid), (weight, bias, initial_state))
     return _op(*vary_alike(x, weight, bias, state, reset, valid), implementation=implementation)
+
+
+def _stretch(implementation: str | None, timed: tuple, whole: tuple) -> tuple[Array, Array]:
+    """What one device does where time is split over several: the state before its stretch is the end of those before it."""
+    (x, reset, valid), (weight, bias, initial_state) = timed, whole
+    kept, options = weight.shape[0] - 1, {"reset": reset, "valid": valid, "implementation": implementation}
+    initial = None if initial_state is None else initial_state.astype(x.dtype)
+    if valid is None and x.shape[1] >= kept:  # whatever came before has left the window
+        end, moved = conv(x, weight, **options)[1], None
+    else:  # a few steps move the inputs they were given: by a matrix, which the columns of the identity make of themselves
+        zeros, eye = jnp.zeros((len(x), x.shape[1], kept), x.dtype), jnp.broadcast_to(jnp.eye(kept, dtype=x.dtype), (len(x), kept, kept))
+        both = jnp.concatenate([jnp.zeros((len(x), kept, x.shape[2]), x.dtype), eye], axis=-1)
+        taps = jnp.zeros((kept + 1, x.shape[2] + kept), x.dtype)
+        _, end = conv(jnp.concatenate([x, zeros], axis=-1), taps, initial_state=both, **options)
+        end, moved = end[..., : x.shape[2]], end[..., x.shape[2] :]
+    stretch = sequence_parallel.Stretch(end, moved, sequence_parallel.continues(reset, valid))
+    start = sequence_parallel.carried(stretch, initial, functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST))
+    y, end = conv(x, weight, bias, initial_state=start, **options)
+    return y, sequence_parallel.of_last(end)
 
 
 def _check_arrays(x: Array, weight: Array, bias: Array | None, initial_state: Array | None) -> None:

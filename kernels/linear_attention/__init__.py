@@ -12,9 +12,13 @@
 Implementations: `reference` (one step in a scan, the truth), `xla` (chunks and matrix products; the default everywhere).
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from seqlab import sequence_parallel
 from seqlab.kernels.dispatch import Op, vary_alike
 from seqlab.shapes import Steps, accumulator
 from seqlab.state import mask_steps
@@ -84,6 +88,10 @@ def linear_attention(
         return v, state
     if decay is not None and decay.ndim == 1:
         decay = jnp.broadcast_to(decay[None, None], (b, t, h))
+    if sequence_parallel.parts(t) > 1:  # steps of zeros, which fill up the last stretch, do nothing
+        per_value = beta is not None and beta.ndim == 4  # every value then has a map [k, k] of its own, too many to send
+        run = functools.partial(_in_turn if per_value else _stretch, {"scale": scale, "chunk": chunk, "implementation": implementation})
+        return sequence_parallel.split(run, (q, k, v, decay, beta, reset, valid), None if initial_state is None else state)
     decay, beta = (x[..., None] if x is not None and x.ndim == 3 else x for x in (decay, beta))
     if valid is not None:  # a step with k = 0, beta = 0 and no decay leaves the state alone; selecting, not multiplying, keeps NaN out
         q, k, v, decay, beta = (None if x is None else mask_steps(x, valid) for x in (q, k, v, decay, beta))
@@ -93,6 +101,37 @@ def linear_attention(
     if valid is not None:
         final_state = jnp.where(jnp.any(valid, axis=1)[:, None, None, None], final_state, state)
     return mask_steps(out, valid), final_state
+
+
+def _stretch(options: dict, timed: tuple, initial_state: Array | None) -> tuple[Array, Array]:
+    """What one device does where time is split over several: first what its stretch does to a state, then its steps from the right one."""
+    q, k, v, decay, beta, reset, valid = timed
+    run = functools.partial(linear_attention, q, k, decay=decay, beta=beta, reset=reset, valid=valid, **options)
+    (b, _, h, width), size, wide = v.shape, k.shape[-1], accumulator(jnp.result_type(q, k, v))
+    if beta is None:
+        end, act = jax.checkpoint(lambda: run(v)[1])(), jnp.multiply
+        total = jnp.zeros((b, h), wide) if decay is None else jnp.sum(mask_steps(decay, valid).astype(wide), axis=1)
+        moved = jnp.exp(total.reshape(b, h, -1, 1))
+    else:  # I - beta k k' of all steps, one after the other, is what a stretch makes of the identity
+        act = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+        both = jnp.broadcast_to(jnp.eye(size, width + size, width, dtype=wide), (b, h, size, width + size))
+        values = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, size)))
+        end, moved = jnp.split(jax.checkpoint(lambda: run(values, initial_state=both)[1])(), [width], axis=-1)
+    stretch = sequence_parallel.Stretch(end, moved, sequence_parallel.continues(reset, valid))
+    out, end = run(v, initial_state=sequence_parallel.carried(stretch, initial_state, act))
+    return out, sequence_parallel.of_last(end)
+
+
+def _in_turn(options: dict, timed: tuple, initial_state: Array | None) -> tuple[Array, Array]:
+    """The same where a stretch has no map: one device after the other."""
+
+    def run(state: Array, floats: tuple, flags: tuple) -> tuple[Array, Array]:
+        q, k, v, decay, beta = floats
+        return linear_attention(q, k, v, decay=decay, beta=beta, initial_state=state, reset=flags[0], valid=flags[1], **options)
+
+    (_, k, v, *_), wide = timed, accumulator(jnp.result_type(*timed[:3]))
+    empty = jnp.zeros((len(v), v.shape[2], k.shape[-1], v.shape[-1]), wide)
+    return sequence_parallel.relay(run, empty if initial_state is None else initial_state, timed[:5], timed[5:])
 
 
 def _check_arrays(q: Array, k: Array, v: Array, decay: Array | None, beta: Array | None, initial_state: Array | None) -> None:

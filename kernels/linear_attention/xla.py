@@ -171,6 +171,8 @@ def _delta(state, v, beta, overlaps, products, masks):
     """What the queries read from the states before their chunks, the values that are written, and the state after the last."""
     size = v.shape[-2]
     per_value = beta.shape[-1] > 1
+    if per_value:  # every memory has its own betas, and so its own system even where it shares its keys
+        overlaps = jnp.broadcast_to(overlaps, (*beta.shape[:-2], size, size))
     system = overlaps if per_value else _inverse(beta * overlaps)
 
     def body(state, x):

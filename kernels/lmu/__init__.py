@@ -4,12 +4,17 @@ Implementations: `reference` (one step in a scan, the truth), `xla` (chunks of m
 convolution over the whole call; by name only).
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from seqlab import sequence_parallel
 from seqlab.kernels.dispatch import Op, vary_alike
 from seqlab.kernels.lmu.legendre import delay_decoder, legendre
+from seqlab.kernels.lmu.xla import advance
 from seqlab.shapes import Steps, accumulator
 
 __all__ = ["delay_decoder", "legendre", "lmu"]
@@ -68,11 +73,28 @@ def lmu(
     if t == 0:
         return jnp.zeros((b, 0, q, d), u.dtype), jnp.zeros((b, q, d), dtype) if state is None else state
     reset = reset & valid if reset is not None and valid is not None else reset
+    if sequence_parallel.parts(t) > 1:
+        valid, constant = sequence_parallel.all_valid(valid, u.shape), isinstance(A, np.ndarray) and isinstance(B, np.ndarray)
+        run = functools.partial(_stretch, (A, B) if constant else (), {"chunk": chunk, "implementation": implementation})
+        return sequence_parallel.split(run, (u, reset, valid), (() if constant else (A, B), state))
     if not (isinstance(A, np.ndarray) and isinstance(B, np.ndarray)):
         A, B = jnp.asarray(A, dtype), jnp.asarray(B, dtype)
     wide, state, reset, valid = vary_alike(u.astype(dtype), state, reset, valid)
     m, state = _op(wide, A, B, state, reset, valid, chunk=chunk, implementation=implementation)
     return m.astype(u.dtype), state
+
+
+def _stretch(constants: tuple, options: dict, timed: tuple, whole: tuple) -> tuple[Array, Array]:
+    """What one device does where time is split over several. All that a stretch does to a state is to let its valid steps pass."""
+    (u, reset, valid), (matrices, initial_state) = timed, whole
+    A, B = matrices or constants
+    run = functools.partial(lmu, u, A, B, reset=reset, valid=valid, **options)
+    end = jax.checkpoint(lambda: run()[1])()
+    steps = jnp.full(len(u), u.shape[1]) if valid is None else jnp.sum(valid, axis=1)
+    stretch = sequence_parallel.Stretch(end, steps, sequence_parallel.continues(reset, valid))
+    pass_by = functools.partial(advance, A, most=u.shape[1] * sequence_parallel.count())
+    m, end = run(initial_state=sequence_parallel.carried(stretch, initial_state, pass_by, jnp.add))
+    return m, sequence_parallel.of_last(end)
 
 
 def _check_arrays(u: Array, A: Array, B: Array, initial_state: Array | None) -> None:

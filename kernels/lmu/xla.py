@@ -108,6 +108,15 @@ def spread(state, A, steps):
     return x
 
 
+def advance(A, steps, state, *, most):
+    """Ā^steps s: the state [b, q, d] after steps [b] without input, none of them more than `most`."""
+    power = A
+    for bit in range(most.bit_length()):
+        moved = _times(state, constant(power, state.dtype).T)
+        state, power = jnp.where(((steps >> bit) & 1 == 1)[:, None, None], moved, state), _product(power, power)
+    return state
+
+
 def impulse_response(A, B, steps):
     """Āʲ B̄ for j = 0 .. steps-1: [steps, d], by doubling."""
     H, power = B[None], A

@@ -3,9 +3,13 @@
 Implementations: `reference` (one step in a scan, the truth), `xla` (chunks, memory linear in time; the default everywhere).
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from seqlab import sequence_parallel
 from seqlab.kernels.dispatch import Op, vary_alike
 from seqlab.shapes import Steps, accumulator
 from seqlab.state import mask_steps
@@ -64,12 +68,26 @@ def scan(
     state = jnp.zeros((u.shape[0], *A.shape), dtype) if initial_state is None else initial_state.astype(dtype)
     if u.shape[1] == 0:
         return u, state
+    if sequence_parallel.parts(u.shape[1]) > 1:  # steps of zeros, which fill up the last stretch, do nothing
+        run = functools.partial(_stretch, {"chunk": chunk, "implementation": implementation})
+        return sequence_parallel.split(run, (u, delta, B, C, reset, valid), (A, None if initial_state is None else state))
     if valid is not None:
         # An invalid step is a step of length 0, exp(0 A) = 1 and 0 u B = 0; selecting, not multiplying, keeps NaN out.
         u, delta, B, C = (mask_steps(x, valid) for x in (u, delta, B, C))
         reset = None if reset is None else reset & valid
     y, state = _op(*vary_alike(u, delta, A, B, C, state, reset), chunk=chunk, implementation=implementation)
     return mask_steps(y, valid), state
+
+
+def _stretch(options: dict, timed: tuple, whole: tuple) -> tuple[Array, Array]:
+    """What one device does where time is split over several: first what its stretch does to a state, then its steps from the right one."""
+    (u, delta, B, C, reset, valid), (A, initial_state) = timed, whole
+    run = functools.partial(scan, u, delta, A, B, C, reset=reset, valid=valid, **options)
+    end = jax.checkpoint(lambda: run()[1])()
+    total = jnp.sum(mask_steps(delta, valid).astype(end.dtype), axis=1)
+    stretch = sequence_parallel.Stretch(end, jnp.exp(total[..., None] * A), sequence_parallel.continues(reset, valid))
+    y, end = run(initial_state=sequence_parallel.carried(stretch, initial_state))
+    return y, sequence_parallel.of_last(end)
 
 
 def _check_arrays(u: Array, delta: Array, A: Array, B: Array, C: Array, initial_state: Array | None) -> None:

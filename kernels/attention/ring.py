@@ -1,0 +1,221 @@
+"""Attention with time split over devices: queries stay, keys and values go around a ring (Ring Attention, arXiv 2310.01889).
+
+On every device, with the block of keys that is there, one after another:
+
+    (out, lse) <- merge((out, lse), attention(q, block))          while the next block is already on its way
+
+Backward nothing is kept but q, k, v, out and lse: the blocks go around once more, with their gradients behind them, and each part is
+computed again. With w = exp(lse_part - lse) the weight of a part in the whole, its cotangents are
+
+    d out_part = w dout          d lse_part = w (dlse + dout·(out_part - out))
+
+Under a causal mask the last of N devices has nearly 2N times the work of the first if stretches are contiguous, and all wait for it. Two
+layouts deal positions out evenly; into them and back the stretches are exchanged once a call:
+
+    zigzag      device r has the chunks r and 2N-1-r of 2N               striped     device r has positions r, r+N, r+2N, ...
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from seqlab import sequence_parallel
+from seqlab.kernels.dispatch import Op, check_name
+from seqlab.sequence_parallel import AXIS, shift
+
+LAYOUTS = ("contiguous", "zigzag", "striped")
+
+_layout = jax.make_user_context(default_value="contiguous")  # jax.jit takes it into the keys of its caches
+
+
+class Block(NamedTuple):
+    """Keys and values [b, s, g, k] and where they stand [b, s]: what travels. `segments` None: all are of one sequence."""
+
+    k: Array
+    v: Array
+    positions: Array
+    segments: Array | None
+
+
+class Options(NamedTuple):
+    """What is fixed when tracing: the op with its options, and how many blocks each device has to see."""
+
+    op: Op
+    limits: tuple[tuple[str, Any], ...]
+    blocks: int
+
+    def attend(self, q: Array, positions: Array, segments: Array | None, block: Block) -> tuple[Array, Array]:
+        places = {"q_positions": positions, "q_segments": segments, "kv_positions": block.positions, "kv_segments": block.segments}
+        return self.op(q, block.k, block.v, **places, sink_logits=None, **dict(self.limits))
+
+
+def permutation(layout: str, devices: int, time: int) -> Int[np.ndarray, " t"]:
+    """Which positions the devices hold in `layout`, device after device: [time].
+
+    Raises:
+      ValueError: an unknown layout, or a time that it cannot deal out.
+    """
+    check_name(layout, LAYOUTS, "layout")
+    unit = 2 * devices if layout == "zigzag" else devices
+    if time % unit:
+        raise ValueError(f"time must be a multiple of {unit} for {layout} over {devices} devices, got {time}")
+    positions = np.arange(time, dtype=np.int32)
+    if layout == "striped":
+        return positions.reshape(-1, devices).T.ravel()
+    if layout == "zigzag":
+        chunks = positions.reshape(2 * devices, -1)
+        return np.concatenate([chunks[i] for r in range(devices) for i in (r, 2 * devices - 1 - r)])
+    return positions
+
+
+@contextlib.contextmanager
+def use_layout(layout: str) -> Iterator[None]:
+    """Within the block attention over devices deals positions out in `layout`; functions compiled outside are traced anew."""
+    check_name(layout, LAYOUTS, "layout")
+    with _layout(layout):
+        yield
+
+
+def ring(op: Op, q, k, v, *, q_positions, kv_positions, q_segments, kv_segments, sink_logits, **limits):
+    """Attention of global arrays whose time lies on the devices of the mesh axis `sequence`; arguments as an implementation has them."""
+    (b, t), s, layout = q.shape[:2], k.shape[1], _layout.value
+    devices = sequence_parallel.parts(t)
+    multiple = {"contiguous": 1, "zigzag": 2, "striped": devices}[layout]
+    blocks = devices
+    if q_positions is None:
+        q_positions, kv_positions = (jnp.broadcast_to(jnp.arange(n, m, dtype=jnp.int32), (b, m - n)) for n, m in ((s - t, s), (0, s)))
+        if limits["window"] is not None and not limits["sinks"] and layout == "contiguous" and s == t:
+            stretch = -(-t // devices)
+            blocks = min(devices, 1 + -(-(limits["window"] - 1) // stretch))  # those behind are out of every window
+    if q_segments is None and (t % (devices * multiple) or s % (devices * multiple)):  # what fills up the last stretch is padding
+        q_segments, kv_segments = jnp.ones((b, t), jnp.int32), jnp.ones((b, s), jnp.int32)
+    options = Options(op, tuple(sorted(limits.items())), blocks)
+
+    def stretch(timed, _):
+        (q, q_positions, q_segments), block = jax.tree.map(functools.partial(_dealt, layout), timed)
+        block = Block(*block)
+        out, lse = _ring(options, q, q_positions, q_segments, block)
+        return jax.tree.map(functools.partial(_collected, layout), (out.astype(q.dtype), lse)), ()
+
+    keys = (k, v, kv_positions, kv_segments)
+    (out, lse), _ = sequence_parallel.split(stretch, ((q, q_positions, q_segments), keys), (), multiple)
+    return (out, lse) if sink_logits is None else _with_sink(out, lse, sink_logits, q_segments)
+
+
+def _with_sink(out: Array, lse: Array, sink: Array, segments: Array | None) -> tuple[Array, Array]:
+    """A logit for no key, once all keys have been counted."""
+    z = jnp.broadcast_to(sink.astype(lse.dtype), lse.shape)
+    z = z if segments is None else jnp.where((segments == 0)[..., None], -jnp.inf, z)
+    total = jnp.logaddexp(lse, z)
+    kept = jnp.where(lse == -jnp.inf, 0, jnp.exp(lse - jnp.where(total == -jnp.inf, 0, total)))
+    return (out * kept[..., None]).astype(out.dtype), total
+
+
+# --- around the ring
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ring(options: Options, q: Array, positions: Array, segments: Array | None, block: Block) -> tuple[Array, Array]:
+    return _forward(options, q, positions, segments, block)[0]
+
+
+def _forward(options: Options, q: Array, positions: Array, segments: Array | None, block: Block):
+    from seqlab.kernels.attention import merge
+
+    def visit(block, out, lse):
+        return merge(out, lse, *options.attend(q, positions, segments, block))
+
+    def step(carry, _):
+        following = shift(carry[0], around=True)  # on its way while this block is read
+        return (following, *visit(*carry)), None
+
+    following = shift(block, around=True) if options.blocks > 1 else None
+    out, lse = options.attend(q, positions, segments, block)
+    out = out.astype(lse.dtype)
+    if options.blocks > 1:
+        (last, out, lse), _ = jax.lax.scan(step, (following, out, lse), length=options.blocks - 2)
+        out, lse = visit(last, out, lse)
+    return (out, lse), (q, positions, segments, block, out, lse)
+
+
+def _backward(options: Options, residuals: Any, cotangents: tuple[Array, Array]):
+    q, positions, segments, block, out, lse = residuals
+    dead = lse == -jnp.inf  # passes nothing on, whatever its cotangents are
+    dout, dlse = (jnp.where(dead.reshape(dead.shape + (1,) * (x.ndim - 3)), 0, x) for x in cotangents)
+    whole = jnp.where(dead, 0, lse)
+
+    def visit(block, dq, dblock):
+        attend = functools.partial(_attended, options, positions, segments, block)
+        (part, part_lse), pull = jax.vjp(attend, q, block.k, block.v)
+        part = part.astype(out.dtype)
+        weight = jnp.where(dead | (part_lse == -jnp.inf), 0, jnp.exp(jnp.minimum(part_lse - whole, 0)))
+        dpart_lse = weight * (dlse + jnp.sum(dout * (part - out), axis=-1))
+        more = pull(((weight[..., None] * dout).astype(q.dtype), dpart_lse))
+        dq, *dblock = (x + y.astype(x.dtype) for x, y in zip((dq, *dblock), more, strict=True))
+        return dq, tuple(dblock)
+
+    def step(carry, _):
+        block, dq, dblock = carry
+        following = shift(block, around=True)
+        dq, dblock = visit(block, dq, dblock)
+        return (following, dq, shift(dblock, around=True)), None  # gradients follow their block
+
+    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, out.dtype), (q, (block.k, block.v)))
+    (block, dq, dblock), _ = jax.lax.scan(step, (block, *zeros), length=options.blocks - 1)
+    dq, dblock = visit(block, dq, dblock)
+    if options.blocks > 1:
+        dblock = shift(dblock, 1 - options.blocks, around=True)  # home
+    dk, dv = (x.astype(y.dtype) for x, y in zip(dblock, (block.k, block.v), strict=True))
+    return dq.astype(q.dtype), None, None, Block(dk, dv, None, None)
+
+
+_ring.defvjp(_forward, _backward)
+
+
+def _attended(options: Options, positions: Array, segments: Array | None, block: Block, q: Array, k: Array, v: Array):
+    return options.attend(q, positions, segments, block._replace(k=k, v=v))
+
+
+# --- into a layout and back: x [b, c, ...], this device's stretch
+
+
+def _dealt(layout: str, x: Array) -> Array:
+    """From contiguous stretches to `layout`."""
+    n = sequence_parallel.count()
+    if layout == "striped":
+        x = x.reshape(len(x), x.shape[1] // n, n, *x.shape[2:])  # step i n + j of a stretch of c goes to device j (c divides by n)
+        x = jax.lax.all_to_all(x, AXIS, split_axis=2, concat_axis=1, tiled=True)
+        return x.reshape(len(x), -1, *x.shape[3:])
+    if layout == "zigzag":
+        return _exchanged(x, [(i // 2, i % 2, min(i, 2 * n - 1 - i), int(i >= n)) for i in range(2 * n)])
+    return x
+
+
+def _collected(layout: str, x: Array) -> Array:
+    """From `layout` to contiguous stretches."""
+    n = sequence_parallel.count()
+    if layout == "striped":
+        x = x.reshape(len(x), x.shape[1], 1, *x.shape[2:])
+        x = jax.lax.all_to_all(x, AXIS, split_axis=1, concat_axis=2, tiled=True)
+        return x.reshape(len(x), -1, *x.shape[3:])
+    if layout == "zigzag":
+        return _exchanged(x, [(min(i, 2 * n - 1 - i), int(i >= n), i // 2, i % 2) for i in range(2 * n)])
+    return x
+
+
+def _exchanged(x: Array, moves: list[tuple[int, int, int, int]]) -> Array:
+    """Halves of stretches sent from (device, half) to (device, half)."""
+    halves = jnp.split(x, 2, axis=1)
+    received = [jnp.zeros_like(half) for half in halves]
+    for old in (0, 1):
+        for new in (0, 1):
+            pairs = [(source, target) for source, half, target, place in moves if (half, place) == (old, new)]
+            if pairs:
+                received[new] = received[new] + jax.lax.ppermute(halves[old], AXIS, pairs)
+    return jnp.concatenate(received, axis=1)
