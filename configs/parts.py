@@ -11,9 +11,10 @@ from seqlab.train.text import Text
 BYTES = 256  # the vocabulary of the byte tokenizer
 
 
-def language_run(model: fdl.Partial, *, length: int = 256, peak: float = 3e-3, **run: int) -> fdl.Config:
+def language_run(model: fdl.Partial, *, length: int = 256, lead: bool = False, peak: float = 3e-3, **run: int) -> fdl.Config:
     """A byte language model trained on the sources of the Python standard library; `run` are fields of `Experiment`."""
-    return fdl.Config(Experiment, model=model, data=fdl.Config(Text, length=length), optimizer=fdl.Partial(adamw, peak=peak), **run)
+    data = fdl.Config(Text, length=length, lead=lead)
+    return fdl.Config(Experiment, model=model, data=data, optimizer=fdl.Partial(adamw, peak=peak), **run)
 
 
 def byte_model(dim: int, depth: int, *mixers: fdl.Partial, **options: object) -> fdl.Partial:

@@ -84,6 +84,20 @@ def _parser() -> argparse.ArgumentParser:
     _add_json(comparing)
     comparing.set_defaults(run=_compare)
 
+    bench = commands.add_parser(
+        "cache-bench", help="what a trained model is worth with other caches, and what they cost; a table and a figure"
+    )
+    _add_run(bench)
+    bench.add_argument("--caches", metavar="A,B,...", help='caches, such as "full(2048),sinks(4)+window(252)+int4,duo(0.75)"')
+    bench.add_argument("--length", type=int, metavar="N", help="steps of the held-out streams; default four times the trained length")
+    bench.add_argument("--rows", type=int, metavar="N", help="held-out streams")
+    bench.add_argument("--items", type=int, default=16, metavar="N", help="contexts with pass keys, for every depth; default %(default)s")
+    bench.add_argument("--turns", type=int, default=4, metavar="N", help="questions to a shared context; default %(default)s")
+    bench.add_argument("--fit-gates", type=int, metavar="STEPS", help="first fit DuoAttention's gates, kept in the run's folder")
+    bench.add_argument("--out", type=pathlib.Path, metavar="DIR", help="folder of the figures; default WORKDIR/cache_bench")
+    _add_json(bench)
+    bench.set_defaults(run=_cache_bench)
+
     stream = commands.add_parser("stream", help="generate text with a trained model, live and without end")
     _add_run(stream)
     stream.add_argument("--prompt", default="", metavar="TEXT", help="- reads it from stdin")
@@ -166,6 +180,23 @@ def _compare(args: argparse.Namespace) -> int:
         print(json.dumps(record) if args.json else report.as_text(compare.as_table(result)))
         _say(f"{workdir}: compare.json, compare.md, compare.png")
     return _SIGNALS[result.status]
+
+
+def _cache_bench(args: argparse.Namespace) -> int:
+    from seqlab import cache_bench, gates, report
+
+    _enable_compile_cache()
+    if args.fit_gates is not None:
+        gates.fit(args.workdir, args.fit_gates)
+    sizes = {name: getattr(args, name) for name in ("step", "length", "rows", "items", "turns", "out")}
+    planned = cache_bench.plan(args.workdir, args.caches, **sizes)
+    result = cache_bench.run(planned)
+    if args.json:
+        print((planned.folder / "cache_bench.json").read_text(), end="")
+    else:
+        print(report.as_text(cache_bench.as_table(result)))
+    _say(f"{planned.folder}: cache_bench.json, cache_bench.md, cache_bench.png")
+    return 0
 
 
 def _stream(args: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from seqlab.train.data import ArraySource, Batches, DataSource, FileSource, TfdsSource, pack, validation_batches
+from seqlab.train.text import Text
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -63,6 +64,20 @@ def test_windows_by_hand():
         "reset": np.bool_,
         "valid": np.bool_,
     }
+
+
+def test_every_window_may_begin_with_the_first_token_of_documents():
+    source = ArraySource([np.array([7]), np.array([8, 9, 10]), np.array([5, 6])])
+    windows = pack(source, length=4, seed=1, lead=True)  # of the stream 0 5 6 0 7 0 8 9 10, three tokens each
+    assert [item["inputs"].tolist() for item in windows] == [[0, 0, 5, 6], [0, 0, 7, 0], [0, 8, 9, 0]]
+    assert [item["targets"].tolist() for item in windows] == [[0, 5, 6, 0], [0, 7, 0, 8], [8, 9, 10, 0]]
+    assert [np.flatnonzero(item["reset"]).tolist() for item in windows] == [[1], [1, 3], [0]]
+    assert windows[2]["valid"].tolist() == [True, True, True, False]
+    assert windows.fingerprint != pack(source, length=4, seed=1).fingerprint
+    with pytest.raises(ValueError, match="length: got 1, expected at least 2 steps a window"):
+        pack(source, length=1, seed=1, lead=True)
+    with pytest.raises(ValueError, match="length must be at least 2 with lead, got 1"):
+        Text(length=1, lead=True)
 
 
 def test_the_order_of_documents_is_pinned():

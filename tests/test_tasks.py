@@ -10,7 +10,22 @@ from seqlab.tokens import TextDecoder
 from seqlab.train.data import Batches
 from seqlab.train.quality import accuracy, bits_per_token, metric, quality_of
 from seqlab.train.step import next_token_loss
-from seqlab.train.tasks import IGNORE, MQAR, AssociativeRecall, Copying, Digits, Examples, Induction, ListOps, Symbols, induction, listops
+from seqlab.train.tasks import (
+    IGNORE,
+    MQAR,
+    AssociativeRecall,
+    Copying,
+    Digits,
+    Examples,
+    Induction,
+    ListOps,
+    Passkeys,
+    Symbols,
+    haystacks,
+    induction,
+    listops,
+    quiz,
+)
 from seqlab.train.tasks.listops import TOKENS, bracketed, evaluate
 
 SMALL = {"examples": 60, "held_out": 20}
@@ -23,6 +38,7 @@ TASKS = {
     "copying": Copying(length=24, data=4, selective=False, **SMALL),
     "selective_copying": Copying(length=24, data=4, **SMALL),
     "listops": ListOps(length=30, **SMALL),
+    "passkeys": Passkeys(length=96, keys=2, **SMALL),
     "digits": Digits(),
 }
 
@@ -40,6 +56,10 @@ def solve(name, inputs, step):
         return shown[place + 1 + asked]
     if name == "associative_recall":
         return dict(zip(shown[0:12:2], shown[1:12:2], strict=True))[shown[-1]]
+    if name == "passkeys":
+        shown = bytes(shown)
+        asked = shown.rindex(b"<")
+        return shown[shown.index(shown[asked:]) + len(shown) - asked]
     if name == "listops":
         return 1 + evaluate(shown)
     marker = shown[-1]
@@ -48,7 +68,7 @@ def solve(name, inputs, step):
 
 @pytest.mark.parametrize("name", [name for name in TASKS if name != "digits"])
 def test_every_answer_follows_from_what_was_shown(name):
-    answers = {"mqar": 5, "mqar_filled": 5, "induction_long": 3, "copying": 4, "selective_copying": 4}.get(name, 1)
+    answers = {"mqar": 5, "mqar_filled": 5, "induction_long": 3, "copying": 4, "selective_copying": 4, "passkeys": 8}.get(name, 1)
     for item in TASKS[name].validation():
         assert item["inputs"].dtype == item["targets"].dtype == np.int32
         assert item["inputs"].min() >= 0 and max(item["inputs"].max(), item["targets"].max()) < TASKS[name].tokenizer.vocab_size
@@ -79,6 +99,24 @@ def test_induction_is_trained_on_every_token_if_asked():
     for item in (train[0], train[59]):
         assert item["valid"].all()
         np.testing.assert_array_equal(item["inputs"][1:], item["targets"][:-1])
+
+
+def test_pass_keys_stand_where_they_are_put_and_are_asked_for_once_each():
+    hay = haystacks(np.random.default_rng(0), 3, 60)
+    for depth, place in ((0, 1), (0.5, 26), (1, 51)):
+        asked = quiz(np.random.default_rng(1), hay, keys=1, depth=depth)
+        for row, question, answer, before in zip(*(x.astype(np.uint8) for x in asked), hay, strict=True):
+            needle = question[0].tobytes() + answer[0].tobytes()
+            assert row.tobytes() == before[:place].tobytes() + needle + before[place : 60 - len(needle)].tobytes()
+            assert needle[:1] + needle[3:4] + needle[8:] == b"<=>" and needle[4:8].isdigit()
+    several = quiz(np.random.default_rng(2), hay, keys=4, digits=3)
+    text = bytes(several.joined()[2].astype(np.uint8))
+    needles = [text[60 + 8 * i : 68 + 8 * i] for i in range(4)]
+    assert len(text) == 92 and all(text.count(needle) == 2 for needle in needles) and len(set(needles)) == 4
+    with pytest.raises(ValueError, match="haystacks must have at least 64 bytes for keys=7 of 9 bytes, got 60"):
+        quiz(np.random.default_rng(0), hay, keys=7)
+    with pytest.raises(ValueError, match="depth must be from 0 to 1, or None, got 2"):
+        quiz(np.random.default_rng(0), hay, keys=1, depth=2)
 
 
 @pytest.mark.parametrize("triggers, copied", [(1, 1), (3, 2), (6, 1)])
@@ -170,6 +208,7 @@ def test_symbols_are_a_tokenizer():
         (Copying, {"length": 10, "data": 8}, r"length must be an integer of at least 16 \(2 \* data, data=8\), got 10"),
         (Copying, {"alphabet": True}, "alphabet must be an integer of at least 3 .*, got True"),
         (ListOps, {"arguments": 1}, "arguments must be an integer of at least 2"),
+        (Passkeys, {"length": 71}, "length must be an integer of at least 72"),
         (Digits, {"held_out": 1797}, "held_out must leave some"),
     ],
 )

@@ -35,15 +35,19 @@ class Windows:
 
     An item has `inputs` and `targets` [length] int32; `reset` [length] bool, True where the input is the `bos` of a document; `valid`
     [length] bool, False where the last window is padded. A window that begins inside a document just begins there. At the end of a
-    document the target is the `bos` of the next: this is how a model learns where documents end.
+    document the target is the `bos` of the next: this is how a model learns where documents end. With `first` every window begins with
+    that token, in front of one token of the stream less.
     """
 
-    def __init__(self, stream: Int[np.ndarray, " n"], starts: Int[np.ndarray, " documents"], length: int, keep_last: bool) -> None:
+    def __init__(
+        self, stream: Int[np.ndarray, " n"], starts: Int[np.ndarray, " documents"], length: int, keep_last: bool, first: int | None = None
+    ) -> None:
         self.stream = stream
         self.starts = starts
-        self.length = length
+        self.length, self.first = length, first
+        self._step = length - (first is not None)
         predicted = len(stream) - 1
-        self._count = -(-predicted // length) if keep_last else predicted // length
+        self._count = -(-predicted // self._step) if keep_last else predicted // self._step
 
     def __len__(self) -> int:
         return self._count
@@ -52,8 +56,10 @@ class Windows:
         index = operator.index(index)
         if not -self._count <= index < self._count:
             raise IndexError(f"window {index} of {self._count}")
-        begin = index % self._count * self.length
-        chunk = self.stream[begin : begin + self.length + 1]
+        begin = index % self._count * self._step
+        chunk = self.stream[begin : begin + self._step + 1]
+        if self.first is not None:
+            chunk, begin = np.concatenate([np.array([self.first], chunk.dtype), chunk]), begin - 1
         count = len(chunk) - 1
         inputs, targets, reset = (np.zeros(self.length, dtype) for dtype in (np.int32, np.int32, np.bool_))
         inputs[:count], targets[:count] = chunk[:-1], chunk[1:]
@@ -64,14 +70,17 @@ class Windows:
     @functools.cached_property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that differ when any window does: a run that resumes can see that its data are still the same."""
-        digest = hashlib.sha256(f"{self.length} {self._count} {self.stream.dtype} ".encode())
+        first = "" if self.first is None else f"{self.first} "
+        digest = hashlib.sha256(f"{self.length} {self._count} {self.stream.dtype} {first}".encode())
         digest.update(self.starts)
         digest.update(self.stream)
         return digest.hexdigest()[:16]
 
 
-def pack(source: DataSource, length: int, seed: int, bos: int = 0, keep_last: bool = True) -> Windows:
+def pack(source: DataSource, length: int, seed: int, bos: int = 0, keep_last: bool = True, lead: bool = False) -> Windows:
     """Join the documents of `source`, each behind one `bos`, in an order drawn from `seed`, and cut windows of `length` steps.
+
+    With `lead` every window begins with `bos`, whatever it is cut from, as every stream of text does in generation.
 
     The stream is held in memory once, as uint8 if all documents are, else as int32; while it is built, twice. Empty documents are left
     out. `keep_last=False` drops the last window if it would be padded.
@@ -79,8 +88,8 @@ def pack(source: DataSource, length: int, seed: int, bos: int = 0, keep_last: bo
     Raises:
       ValueError: for a document that is not a 1-D array of integers from 0 to 2**31-1, or too few tokens for one whole window.
     """
-    if length < 1:
-        raise ValueError(f"length: got {length}, expected at least 1 step a window")
+    if length < 1 + lead:
+        raise ValueError(f"length: got {length}, expected at least {1 + lead} step{'s' * lead} a window")
     documents = [document for document in (_document(source, index) for index in _order(len(source), seed)) if document.size]
     dtype = np.uint8 if bos < 256 and all(document.dtype == np.uint8 for document in documents) else np.int32
     sizes = np.array([document.size + 1 for document in documents], np.int64)
@@ -93,7 +102,7 @@ def pack(source: DataSource, length: int, seed: int, bos: int = 0, keep_last: bo
     for start, document in zip(starts, documents, strict=True):
         stream[start + 1 : start + 1 + document.size] = document
     stream.setflags(write=False)
-    return Windows(stream, starts, length, keep_last)
+    return Windows(stream, starts, length, keep_last, bos if lead else None)
 
 
 def _order(count: int, seed: int) -> list[int]:

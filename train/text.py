@@ -16,6 +16,8 @@ class Text:
       paths: files and folders; none stands for the sources of the Python standard library, which every machine has.
       include: patterns of file names in the folders, such as "*.md"; none takes every file.
       length: tokens a window.
+      lead: begin every window with the token that begins documents, wherever it was cut: the one place that every query can see, and
+        where attention comes to rest (StreamingLLM, arXiv 2309.17453).
     Raises:
       ValueError: an argument of another kind. Whether the paths exist is only asked by `train` and `validation`, which raise OSError
         naming the path, or ValueError where they hold too little.
@@ -24,6 +26,7 @@ class Text:
     paths: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     length: int = 256
+    lead: bool = False
 
     def __post_init__(self) -> None:
         for name in ("paths", "include"):
@@ -31,6 +34,8 @@ class Text:
             if not isinstance(value, tuple) or not all(isinstance(item, str) and item for item in value):
                 raise ValueError(f"{name} must be a tuple of strings that are not empty, got {value!r}")
         _check_length(self.length)
+        if self.lead and self.length < 2:
+            raise ValueError(f"length must be at least 2 with lead, got {self.length}")
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -46,7 +51,8 @@ class Text:
         return self._windows("validation", _VALIDATION_ORDER)
 
     def _windows(self, split: str, seed: int) -> Windows:
-        return pack(FileSource(self.paths or None, split, include=self.include or None), self.length, seed, bos=self.tokenizer.bos)
+        source = FileSource(self.paths or None, split, include=self.include or None)
+        return pack(source, self.length, seed, bos=self.tokenizer.bos, lead=self.lead)
 
 
 @dataclasses.dataclass(frozen=True)

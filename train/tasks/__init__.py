@@ -1,4 +1,4 @@
-"""Synthetic tasks that show what a sequence model can remember: recall, copying, nested arithmetic, and one small set of images.
+"""Synthetic tasks that show what a sequence model can remember: recall, copying, pass keys, nested arithmetic, and one small set of images.
 
 Every task is a value for `train.experiment.Experiment`: `train(seed)` and `validation()` are windows by number, the latter the same for
 every seed. The functions behind them draw what the originals draw: number for number where NumPy or Python fixes the stream of random
@@ -12,6 +12,7 @@ from seqlab.train.tasks.digits import Digits
 from seqlab.train.tasks.examples import IGNORE, Examples, Symbols
 from seqlab.train.tasks.listops import ListOps, listops
 from seqlab.train.tasks.mqar import MQAR, mqar
+from seqlab.train.tasks.passkeys import Passkeys, Quiz, haystacks, quiz
 from seqlab.train.tasks.recall import AssociativeRecall, Induction, associative_recall, induction
 
 __all__ = [
@@ -23,10 +24,14 @@ __all__ = [
     "Examples",
     "Induction",
     "ListOps",
+    "Passkeys",
+    "Quiz",
     "Symbols",
     "associative_recall",
     "copying",
+    "haystacks",
     "induction",
     "listops",
     "mqar",
+    "quiz",
 ]

@@ -1,0 +1,152 @@
+"""Pass keys in text: names with numbers, hidden in a haystack of bytes, each number to be given back when its name is asked for.
+
+    ...the haystack <fx=4071> goes on...<fx=4071>         context, then a question "<fx=" with the answer "4071"
+
+As in the needle tests of long-context models: one key at a chosen depth is pass-key retrieval, several with a question each the shared
+context of SCBench (arXiv 2412.10319), whose questions go to one cache in turn or each to a copy of it.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from seqlab.tokens import ByteTokenizer, Tokenizer
+from seqlab.train.data import FileSource
+from seqlab.train.tasks.examples import IGNORE, VALIDATION, Examples, at_least
+
+OPEN, BETWEEN, CLOSE = b"<=>"
+NAME = 2  # letters of a name
+
+
+class Quiz(NamedTuple):
+    """Contexts of one length, and for each the same number of turns.
+
+    A question ends where its answer begins, and an answer's last byte closes it: joined behind the context they are a conversation.
+    """
+
+    context: Int[np.ndarray, "n c"]
+    questions: Int[np.ndarray, "n m q"]
+    answers: Int[np.ndarray, "n m a"]
+
+    def joined(self) -> Int[np.ndarray, "n t"]:
+        """The whole conversations."""
+        turns = np.concatenate([self.questions, self.answers], axis=2)
+        return np.concatenate([self.context, turns.reshape(len(turns), -1)], axis=1)
+
+
+def quiz(rng: np.random.Generator, haystacks: Int[np.ndarray, "n c"], *, keys: int, digits: int = 4, depth: float | None = None) -> Quiz:
+    """`keys` names and numbers put into every haystack in place of its last bytes, and asked for in an order of their own.
+
+    Args:
+      haystacks: bytes; the first one stays first.
+      depth: where the keys stand: 0 behind the first byte, 1 at the end; None for anywhere.
+    Raises:
+      ValueError: a haystack too short for its keys, or a depth outside 0..1.
+    """
+    at_least("keys", keys, 1)
+    at_least("digits", digits, 1)
+    needle = NAME + digits + 3
+    room = haystacks.shape[1] - 1 - keys * needle
+    if room < 0:
+        raise ValueError(
+            f"haystacks must have at least {1 + keys * needle} bytes for keys={keys} of {needle} bytes, got {haystacks.shape[1]}"
+        )
+    if depth is not None and not 0 <= depth <= 1:
+        raise ValueError(f"depth must be from 0 to 1, or None, got {depth}")
+    contexts, questions, answers = [], [], []
+    for hay in haystacks.astype(np.uint8):
+        names = _names(rng, hay.tobytes(), keys)
+        numbers = rng.integers(0, 10, (keys, digits), dtype=np.uint8) + ord("0")
+        places = rng.integers(0, room + 1, keys) if depth is None else np.full(keys, round(depth * room))
+        needles = [bytes([OPEN, *name, BETWEEN, *number, CLOSE]) for name, number in zip(names, numbers, strict=True)]
+        pieces, begin = [hay[:1].tobytes()], 1
+        for place, text in zip(np.sort(places) + 1, needles, strict=True):
+            pieces += [hay[begin:place].tobytes(), text]
+            begin = place
+        contexts.append(b"".join([*pieces, hay[begin : room + 1].tobytes()]))
+        order = rng.permutation(keys)
+        questions.append([needles[i][: NAME + 2] for i in order])
+        answers.append([needles[i][NAME + 2 :] for i in order])
+    return Quiz(*(_as_tokens(texts) for texts in (contexts, questions, answers)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Passkeys:
+    """`keys` numbers hidden in text and asked for behind it; the digits of the answers are scored.
+
+    Args:
+      length: steps of an example, questions and answers included.
+      paths: where the text comes from, as in `Text`: files and folders, or nothing for the sources of the Python standard library.
+      keys, digits: numbers a context, digits a number.
+      examples, held_out: how many there are to train and to validate on.
+    """
+
+    length: int = 256
+    paths: tuple[str, ...] = ()
+    keys: int = 4
+    digits: int = 4
+    examples: int = 20_000
+    held_out: int = 500
+
+    def __post_init__(self) -> None:
+        for name in ("keys", "digits", "examples", "held_out"):
+            at_least(name, getattr(self, name), 1)
+        at_least("length", self.length, 2 * self._turns, f"twice the {self._turns} bytes of keys={self.keys} questions and answers")
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return ByteTokenizer()
+
+    def train(self, seed: int) -> Examples:
+        return self._examples("train", self.examples, seed % VALIDATION)
+
+    def validation(self) -> Examples:
+        return self._examples("validation", self.held_out, VALIDATION)
+
+    @property
+    def _turns(self) -> int:
+        return self.keys * (NAME + self.digits + 3)
+
+    def _examples(self, split: str, count: int, seed: int) -> Examples:
+        rng = np.random.default_rng(seed)
+        asked = quiz(rng, haystacks(rng, count, self.length + 1 - self._turns, self.paths, split), keys=self.keys, digits=self.digits)
+        tokens = asked.joined()
+        scored = np.zeros(tokens.shape, bool)
+        place = np.arange(self._turns) % (self._turns // self.keys) - (NAME + 2)
+        scored[:, -self._turns :] = (place >= 0) & (place < self.digits)
+        return Examples(tokens[:, :-1], np.where(scored, tokens, IGNORE)[:, 1:])
+
+
+def haystacks(
+    rng: np.random.Generator, count: int, length: int, paths: tuple[str, ...] = (), split: str = "train"
+) -> UInt8[np.ndarray, "n c"]:
+    """`count` pieces of text of one length, each behind the byte that begins documents; as many documents are read as that takes."""
+    source, bos = FileSource(paths or None, split), ByteTokenizer.bos
+    texts, read = [], 0
+    for index in rng.permutation(len(source)):
+        texts.append(source[int(index)])
+        read += len(texts[-1])
+        if read >= count * (length - 1):
+            break
+    text = np.concatenate(texts)
+    text = np.resize(text, count * (length - 1)).reshape(count, length - 1)  # over again where there is too little
+    return np.concatenate([np.full((count, 1), bos, np.uint8), text], axis=1)
+
+
+def _names(rng: np.random.Generator, hay: bytes, count: int) -> list[bytes]:
+    """Different names that the haystack does not ask for itself."""
+    names: list[bytes] = []
+    while len(names) < count:
+        name = bytes(rng.integers(ord("a"), ord("z") + 1, NAME, dtype=np.uint8))
+        if name not in names and bytes([OPEN, *name, BETWEEN]) not in hay:
+            names.append(name)
+    return names
+
+
+def _as_tokens(texts: list) -> Int[np.ndarray, "..."]:
+    """Bytes strings of one length, nested in lists, as tokens."""
+    shape = (len(texts),) if isinstance(texts[0], bytes) else (len(texts), len(texts[0]))
+    flat = texts if len(shape) == 1 else [text for row in texts for text in row]
+    return np.frombuffer(b"".join(flat), np.uint8).reshape(*shape, -1).astype(np.int32)
