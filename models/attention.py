@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from seqlab.kernels.dispatch import check_name
 from seqlab.models.cache import Full, parse_cache
-from seqlab.models.layers import Linear, RMSNorm, divisor, positive, rotate
+from seqlab.models.layers import Linear, RMSNorm, RotaryScaling, divisor, positive, rotate
 from seqlab.module import Module
 from seqlab.shapes import Activations, Keys, LogSumExp, Queries, Steps, Values
 from seqlab.state import State, mask_steps, state_bytes
@@ -40,7 +40,8 @@ class Attention(Module):
       heads: query heads h; `kv_heads` (default h) divides it; `head_dim` defaults to d / h.
       cache: which past a query may see and how it is stored: a policy of `seqlab.models.cache`.
       rotary_base: base of the rotary frequencies; None for no positions at all. `rotary_width`: how many first channels of a head turn.
-      qk_norm: RMSNorm queries and keys per head before the rotation.
+      rotary_scaling: a `RotaryScaling` of these frequencies, for sequences longer than those of training.
+      qk_norm: RMSNorm (with `norm_eps`) queries and keys per head before the rotation.
       sink: a logit for no key at all, which takes weight from the others: "zero" (softmax-off-by-one) or "learned", one a head.
       bias, out_bias: of the projections into heads, and out of them.
 
@@ -64,7 +65,9 @@ class Attention(Module):
         cache: Policy = Full(),  # noqa: B008 - frozen
         rotary_base: float | None = 10_000.0,
         rotary_width: int | None = None,
+        rotary_scaling: RotaryScaling | None = None,
         qk_norm: bool = False,
+        norm_eps: float = 1e-5,
         sink: str | None = None,
         bias: bool = False,
         out_bias: bool = False,
@@ -84,12 +87,17 @@ class Attention(Module):
             raise ValueError(f"rotary_width must not exceed head_dim={self.head_dim}, got {rotary_width}")
         if sink is not None:
             check_name(sink, ("zero", "learned"), "sink")
-        self.cache, self.rotary_base, self.sink = cache, rotary_base, sink
+        self.cache, self.rotary_base, self.rotary_scaling, self.sink = cache, rotary_base, rotary_scaling, sink
         self.qkv = Linear(dim, (heads + 2 * self.kv_heads) * self.head_dim, bias=bias, rngs=rngs)
         self.out = Linear(heads * self.head_dim, dim, bias=out_bias, scale=out_scale, rngs=rngs)
-        self.q_norm = RMSNorm(self.head_dim) if qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim) if qk_norm else None
+        self.q_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
         self.sink_logits = nnx.Param(jnp.zeros((heads,))) if sink == "learned" else None
+
+    @property
+    def torch_sizes(self) -> dict[str, tuple[int, ...]]:
+        """Outputs of the three published projections that are one here."""
+        return {"qkv": (self.heads * self.head_dim, *[self.kv_heads * self.head_dim] * 2)}
 
     @property
     def exact(self) -> bool:
@@ -131,9 +139,9 @@ class Attention(Module):
         if self.rotary_base is None:
             return x
         if self.rotary_width == self.head_dim:
-            return rotate(x, positions, self.rotary_base)
+            return rotate(x, positions, self.rotary_base, self.rotary_scaling)
         turned, rest = jnp.split(x, [self.rotary_width], axis=-1)
-        return jnp.concatenate([rotate(turned, positions, self.rotary_base), rest], axis=-1)
+        return jnp.concatenate([rotate(turned, positions, self.rotary_base, self.rotary_scaling), rest], axis=-1)
 
     def rewind(self, state: State, steps: Int[Array, " b"]) -> State:
         """The state `steps` steps ago; ValueError where the cache no longer has it."""

@@ -6,7 +6,7 @@ compute dtype of a whole model. Norms and rotary phases work in float32 (float64
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -222,7 +222,30 @@ class SwiGLU(Module):
         return self.down(jax.nn.silu(gate) * up), state
 
 
-def rotary_phases(positions: Int[Array, "b t"], width: int, base: float) -> tuple[Float[Array, "b t k/2"], Float[Array, "b t k/2"]]:
+class RotaryScaling(NamedTuple):
+    """How a model trained on short sequences turns slower on long ones: frequencies divided by `factor`.
+
+    With the other three only the slow ones are: those with a period above `original_max_position_embeddings / low_freq_factor`, and
+    in part those down to `/ high_freq_factor` (Llama 3.1, arXiv 2407.21783). Without them all are (linear interpolation, arXiv 2306.15595).
+    """
+
+    factor: float
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+
+    def __call__(self, turns: np.ndarray) -> np.ndarray:
+        """Frequencies, in turns a step, as scaled."""
+        if self.low_freq_factor is None:
+            return turns / self.factor
+        periods = self.original_max_position_embeddings * turns  # in the length of training
+        kept = np.clip((periods - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0.0, 1.0)
+        return turns * (kept + (1 - kept) / self.factor)
+
+
+def rotary_phases(
+    positions: Int[Array, "b t"], width: int, base: float, scaling: RotaryScaling | None = None
+) -> tuple[Float[Array, "b t k/2"], Float[Array, "b t k/2"]]:
     """cos and sin of position * base^(-2i/width), as accurate at step 10^9 as at step 1.
 
     A float32 angle is off by 0.06 radians after a million steps. Here a frequency is a fraction of a turn with 48 bits, and the product
@@ -231,6 +254,7 @@ def rotary_phases(positions: Int[Array, "b t"], width: int, base: float) -> tupl
     """
     turns = float(base) ** (-np.arange(0, width, 2, dtype=np.float64) / width) / (2 * np.pi)
     fixed = np.round(turns * 2.0**48).astype(np.uint64)
+    turns = turns if scaling is None else scaling(turns)
     high, low = (fixed >> np.uint64(16)).astype(np.uint32), (fixed & np.uint64(0xFFFF)).astype(np.uint32)
     step = positions.astype(jnp.uint32)[..., None]
     phase = step * high + (step >> 16) * low + (((step & 0xFFFF) * low) >> 16)
@@ -238,9 +262,11 @@ def rotary_phases(positions: Int[Array, "b t"], width: int, base: float) -> tupl
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x: Float[Array, "b t h k"], positions: Int[Array, "b t"], base: float) -> Float[Array, "b t h k"]:
+def rotate(
+    x: Float[Array, "b t h k"], positions: Int[Array, "b t"], base: float, scaling: RotaryScaling | None = None
+) -> Float[Array, "b t h k"]:
     """Rotary position embedding with half-split pairing: channels i and i + k/2 turn together (arXiv 2104.09864)."""
-    cos, sin = (phase[:, :, None, :] for phase in rotary_phases(positions, x.shape[-1], base))
+    cos, sin = (phase[:, :, None, :] for phase in rotary_phases(positions, x.shape[-1], base, scaling))
     halves = x.astype(accumulator(x.dtype)).reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
     turned = halves * cos[..., None, :] + halves[..., ::-1, :] * jnp.stack([-sin, sin], axis=-2)
     return turned.reshape(x.shape).astype(x.dtype)

@@ -34,6 +34,7 @@ _PUBLIC = {
     "stream_generate": "seqlab.generate",
     "load": "seqlab.runs",
     "convert": "seqlab.weights",
+    "save_pretrained": "seqlab.pretrained",
     "explain": "seqlab.kernels.dispatch",
     "use_implementation": "seqlab.kernels.dispatch",
 }

@@ -144,6 +144,7 @@ class Stream(Iterator[Token]):
         self._left = np.minimum(room, np.iinfo(np.int32).max if max_tokens is None else max_tokens).astype(np.int64)
         self._room, self._fixed_block, self._block = room, block, block or 8
         self._decoders = [tokenizer.decoder() for _ in rows]
+        self._eos = getattr(tokenizer, "eos", None)
         self._stops = tuple(s.encode() if isinstance(s, str) else s for s in stops)
         self._tails = [b""] * len(rows)
         self._made = np.zeros(len(rows), np.int64)
@@ -233,6 +234,8 @@ class Stream(Iterator[Token]):
             tail = self._tails[row] + text.encode()
             finished = "stop" if text and any(stop in tail for stop in self._stops) else None
             self._tails[row] = tail[-max(map(len, self._stops)) + 1 :] if max(map(len, self._stops)) > 1 else b""
+        if token == self._eos:
+            finished = "stop"
         if finished is None and self._left[row] < 1:
             finished = "capacity" if self._made[row] >= self._room[row] else "length"
         if finished:

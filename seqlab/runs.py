@@ -21,7 +21,8 @@ class RunError(ValueError):
 class Run(NamedTuple):
     """A trained model: `config` is the Fiddle config that built it, `step` the checkpoint that its parameters are from.
 
-    `tokenizer` is None where the model's inputs are not tokens.
+    Of a published model `config` is that of the model alone and `step` is 0. `tokenizer` is None where the model's inputs are not tokens,
+    and where a published model came without tokenizer.json.
     """
 
     model: Module
@@ -39,19 +40,29 @@ class Evaluation(NamedTuple):
 
 
 def load(workdir: str | os.PathLike[str], step: int | None = None) -> Run:
-    """The model of a run folder, from its last good checkpoint or that of `step`.
+    """The model of a run folder, from its last good checkpoint or that of `step`; or a published model (Llama, Mamba, ...) from its folder
+    or, as "organisation/name", from the hub.
 
-    The folder's config is executed: load only what you would run.
+    The config of a run is executed: load only what you would run. Published models are data alone.
 
     Raises:
       RunError: `workdir` is not the folder of a run, or the run has no checkpoint yet.
+      PretrainedError: a published model that cannot be had or is not supported, with the reason.
       ConfigError: its config names something that is not there (any more).
       CheckpointError: `step` does not exist or is damaged, or no checkpoint is good, with the reasons.
     """
+    from seqlab import pretrained
     from seqlab.train import config
     from seqlab.train.checkpoint import Checkpoints
 
-    workdir = pathlib.Path(workdir)
+    name, workdir = str(workdir), pathlib.Path(workdir)
+    if pretrained.is_hub_id(name) and not workdir.exists():
+        workdir = pretrained.fetch(name)
+    if pretrained.is_pretrained(workdir):
+        if step is not None:
+            raise RunError(f"step: got {step}, but {name} is a published model, which has no steps")
+        model, cfg = pretrained.load_pretrained(workdir)
+        return Run(model, pretrained.tokenizer_of(workdir), cfg, 0)
     file = workdir / "config.json"
     if not file.is_file():
         what = "does not exist" if not workdir.exists() else "is not a folder" if not workdir.is_dir() else "holds no config.json"

@@ -5,8 +5,9 @@ through a decoder, never through `decode` of single tokens: a character may need
 """
 
 import codecs
+import os
 from collections.abc import Iterable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
@@ -25,7 +26,10 @@ class TextDecoder(Protocol):
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What generation and training ask of a tokenizer. `bos` begins every document and so also tells where one ends."""
+    """What generation and training ask of a tokenizer. `bos` begins every document and so also tells where one ends.
+
+    A tokenizer may have an `eos` too: a row of a stream ends after this token.
+    """
 
     vocab_size: int
     bos: int
@@ -78,4 +82,71 @@ class ByteDecoder:
         """U+FFFD if the stream broke off inside a character, else ""; the decoder is as new afterwards."""
         rest = self._utf8.decode(b"", final=True)
         self._utf8.reset()
+        return rest
+
+
+class FileTokenizer:
+    """The tokenizer of a tokenizer.json, as the `tokenizers` library writes it (an optional package, imported here).
+
+    Args:
+      path: the file.
+      bos, eos: the tokens that begin and end documents, which the file does not tell; None for none.
+
+    Raises:
+      ImportError: `tokenizers` is not installed.
+      FileNotFoundError, ValueError: there is no such file, or it is no tokenizer.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], bos: int | None = None, eos: int | None = None):
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise ImportError(f"reading {path} needs the tokenizers package: pip install tokenizers") from error
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"path: there is no file {path}")
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(os.fspath(path))
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(f"path: {path} is no tokenizer ({error})") from error
+        self.vocab_size, self.bos, self.eos = self._tokenizer.get_vocab_size(), bos, eos
+
+    def encode(self, text: str | bytes) -> Int[np.ndarray, " t"]:
+        """`text` as int32 tokens, without any special ones around it."""
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of `tokens`; special ones have none."""
+        return self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True)
+
+    def decoder(self) -> "FileDecoder":
+        """A new decoder for one stream of tokens."""
+        return FileDecoder(self._tokenizer)
+
+
+class FileDecoder:
+    """Holds tokens back until their text can no longer change by what follows."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._begin()
+
+    def _begin(self) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self._stream, self._held = DecodeStream(skip_special_tokens=True), []
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes, "" inside a character."""
+        self._held.append(int(token))
+        text = self._stream.step(self._tokenizer, int(token))
+        if text is None:
+            return ""
+        self._held.clear()
+        return text
+
+    def finish(self) -> str:
+        """The text of what was held back; the decoder is as new afterwards."""
+        rest = self._tokenizer.decode(self._held, skip_special_tokens=True)
+        self._begin()
         return rest

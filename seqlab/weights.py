@@ -1,10 +1,11 @@
-"""Weights under their published names: `convert(model, tensors)` puts a PyTorch state dict into a model.
+"""Weights under their published names: `convert(model, tensors)` puts a PyTorch state dict into a model, `published(model)` gives one.
 
-A module says what its parts are called elsewhere, in two class attributes that only need to name what differs:
+A module says what its parts are called elsewhere, in attributes that only need to name what differs:
 
     torch_names: dict[str, str | tuple[str, ...] | list[str]]   our attribute -> the published one ("" = at this level, a tuple = joined
                                                     outputs, a list = a name for each item of ours)
     torch_layout: dict[str, str]                    our parameter -> the layout that PyTorch keeps it in, a key of LAYOUTS
+    torch_sizes: dict[str, tuple[int, ...]]         (of the object) our attribute -> outputs of each joined map, where they differ
 
 Names of a whole architecture (how a language model calls its layers) are tables of the same kind by class name, in ARCHITECTURES.
 """
@@ -25,13 +26,15 @@ from seqlab.module import merge, split
 
 Names = Mapping[str, str | tuple[str, ...] | list[str]]
 
-LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "[out, in]": np.transpose,
-    "[d, 1, w]": lambda w: w[:, 0].T,  # a depthwise Conv1d
-    "[out, in, w]": lambda w: w.transpose(2, 1, 0),  # a Conv1d
-    "[out, in, h, w]": lambda w: w.transpose(2, 3, 1, 0),  # a Conv2d
-    "[out, in, 1]": lambda w: w[..., 0].T,  # a Conv1d of width 1 is a linear map
-    "[1, d, h, w]": lambda w: w[0].transpose(1, 2, 0),
+# From PyTorch's layout to ours, and back.
+LAYOUTS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]] = {
+    "[out, in]": (np.transpose, np.transpose),
+    "[d, 1, w]": (lambda w: w[:, 0].T, lambda w: w.T[:, None]),  # a depthwise Conv1d
+    "[out, in, w]": (lambda w: w.transpose(2, 1, 0), lambda w: w.transpose(2, 1, 0)),  # a Conv1d
+    "[out, in, h, w]": (lambda w: w.transpose(2, 3, 1, 0), lambda w: w.transpose(3, 2, 0, 1)),  # a Conv2d
+    "[in, out, h, w]": (lambda w: w.transpose(2, 3, 0, 1), lambda w: w.transpose(2, 3, 0, 1)),  # a ConvTranspose2d
+    "[out, in, 1]": (lambda w: w[..., 0].T, lambda w: w.T[..., None]),  # a Conv1d of width 1 is a linear map
+    "[1, d, h, w]": (lambda w: w[0].transpose(1, 2, 0), lambda w: w.transpose(2, 0, 1)[None]),
 }
 
 _MAMBA: dict[str, Names] = {
@@ -105,6 +108,14 @@ _METAFORMER: dict[str, Names] = _METABLOCK | {
     },
 }
 
+_WAVEMIX: dict[str, Names] = {
+    "ImageClassifier": {"backbone": "", "head": "pool.2"},
+    "ImageToMap": {"backbone": "", "head": "expand"},
+    "ImageBackbone": {"downs": ["conv"], "stages": [""]},
+    "Stage": {"blocks": "layers"},
+    "Block": {"mixer": ""},
+}
+
 ARCHITECTURES: dict[str, dict[str, Names]] = {
     "mamba": _MAMBA,
     "mamba2": _MAMBA,
@@ -116,6 +127,7 @@ ARCHITECTURES: dict[str, dict[str, Names]] = {
     "metaformer_ppaa": _poolformer(positions=(2, 3)),
     "metaformer_pppa": _poolformer(positions=(3,)),
     "metaformer": _METAFORMER,
+    "wavemix": _WAVEMIX,
 }
 
 # In state dicts, but not weights: counters, constants of positions and of Legendre memories, and the second name of a tied head.
@@ -146,7 +158,7 @@ def convert(
     tables = ARCHITECTURES[architecture] if architecture else {}
     tensors = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     static, params = split(model)
-    sources = {ours: (theirs, layout) for ours, theirs, layout in _walk(model, "", ("",), tables)}
+    sources = {ours: (theirs, layout) for ours, theirs, layout, _ in _walk(model, "", ("",), tables)}
     used, new = set(), {}
     for name, old in params.items():
         if name not in sources:  # nothing that anybody publishes
@@ -165,25 +177,43 @@ def convert(
     return merge(static, new)
 
 
+def published(model: nnx.Module, architecture: str | None = None) -> dict[str, np.ndarray]:
+    """The weights of `model` under their published names and in PyTorch's layouts: what `convert` takes. A tied head is there once."""
+    if architecture is not None:
+        check_name(architecture, tuple(ARCHITECTURES), "architecture")
+    _, params = split(model)
+    tensors = {}
+    for ours, theirs, layout, sizes in _walk(model, "", ("",), ARCHITECTURES[architecture] if architecture else {}):
+        value = np.asarray(params[ours])
+        edges = len(theirs) if sizes is None else np.cumsum(sizes)[:-1]
+        for name, part in zip(theirs, np.split(value, edges, axis=-1), strict=True):
+            tensors[name] = np.ascontiguousarray(part if layout is None else LAYOUTS[layout][1](part))
+    return tensors
+
+
 def published_names(model: nnx.Module, architecture: str | None = None) -> dict[str, tuple[str, ...]]:
     """Our parameter name -> the published name, or names where one of our parameters joins several."""
-    return {ours: theirs for ours, theirs, _ in _walk(model, "", ("",), ARCHITECTURES[architecture] if architecture else {})}
+    return {ours: theirs for ours, theirs, _, _ in _walk(model, "", ("",), ARCHITECTURES[architecture] if architecture else {})}
 
 
 def _walk(
-    module: nnx.Module, ours: str, theirs: tuple[str, ...], tables: Mapping[str, Names]
-) -> Iterator[tuple[str, tuple[str, ...], str | None]]:
-    """(our name, published names, layout) of every parameter; several names where outputs of several published maps are joined."""
+    module: nnx.Module, ours: str, theirs: tuple[str, ...], tables: Mapping[str, Names], sizes: tuple[int, ...] | None = None
+) -> Iterator[tuple[str, tuple[str, ...], str | None, tuple[int, ...] | None]]:
+    """(our name, published names, layout, sizes) of every parameter.
+
+    There are several names where outputs of several published maps are joined; `sizes` says how many are of each, None where all have
+    as many (a module's `torch_sizes` names the others by attribute).
+    """
     cls = type(module)
     names = {**getattr(cls, "torch_names", {}), **tables.get(cls.__name__, {})}
-    layouts = getattr(cls, "torch_layout", {})
+    layouts, all_sizes = getattr(cls, "torch_layout", {}), getattr(module, "torch_sizes", {})
     for attribute, value in vars(module).items():
         listed = names.get(attribute, attribute)
         joined = tuple(_join(parent, name) for parent in theirs for name in ((listed,) if isinstance(listed, str) else listed))
         if isinstance(value, Draws):
             continue
         if isinstance(value, nnx.Variable):
-            yield ours + attribute, joined, layouts.get(attribute)
+            yield ours + attribute, joined, layouts.get(attribute), sizes
         elif isinstance(value, nnx.List) and isinstance(listed, list):
             for i, (item, name) in enumerate(zip(value, joined[: len(value)], strict=True)):  # names beyond belong to larger models
                 yield from _walk(item, f"{ours}{attribute}.{i}.", (name,), tables)
@@ -191,7 +221,7 @@ def _walk(
             for i, item in enumerate(value):
                 yield from _walk(item, f"{ours}{attribute}.{i}.", tuple(_join(name, str(i)) for name in joined), tables)
         elif isinstance(value, nnx.Module):
-            yield from _walk(value, f"{ours}{attribute}.", joined, tables)
+            yield from _walk(value, f"{ours}{attribute}.", joined, tables, all_sizes.get(attribute, sizes))
 
 
 def _join(parent: str, name: str) -> str:
@@ -212,4 +242,4 @@ def _layed_out(value: np.ndarray, name: str, layout: str | None) -> Array | np.n
         value = value.reshape(value.shape[:2] + tuple(size for size in value.shape[2:] if size != 1))
     if value.ndim != layout.count(",") + 1:
         raise ValueError(f"{name} has shape {value.shape}, expected {layout}")
-    return LAYOUTS[layout](value)
+    return LAYOUTS[layout][0](value)
