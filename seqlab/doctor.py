@@ -133,6 +133,14 @@ def _conv() -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (_normal(0, _BATCH, _TIME, _WIDTH), _normal(1, 4, _WIDTH), None), {}
 
 
+def _dwt() -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (_normal(0, _BATCH, 16, 16, _WIDTH),), {}
+
+
+def _idwt() -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (_normal(0, _BATCH, 8, 8, _WIDTH), [_normal(1, _BATCH, 8, 8, _WIDTH, 3)]), {}
+
+
 def _linear_attention() -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (_heads(0), _heads(1), _heads(2)), {"decay": jax.nn.log_sigmoid(_heads(3))}
 
@@ -152,6 +160,8 @@ def _scan() -> tuple[tuple[Any, ...], dict[str, Any]]:
 SAMPLES: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "attention": _attention,
     "conv": _conv,
+    "dwt": _dwt,
+    "idwt": _idwt,
     "linear_attention": _linear_attention,
     "lmu": _lmu,
     "scan": _scan,

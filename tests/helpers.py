@@ -1,8 +1,11 @@
 """What several tests need: comparison relative to scale, random splits, chunked runs."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 
 def assert_close(actual, expected, tolerance, name="value"):
@@ -32,3 +35,19 @@ def assert_identical(actual, expected, name="value"):
 def random(seed, *shape, scale=1.0, dtype=jnp.float32):
     """A normal array that does not depend on the precision of the session."""
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape) * scale, dtype)
+
+
+class _NoKeys(nnx.Rngs):
+    def __init__(self):
+        super().__init__(0)
+
+    def params(self):
+        return jnp.zeros((2,), jnp.uint32)
+
+
+def abstract(build):
+    """The module that build(rngs=...) makes, without its numbers. Nothing is drawn: tracing the draws of a large model takes longer than
+    all the rest."""
+    blank = {name: lambda key, shape, **bounds: jnp.zeros(shape) for name in ("normal", "uniform")}
+    with mock.patch.multiple(jax.random, **blank, key_data=lambda key: key):
+        return nnx.eval_shape(lambda: build(rngs=_NoKeys()))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import assert_close, assert_identical, random
+from helpers import abstract, assert_close, assert_identical, random
 
 from seqlab import split
 from seqlab.models import MLP
@@ -56,44 +56,26 @@ METAFORMER = {
 }
 
 
-class NoKeys(nnx.Rngs):
-    """No keys at all: what an abstract model draws does not matter, and tracing its draws takes longer than all else."""
-
-    def __init__(self):
-        super().__init__(0)
-
-    def params(self):
-        return jnp.zeros((2,), jnp.uint32)
-
-
-@pytest.fixture
-def abstract(monkeypatch):
-    for name in ("normal", "uniform"):
-        monkeypatch.setattr(jax.random, name, lambda key, shape, **bounds: jnp.zeros(shape))
-    monkeypatch.setattr(jax.random, "key_data", lambda key: key)
-    return lambda build: nnx.eval_shape(lambda: build(rngs=NoKeys()))
-
-
 def others_slow(names):
     """The smallest and the largest of a kind with every run, the others with the long one."""
     return [name if name.rpartition("_")[2] in ("s12", "s18", "b36") else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @pytest.mark.parametrize("size", others_slow(POOLFORMER))
-def test_poolformer_has_the_parameters_of_the_paper(size, abstract):
+def test_poolformer_has_the_parameters_of_the_paper(size):
     millions, count = POOLFORMER[size]
     assert count_params(abstract(partial(poolformer, size))) == count
     assert f"{count / 1e6:.2f}" == millions
 
 
 @pytest.mark.parametrize("name", others_slow(METAFORMERS))
-def test_metaformers_have_the_parameters_of_the_paper(name, abstract):
+def test_metaformers_have_the_parameters_of_the_paper(name):
     millions, count = METAFORMER[name]
     assert count_params(abstract(partial(metaformer, name))) == count
     assert f"{count / 1e6:.{len(millions.partition('.')[2])}f}" == millions
 
 
-def test_what_randformer_never_learns_is_not_counted(abstract):
+def test_what_randformer_never_learns_is_not_counted():
     static, params = split(abstract(partial(metaformer, "randformer_s12")))
     frozen = sum(params[name].size for name in statistics_of(static))
     assert frozen == 6 * 196**2 + 2 * 49**2  # "11.9 + 0.2" in the paper

@@ -167,7 +167,7 @@ class ImageClassifier(Module):
 
     def features(self, images: Map) -> list[Map]:
         """The maps behind every stage."""
-        return self.backbone(images.astype(jnp.promote_types(self.dtype, images.dtype) if images.dtype == jnp.float64 else self.dtype))
+        return self.backbone(images.astype(self.dtype))
 
     def pooled(self, x: Map) -> Float[Array, "b d"]:
         """What the head reads of a last map, in float32 at least."""

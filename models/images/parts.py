@@ -5,10 +5,12 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from seqlab.models.layers import Factory, positive
+from seqlab.models.batch_norm import BatchNorm
+from seqlab.models.layers import Factory, matmul, positive
 from seqlab.module import Module
 from seqlab.shapes import Steps, accumulator
 from seqlab.state import State
@@ -74,6 +76,53 @@ class Conv(Module):
             feature_group_count=self.groups,
         )
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class ConvTranspose(Module):
+    """A transposed convolution with weights [h, w, in, out]: every place is spread over kernel × kernel places, `stride` apart.
+
+        y[stride i + p - padding] += W[p] x[i]        for both axes; a side of n becomes (n - 1) stride - 2 padding + kernel
+
+    One matrix product makes all that is spread, and sums of shifted parts put it in place: no product is with a zero, as it would be in a
+    convolution of the map with zeros between its places.
+    """
+
+    torch_layout: ClassVar = {"weight": "[in, out, h, w]"}
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, *, stride: int, padding: int = 0, rngs: nnx.Rngs):
+        shape = (positive("kernel", kernel), kernel, positive("inputs", inputs), positive("outputs", outputs))
+        bound = 1 / math.sqrt(kernel * kernel * outputs)  # PyTorch's fan in of transposed weights
+        self.weight = nnx.Param(jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound))
+        self.bias = nnx.Param(jax.random.uniform(rngs.params(), (outputs,), minval=-bound, maxval=bound))
+        self.kernel, self.stride, self.padding = kernel, positive("stride", stride), padding
+
+    def __call__(self, x: Map) -> Float[Array, "b i j o"]:
+        y = matmul(x, rearrange(self.weight[...].astype(x.dtype), "p q d o -> d (p q o)"))
+        y = rearrange(y, "b i j (p q o) -> b i p j q o", p=self.kernel, q=self.kernel)
+        y = self._overlapped(self._overlapped(y, 3), 1)
+        return y + self.bias[...].astype(x.dtype)
+
+    def _overlapped(self, y: Array, axis: int) -> Array:
+        """Axes (i, p) of places and what they spread, joined into one of places."""
+        n, stride = y.shape[axis], self.stride
+        parts = -(-self.kernel // stride)  # into how many neighbouring cells of `stride` places one place reaches
+        padding = [(0, 0)] * y.ndim
+        padding[axis + 1] = (0, parts * stride - self.kernel)
+        y = jnp.pad(y, padding)
+        total = 0
+        for a in range(parts):
+            part = jax.lax.slice_in_dim(y, a * stride, (a + 1) * stride, axis=axis + 1)
+            ends = [(0, 0)] * y.ndim
+            ends[axis] = (a, parts - 1 - a)
+            total = total + jnp.pad(part, ends)
+        total = total.reshape(*y.shape[:axis], (n + parts - 1) * stride, *y.shape[axis + 2 :])
+        size = (n - 1) * stride - 2 * self.padding + self.kernel
+        return jax.lax.slice_in_dim(total, self.padding, self.padding + size, axis=axis)
+
+
+def batch_normed(norm: BatchNorm, x: Map) -> Map:
+    """BatchNorm of a map: all places of all images count alike."""
+    return norm(x.reshape(x.shape[0], -1, x.shape[-1])).reshape(x.shape)
 
 
 class MapNorm(Module):
