@@ -1,6 +1,7 @@
 """Operations on sequences and maps as pure functions: arrays in, arrays out, no parameters.
 
     attention          softmax attention, with the log-sum-exp by which partial attentions merge
+    block_attention    softmax attention over the blocks that each query chooses
     conv               depthwise causal convolution over time
     dwt                the Haar wavelet transform of maps
     linear_attention   memories that are sums of outer products
@@ -30,7 +31,7 @@ import types
 if not __name__.startswith("seqlab."):
     raise ImportError("import seqlab.kernels, not kernels: two copies of one module would hold two sets of classes")
 
-__all__ = ["attention", "conv", "dwt", "linear_attention", "lmu", "scan"]
+__all__ = ["attention", "block_attention", "conv", "dwt", "linear_attention", "lmu", "scan"]
 
 
 class _Kernels(types.ModuleType):

@@ -129,6 +129,10 @@ def _attention() -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (_heads(0), _heads(1), _heads(2)), {}
 
 
+def _block_attention() -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (_heads(0), _heads(1), _heads(2), jnp.zeros((_BATCH, _TIME, _HEADS, 1), jnp.int32)), {"block": _TIME // 4}
+
+
 def _conv() -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (_normal(0, _BATCH, _TIME, _WIDTH), _normal(1, 4, _WIDTH), None), {}
 
@@ -159,6 +163,7 @@ def _scan() -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 SAMPLES: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "attention": _attention,
+    "block_attention": _block_attention,
     "conv": _conv,
     "dwt": _dwt,
     "idwt": _idwt,

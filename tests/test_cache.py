@@ -12,7 +12,7 @@ from helpers import assert_close, random
 from seqlab import state_bytes, stream_generate
 from seqlab.models import Attention, Full, LanguageModel, Window
 from seqlab.models.attention import bytes_per_step, with_cache
-from seqlab.models.cache import Quantized, duo, parse_cache
+from seqlab.models.cache import MoBA, Quantized, duo, parse_cache
 from seqlab.models.cache.quantize import dequantize, pack, quantize, unpack
 from seqlab.models.duo import fit_gates, retrieval_heads
 from seqlab.module import params_of
@@ -210,6 +210,8 @@ def test_impossible_codings_are_refused(options, words):
         ("window(8) + in_place", Window(8, positions="cache")),
         ("full(256)+int2(group=16, residual=32)", Quantized(256, bits=2, group=16, residual=32)),
         ("sinks(4)+window(1020)+int4", Quantized(None, 1020, 4, bits=4)),
+        ("full(4096) + moba(512, 3)", MoBA(512, 3)),
+        ("moba(64, 2)+window(256)", MoBA(64, 2, None, stored=4)),
     ],
 )
 def test_caches_are_words(spec, policy):
@@ -229,6 +231,13 @@ def test_caches_are_words(spec, policy):
         ("window(8)+window(9)", "window stands twice"),
         ("window(eight)", "cannot read 'eight'"),
         ("window(8)+int4(bits=2)", "int4 takes group and residual, got bits"),
+        ("full(64)+int4(8)", "int4 takes group and residual, got 8"),
+        ("full(64)+moba(8)", r"moba takes two numbers, moba\(block, top_k\)"),
+        ("moba(8, 2)", "must hold one of full.n. and window.n."),
+        ("window(20)+moba(8, 2)", r"window must hold whole blocks of moba\(8, 2\), got window\(20\)"),
+        ("sinks(2)+window(16)+moba(8, 2)", "sinks and moba do not go together"),
+        ("full(16)+moba(8, 2)+int4", "int4 and moba do not go together"),
+        ("window(16)+moba(8, 2)+in_place", "in_place and moba do not go together"),
         ("window(0)", "window must be a positive integer, got 0"),
     ],
 )

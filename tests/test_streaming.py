@@ -23,14 +23,16 @@ LENGTH = 3 * zoo.WINDOW + 5
 # Gradients cost half of the compilations: for one of each kind here, for all of them in the slow tests.
 WITH_GRADIENTS = ("attention_gqa_norm", "window_sinks_softcap", "mamba", "gated_delta", "lm_hybrid")
 # Another of the same class is in the quick tests.
-VARIANTS = ("attention", "mamba_wide_conv", "selective", "gated_linear", "lmu_channels", "lmuformer_spiking")
+VARIANTS = ("attention", "moba", "mamba_wide_conv", "selective", "gated_linear", "lmu_channels", "lmuformer_spiking")
+JUMPS = ("coded", "moba")
 QUICK = [pytest.param(name, marks=[pytest.mark.slow] * (name in VARIANTS)) for name in zoo.MIXERS]
 
 
 @pytest.mark.parametrize("name", QUICK)
 def test_mixer_obeys_the_law(name):
-    # Codes jump where a number lies between two: float32's own rounding may tip one over, on one machine or another. float64's does not.
-    dtype = "float64" if name.startswith("coded") else "float32"
+    # Codes and choices jump where a number lies between two: float32's own rounding may tip one over, on one machine or another.
+    # float64's does not.
+    dtype = "float64" if name.startswith(JUMPS) else "float32"
     verify_streaming(zoo.mixer(name), length=LENGTH, dtype=dtype, gradients=name in WITH_GRADIENTS).raise_for_failure()
 
 
@@ -58,7 +60,7 @@ def test_mixer_obeys_the_law_in_bfloat16(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
-@pytest.mark.parametrize("name", [name for name in zoo.MIXERS if not name.startswith("coded")])
+@pytest.mark.parametrize("name", [name for name in zoo.MIXERS if not name.startswith(JUMPS)])
 def test_every_mixer_obeys_the_law_in_other_dtypes(name, dtype):
     verify_streaming(zoo.mixer(name), length=LENGTH, dtype=dtype).raise_for_failure()
 

@@ -14,8 +14,9 @@ equal the parallel form), has a `capacity` where sequences must end, and `rewind
 from seqlab.models.cache.common import CacheState
 from seqlab.models.cache.full import Full
 from seqlab.models.cache.heads import Heads, duo
+from seqlab.models.cache.moba import MoBA
 from seqlab.models.cache.quantized import Quantized
 from seqlab.models.cache.spec import parse_cache
 from seqlab.models.cache.window import Window
 
-__all__ = ["CacheState", "Full", "Heads", "Quantized", "Window", "duo", "parse_cache"]
+__all__ = ["CacheState", "Full", "Heads", "MoBA", "Quantized", "Window", "duo", "parse_cache"]
