@@ -23,13 +23,16 @@ class MambaState(NamedTuple):
 
 
 class Selective(Module):
-    """What Mamba and its relatives do to a stream of E = `inner` channels: convolution, selection, scan, skip. Abstract: see `selected`."""
+    """What Mamba and its relatives do to a stream of E = `inner` channels: convolution, selection, scan, skip. Abstract: see `selected`.
+
+    With conv_width=None there is no convolution: what comes in is what selects and is scanned.
+    """
 
     torch_names: ClassVar = {"conv": "conv1d"}
 
-    def __init__(self, inner: int, *, dt_rank: int, state_size: int, conv_width: int, conv_bias: bool, rngs: nnx.Rngs):
+    def __init__(self, inner: int, *, dt_rank: int, state_size: int, conv_width: int | None, conv_bias: bool, rngs: nnx.Rngs):
         self.inner, self.state_size, self.dt_rank = inner, positive("state_size", state_size), positive("dt_rank", dt_rank)
-        self.conv = ShortConv(inner, width=conv_width, bias=conv_bias, rngs=rngs)
+        self.conv = None if conv_width is None else ShortConv(inner, width=conv_width, bias=conv_bias, rngs=rngs)
         self.x_proj = Linear(inner, dt_rank + 2 * state_size, rngs=rngs)
         self.dt_proj = Linear(dt_rank, inner, bias=True, scale=1 / math.sqrt(3), rngs=rngs)
         self.dt_proj.bias[...] = step_size_bias(rngs.params(), inner)
@@ -38,12 +41,12 @@ class Selective(Module):
 
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> MambaState:
         ssm = jnp.zeros((batch, self.inner, self.state_size), accumulator(dtype))
-        return MambaState(self.conv.init_state(batch, dtype), ssm)
+        return MambaState(() if self.conv is None else self.conv.init_state(batch, dtype), ssm)
 
     def selected(self, a: Activations, state: MambaState | None, reset: Steps | None, valid: Steps | None):
         """a [b, t, e] -> y [b, t, e]: c = silu(conv(a)); r, B, C = x_proj(c); Δ = softplus(dt_proj(r)); scan; + D c."""
         conv, ssm = (None, None) if state is None else state
-        c, conv = self.conv(a, conv, reset, valid)
+        c, conv = (a, conv) if self.conv is None else self.conv(a, conv, reset, valid)
         rank, B, C = jnp.split(self.x_proj(c), [self.dt_rank, self.dt_rank + self.state_size], axis=-1)
         wide = accumulator(a.dtype)  # step sizes and decays in float32 whatever the activations are
         delta = jax.nn.softplus(rank.astype(wide) @ self.dt_proj.weight[...].astype(wide) + self.dt_proj.bias[...].astype(wide))

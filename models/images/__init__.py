@@ -1,4 +1,4 @@
-"""Models of images: pooling, convolutions, attention and wavelets in one hierarchical backbone. Images are [b, h, w, channels], NHWC."""
+"""Models of images: pooling, convolutions, attention, wavelets and scans as mixers of one kind of block. Images are [b, h, w, c], NHWC."""
 
 from seqlab.models.images.dense import ImageToMap, MapHead
 from seqlab.models.images.metaformer import (
@@ -14,6 +14,7 @@ from seqlab.models.images.metaformer import (
 )
 from seqlab.models.images.mixers import IdentityMixing, ImageAttention, Pooling, RandomMixing, SepConv, SpatialLinear
 from seqlab.models.images.parts import Conv, ConvTranspose, Downsample, ImageMixer, MapNorm, StarReLU
+from seqlab.models.images.vim2 import VIM2S, FourScans, InRows, ViM2Backbone, scan_orders, vim2
 from seqlab.models.images.wavemix import (
     ParallelWaveMixing,
     PatchStem,
@@ -27,9 +28,11 @@ from seqlab.models.images.wavemix import (
 __all__ = [
     "METAFORMERS",
     "POOLFORMERS",
+    "VIM2S",
     "Conv",
     "ConvTranspose",
     "Downsample",
+    "FourScans",
     "IdentityMixing",
     "ImageAttention",
     "ImageBackbone",
@@ -37,6 +40,7 @@ __all__ = [
     "ImageMixer",
     "ImagePyramid",
     "ImageToMap",
+    "InRows",
     "MLPHead",
     "MapHead",
     "MapNorm",
@@ -49,10 +53,13 @@ __all__ = [
     "SpatialLinear",
     "StarReLU",
     "StridedStem",
+    "ViM2Backbone",
     "WaveMixing",
     "baseline",
     "metaformer",
     "poolformer",
+    "scan_orders",
+    "vim2",
     "wave_backbone",
     "wavemix",
 ]

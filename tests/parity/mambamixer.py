@@ -1,4 +1,4 @@
-"""MambaMixer and TSM2: the scan, the mixers of one and of two directions, the stack of weighted sums, a whole TSM2.
+"""MambaMixer, TSM2 and ViM2: the scan, mixers of one, two and four directions, the stack of weighted sums, a whole TSM2.
 
 The cases were derived from the paper's equations, whose directions share arrays [K, ...]; a channel mixer is known by the `layout` of the
 case, a stack by its weights alpha, TSM2 by its patches.
@@ -8,11 +8,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import pytest
 from flax import nnx
 
 from seqlab.kernels import scan
-from seqlab.models import TSM2, MambaMixerStack, SelectiveChannelMixer, SelectiveMixer
+from seqlab.models import TSM2, LayerNorm, MambaMixerStack, SelectiveChannelMixer, SelectiveMixer
+from seqlab.models.images import FourScans, scan_orders
 from seqlab.weights import convert
 
 # of one direction: ours, theirs
@@ -27,8 +27,8 @@ SUMS = ("alpha", "beta", "theta", "gamma")
 
 def check(case):
     if "dwconv_weight" in case.params:
-        pytest.skip("the four scans over an image belong to the image models, which seqlab does not have yet")
-    if "patch_weight" in case.params:
+        check_four_scans(case)
+    elif "patch_weight" in case.params:
         check_tsm2(case)
     elif "alpha" in case.params:
         check_stack(case)
@@ -165,6 +165,23 @@ def check_tsm2(case):
     mids = {name: value.swapaxes(1, 2) for name, value in mids.items()}
     case.check_all({"embedded": model.embed(model.cut(x)).swapaxes(1, 2), **mids})
     case.check("forecast", y.swapaxes(1, 2))
+
+
+def check_four_scans(case):
+    x, params = case.array("x"), case.params
+    _, height, width, dim = x.shape
+    case.check_all({"scan_order": scan_orders(height, width)}, exact=True)
+    names = {name: theirs for name, theirs in PARTS.items() if not name.startswith("conv1d")}
+    weights = {f"{name}.weight": params[name] for name in ("in_proj", "out_proj")}
+    weights |= {f"directions.{k}.{ours}": params[theirs][k] for k in range(len(params["D"])) for ours, theirs in names.items()}
+    weights |= {"conv.weight": params["dwconv_weight"][:, None], "conv.bias": params["dwconv_bias"]}
+    norm = {"norm.weight": params.get("out_norm_weight"), "norm.bias": params.get("out_norm_bias")}
+    shapes = {"inner": params["A_log"].shape[1], "state_size": params["A_log"].shape[2], "dt_rank": params["dt_proj_weight"].shape[2]}
+    for name, factory in (("y", None), ("y_with_out_norm", functools.partial(LayerNorm, eps=case.options.get("layernorm_eps", 1e-5)))):
+        if name in case.outs:
+            mixer = FourScans(dim, **shapes, norm=factory, rngs=nnx.Rngs(0))
+            mixer = convert(mixer, weights if factory is None else weights | norm)
+            case.check(name, jax.jit(lambda x, mixer=mixer: mixer.mix(x))(x))
 
 
 def check_scan(case):
