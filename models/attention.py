@@ -1,7 +1,7 @@
 """Softmax attention as a mixer: projections around a cache policy."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from seqlab.kernels.dispatch import check_name
 from seqlab.models.cache import Full, parse_cache
-from seqlab.models.layers import Linear, RMSNorm, RotaryScaling, divisor, positive, rotate
+from seqlab.models.layers import Linear, RMSNorm, RotaryScaling, ShortConv, divisor, positive, rotate
 from seqlab.module import Module
 from seqlab.shapes import Activations, Keys, LogSumExp, Queries, Steps, Values
 from seqlab.state import State, mask_steps, state_bytes
@@ -32,6 +32,13 @@ class Policy(Protocol):
     def rewind(self, state: State, steps: Int[Array, " b"]) -> State: ...
 
 
+class KeyConvState(NamedTuple):
+    """`cache`: the state of the policy. `conv` [b, w-1, g * k]: the last keys as they were projected, oldest first."""
+
+    cache: State
+    conv: Float[Array, "b w-1 d"]
+
+
 class Attention(Module):
     """Multi-head attention with rotary positions; heads may share keys and values (GQA, arXiv 2305.13245).
 
@@ -42,10 +49,13 @@ class Attention(Module):
       rotary_base: base of the rotary frequencies; None for no positions at all. `rotary_width`: how many first channels of a head turn.
       rotary_scaling: a `RotaryScaling` of these frequencies, for sequences longer than those of training.
       qk_norm: RMSNorm (with `norm_eps`) queries and keys per head before the rotation.
+      key_conv: taps w of a causal depthwise convolution that gathers keys of neighbouring steps before anything else is done to them,
+        k_t + silu(sum_{j < w} w_j k_{t-w+1+j}): mean keys of blocks then tell more (FlashMoBA, arXiv 2511.11571).
       sink: a logit for no key at all, which takes weight from the others: "zero" (softmax-off-by-one) or "learned", one a head.
       bias, out_bias: of the projections into heads, and out of them.
 
-    The state is the policy's: of a full cache two arrays of `kv_heads * head_dim` numbers a stored key, and its position.
+    The state is the policy's: of a full cache two arrays of `kv_heads * head_dim` numbers a stored key, and its position. A `key_conv`
+    adds the last w - 1 keys.
 
     Pitfalls:
       A full cache ends: beyond its capacity outputs are NaN, never a wrong number. A window goes on for ever.
@@ -68,6 +78,7 @@ class Attention(Module):
         rotary_scaling: RotaryScaling | None = None,
         qk_norm: bool = False,
         norm_eps: float = 1e-5,
+        key_conv: int | None = None,
         sink: str | None = None,
         bias: bool = False,
         out_bias: bool = False,
@@ -92,6 +103,7 @@ class Attention(Module):
         self.out = Linear(heads * self.head_dim, dim, bias=out_bias, scale=out_scale, rngs=rngs)
         self.q_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
+        self.key_conv = None if key_conv is None else ShortConv(self.kv_heads * self.head_dim, width=key_conv, rngs=rngs)
         self.sink_logits = nnx.Param(jnp.zeros((heads,))) if sink == "learned" else None
 
     @property
@@ -110,18 +122,25 @@ class Attention(Module):
         return getattr(self.cache, "capacity", None)
 
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> State:
-        return self.cache.init_state(batch, self.kv_heads, self.head_dim, dtype)
+        cache = self.cache.init_state(batch, self.kv_heads, self.head_dim, dtype)
+        return cache if self.key_conv is None else KeyConvState(cache, self.key_conv.init_state(batch, dtype))
 
     def __call__(self, x: Activations, state: State | None = None, reset: Steps | None = None, valid: Steps | None = None):
-        q, k, v = self.project(mask_steps(x, valid))
-        out, lse, new = self.cache(q, k, v, state, reset, valid, self.rotary)
-        return self.read_out(self.without_sink(out, lse)), new
+        cache, conv = (state, None) if self.key_conv is None or state is None else state
+        q, k, v, conv = self.project(mask_steps(x, valid), conv, reset, valid)
+        out, lse, new = self.cache(q, k, v, cache, reset, valid, self.rotary)
+        return self.read_out(self.without_sink(out, lse)), (new if conv is None else KeyConvState(new, conv))
 
-    def project(self, x: Activations) -> tuple[Queries, Keys, Values]:
-        """Queries, keys and values in heads, not yet turned to their positions."""
+    def project(
+        self, x: Activations, conv: State | None = None, reset: Steps | None = None, valid: Steps | None = None
+    ) -> tuple[Queries, Keys, Values, State | None]:
+        """Queries, keys and values in heads, not yet turned to their positions, and the state of the convolution of keys."""
         qkv = rearrange(self.qkv(x), "b t (h k) -> b t h k", k=self.head_dim)
         q, k, v = jnp.split(qkv, [self.heads, self.heads + self.kv_heads], axis=2)
-        return (q, k, v) if self.q_norm is None else (self.q_norm(q), self.k_norm(k), v)
+        if self.key_conv is not None:
+            near, conv = self.key_conv(rearrange(k, "b t g k -> b t (g k)"), conv, reset, valid)
+            k = k + near.reshape(k.shape)
+        return (q, k, v, conv) if self.q_norm is None else (self.q_norm(q), self.k_norm(k), v, conv)
 
     def without_sink(self, out: Float[Array, "b t h v"], lse: LogSumExp) -> Float[Array, "b t h v"]:
         """The heads' outputs with the weight that a sink leaves them, exp(lse) / (exp(lse) + exp(z))."""
@@ -145,6 +164,8 @@ class Attention(Module):
 
     def rewind(self, state: State, steps: Int[Array, " b"]) -> State:
         """The state `steps` steps ago; ValueError where the cache no longer has it."""
+        if self.key_conv is not None:
+            raise ValueError(f"steps={jnp.asarray(steps).tolist()} cannot be taken back: key_conv has forgotten the keys before its last")
         return self.cache.rewind(state, steps)
 
 

@@ -123,7 +123,7 @@ def retrieval_heads(alpha: Gates, sparsity: float, seed: int = 0) -> list[list[b
 
 def _heads_of(block: Block, x: Float[Array, "b t d"], limits: dict[str, int]) -> Float[Array, "b t h k"]:
     mixer = block.mixer
-    q, k, v = mixer.project(block.mixer_norm(x))
+    q, k, v, _ = mixer.project(block.mixer_norm(x))
     positions: Int[Array, "b t"] = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
     return mixer.without_sink(*kernels.attention(mixer.rotary(q, positions), mixer.rotary(k, positions), v, **limits))
 

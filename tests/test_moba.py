@@ -13,6 +13,7 @@ from helpers import assert_close, random
 from seqlab.models import Attention, Full
 from seqlab.models.attention import with_cache
 from seqlab.models.cache import MoBA
+from seqlab.module import params_of
 
 LENGTH = 43
 
@@ -33,9 +34,7 @@ def dense(q, k, v, policy):
     return out
 
 
-@pytest.mark.parametrize(
-    "policy", [MoBA(BLOCK, 3, 44), MoBA(BLOCK, 3, None, stored=5), MoBA(BLOCK, 1, 44), MoBA(5, 4, None, stored=2)], ids=str
-)
+@pytest.mark.parametrize("policy", [MoBA(4, 3, 44), MoBA(4, 3, None, stored=5), MoBA(4, 1, 44), MoBA(5, 4, None, stored=2)], ids=str)
 def test_a_query_sees_its_block_and_those_it_likes_best(policy):
     """Whole, in chunks of one length, longer than what is stored, and step by step, in a ring that is wrapped often."""
     q, k, v = random(0, 2, LENGTH, 4, 8), random(1, 2, LENGTH, 2, 8), random(2, 2, LENGTH, 2, 6)
@@ -69,6 +68,15 @@ def test_it_is_full_attention_where_its_blocks_cover_the_sequence():
     covering = jax.jit(lambda: both_forms(with_cache(full, MoBA(4, 11, 64))))()
     assert_close((covering[0], covering[1], covering[2].cache), (whole, streamed, state), 2e-5)
     assert_close(covering[3], gradient, 5e-5)
+
+
+def test_keys_gather_their_neighbours_before_anything_else():
+    mixer = Attention(16, heads=4, kv_heads=2, key_conv=3, rngs=nnx.Rngs(0))
+    x = random(6, 1, 9, 16)
+    p = {name: np.asarray(value, np.float64) for name, value in params_of(mixer).items()}
+    keys = (np.asarray(x[0], np.float64) @ p["qkv.weight"])[:, 16:24]
+    near = sum(tap * np.pad(keys, ((2 - j, 0), (0, 0)))[:9] for j, tap in enumerate(p["key_conv.weight"]))
+    assert_close(jax.jit(lambda x: mixer.project(x)[1])(x)[0], (keys + near / (1 + np.exp(-near))).reshape(9, 2, 4), 2e-5)
 
 
 def test_a_decode_step_reads_the_chosen_blocks_alone():

@@ -10,6 +10,8 @@ from seqlab.models import (
     MLP,
     Attention,
     BatchNorm,
+    CausalPooling,
+    CausalWavelets,
     DeltaNet,
     Full,
     GatedDeltaNet,
@@ -73,7 +75,7 @@ MIXERS = {
     ),
     "duo": partial(Attention, heads=4, kv_heads=2, cache=duo((True, False), capacity=64, sinks=2, window=WINDOW)),
     "moba": partial(Attention, heads=4, kv_heads=2, cache=MoBA(4, 3, capacity=64)),
-    "moba_stored": partial(Attention, heads=2, cache=MoBA(4, 3, None, stored=4)),
+    "moba_stored": partial(Attention, heads=2, cache=MoBA(4, 3, None, stored=4), key_conv=3),
     "mamba": partial(Mamba, state_size=4),
     "mamba_wide_conv": partial(Mamba, state_size=3, conv_width=6, expand=1, bias=True),
     "mamba2": partial(Mamba2, head_dim=8, state_size=6, groups=2, dt_limit=(0.02, 0.5)),
@@ -91,6 +93,8 @@ MIXERS = {
     "mamba_mixer_stack": partial(
         MambaMixerStack, depth=2, token_mixer=partial(SelectiveMixer, state_size=4), channel_mixer=partial(GroupedChannelMixer, groups=2)
     ),
+    "pooling": partial(CausalPooling, size=4),
+    "wavelets": partial(CausalWavelets, levels=3),
     "lmu": partial(LMU, order=7, theta=12.5),
     "lmu_channels": partial(LMU, order=4, theta=30.0, channels=3, hidden=11),
     "lmu_cell": partial(RecurrentLMU, order=6, theta=16.0),
