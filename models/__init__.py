@@ -13,6 +13,7 @@ from seqlab.models.layers import MLP, Embedding, Identity, LayerNorm, Linear, RM
 from seqlab.models.linear_attention import GatedLinearAttention, LinearAttention, Retention, SimpleGatedLinearAttention
 from seqlab.models.lmu import LMU, RecurrentLMU
 from seqlab.models.lmuformer import LMUFormer, LMUMixer, SpikingLMUMixer
+from seqlab.models.local import CausalPooling, CausalWavelets
 from seqlab.models.mamba import Mamba
 from seqlab.models.mamba2 import Mamba2
 from seqlab.models.mambamixer import GroupedChannelMixer, MambaMixerStack, SelectiveChannelMixer, SelectiveMixer
@@ -28,6 +29,8 @@ __all__ = [
     "Backbone",
     "BatchNorm",
     "Block",
+    "CausalPooling",
+    "CausalWavelets",
     "DeltaNet",
     "Embedding",
     "Full",

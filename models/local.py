@@ -1,0 +1,120 @@
+"""Local mixers of sequences: PoolFormer's pooling and WaveMix's wavelets in one dimension, looking back only, so that they stream.
+
+Nobody published these forms: they are what remains of the image mixers (`seqlab.models.images`) under the law.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from seqlab import kernels
+from seqlab.models.layers import ACTIVATIONS, Linear, positive
+from seqlab.module import Module
+from seqlab.shapes import Activations, Steps
+from seqlab.state import State, mask_steps
+
+
+class PoolingState(NamedTuple):
+    """`window` [b, size-1, d+1]: the last inputs, and a channel of ones where there was one."""
+
+    window: Float[Array, "b w-1 d+1"]
+
+
+class CausalPooling(Module):
+    """The mean of the last `size` inputs, of fewer at the beginning, minus the current one; no parameters.
+
+        y_t = mean(x_{t-size+1} .. x_t) - x_t
+
+    PoolFormer's mixer in one dimension and without what lies ahead; the current input is taken away because the residual stream adds it.
+
+    Args:
+      size: steps in the mean, the current one included.
+
+    Source: PoolFormer (arXiv 2111.11418); the causal form is ours.
+
+    Pitfalls:
+      Without the residual stream around it this is another operation: a low pass becomes a high pass.
+      The norm before it must be one of a single step, as RMSNorm is: PoolFormer's own takes statistics of the whole map and cannot stream.
+      Depth is reach: `depth` layers see depth * (size - 1) steps back, and nothing before.
+    """
+
+    causal, lookahead, exact = True, 0, True
+
+    def __init__(self, dim: int, *, size: int = 3, rngs: nnx.Rngs | None = None):
+        self.dim, self.size = positive("dim", dim), positive("size", size)
+
+    def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> PoolingState:
+        return PoolingState(jnp.zeros((batch, self.size - 1, self.dim + 1), dtype))
+
+    def __call__(self, x: Activations, state: State | None = None, reset: Steps | None = None, valid: Steps | None = None):
+        x = mask_steps(x, valid)
+        counted = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
+        window = None if state is None else state.window
+        total, window = window_sum(counted, self.size, window, reset, valid)
+        mean = total[..., :-1] / jnp.maximum(total[..., -1:], 1)
+        return mask_steps(mean - x, valid), (None if state is None else PoolingState(window))
+
+
+class WaveletState(NamedTuple):
+    """`window` [b, 2^levels-1, r]: the last inputs of the transform."""
+
+    window: Float[Array, "b w-1 r"]
+
+
+class CausalWavelets(Module):
+    """An undecimated Haar transform of what is past, and a perceptron over its bands.
+
+        u = reduction(x), r channels;  S_j = the sum of the last 2^j values of u
+        high_j = (2 S_{j-1} - S_j) / 2^{j/2}, j = 1 .. L;  low = S_L / 2^{L/2};  y = down(gelu(up([low, high_1 .. high_L])))
+
+    WaveMix's mixer in one dimension: high_j is the newer half of 2^j steps minus the older one. The image form halves the resolution
+    level by level, and would have to wait for whole pairs; here every step has its own transform and nothing waits. Inputs before the
+    beginning count as 0.
+
+    Args:
+      levels: L; the reach is 2^L steps, the current one included.
+      expand: the perceptron's width is expand * dim.
+      reduced: r, by default a quarter of dim, rounded up.
+
+    Source: WaveMix (arXiv 2203.03689); the causal form is ours.
+
+    Pitfalls:
+      The reach doubles with a level, and so does the state: 2^levels - 1 values of r channels.
+      The sums are not decimated: neighbouring steps share most of what they see, and energy is not kept.
+    """
+
+    causal, lookahead, exact = True, 0, True
+
+    def __init__(self, dim: int, *, levels: int = 4, expand: int = 2, reduced: int | None = None, out_scale: float = 1.0, rngs: nnx.Rngs):
+        self.dim, self.levels = positive("dim", dim), positive("levels", levels)
+        self.reduced = -(-dim // 4) if reduced is None else positive("reduced", reduced)
+        self.reduction = Linear(dim, self.reduced, bias=True, rngs=rngs)
+        self.up = Linear((levels + 1) * self.reduced, positive("expand", expand) * dim, bias=True, rngs=rngs)
+        self.down = Linear(expand * dim, dim, bias=True, scale=out_scale, rngs=rngs)
+
+    def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> WaveletState:
+        return WaveletState(jnp.zeros((batch, 2**self.levels - 1, self.reduced), dtype))
+
+    def __call__(self, x: Activations, state: State | None = None, reset: Steps | None = None, valid: Steps | None = None):
+        u = mask_steps(self.reduction(mask_steps(x, valid)), valid)
+        window = None if state is None else state.window
+        bands, total = [], u
+        for j in range(1, self.levels + 1):
+            past = None if window is None else window[:, window.shape[1] - (2**j - 1) :]
+            wider, last = window_sum(u, 2**j, past, reset, valid)
+            bands.append((2 * total - wider) / math.sqrt(2**j))
+            total = wider
+        bands = [total / math.sqrt(2**self.levels), *bands]
+        y = self.down(ACTIVATIONS["gelu"](self.up(jnp.concatenate(bands, axis=-1))))
+        return mask_steps(y, valid), (None if state is None else WaveletState(last))
+
+
+def window_sum(
+    x: Activations, size: int, state: Float[Array, "b w-1 d"] | None, reset: Steps | None, valid: Steps | None
+) -> tuple[Activations, Float[Array, "b w-1 d"]]:
+    """The sum of the last `size` inputs of every channel, and the last size - 1 inputs: a convolution with ones."""
+    return kernels.conv(x, jnp.ones((size, x.shape[-1]), x.dtype), initial_state=state, reset=reset, valid=valid)
