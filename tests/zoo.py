@@ -75,7 +75,7 @@ MIXERS = {
     ),
     "duo": partial(Attention, heads=4, kv_heads=2, cache=duo((True, False), capacity=64, sinks=2, window=WINDOW)),
     "moba": partial(Attention, heads=4, kv_heads=2, cache=MoBA(4, 3, capacity=64)),
-    "moba_stored": partial(Attention, heads=2, cache=MoBA(4, 3, None, stored=4)),
+    "moba_stored": partial(Attention, heads=2, cache=MoBA(4, 3, None, stored=4), key_conv=3),
     "mamba": partial(Mamba, state_size=4),
     "mamba_wide_conv": partial(Mamba, state_size=3, conv_width=6, expand=1, bias=True),
     "mamba2": partial(Mamba2, head_dim=8, state_size=6, groups=2, dt_limit=(0.02, 0.5)),
