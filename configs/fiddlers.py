@@ -18,7 +18,7 @@ def tiny(cfg: fdl.Config) -> None:
         selectors.select(cfg, mixer, check_nonempty=False).set(heads=2)
     selectors.select(cfg, Mamba2, check_nonempty=False).set(head_dim=8, state_size=8)
     selectors.select(cfg, Window, check_nonempty=False).set(window=8, sinks=2)
-    for name, value in {"length": 32, "examples": 64, "held_out": 16}.items():
+    for name, value in {"length": 32, "keys": 1, "examples": 64, "held_out": 16}.items():
         if name in (fields(fdl.get_callable(cfg.data)) or {}):
             setattr(cfg.data, name, value)
     if "length" in fields(fdl.get_callable(model)):
