@@ -118,6 +118,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_json(evaluate)
     evaluate.set_defaults(run=_eval)
 
+    exporting = commands.add_parser("export", help="a trained model for programs without seqlab: safetensors and StableHLO")
+    _add_run(exporting)
+    exporting.add_argument("--out", type=pathlib.Path, metavar="DIR", help="a new folder; default WORKDIR/export")
+    exporting.add_argument(
+        "--chunk", type=int, default=64, metavar="N", help="steps of a prompt that are read at once; default %(default)s"
+    )
+    exporting.add_argument("--platforms", default="cpu,cuda,tpu", metavar="A,B", help="what it can run on; default %(default)s")
+    exporting.add_argument("--cache", metavar="SPEC", help="what attention remembers, as for stream")
+    exporting.set_defaults(run=_export)
+
     listing = commands.add_parser("list", help="mixers with their contract, configs and fiddlers")
     _add_json(listing)
     listing.set_defaults(run=_list)
@@ -129,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("workdir", type=pathlib.Path, help="the folder of a run")
+    parser.add_argument("workdir", type=pathlib.Path, help="the folder of a run or of a published model, or the id of one at the hub")
     parser.add_argument("--step", type=int, help="a checkpoint; default: the last good one")
 
 
@@ -260,6 +270,27 @@ def _eval(args: argparse.Namespace) -> int:
         print(json.dumps(record))
     else:
         print(f"{args.workdir}, step {run.step}: {quality.sentence(result.value)} over {result.targets:,} targets")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from seqlab import export, runs
+    from seqlab.models.attention import with_cache
+
+    run = runs.load(args.workdir, args.step)
+    model = with_cache(run.model, args.cache) if args.cache else run.model
+    tokenizer = args.workdir / "tokenizer.json"
+    folder = export.bundle(
+        model,
+        args.out or args.workdir / "export",
+        chunk=args.chunk,
+        platforms=args.platforms.split(","),
+        about={"workdir": str(args.workdir), "step": run.step},
+        tokenizer_file=tokenizer if tokenizer.is_file() else None,
+    )
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            print(f"{path}  {path.stat().st_size:,} bytes")
     return 0
 
 

@@ -37,7 +37,8 @@ def linear_attention(q, k, v, decay, beta, initial_state, reset, *, scale, chunk
         return out[:, None].astype(v.dtype), final_state
     size = chunk if chunk is not None else default_chunk(decay, beta)
     budget = _BLOCK.get(jax.default_backend(), _BLOCK_ELSEWHERE)
-    most = max(1, budget // (size * v.shape[0] * v.shape[2] * max(k.shape[-1], v.shape[-1])))  # chunks in a block
+    rows = v.shape[0] if isinstance(v.shape[0], int) else 1  # exported functions are for any number of rows
+    most = max(1, budget // (size * rows * v.shape[2] * max(k.shape[-1], v.shape[-1])))  # chunks in a block
     chunks = -(-time // size)
     blocks = -(-chunks // most)
     length = -(-chunks // blocks) * size

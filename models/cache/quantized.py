@@ -117,7 +117,7 @@ class Quantized:
         self, q: Queries, k: Keys, v: Values, state: QuantizedState | None, reset: Steps | None, valid: Steps | None, rotary: Rotary
     ) -> tuple[Float[Array, "b t h v"], LogSumExp, QuantizedState | None]:
         streaming = state is not None
-        state = state if streaming else self.init_state(len(q), *k.shape[2:], k.dtype)
+        state = state if streaming else self.init_state(q.shape[0], *k.shape[2:], k.dtype)
         where = segments(q.shape[:2], state.length, reset, valid)
         q, k = rotary(q, where.positions), rotary(k, where.positions)
         entries, groups, own = self._entries(state, k, v, where)
@@ -171,9 +171,9 @@ class Quantized:
         """Scale and least value of the group of each entry, [b, e, g, k]."""
         count = index.shape[1] // self.group + 3 + index.shape[1]
         index = jnp.where(mine, index, count)  # dropped
-        rows = jnp.arange(len(k))[:, None]
+        rows = jnp.arange(k.shape[0])[:, None]
         wide = k.astype(accumulator(k.dtype))
-        shape = (len(k), count, *k.shape[2:])
+        shape = (k.shape[0], count, *k.shape[2:])
         least = jnp.full(shape, jnp.inf, wide.dtype).at[rows, index].min(wide, mode="drop")
         greatest = jnp.full(shape, -jnp.inf, wide.dtype).at[rows, index].max(wide, mode="drop")
         found = jnp.isfinite(least)
@@ -202,7 +202,7 @@ class Quantized:
 
     def _first(self, state: QuantizedState) -> _Part:
         """The sinks that are stored."""
-        places = jnp.broadcast_to(jnp.arange(-self.sinks, 0)[None], (len(state.length), self.sinks))
+        places = jnp.broadcast_to(jnp.arange(-self.sinks, 0)[None], (state.length.shape[0], self.sinks))
         k, v = (x.swapaxes(1, 2) for x in (state.sink_k, state.sink_v))
         return _Part(k, k, v, v, places, jnp.where(places + self.sinks < state.length[:, None], 1, 0))
 
@@ -254,7 +254,7 @@ class Quantized:
             """x [b, g, s, .] with values [b, e, g, .] in their slots."""
             x = jnp.where(carried[..., None, None], x, jnp.zeros((), x.dtype))
             slots = jnp.where(keep, slots, x.shape[2])
-            rows, heads = jnp.arange(len(x))[:, None, None], jnp.arange(x.shape[1])[None, :, None]
+            rows, heads = jnp.arange(x.shape[0])[:, None, None], jnp.arange(x.shape[1])[None, :, None]
             return x.at[rows, heads, slots[:, None]].set(values.swapaxes(1, 2).astype(x.dtype), mode="drop")
 
         newest_k, newest_v = u >= coded, u >= seen - self.residual
