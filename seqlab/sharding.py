@@ -7,6 +7,8 @@ Rules are plain data: the first regular expression that matches a parameter's na
 propagates placements through everything that no rule names.
 """
 
+import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -29,6 +31,45 @@ RULES: Rules = (
     (r"(down|out|out_proj|dt_proj)\.weight$", ("tensor", "fsdp")),
     (r"\.weight$", ("fsdp", "tensor")),
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSizes:
+    """Over which devices a run is spread: the size of every mesh axis, -1 for all devices that are left.
+
+    Args:
+      data, fsdp: rows of the batch; `fsdp` splits the parameters too.
+      tensor: heads and hidden channels.
+      sequence: time.
+      layout: how attention deals positions out over `sequence`: "contiguous", or "zigzag" or "striped" for equal work under a causal mask.
+    Raises:
+      ValueError: a size that is neither positive nor -1.
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    sequence: int = 1
+    layout: str = "contiguous"
+
+    def __post_init__(self) -> None:
+        for name in AXES:
+            size = getattr(self, name)
+            if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):
+                raise ValueError(f"{name} must be positive, or -1 for what is left, got {size!r}")
+
+    def make(self) -> Mesh | None:
+        """The mesh; None for one device. In a program of one process the devices that are not needed stay idle."""
+        sizes = {name: getattr(self, name) for name in AXES}
+        devices, known = jax.devices(), math.prod(size for size in sizes.values() if size != -1)
+        if -1 not in sizes.values() and jax.process_count() == 1:
+            if known > len(devices):
+                raise ValueError(
+                    f"a mesh of {sizes} needs {known} devices, and there are {len(devices)}"
+                    f" (a CPU passes for several under XLA_FLAGS=--xla_force_host_platform_device_count={known})"
+                )
+            devices = devices[:known]
+        return make_mesh(**sizes, devices=devices)
 
 
 def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, devices: Sequence[Any] | None = None) -> Mesh | None:
@@ -87,7 +128,12 @@ def along_time(x: Array) -> Array:
 
     It does nothing where time is not split.
     """
-    if parts(x.shape[1]) == 1:
-        return x
-    names = jax.sharding.get_abstract_mesh().axis_names
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(tuple(name for name in BATCH if name in names) or None, AXIS))
+    return x if parts(x.shape[1]) == 1 else along_batch(x)
+
+
+def along_batch(x: Array) -> Array:
+    """The same of any batch [b, ...] or [b, t, ...], and of shorter times. It does nothing outside a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = tuple(name for name in BATCH if name in mesh.axis_names)
+    time = (AXIS,) if x.ndim > 1 and parts(x.shape[1]) > 1 else ()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, PartitionSpec(rows or None, *time))

@@ -33,6 +33,7 @@ __all__ = ["ConfigError", "build", "diff", "fiddle", "fiddlers", "flat", "from_j
 
 FORMAT = "seqlab.config.1"
 _FILE_MODULE = "_seqlab_config_"  # config files outside the package are imported under this prefix
+_MAY_CHANGE = ("mesh",)  # from one start of a run to the next
 _NOT_CONFIGS = ("parts", "fiddlers")
 
 
@@ -176,7 +177,7 @@ def prepare(cfg: fdl.Config, workdir: str | os.PathLike[str]) -> None:
         saved = from_json(file.read_text())
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
-    different = diff(saved, cfg)
+    different = [line for line in diff(saved, cfg) if not line.startswith(_MAY_CHANGE)]
     if different:
         lines = "".join(f"\n  {line}" for line in different)
         raise ConfigError(f"{workdir} belongs to another config (saved -> given):{lines}\nchoose another folder, or the same config")

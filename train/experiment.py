@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from seqlab.module import Module
+from seqlab.sharding import MeshSizes
 from seqlab.train.quality import bits_per_token
 from seqlab.train.step import Loss, next_token_loss
 
@@ -24,6 +25,7 @@ class Experiment:
       seed: of parameters and data order.
       log_every, validate_every, checkpoint_every: in steps; `validation_windows` bounds the cost of one validation.
       keep: how many checkpoints stay.
+      mesh: over which devices; one by default. It may change from one start of a run to the next.
     """
 
     model: Callable[..., Module]
@@ -40,6 +42,7 @@ class Experiment:
     validation_windows: int = 64
     checkpoint_every: int = 200
     keep: int = 3
+    mesh: MeshSizes = MeshSizes()  # noqa: RUF009 - frozen
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulate", "log_every", "validate_every", "validation_windows", "checkpoint_every", "keep"):

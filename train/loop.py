@@ -13,13 +13,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from seqlab.module import Params, Static, count_params, split
+from seqlab.sharding import param_shardings
 from seqlab.state import state_bytes
 from seqlab.train.checkpoint import Checkpoints
 from seqlab.train.data import Batches, validation_batches
 from seqlab.train.experiment import Experiment
 from seqlab.train.metrics import Metrics, Progress
+from seqlab.train.placement import begin, place, share, spread
 from seqlab.train.quality import quality_of
 from seqlab.train.step import TrainState, evaluate_step, init_state, train_step
 
@@ -37,32 +40,38 @@ class Result(NamedTuple):
     state: TrainState
 
 
-def build(experiment: Experiment) -> tuple[Static, Params]:
-    """The model's parameters at step 0, by one compiled function: the same values whatever the machine's layout."""
-    abstract, _ = split(nnx.eval_shape(lambda: experiment.model(rngs=nnx.Rngs(0))))
-    params = jax.jit(lambda key: split(experiment.model(rngs=nnx.Rngs(key)))[1])(jax.random.key(experiment.seed))
-    return abstract, params
+def build(experiment: Experiment, mesh: Mesh | None = None) -> tuple[Static, Params]:
+    """The model's parameters at step 0, by one compiled function, each made where it will live: the same values on every mesh."""
+    static, abstract = split(nnx.eval_shape(lambda: experiment.model(rngs=nnx.Rngs(0))))
+    make = jax.jit(lambda key: split(experiment.model(rngs=nnx.Rngs(key)))[1], out_shardings=param_shardings(abstract, mesh))
+    return static, make(jax.random.key(experiment.seed))
 
 
 def run(experiment: Experiment, workdir: str | os.PathLike[str]) -> Result:
     """Train, from the last good checkpoint of `workdir` if it holds one.
 
-    A SIGTERM or SIGINT ends the run after the step in progress, with a checkpoint. Raises NonFiniteError where training diverges, and
-    whatever the checkpoints raise (`CheckpointError`) where they cannot be written.
+    It runs on the mesh that `experiment.mesh` says, which may be another one than before. A SIGTERM or SIGINT ends the run after the step
+    in progress, with a checkpoint. Raises NonFiniteError where training diverges, and whatever the checkpoints raise (`CheckpointError`)
+    where they cannot be written.
     """
     workdir = pathlib.Path(workdir).absolute()
     workdir.mkdir(parents=True, exist_ok=True)
+    with spread(experiment.mesh) as mesh:
+        return _run(experiment, workdir, mesh)
+
+
+def _run(experiment: Experiment, workdir: pathlib.Path, mesh: Mesh | None) -> Result:
 
     # Data first: what is wrong with it should be known before anything is compiled.
     windows = experiment.data.train(experiment.seed)
-    batches = Batches(windows, experiment.batch_size, experiment.seed)
+    batches = Batches(windows, experiment.batch_size, experiment.seed, *share(mesh))
     _check_data(workdir, getattr(windows, "fingerprint", None))
-    held_out = held_out_batches(experiment)
+    held_out = held_out_batches(experiment, mesh)
 
     # Model and state.
-    static, params = build(experiment)
+    static, params = build(experiment, mesh)
     optimizer = experiment.optimizer(experiment.steps)
-    state = init_state(static, params, optimizer)
+    state, shardings = begin(functools.partial(init_state, static, optimizer=optimizer), params, mesh)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=experiment.keep)
     restored = checkpoints.restore(like=_to_dict(state))
     if restored is not None:
@@ -75,11 +84,12 @@ def run(experiment: Experiment, workdir: str | os.PathLike[str]) -> Result:
         return Result("finished", start, None, state)
 
     # Compilation, apart from the time of the steps.
-    begin = time.perf_counter()
-    step = jax.jit(functools.partial(train_step, static, optimizer, experiment.loss, experiment.accumulate), donate_argnums=0)
-    step = step.lower(state, batches[start]).compile()
+    clock = time.perf_counter()
+    step = functools.partial(train_step, static, optimizer, experiment.loss, experiment.accumulate)
+    step = jax.jit(step, donate_argnums=0, out_shardings=None if mesh is None else (shardings, None))
+    step = step.lower(state, place(batches[start], mesh)).compile()
     evaluate, quality = jax.jit(functools.partial(evaluate_step, static, experiment.metric)), quality_of(experiment.metric)
-    _say(f"compiled the training step in {time.perf_counter() - begin:.1f} s")
+    _say(f"compiled the training step in {time.perf_counter() - clock:.1f} s")
 
     # Steps.
     progress = Progress(experiment.steps, start)
@@ -87,6 +97,7 @@ def run(experiment: Experiment, workdir: str | os.PathLike[str]) -> Result:
     validation, saved, clock, tokens = None, start, time.perf_counter(), 0
     with Interruptions() as interruption, checkpoints, Metrics(workdir, start, quality) as metrics, progress:
         for number, batch in enumerate(batches.iterate(start), start + 1):
+            batch = place(batch, mesh)
             state, measured = step(state, batch)
             pending.append(measured)
             tokens += math.prod(batch["inputs"].shape[:2])
@@ -102,7 +113,7 @@ def run(experiment: Experiment, workdir: str | os.PathLike[str]) -> Result:
                 checkpoints.save(number, _to_dict(state), wait=last)
                 saved = number
             if (number % experiment.validate_every == 0 or last) and interruption.name is None:
-                validation, _ = validate(evaluate, state.params, held_out)
+                validation, _ = validate(evaluate, state.params, held_out, mesh)
                 metrics.write(number, **{f"validation_{quality.name}": validation})
                 progress.say(f"step {number}: validation {quality.sentence(validation)}")
                 metrics.draw()
@@ -167,16 +178,16 @@ def _drain(pending: list[Any], number: int, saved: int, workdir: pathlib.Path) -
     return float(np.mean([m.loss for m in measured])), float(measured[-1].norm)
 
 
-def held_out_batches(experiment: Experiment) -> Any:
+def held_out_batches(experiment: Experiment, mesh: Mesh | None = None) -> Any:
     """The batches that validation is taken on: the same at every step, and for `seqlab eval`; windows spread over all that is held out."""
     windows = experiment.data.validation()
     count = min(experiment.validation_windows, len(windows))
-    return validation_batches([windows[i * len(windows) // count] for i in range(count)], experiment.batch_size)
+    return validation_batches([windows[i * len(windows) // count] for i in range(count)], experiment.batch_size, None, *share(mesh))
 
 
-def validate(evaluate: Any, params: Params, held_out: Any) -> tuple[float, int]:
+def validate(evaluate: Any, params: Params, held_out: Any, mesh: Mesh | None = None) -> tuple[float, int]:
     """The metric over the held-out batches, and the number of targets."""
-    sums = jax.device_get([evaluate(params, batch) for batch in held_out])
+    sums = jax.device_get([evaluate(params, place(batch, mesh)) for batch in held_out])
     count = sum(count for _, count in sums)
     return float(sum(total for total, _ in sums) / max(count, 1.0)), int(count)
 

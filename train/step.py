@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from seqlab.module import Params, Static, merge, params_of, statistics_of
+from seqlab.sharding import along_batch
 from seqlab.train.optim import global_norm
 
 Batch = dict[str, Array]
@@ -72,6 +73,7 @@ def train_step(
 
         def add(carry, part):
             sums, statistics = carry
+            part = jax.tree.map(along_batch, part)
             (total, (count, statistics)), grads = gradient(learnt, statistics, part)
             return (jax.tree.map(jnp.add, sums, (total, count, grads)), statistics), None
 
