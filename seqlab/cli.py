@@ -73,6 +73,13 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", help="a name (`seqlab list` shows them) or the path of a Python file with base()")
     train.add_argument("--workdir", type=pathlib.Path, metavar="DIR", help="run folder; default runs/CONFIG")
     _add_changes(train)
+    train.add_argument(
+        "--distributed",
+        nargs="?",
+        const="auto",
+        metavar="HOST:PORT,COUNT,INDEX",
+        help="as one of several processes; alone where the cluster knows (SLURM, TPU pods)",
+    )
     train.set_defaults(run=_train)
 
     comparing = commands.add_parser("compare", help="train configs, or one with several mixers, on one budget; a table and a figure")
@@ -157,10 +164,12 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from seqlab.train import config
+    from seqlab.train import config, processes
     from seqlab.train.data import Batches
     from seqlab.train.loop import held_out_batches, run
 
+    if args.distributed:
+        processes.join(args.distributed)
     cfg = base = config.load(args.config)
     for call in args.fiddler:
         cfg = config.fiddle(cfg, call)
@@ -169,11 +178,11 @@ def _train(args: argparse.Namespace) -> int:
     experiment = config.build(cfg)
     workdir = args.workdir or pathlib.Path("runs") / pathlib.Path(args.config).stem
     if not (workdir / "config.json").exists():  # data that cannot serve are noticed before a folder is made for them
-        Batches(experiment.data.train(experiment.seed), experiment.batch_size, experiment.seed)
+        Batches(experiment.data.train(experiment.seed), experiment.batch_size, experiment.seed, 0, 1)
         held_out_batches(experiment)
-    config.prepare(cfg, workdir)
+    processes.first_then_others(lambda: config.prepare(cfg, workdir), f"{workdir} to be prepared")
     changes = "".join(f"\n  {line}" for line in config.diff(base, cfg))
-    _say(f"{args.config} in {workdir}" + (f", changed:{changes}" if changes else ""))
+    processes.say(f"{args.config} in {workdir}" + (f", changed:{changes}" if changes else ""))
     _enable_compile_cache()
     return _SIGNALS[run(experiment, workdir).status]
 

@@ -6,7 +6,6 @@ import math
 import os
 import pathlib
 import signal
-import sys
 import time
 from typing import Any, NamedTuple
 
@@ -18,11 +17,13 @@ from jax.sharding import Mesh
 from seqlab.module import Params, Static, count_params, split
 from seqlab.sharding import param_shardings
 from seqlab.state import state_bytes
+from seqlab.train import processes
 from seqlab.train.checkpoint import Checkpoints
 from seqlab.train.data import Batches, validation_batches
 from seqlab.train.experiment import Experiment
 from seqlab.train.metrics import Metrics, Progress
 from seqlab.train.placement import begin, place, share, spread
+from seqlab.train.processes import say
 from seqlab.train.quality import quality_of
 from seqlab.train.step import TrainState, evaluate_step, init_state, train_step
 
@@ -51,8 +52,8 @@ def run(experiment: Experiment, workdir: str | os.PathLike[str]) -> Result:
     """Train, from the last good checkpoint of `workdir` if it holds one.
 
     It runs on the mesh that `experiment.mesh` says, which may be another one than before. A SIGTERM or SIGINT ends the run after the step
-    in progress, with a checkpoint. Raises NonFiniteError where training diverges, and whatever the checkpoints raise (`CheckpointError`)
-    where they cannot be written.
+    in progress, with a checkpoint; that of one among several processes ends them all when they next report. Raises NonFiniteError where
+    training diverges, and whatever the checkpoints raise (`CheckpointError`) where they cannot be written.
     """
     workdir = pathlib.Path(workdir).absolute()
     workdir.mkdir(parents=True, exist_ok=True)
@@ -61,7 +62,6 @@ def run(experiment: Experiment, workdir: str | os.PathLike[str]) -> Result:
 
 
 def _run(experiment: Experiment, workdir: pathlib.Path, mesh: Mesh | None) -> Result:
-
     # Data first: what is wrong with it should be known before anything is compiled.
     windows = experiment.data.train(experiment.seed)
     batches = Batches(windows, experiment.batch_size, experiment.seed, *share(mesh))
@@ -77,10 +77,11 @@ def _run(experiment: Experiment, workdir: pathlib.Path, mesh: Mesh | None) -> Re
     if restored is not None:
         state = _from_dict(restored[1], state)
     start = int(state.step)
-    _write_environment(workdir, static, params)
-    _say(_summary(experiment, static, params, start))
+    if processes.first():
+        _write_environment(workdir, static, params)
+    say(_summary(experiment, static, params, start))
     if start >= experiment.steps:
-        _say(f"{workdir} is complete: {start} steps")
+        say(f"{workdir} is complete: {start} steps")
         return Result("finished", start, None, state)
 
     # Compilation, apart from the time of the steps.
@@ -89,20 +90,21 @@ def _run(experiment: Experiment, workdir: pathlib.Path, mesh: Mesh | None) -> Re
     step = jax.jit(step, donate_argnums=0, out_shardings=None if mesh is None else (shardings, None))
     step = step.lower(state, place(batches[start], mesh)).compile()
     evaluate, quality = jax.jit(functools.partial(evaluate_step, static, experiment.metric)), quality_of(experiment.metric)
-    _say(f"compiled the training step in {time.perf_counter() - clock:.1f} s")
+    say(f"compiled the training step in {time.perf_counter() - clock:.1f} s")
 
     # Steps.
-    progress = Progress(experiment.steps, start)
+    progress = Progress(experiment.steps, start) if processes.first() else processes.Silent()
+    metrics = Metrics(workdir, start, quality) if processes.first() else processes.Silent()
     pending: list[Any] = []
     validation, saved, clock, tokens = None, start, time.perf_counter(), 0
-    with Interruptions() as interruption, checkpoints, Metrics(workdir, start, quality) as metrics, progress:
+    with Interruptions() as interruption, checkpoints, metrics, progress, processes.together(lambda: saved):
         for number, batch in enumerate(batches.iterate(start), start + 1):
             batch = place(batch, mesh)
             state, measured = step(state, batch)
             pending.append(measured)
             tokens += math.prod(batch["inputs"].shape[:2])
             progress.advance(number)
-            last = number == experiment.steps or interruption.name is not None
+            last = number == experiment.steps or interruption.came(number % experiment.log_every == 0)
             if last or not all(number % n for n in (experiment.log_every, experiment.checkpoint_every, experiment.validate_every)):
                 loss, norm = _drain(pending, number, saved, workdir)
                 speed = tokens / (time.perf_counter() - clock)
@@ -112,7 +114,7 @@ def _run(experiment: Experiment, workdir: pathlib.Path, mesh: Mesh | None) -> Re
             if number % experiment.checkpoint_every == 0 or last:
                 checkpoints.save(number, _to_dict(state), wait=last)
                 saved = number
-            if (number % experiment.validate_every == 0 or last) and interruption.name is None:
+            if (number % experiment.validate_every == 0 or last) and not interruption.acted:
                 validation, _ = validate(evaluate, state.params, held_out, mesh)
                 metrics.write(number, **{f"validation_{quality.name}": validation})
                 progress.say(f"step {number}: validation {quality.sentence(validation)}")
@@ -122,8 +124,8 @@ def _run(experiment: Experiment, workdir: pathlib.Path, mesh: Mesh | None) -> Re
                 break
 
     # Farewell.
-    if interruption.name is not None and number < experiment.steps:
-        _say(f"{interruption.name}: saved step {number}; the same command goes on from there")
+    if interruption.acted and number < experiment.steps:
+        say(f"{interruption.name}: saved step {number}; the same command goes on from there")
         return Result(interruption.name, number, validation, state)
     return Result("finished", number, validation, state)
 
@@ -133,13 +135,21 @@ class Interruptions:
 
     def __enter__(self) -> "Interruptions":
         self.name: str | None = None
-        self._before = {}
+        self.acted, self._before = False, {}
         for number in (signal.SIGTERM, signal.SIGINT):
             try:
                 self._before[number] = signal.signal(number, self._note)
             except ValueError:  # not the main thread: signals are somebody else's business
                 break
         return self
+
+    def came(self, agreed: bool) -> bool:
+        """Whether to stop now. Several processes stop at one step: at one where they are `agreed` to ask each other."""
+        if jax.process_count() == 1:
+            self.acted = self.name is not None
+        elif agreed and processes.anywhere(self.name is not None):
+            self.acted, self.name = True, self.name or "SIGTERM"
+        return self.acted
 
     def _note(self, number: int, frame: Any) -> None:
         self.name = signal.Signals(number).name
@@ -150,10 +160,6 @@ class Interruptions:
             signal.signal(number, handler)
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def _check_data(workdir: pathlib.Path, fingerprint: str | None) -> None:
     """Refuse to go on with a run on other data than it began with: the same step would be another batch."""
     path = workdir / "data.txt"
@@ -162,7 +168,8 @@ def _check_data(workdir: pathlib.Path, fingerprint: str | None) -> None:
     if path.exists() and path.read_text().strip() != fingerprint:
         begun = path.read_text().strip()
         raise ValueError(f"{workdir} was begun on other data (fingerprint {begun}, now {fingerprint}): use another workdir")
-    path.write_text(fingerprint + "\n")
+    if processes.first():
+        path.write_text(fingerprint + "\n")
 
 
 def _drain(pending: list[Any], number: int, saved: int, workdir: pathlib.Path) -> tuple[float, float]:

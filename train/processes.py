@@ -1,0 +1,127 @@
+"""One run by several processes, usually one a machine: how they meet, what only the first one does, and what is said when one is lost.
+
+    one machine       seqlab train CONFIG --set mesh.data=-1 --distributed 127.0.0.1:9876,2,0     (and ,2,1 in another shell)
+    SLURM, TPU pods   srun seqlab train CONFIG --set mesh.data=-1 --distributed                     (the cluster tells who is who)
+
+All processes run the same command on the same run folder, which all of them must see; each reads its own rows of every batch.
+"""
+
+import contextlib
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+_PATIENCE = 20.0  # seconds of waiting for others before it is said
+
+
+def join(spec: str) -> None:
+    """Meet the other processes of the run: "auto", or "HOST:PORT,COUNT,INDEX" where HOST is the machine of process 0.
+
+    Before anything asks for devices. Raises ValueError for a `spec` of another form.
+    """
+    if spec == "auto":
+        jax.distributed.initialize()
+        return
+    found = re.fullmatch(r"(\S+:\d+),(\d+),(\d+)", spec)
+    if not found or not int(found[3]) < int(found[2]):
+        raise ValueError(f"distributed: got {spec!r}, expected HOST:PORT,COUNT,INDEX with INDEX from 0 to COUNT - 1, or nothing")
+    address, count, index = found[1], int(found[2]), int(found[3])
+    with _patience(f"{count} processes to meet at {address}"):
+        jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=30)
+
+
+def first() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return jax.process_index() == 0
+
+
+def say(line: str) -> None:
+    """A line on stderr, from the first process alone."""
+    if first():
+        print(line, file=sys.stderr, flush=True)
+
+
+def barrier(what: str) -> None:
+    """Wait until all processes are here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        with _patience(what):
+            multihost_utils.sync_global_devices(what)
+
+
+def first_then_others(function: Callable[[], None], what: str) -> None:
+    """`function()` in the first process, and when it is done in the others."""
+    if first():
+        function()
+    barrier(what)
+    if not first():
+        function()
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether `flag` is true in any process; all have to ask."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+@contextlib.contextmanager
+def together(saved: Callable[[], int | None]) -> Iterator[None]:
+    """Within the block the loss of another process ends this one, with exit code 4 and the last step that is `saved`.
+
+    At once: all that is left to do in order, closing files of checkpoints and leaving the others, would wait for the one that is gone.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        step = saved()
+        good = f"the last good checkpoint is step {step}" if step else "there is no checkpoint yet"
+        print(
+            f"seqlab train: error: process {jax.process_index()} of {jax.process_count()} has lost another one: "
+            f"{str(error).splitlines()[0]}\n"
+            f"{good}; the same command goes on from there, on as many processes as there are",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(4)
+
+
+@contextlib.contextmanager
+def _patience(what: str) -> Iterator[None]:
+    """Say who waits for what if the block takes long."""
+
+    def complain() -> None:
+        who = f"process {jax.process_index()}" if jax.distributed.is_initialized() else "this process"
+        print(f"{who} has waited {_PATIENCE:.0f} s for the others: {what}", file=sys.stderr, flush=True)
+
+    timer = threading.Timer(_PATIENCE, complain)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+class Silent:
+    """Stands for what only the first process has, files of metrics and bars of progress: takes every call and does nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments, **keywords: None
+
+    def __enter__(self) -> "Silent":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        pass
