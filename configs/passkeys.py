@@ -10,6 +10,6 @@ from seqlab.train.tasks import Passkeys
 
 
 def base() -> fdl.Config:
-    model = parts.token_model(parts.BYTES, 64, 2, parts.attention(256))
+    model = parts.token_model(parts.BYTES, 64, 3, parts.attention(256))
     data = fdl.Config(Passkeys, length=256, keys=8, examples=40_000)
-    return parts.task_run(model, data, steps=1200, batch_size=32, validate_every=200, validation_windows=200)
+    return parts.task_run(model, data, steps=1000, batch_size=32, validate_every=200, validation_windows=200)

@@ -30,7 +30,7 @@ from seqlab.state import State, state_bytes
 from seqlab.tokens import ByteTokenizer
 from seqlab.train import config
 from seqlab.train.packing import Windows
-from seqlab.train.tasks.passkeys import NAME, Quiz, haystacks, quiz
+from seqlab.train.tasks.passkeys import FRAME, Quiz, haystacks, quiz
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 DIGITS = 4
@@ -128,7 +128,7 @@ def plan(
         if value is not None and value < 1:
             raise BenchError(f"{name} must be a positive integer, got {value}")
     streams, window = _held_out(config.build(trained.config), length, rows)
-    context = max(window, (turns + 1) * 2 * (NAME + DIGITS + 3))
+    context = max(window, (turns + 1) * 2 * (DIGITS + FRAME))
     settings = Settings(trained.step, window, streams["inputs"].shape[1], streams["inputs"].shape[0], context, items, turns)
     fitted = gates.load(workdir, trained.step)
     most = max(settings.length, context)
@@ -357,7 +357,7 @@ def _quizzes(planned: Plan) -> list[Quiz] | None:
     """A context with one key for every depth, and contexts with several; None where tokens are not bytes. The same for all policies."""
     if not isinstance(planned.trained.tokenizer, ByteTokenizer) or planned.trained.model.vocab_size < ByteTokenizer.vocab_size:
         return None
-    settings, rng, turn = planned.settings, np.random.default_rng(0), NAME + DIGITS + 3
+    settings, rng, turn = planned.settings, np.random.default_rng(0), DIGITS + FRAME
     paths = getattr(config.build(planned.trained.config).data, "paths", ())
 
     def asked(keys: int, depth: float | None) -> Quiz:

@@ -14,7 +14,7 @@ from seqlab.models.cache import duo
 from seqlab.models.duo import fit_gates, retrieval_heads
 from seqlab.tokens import ByteTokenizer
 from seqlab.train import config
-from seqlab.train.tasks.passkeys import NAME, haystacks, quiz
+from seqlab.train.tasks.passkeys import FRAME, haystacks, quiz
 
 FILE = "gates.json"
 _DIGITS = 4
@@ -46,7 +46,7 @@ def fit(workdir: str | os.PathLike[str], steps: int, *, sinks: int = 4, window: 
     if not isinstance(trained.tokenizer, ByteTokenizer):
         raise runs.RunError(f"{workdir} does not read bytes: gates are fitted on pass keys in text")
     data = config.build(trained.config).data
-    turns = keys * (NAME + _DIGITS + 3)
+    turns = keys * (_DIGITS + FRAME)
     length = max(data.length, 2 * turns + 1)
     window = max(8, length // 8 - sinks) if window is None else window
     file = pathlib.Path(workdir) / FILE

@@ -70,7 +70,7 @@ def test_figures_are_those_of_the_whole_sequence_at_once(capsys, monkeypatch):
 
     # again: what is there stays, what is missing is measured
     kept, _, gone = sorted(pathlib.Path("run/cache_bench/caches").iterdir())
-    assert (kept.name, gone.name) == ("full_64.json", "sinks_2_+window_8_+in_place.json")
+    assert (kept.name, gone.name) == ("full_64.json", "sinks_2_window_8_in_place.json")
     before = kept.stat().st_mtime_ns
     gone.unlink()
     names = []
@@ -120,7 +120,7 @@ def test_without_a_choice_everything_is_measured_that_fits_the_heads():
         "duo(0.75)",
     ]
     planned = cache_bench.plan("run", length=64, rows=1, items=1, turns=2, out="unused")
-    assert len(planned.policies) == 7 and planned.settings.context == 54
+    assert len(planned.policies) == 7 and planned.settings.context == 48
 
 
 def test_questions_go_to_copies_or_to_one_conversation():
@@ -155,7 +155,7 @@ def test_questions_go_to_copies_or_to_one_conversation():
 def test_gates_are_fitted_once_and_make_a_cache(capsys):
     assert cli.main(["cache-bench", "run", "--fit-gates", "2", "--caches", "duo(0.5)", "--out", "refused", "--rows", "500"]) == 2
     fitted = gates.load("run", 4)
-    assert (np.shape(fitted.alpha), fitted.sinks, fitted.window, fitted.length) == ((2, 2), 4, 8, 73)
+    assert (np.shape(fitted.alpha), fitted.sinks, fitted.window, fitted.length) == ((2, 2), 4, 8, 65)
     stamp = pathlib.Path("run/gates.json").stat().st_mtime_ns
     assert gates.fit("run", 2) == fitted and pathlib.Path("run/gates.json").stat().st_mtime_ns == stamp
     assert gates.load("run", 3) is None, "another checkpoint's"

@@ -1,6 +1,6 @@
 """Pass keys in text: names with numbers, hidden in a haystack of bytes, each number to be given back when its name is asked for.
 
-    ...the haystack <fx=4071> goes on...<fx=4071>         context, then a question "<fx=" with the answer "4071"
+    ...the haystack <X=4071> goes on...<X=4071>         context, then a question "<X=" with the answer "4071"
 
 As in the needle tests of long-context models: one key at a chosen depth is pass-key retrieval, several with a question each the shared
 context of SCBench (arXiv 2412.10319), whose questions go to one cache in turn or each to a copy of it.
@@ -17,7 +17,8 @@ from seqlab.train.data import FileSource
 from seqlab.train.tasks.examples import IGNORE, VALIDATION, Examples, at_least
 
 OPEN, BETWEEN, CLOSE = b"<=>"
-NAME = 2  # letters of a name
+NAMES = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+FRAME = 4  # bytes of a key that are not its number: "<", a name, "=", ">"
 
 
 class Quiz(NamedTuple):
@@ -43,11 +44,11 @@ def quiz(rng: np.random.Generator, haystacks: Int[np.ndarray, "n c"], *, keys: i
       haystacks: bytes; the first one stays first.
       depth: where the keys stand: 0 behind the first byte, 1 at the end; None for anywhere.
     Raises:
-      ValueError: a haystack too short for its keys, or a depth outside 0..1.
+      ValueError: a haystack too short for its keys, more keys than names, or a depth outside 0..1.
     """
     at_least("keys", keys, 1)
     at_least("digits", digits, 1)
-    needle = NAME + digits + 3
+    needle = digits + FRAME
     room = haystacks.shape[1] - 1 - keys * needle
     if room < 0:
         raise ValueError(
@@ -60,15 +61,15 @@ def quiz(rng: np.random.Generator, haystacks: Int[np.ndarray, "n c"], *, keys: i
         names = _names(rng, hay.tobytes(), keys)
         numbers = rng.integers(0, 10, (keys, digits), dtype=np.uint8) + ord("0")
         places = rng.integers(0, room + 1, keys) if depth is None else np.full(keys, round(depth * room))
-        needles = [bytes([OPEN, *name, BETWEEN, *number, CLOSE]) for name, number in zip(names, numbers, strict=True)]
+        needles = [bytes([OPEN, name, BETWEEN, *number, CLOSE]) for name, number in zip(names, numbers, strict=True)]
         pieces, begin = [hay[:1].tobytes()], 1
         for place, text in zip(np.sort(places) + 1, needles, strict=True):
             pieces += [hay[begin:place].tobytes(), text]
             begin = place
         contexts.append(b"".join([*pieces, hay[begin : room + 1].tobytes()]))
         order = rng.permutation(keys)
-        questions.append([needles[i][: NAME + 2] for i in order])
-        answers.append([needles[i][NAME + 2 :] for i in order])
+        questions.append([needles[i][: FRAME - 1] for i in order])
+        answers.append([needles[i][FRAME - 1 :] for i in order])
     return Quiz(*(_as_tokens(texts) for texts in (contexts, questions, answers)))
 
 
@@ -107,14 +108,14 @@ class Passkeys:
 
     @property
     def _turns(self) -> int:
-        return self.keys * (NAME + self.digits + 3)
+        return self.keys * (self.digits + FRAME)
 
     def _examples(self, split: str, count: int, seed: int) -> Examples:
         rng = np.random.default_rng(seed)
         asked = quiz(rng, haystacks(rng, count, self.length + 1 - self._turns, self.paths, split), keys=self.keys, digits=self.digits)
         tokens = asked.joined()
         scored = np.zeros(tokens.shape, bool)
-        place = np.arange(self._turns) % (self._turns // self.keys) - (NAME + 2)
+        place = np.arange(self._turns) % (self.digits + FRAME) - (FRAME - 1)
         scored[:, -self._turns :] = (place >= 0) & (place < self.digits)
         return Examples(tokens[:, :-1], np.where(scored, tokens, IGNORE)[:, 1:])
 
@@ -135,14 +136,12 @@ def haystacks(
     return np.concatenate([np.full((count, 1), bos, np.uint8), text], axis=1)
 
 
-def _names(rng: np.random.Generator, hay: bytes, count: int) -> list[bytes]:
+def _names(rng: np.random.Generator, hay: bytes, count: int) -> list[int]:
     """Different names that the haystack does not ask for itself."""
-    names: list[bytes] = []
-    while len(names) < count:
-        name = bytes(rng.integers(ord("a"), ord("z") + 1, NAME, dtype=np.uint8))
-        if name not in names and bytes([OPEN, *name, BETWEEN]) not in hay:
-            names.append(name)
-    return names
+    free = [name for name in NAMES if bytes([OPEN, name, BETWEEN]) not in hay]
+    if count > len(free):
+        raise ValueError(f"keys must not exceed the {len(free)} names that the text leaves, got {count}")
+    return [free[i] for i in rng.permutation(len(free))[:count]]
 
 
 def _as_tokens(texts: list) -> Int[np.ndarray, "..."]:
