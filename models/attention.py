@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from seqlab.kernels.dispatch import check_name
 from seqlab.models.cache import Full, parse_cache
+from seqlab.models.cache.common import end
 from seqlab.models.layers import Linear, RMSNorm, RotaryScaling, ShortConv, divisor, positive, rotate
 from seqlab.module import Module
 from seqlab.shapes import Activations, Keys, LogSumExp, Queries, Steps, Values
@@ -119,7 +120,7 @@ class Attention(Module):
     @property
     def capacity(self) -> int | None:
         """The longest sequence that the cache can hold; None for one without end."""
-        return getattr(self.cache, "capacity", None)
+        return end(self.cache)
 
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> State:
         cache = self.cache.init_state(batch, self.kv_heads, self.head_dim, dtype)
@@ -167,6 +168,14 @@ class Attention(Module):
         if self.key_conv is not None:
             raise ValueError(f"steps={jnp.asarray(steps).tolist()} cannot be taken back: key_conv has forgotten the keys before its last")
         return self.cache.rewind(state, steps)
+
+    def with_room(self, state: State, steps: int) -> State:
+        """`state` with slots for sequences of `steps` steps, where the cache grows; itself otherwise."""
+        if not hasattr(self.cache, "with_room"):
+            return state
+        if self.key_conv is not None:
+            return state._replace(cache=self.cache.with_room(state.cache, steps))
+        return self.cache.with_room(state, steps)
 
 
 def with_cache(model: Module, cache: str | Policy | Sequence[Policy]) -> Module:

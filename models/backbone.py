@@ -3,6 +3,7 @@
 Mixers are constructor arguments, so a hybrid is a tuple of them and a new model is never a copied file.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -62,6 +63,11 @@ class Block(Module):
             y, channel = self.channel_mixer(normed(self.channel_norm, x, valid), channel, reset, valid)
             x = self._sum(x, y, self.residual_scale_2, self.layer_scale_2)
         return x, (None if state is None else (mixed, channel))
+
+    def map_states(self, state: tuple[State, State], function: Callable[[Any, State], State]) -> tuple[State, State]:
+        """`function(mixer, its state)` of both mixers."""
+        mixed, channel = state
+        return function(self.mixer, mixed), (() if self.channel_mixer is None else function(self.channel_mixer, channel))
 
     def _sum(self, x: Activations, y: Activations, stream: nnx.Param | None, branch: nnx.Param | None) -> Activations:
         y = y if branch is None else y * branch[...].astype(y.dtype)
@@ -152,6 +158,21 @@ class Backbone(Module):
                 new.append(updated)
             state = None if state is None else tuple(new)
         return normed(self.norm, x, valid), state
+
+    def map_states(self, state: tuple[State, ...], function: Callable[[Any, State], State]) -> tuple[State, ...]:
+        """`function(mixer, its state)` of every mixer, layer by layer; a ValueError or NotImplementedError of it says in which layer."""
+        new, period = [], len(self.blocks)
+        for j, (block, own) in enumerate(zip(self.blocks, state, strict=True)):
+            layers = [own]
+            if self.scan_layers:
+                layers = [jax.tree.map(lambda leaf, i=i: leaf[i], own.layers) for i in range(self.depth // period)]
+            for i, layer in enumerate(layers):
+                try:
+                    layers[i] = block.map_states(layer, function)
+                except (ValueError, NotImplementedError) as reason:
+                    raise type(reason)(f"layer {i * period + j}: {reason}") from reason
+            new.append(Stacked(jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)) if self.scan_layers else layers[0])
+        return tuple(new)
 
     def _call(self, block: Block, *arguments: Any) -> tuple[Activations, State | None]:
         if self.remat == "none":

@@ -32,6 +32,7 @@ _PUBLIC = {
     "verify_devices": "seqlab.verify_devices",
     "ByteTokenizer": "seqlab.tokens",
     "stream_generate": "seqlab.generate",
+    "rewind_stream": "seqlab.generate",
     "load": "seqlab.runs",
     "convert": "seqlab.weights",
     "save_pretrained": "seqlab.pretrained",

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from seqlab.models.attention import with_cache
 from seqlab.module import Module, Static, merge, split
+from seqlab.sampling import Sampling, check_sampling, draw
 from seqlab.state import State
 from seqlab.tokens import ByteTokenizer, Tokenizer
 
@@ -52,14 +53,6 @@ class Token(NamedTuple):
     finished: str | None
 
 
-class Sampling(NamedTuple):
-    """How a token is drawn from logits; hashable, because it shapes the compiled loop."""
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-
-
 def stream_state(model: Module, batch: int = 1, seed: int | Sequence[int] = 0) -> StreamState:
     """The state of `batch` fresh streams."""
     model = _unrolled(model)
@@ -67,6 +60,23 @@ def stream_state(model: Module, batch: int = 1, seed: int | Sequence[int] = 0) -
     return StreamState(
         model.init_state(batch), jnp.zeros((batch, model.vocab_size), jnp.float32), jnp.asarray(seeds), jnp.zeros((batch,), jnp.int32)
     )
+
+
+def rewind_stream(model: Module, state: StreamState, steps: int | Sequence[int], last: Sequence[int]) -> StreamState:
+    """The stream `steps` tokens ago, each row; `last` [b] is the token that then was the last one. It is read again for its logits.
+
+    Raises what `Model.rewind` raises, and ValueError where a stream would be left without a token.
+    """
+    model, last = _unrolled(model), np.asarray(last, np.int32)
+    if last.shape != state.length.shape:
+        raise ValueError(f"last must name one token for each of {state.length.shape[0]} rows, got {last.tolist()}")
+    if np.any(np.asarray(steps) >= np.asarray(state.length)):
+        raise ValueError(f"steps must leave a token of the {state.length.tolist()} in each row, got {steps}")
+    steps = jnp.broadcast_to(jnp.asarray(steps, jnp.int32) + 1, last.shape)
+    static, params = split(model)
+    back = state._replace(model=model.rewind(state.model, steps), length=state.length - steps)
+    read = _programs(static, Sampling()).prefill
+    return read(tuple(params.values()), back, jnp.asarray(last)[:, None], jnp.ones((len(last), 1), bool))
 
 
 def stream_generate(
@@ -108,7 +118,7 @@ def stream_generate(
       ValueError: an option out of range, a token that the vocabulary lacks, an empty prompt without state, or more tokens than a
         bounded cache can hold; all before anything is computed.
     """
-    sampling = _check_sampling(temperature, top_k, top_p)
+    sampling = check_sampling(temperature, top_k, top_p)
     for name, value, most in (("max_tokens", max_tokens, 2**31), ("block", block, _BLOCK_LIMIT)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer) or not 1 <= value <= most):
             raise ValueError(f"{name} must be an integer from 1 to {most}, or None, got {value!r}")
@@ -141,6 +151,7 @@ class Stream(Iterator[Token]):
         self._programs = _programs(static, sampling)
         self._leaves = tuple(params.values())
         self._before = self._after = state
+        self._with_room = getattr(model, "with_room", None)
         self._left = np.minimum(room, np.iinfo(np.int32).max if max_tokens is None else max_tokens).astype(np.int64)
         self._room, self._fixed_block, self._block = room, block, block or 8
         self._decoders = [tokenizer.decoder() for _ in rows]
@@ -199,7 +210,7 @@ class Stream(Iterator[Token]):
             for row, ids in enumerate(rows):
                 piece = ids[start : start + size]
                 tokens[row, : len(piece)], valid[row, : len(piece)] = piece, True
-            self._after = self._run("prefill", int(valid.sum()), self._after, tokens, valid)
+            self._after = self._run("prefill", int(valid.sum()), self._grown(self._after, valid.sum(1)), tokens, valid)
             start += size
         self._before, self._cut = self._after, False
 
@@ -212,8 +223,8 @@ class Stream(Iterator[Token]):
 
     def _generate(self) -> None:
         """Draw a block of tokens and queue them; a row that meets a stop text hands out nothing after it."""
-        self._before = self.state
         limits = np.where(self._done, 0, np.minimum(self._left, self._block)).astype(np.int32)
+        self._before = self._grown(self.state, limits)
         self._after, tokens, logprobs = self._run("decode", int(limits.sum()), self._before, limits)
         tokens, logprobs = np.asarray(tokens), np.asarray(logprobs)
         self._pending, self._next, self._cut = [], 0, False
@@ -224,6 +235,12 @@ class Stream(Iterator[Token]):
                 self._cut |= bool(self._done[row] and step + 1 < limits[row])
         if self._fixed_block is None and limits.max() == self._block:
             self._block = int(np.clip(self._block * min(2.0, _BLOCK_SECONDS / self._clock["decode"].last), 1, _BLOCK_LIMIT))
+
+    def _grown(self, state: StreamState, more: np.ndarray) -> StreamState:
+        """`state` with room for `more` [b] steps, where the model's caches grow."""
+        if self._with_room is None:
+            return state
+        return state._replace(model=self._with_room(state.model, int(np.max(np.asarray(state.length) + more))))
 
     def _token(self, row: int, token: int, logprob: float) -> Token:
         index = int(self._made[row])
@@ -310,36 +327,9 @@ def _programs(static: Static, sampling: Sampling) -> _Programs:
     return _Programs(jax.jit(prefill), jax.jit(decode), lambda: len(traced))
 
 
-def draw(logits: Float[Array, "b v"], seed: UInt32[Array, " b"], index: Int[Array, " b"], sampling: Sampling) -> Int[Array, " b"]:
-    """One token a row. A row's draw depends on its seed and place in the sequence alone, not on the batch or the block."""
-    if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
-    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
-        kth = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
-        logits = jnp.where(logits < kth, -jnp.inf, logits)
-    if sampling.top_p is not None and sampling.top_p < 1:
-        ordered = -jnp.sort(-logits, axis=-1)
-        before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
-        least = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    noise = jax.vmap(lambda s, i: jax.random.gumbel(jax.random.fold_in(jax.random.key(s), i), logits.shape[1:]))(seed, index)
-    return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
-
-
 def _unrolled(model: Module) -> Module:
     """`model` as it decodes best; its states have another structure where its layers were scanned."""
     return model.unrolled() if hasattr(model, "unrolled") else model
-
-
-def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> Sampling:
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be >= 0 (0 takes the likeliest token), got {temperature!r}")
-    if top_k is not None and (not isinstance(top_k, int | np.integer) or top_k < 1):
-        raise ValueError(f"top_k must be a positive integer or None, got {top_k!r}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1] or None, got {top_p!r}")
-    return Sampling(float(temperature), top_k, top_p)
 
 
 def _check_seed(seed: int | Sequence[int], rows: int) -> np.ndarray:

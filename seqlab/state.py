@@ -124,10 +124,15 @@ def _by_row(function: Any, state: T, *others: T) -> T:
     return jax.tree.map(visit(0), state, *others, is_leaf=lambda x: isinstance(x, Stacked))
 
 
-def save_state(state: State, path: str | os.PathLike[str]) -> None:
-    """Write a state to `path` in the safetensors format; an existing file is replaced only once the new one is complete."""
+def save_state(state: State, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Write a state to `path` in the safetensors format.
+
+    Raises FileExistsError where the file exists; with `overwrite` it is replaced, once the new one is complete.
+    """
     from safetensors.numpy import save_file
 
+    if os.path.exists(path) and not overwrite:
+        raise FileExistsError(f"{os.fspath(path)} exists: name another file, or give overwrite=True")
     arrays = {name: np.ascontiguousarray(_storable(leaf)) for name, leaf in _named_leaves(state)}
     dtypes = {name: str(leaf.dtype) for name, leaf in _named_leaves(state)}
     temporary = f"{os.fspath(path)}.tmp"

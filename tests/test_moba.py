@@ -16,6 +16,7 @@ from seqlab.models.cache import MoBA
 from seqlab.module import params_of
 
 LENGTH = 43
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 def dense(q, k, v, policy):
@@ -34,7 +35,9 @@ def dense(q, k, v, policy):
     return out
 
 
-@pytest.mark.parametrize("policy", [MoBA(4, 3, 44), MoBA(4, 3, None, stored=5), MoBA(4, 1, 44), MoBA(5, 4, None, stored=2)], ids=str)
+@pytest.mark.parametrize(
+    "policy", [MoBA(4, 3, 44), MoBA(4, 3, None, stored=5), slow(MoBA(4, 1, 44)), slow(MoBA(5, 4, None, stored=2))], ids=str
+)
 def test_a_query_sees_its_block_and_those_it_likes_best(policy):
     """Whole, in chunks of one length, longer than what is stored, and step by step, in a ring that is wrapped often."""
     q, k, v = random(0, 2, LENGTH, 4, 8), random(1, 2, LENGTH, 2, 8), random(2, 2, LENGTH, 2, 6)

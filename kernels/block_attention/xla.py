@@ -36,7 +36,7 @@ def block_attention(q, k, v, chosen, *, block, scale):
     """See `seqlab.kernels.block_attention.block_attention`, which has checked the arguments."""
     (b, t, h, _), (s, g) = q.shape, k.shape[1:3]
     r, c, n = h // g, chosen.shape[3], s // block
-    if not (b * t * h * c * n):
+    if 0 in (b, t, c, n):
         dtype = accumulator(jnp.result_type(q, k, v))
         return jnp.zeros((b, t, h, v.shape[3]), q.dtype), jnp.full((b, t, h), -jnp.inf, dtype)
     # One axis x of rows and key/value heads, one y of the queries that read them.
@@ -50,7 +50,7 @@ def block_attention(q, k, v, chosen, *, block, scale):
 
 def _by_query(scale: float, q: Array, k: Array, v: Array, chosen: Array) -> tuple[Array, Array]:
     dtype = accumulator(jnp.result_type(q, k, v))
-    x = jnp.arange(len(q))[:, None, None]
+    x = jnp.arange(q.shape[0])[:, None, None]
     k, v = (blocks[x, jnp.maximum(chosen, 0)] for blocks in (k, v))  # [x, y, c, block, .]
     logits = scale * jnp.einsum("xyk,xycsk->xycs", q, k, preferred_element_type=dtype)
     logits = jnp.where((chosen >= 0)[..., None], logits, -jnp.inf)
@@ -163,12 +163,12 @@ def _with_nobody(a: Array, value: float) -> Array:
 
 def _rows(a: Array, index: Array) -> Array:
     """a [x, y, ...] at index [x, i]."""
-    return a[jnp.arange(len(a))[:, None], index]
+    return a[jnp.arange(a.shape[0])[:, None], index]
 
 
 def _block(a: Array, index: Array) -> Array:
     """a [x, n, block, .] at index [x]."""
-    return a[jnp.arange(len(a)), index]
+    return a[jnp.arange(a.shape[0]), index]
 
 
 def _put(a: Array, axis: int, i: Any, new: Array) -> Array:

@@ -1,7 +1,8 @@
 """What cache policies share: where steps stand, how slots are written, and attention over what was stored and what is new."""
 
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -104,9 +105,28 @@ def forget_from(state: CacheState, length: Int[Array, " b"]) -> CacheState:
     return CacheState(*kept, jnp.where(later, NEVER, state.positions), length)
 
 
+def with_slots(state: CacheState, slots: int) -> CacheState:
+    """`state` with empty slots behind its own, `slots` in all."""
+    more = (0, slots - state.positions.shape[1])
+    k, v = (jnp.pad(x, ((0, 0), (0, 0), more, (0, 0))) for x in (state.k, state.v))
+    return CacheState(k, v, jnp.pad(state.positions, ((0, 0), more), constant_values=NEVER), state.length)
+
+
+def doubled(slots: int, steps: int) -> int:
+    """`slots` times the least power of two that makes them `steps` or more."""
+    return slots * 2 ** max(0, math.ceil(math.log2(steps / slots)))
+
+
+def end(policy: Any) -> int | None:
+    """Where sequences must end under a policy; None for one that goes on, in constant memory or because it grows."""
+    return None if getattr(policy, "grows", False) else getattr(policy, "capacity", None)
+
+
 def earlier(state: CacheState, steps: Int[Array, " b"]) -> Int[Array, " b"]:
     """The lengths `steps` steps ago; ValueError where a row has not seen as many. Looks at the numbers: not for jitted code."""
     length = state.length - jnp.asarray(steps, jnp.int32)
+    if bool(jnp.any(length > state.length)):
+        raise ValueError(f"steps must be 0 or more, got {jnp.asarray(steps).tolist()}")
     if bool(jnp.any(length < 0)):
         raise ValueError(f"steps must not exceed the steps seen, {state.length.tolist()} by row, got {jnp.asarray(steps).tolist()}")
     return length

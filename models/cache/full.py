@@ -11,6 +11,7 @@ from seqlab.models.cache.common import (
     CacheState,
     Rotary,
     attend,
+    doubled,
     earlier,
     empty,
     forget_from,
@@ -19,6 +20,7 @@ from seqlab.models.cache.common import (
     only_valid,
     store,
     stored_span,
+    with_slots,
 )
 from seqlab.models.layers import positive
 from seqlab.shapes import Keys, LogSumExp, Queries, Steps, Values
@@ -27,10 +29,15 @@ from seqlab.state import segments
 
 @dataclasses.dataclass(frozen=True)
 class Full:
-    """Every key is kept, up to `capacity` steps of one sequence; attention beyond it gives NaN, never a wrong number."""
+    """Every key is kept, up to `capacity` steps of one sequence; attention beyond it gives NaN, never a wrong number.
+
+    Where the cache `grows`, a host that sees it coming doubles the slots of a state (`with_room`; `stream_generate` does): sequences then
+    have no end but that of memory, and programs are compiled anew at doublings only.
+    """
 
     capacity: int = 4096
     softcap: float | None = None
+    grows: bool = False
 
     exact = True
 
@@ -38,7 +45,7 @@ class Full:
         positive("capacity", self.capacity)
 
     def __str__(self) -> str:
-        return f"full({self.capacity})"
+        return f"full({self.capacity})" + "+grows" * self.grows
 
     @property
     def span(self) -> int:
@@ -62,6 +69,11 @@ class Full:
         out, lse = attend(q, where.positions, where, span, softcap=self.softcap)
         beyond = (where.positions >= capacity)[:, :, None]
         return jnp.where(beyond[..., None], jnp.nan, only_valid(out, where)), jnp.where(beyond, jnp.nan, lse), new
+
+    def with_room(self, state: CacheState, steps: int) -> CacheState:
+        """`state` with slots for sequences of `steps` steps: its own, doubled as often as it takes. Only of a cache that grows."""
+        slots = state.positions.shape[1]
+        return state if not self.grows or steps <= slots else with_slots(state, doubled(slots, steps))
 
     def rewind(self, state: CacheState, steps: Int[Array, " b"]) -> CacheState:
         """The state `steps` steps ago, row by row."""

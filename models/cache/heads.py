@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from seqlab.models.cache.common import Rotary
+from seqlab.models.cache.common import Rotary, end
 from seqlab.models.cache.full import Full
 from seqlab.models.cache.window import Window
 from seqlab.shapes import Keys, LogSumExp, Queries, Steps, Values
@@ -31,7 +31,7 @@ class Heads:
 
     @property
     def capacity(self) -> int | None:
-        return min((c for policy in self.policies if (c := getattr(policy, "capacity", None)) is not None), default=None)
+        return min((steps for policy in self.policies if (steps := end(policy)) is not None), default=None)
 
     @property
     def span(self) -> int:
@@ -61,6 +61,11 @@ class Heads:
         back = jnp.asarray(sorted(range(len(order)), key=order.__getitem__))
         out, lse = (jnp.concatenate(parts, axis=2)[:, :, back] for parts in (outs, lses))
         return out, lse, None if state is None else tuple(new)
+
+    def with_room(self, state: tuple[Any, ...], steps: int) -> tuple[Any, ...]:
+        """`state` with slots for sequences of `steps` steps, in the policies that grow."""
+        parts = zip(self.policies, state, strict=True)
+        return tuple(policy.with_room(own, steps) if hasattr(policy, "with_room") else own for policy, own in parts)
 
     def rewind(self, state: tuple[Any, ...], steps: Int[Array, " b"]) -> tuple[Any, ...]:
         """The state `steps` steps ago; ValueError where one of the policies no longer has it."""

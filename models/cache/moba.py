@@ -9,7 +9,21 @@ from jaxtyping import Array, Float, Int
 
 from seqlab import kernels
 from seqlab.kernels.attention import merge
-from seqlab.models.cache.common import NEVER, CacheState, Rotary, Span, attend, earlier, empty, forget_from, joined, only_valid, store
+from seqlab.models.cache.common import (
+    NEVER,
+    CacheState,
+    Rotary,
+    Span,
+    attend,
+    doubled,
+    earlier,
+    empty,
+    forget_from,
+    joined,
+    only_valid,
+    store,
+    with_slots,
+)
 from seqlab.models.layers import positive
 from seqlab.shapes import Keys, LogSumExp, Queries, Steps, Values, accumulator
 from seqlab.state import Segments, mask_steps, segments
@@ -46,12 +60,14 @@ class MoBA:
       capacity: steps of a sequence that are kept, a multiple of `block`; attention beyond gives NaN. None with `stored`.
       stored: blocks that are kept, the open one counted: constant memory without end. A query then chooses among the last
         `stored` blocks, in training too, and forgets what lies before them: the first tokens as well.
+      grows: with a capacity, whether streams go on beyond it in more memory, see `Full`.
     """
 
     block: int = 512
     top_k: int = 3
     capacity: int | None = 4096
     stored: int | None = None
+    grows: bool = False
 
     exact = True
 
@@ -62,12 +78,14 @@ class MoBA:
             raise ValueError(f"give capacity or stored, the other one None, got capacity={self.capacity}, stored={self.stored}")
         if self.stored is not None:
             positive("stored", self.stored)
+            if self.grows:
+                raise ValueError(f"grows changes nothing where the last stored={self.stored} blocks are kept")
         elif positive("capacity", self.capacity) % self.block:
             raise ValueError(f"capacity must be a multiple of block={self.block}, got {self.capacity}")
 
     def __str__(self) -> str:
         held = f"full({self.capacity})" if self.stored is None else f"window({self.span})"
-        return f"{held}+moba({self.block}, {self.top_k})"
+        return f"{held}+moba({self.block}, {self.top_k})" + "+grows" * self.grows
 
     @property
     def span(self) -> int:
@@ -101,7 +119,7 @@ class MoBA:
         out, lse = near if not chosen.shape[3] else merge(*near, *kernels.block_attention(q, blocks.k, blocks.v, chosen, block=self.block))
         if state is None or self.stored is not None:
             return only_valid(out, where), lse, new
-        beyond = (where.positions >= self.capacity)[:, :, None]
+        beyond = (where.positions >= state.cache.positions.shape[1])[:, :, None]
         return jnp.where(beyond[..., None], jnp.nan, only_valid(out, where)), jnp.where(beyond, jnp.nan, lse), new
 
     def choose(self, q: Queries, blocks: Blocks, where: Segments) -> Int[Array, "b t h c"]:
@@ -118,6 +136,15 @@ class MoBA:
         best, chosen = jax.lax.top_k(jnp.where(past[:, :, None], scores, -jnp.inf), min(self.top_k - 1, n))
         return jnp.where(best == -jnp.inf, -1, chosen)
 
+    def with_room(self, state: MoBAState, steps: int) -> MoBAState:
+        """`state` with slots for sequences of `steps` steps, see `Full`."""
+        slots = state.cache.positions.shape[1]
+        if not self.grows or steps <= slots:
+            return state
+        slots = doubled(slots, steps)
+        more = slots // self.block - state.sums.shape[1]
+        return MoBAState(with_slots(state.cache, slots), jnp.pad(state.sums, ((0, 0), (0, more), (0, 0), (0, 0))))
+
     def rewind(self, state: MoBAState, steps: Int[Array, " b"]) -> MoBAState:
         """The state `steps` steps ago; ValueError where blocks that could be chosen there have been overwritten."""
         length = earlier(state.cache, steps)
@@ -127,9 +154,8 @@ class MoBA:
                 raise ValueError(f"steps={jnp.asarray(steps).tolist()} cannot be taken back: {self} has overwritten the blocks before them")
         cache = forget_from(state.cache, length)
         part = self._open_part(cache, length)
-        at = jnp.arange(len(length)), length // self.block % state.sums.shape[1]
-        kept = self._places(length) * self.block < length[:, None]
-        sums = jnp.where((kept & (self._places(length) >= 0))[..., None, None], state.sums, 0)
+        at = jnp.arange(length.shape[0]), length // self.block % state.sums.shape[1]
+        sums = jnp.where((self._places(length, state.sums.shape[1]) >= 0)[..., None, None], state.sums, 0)
         own = jnp.where((part.segments > 0)[..., None, None], part.k, 0).astype(sums.dtype).sum(1)
         open_ = (length % self.block > 0)[:, None, None]
         return MoBAState(cache, sums.at[at].set(jnp.where(open_, own, sums[at])))
@@ -144,7 +170,7 @@ class MoBA:
             return kernels.attention(q, k, v)
         rows = (jnp.pad(x, ((0, 0), (0, -t % size), (0, 0), (0, 0))).reshape(-1, size, *x.shape[2:]) for x in (q, k, v))
         out, lse = kernels.attention(*rows)
-        return tuple(x.reshape(len(q), -1, *x.shape[2:])[:, :t] for x in (out, lse))
+        return tuple(x.reshape(q.shape[0], -1, *x.shape[2:])[:, :t] for x in (out, lse))
 
     def whole(self, k: Keys, v: Values) -> Blocks:
         """The blocks behind which another query stands."""
@@ -155,28 +181,26 @@ class MoBA:
         return Blocks(k, v, self._sums(k, n), jnp.ones_like(index), index)
 
     def _sums(self, k: Keys, n: int) -> Float[Array, "b n g k"]:
-        return k.reshape(len(k), n, self.block, *k.shape[2:]).astype(accumulator(k.dtype)).sum(2)
+        return k.reshape(k.shape[0], n, self.block, *k.shape[2:]).astype(accumulator(k.dtype)).sum(2)
 
     # --- chunks
 
-    def _places(self, length: Int[Array, " b"]) -> Int[Array, "b n"]:
-        """Which block lies in each place after `length` steps; below 0 for none."""
-        n = self.span // self.block
+    def _places(self, length: Int[Array, " b"], n: int) -> Int[Array, "b n"]:
+        """Which block lies in each of n places after `length` steps; below 0 for none."""
         last = (length[:, None] - 1) // self.block
         last = last if self.stored is not None else jnp.minimum(last, n - 1)
         return last - (last - jnp.arange(n)) % n
 
     def _held(self, state: MoBAState) -> Blocks:
-        index = self._places(state.cache.length)
+        index = self._places(state.cache.length, state.sums.shape[1])
         ids = ((index >= 0) & ((index + 1) * self.block <= state.cache.length[:, None])).astype(jnp.int32)
         return Blocks(state.cache.k.swapaxes(1, 2), state.cache.v.swapaxes(1, 2), state.sums, ids, index)
 
     def _open_part(self, cache: CacheState, length: Int[Array, " b"]) -> Span:
         """The steps of the block that is not full yet after `length` of them, in all its slots."""
         positions = length[:, None] // self.block * self.block + jnp.arange(self.block)
-        place = length // self.block % (self.span // self.block)
-        rows = jnp.arange(len(length))
-        k, v = (x.reshape(*x.shape[:2], -1, self.block, x.shape[3])[rows, :, place].swapaxes(1, 2) for x in (cache.k, cache.v))
+        place = jnp.arange(length.shape[0]), slice(None), length // self.block % (cache.positions.shape[1] // self.block)
+        k, v = (x.reshape(*x.shape[:2], -1, self.block, x.shape[3])[place].swapaxes(1, 2) for x in (cache.k, cache.v))
         here = positions < length[:, None]
         return Span(k, v, jnp.where(here, positions, NEVER), here.astype(jnp.int32))
 
@@ -189,7 +213,7 @@ class MoBA:
 
     def _closed(self, span: Span, where: Segments, open_part: Span | None) -> Blocks:
         """The blocks of a span that end in it, whole, side by side."""
-        (b, e), rows = span.k.shape[:2], jnp.arange(len(span.k))[:, None]
+        (b, e), rows = span.k.shape[:2], jnp.arange(span.k.shape[0])[:, None]
         n = (e if open_part is None else e - 1) // self.block
         ids = where.ids if open_part is None else jnp.concatenate([open_part.segments, where.ids], axis=1)
         place = span.positions % self.block
@@ -206,14 +230,15 @@ class MoBA:
         return Blocks(k, v, self._sums(k, n), at_ends(ids), at_ends(span.positions // self.block))
 
     def _stored(self, state: MoBAState, k: Keys, v: Values, where: Segments, reset: Steps | None) -> MoBAState:
-        n = self.span // self.block
-        before, after = self._places(state.cache.length), self._places(where.length)
+        n = state.sums.shape[1]
+        before, after = self._places(state.cache.length, n), self._places(where.length, n)
         same = (before == after) & (where.last == 1)[:, None]
         # Of a chunk longer than the ring only the steps that survive it are stored: two writes to one slot would race.
-        survives = where.positions < self.span if self.stored is None else where.positions >= where.length[:, None] - self.span
-        cache = store(state.cache, k, v, where, where.positions % self.span, survives, reset)
+        slots = n * self.block
+        survives = where.positions < slots if self.stored is None else where.positions >= where.length[:, None] - slots
+        cache = store(state.cache, k, v, where, where.positions % slots, survives, reset)
         own = where.positions // self.block
         counts = (where.ids == where.last[:, None]) & (jnp.take_along_axis(after, own % n, axis=1) == own)
-        rows, place = jnp.arange(len(k))[:, None], jnp.where(counts, own % n, n)
+        rows, place = jnp.arange(k.shape[0])[:, None], jnp.where(counts, own % n, n)
         sums = jnp.where(same[..., None, None], state.sums, 0)
         return MoBAState(cache, sums.at[rows, place].add(k.astype(sums.dtype), mode="drop"))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt
 
 from seqlab.kernels.dispatch import check_name
-from seqlab.models.cache.common import Rotary
+from seqlab.models.cache.common import Rotary, earlier
 from seqlab.models.cache.quantize import BITS, Groups, decode, dequantize, encode, groups_of, pack, quantize, unpack
 from seqlab.models.layers import positive
 from seqlab.shapes import Keys, LogSumExp, Queries, Steps, Values, accumulator
@@ -132,8 +132,18 @@ class Quantized:
         return out, lse, (self._stored(state, entries, groups, where) if streaming else None)
 
     def rewind(self, state: QuantizedState, steps: Int[Array, " b"]) -> QuantizedState:
-        """Always refused: the exact keys and values of earlier steps are gone."""
-        raise ValueError(f"steps={jnp.asarray(steps).tolist()} cannot be taken back: {self} has coded the steps before them")
+        """The state `steps` steps ago; ValueError once steps have been coded: of the first `residual` behind the sinks none is."""
+        length = earlier(state, steps)
+        if bool(jnp.any((self._ends(state)[1] > 0) & (length < state.length)[:, None])):
+            raise ValueError(f"steps={jnp.asarray(steps).tolist()} cannot be taken back: {self} has coded the steps before them")
+
+        def before(x: Array, first: int) -> Array:
+            kept = first + jnp.arange(x.shape[2]) < length[:, None]
+            return jnp.where(kept[:, None, :, None] | (length == state.length)[:, None, None, None], x, jnp.zeros((), x.dtype))
+
+        sinks = before(state.sink_k, 0), before(state.sink_v, 0)
+        rest = before(state.rest_k, self.sinks), before(state.rest_v, self.sinks)
+        return state._replace(sink_k=sinks[0], sink_v=sinks[1], rest_k=rest[0], rest_v=rest[1], length=length)
 
     # --- what is seen
 

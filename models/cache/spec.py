@@ -9,7 +9,7 @@ from seqlab.models.cache.moba import MoBA
 from seqlab.models.cache.quantized import Quantized
 from seqlab.models.cache.window import Window
 
-_TERMS = ("full", "window", "sinks", "int2", "int4", "int8", "moba", "in_place")
+_TERMS = ("full", "window", "sinks", "int2", "int4", "int8", "moba", "in_place", "grows")
 
 
 def parse_cache(spec: str) -> Any:
@@ -20,6 +20,7 @@ def parse_cache(spec: str) -> Any:
         sinks(n)                and the first n, in front of a window
         int2, int4, int8        old keys and values in so many bits; int4(group=32, residual=128) says how
         moba(b, k)              of blocks of b keys the query's own and the k - 1 that it likes best; in a window, of the last n / b
+        grows                   what is full is doubled where a stream goes on: no end, and more and more memory
         in_place                positions count places in the cache (StreamingLLM), so that sinks never get far away
 
     Raises:
@@ -45,9 +46,9 @@ def parse_cache(spec: str) -> Any:
         return Quantized(counts.get("full"), counts.get("window"), counts.get("sinks", 0), bits=int(bits[0][3:]), **options)
     if "moba" in terms:
         block, top_k = _numbers("moba", terms["moba"], "moba(block, top_k)", 2)
-        return _blocks(block, top_k, **counts)
+        return _blocks(block, top_k, "grows" in terms, **counts)
     if "full" in counts:
-        return Full(counts["full"])
+        return Full(counts["full"], grows="grows" in terms)
     return Window(counts["window"], counts.get("sinks", 0), positions="cache" if "in_place" in terms else "absolute")
 
 
@@ -62,6 +63,8 @@ def _check_product(spec: str, terms: dict[str, Any], bits: list[str]) -> None:
         raise ValueError(f"cache: in_place and {bits[0]} do not go together: keys are coded as they are turned, at absolute positions")
     if "in_place" in terms and "full" in terms:
         raise ValueError(f"cache: in_place changes nothing in {spec!r}: nothing is ever dropped")
+    if "grows" in terms and (bits or "window" in terms):
+        raise ValueError(f"cache: grows and {bits[0] if bits else 'window'} do not go together: only caches full(n) of exact keys grow")
     if "moba" in terms:
         _check_blocks(spec, terms, bits)
 
@@ -75,9 +78,9 @@ def _check_blocks(spec: str, terms: dict[str, Any], bits: list[str]) -> None:
         raise ValueError("cache: in_place and moba do not go together: the means of blocks are those of keys as they are turned once")
 
 
-def _blocks(block: int, top_k: int, *, full: int | None = None, window: int | None = None) -> MoBA:
+def _blocks(block: int, top_k: int, grows: bool, *, full: int | None = None, window: int | None = None) -> MoBA:
     if window is None:
-        return MoBA(block, top_k, full)
+        return MoBA(block, top_k, full, grows=grows)
     if block and window % block:
         raise ValueError(f"cache: window must hold whole blocks of moba({block}, {top_k}), got window({window})")
     return MoBA(block, top_k, None, stored=window // max(block, 1))
