@@ -1,17 +1,22 @@
 """Training on a mesh is training: the loss curve of one device, on another mesh after every interruption too."""
 
+import contextlib
 import json
 import os
+import re
 import signal
 
+import helpers
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_train import experiment
 
-from seqlab.sharding import MeshSizes
+from seqlab.sharding import MeshSizes, make_mesh
 from seqlab.train import config, loop
 from seqlab.train.loop import run
+from seqlab.train.step import cross_entropy
 
 pytestmark = pytest.mark.filterwarnings("default")  # grain and orbax warn as they please
 
@@ -67,3 +72,21 @@ def test_a_mesh_is_one_line_of_config(tmp_path):
     with pytest.raises(ValueError, match=r"needs 16 devices, and there are 8 .*device_count=16"):
         MeshSizes(data=2, sequence=8).make()
     assert MeshSizes().make() is None and MeshSizes(data=-1).make().size == jax.device_count()
+
+
+@pytest.mark.parametrize("time, devices", [(24, 1), (22, 4)])
+def test_logits_in_parts_are_the_logits(time, devices):
+    """Loss and gradients do not depend on how many logits there are at a time; only those of a part are ever there."""
+    rng = np.random.default_rng(0)
+    x, weight = helpers.random(1, 3, time, 8), helpers.random(2, 8, 50)
+    targets, valid = jnp.asarray(rng.integers(0, 50, (3, time))), jnp.asarray(rng.random((3, time)) < 0.8)
+
+    def loss(x, weight, most):
+        return cross_entropy(lambda x: x @ weight, x, targets, valid, most)[0]
+
+    run = jax.jit(jax.value_and_grad(loss, (0, 1)), static_argnums=2)
+    expected = run(x, weight, 10**6)
+    with jax.set_mesh(make_mesh(data=1, sequence=devices, devices=jax.devices()[:devices])) if devices > 1 else contextlib.nullcontext():
+        helpers.assert_close(run(x, weight, 3 * 50 * 4), expected, 1e-5)
+        text = run.lower(x, weight, 3 * 50 * 4).as_text()
+    assert not re.search(rf"tensor<3x{time}x50xf32>", text) and re.search(rf"tensor<3x{devices}x[34]x50xf32>", text)

@@ -9,11 +9,15 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from seqlab.module import Params, Static, merge, params_of, statistics_of
+from seqlab.sequence_parallel import parts
+from seqlab.shapes import Steps
 from seqlab.sharding import along_batch
 from seqlab.train.optim import global_norm
 
 Batch = dict[str, Array]
 Loss = Callable[[Any, Batch], tuple[Float[Array, ""], Float[Array, ""]]]  # (model, batch) -> sum over targets, number of targets
+
+_LOGITS = 1 << 24  # so many at a time: 64 MiB
 
 
 class TrainState(NamedTuple):
@@ -33,12 +37,52 @@ class StepMetrics(NamedTuple):
 
 
 def next_token_loss(model: Any, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Cross entropy in nats, summed over the valid targets, and their number. Documents of a packed row do not see one another."""
-    logits, _ = model(batch["inputs"], None, batch.get("reset"), None)
-    logits = logits.astype(jnp.float32)
-    target = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
+    """Cross entropy in nats, summed over the valid targets, and their number. Documents of a packed row do not see one another.
+
+    Of a model that has `features` and a `read_out` the logits of a long sequence are never there all at once (see `cross_entropy`).
+    """
+    inputs, flags = batch["inputs"], (None, batch.get("reset"), None)
+    if hasattr(model, "features") and hasattr(model, "read_out"):
+        return cross_entropy(model.read_out, model.features(inputs, *flags)[0], batch["targets"], batch["valid"])
     keep = batch["valid"].astype(jnp.float32)
-    return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - target) * keep), jnp.sum(keep)
+    return _nats(model(inputs, *flags)[0], batch["targets"], keep), jnp.sum(keep)
+
+
+def cross_entropy(
+    read_out: Callable[[Array], Array], x: Float[Array, "b t d"], targets: Int[Array, "b t"], valid: Steps, most: int = _LOGITS
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """-log softmax(read_out(x))[target], summed over the valid steps, and their number.
+
+    Where that would be more than `most` logits on a device, they are made for some steps after others, and made again for the gradient.
+    """
+    (b, t), devices = targets.shape, parts(targets.shape[1])
+    stretch = -(-t // devices)
+    needed = -(-b * stretch * jax.eval_shape(read_out, x).shape[-1] // most)
+    keep = valid.astype(jnp.float32)
+
+    if needed <= 1:
+        return _nats(read_out(x), targets, keep), jnp.sum(keep)
+    chunks = next((n for n in range(needed, 2 * needed) if stretch % n == 0), min(needed, stretch))
+    size = -(-stretch // chunks)
+
+    def cut(leaf: Array) -> Array:
+        """[chunks, b, devices, size, ...]: every device works on its own steps."""
+        leaf = jnp.pad(leaf, ((0, 0), (0, devices * chunks * size - t), *((0, 0),) * (leaf.ndim - 2)))
+        return jnp.moveaxis(leaf.reshape(b, devices, chunks, size, *leaf.shape[2:]), 2, 0)
+
+    @jax.checkpoint
+    def add(total: Array, chunk: tuple[Array, ...]) -> tuple[Array, None]:
+        x, targets, keep = chunk
+        return total + _nats(read_out(x), targets, keep), None
+
+    total, _ = jax.lax.scan(add, jnp.zeros(()), tuple(map(cut, (x, targets, keep))))
+    return total, jnp.sum(keep)
+
+
+def _nats(logits: Array, targets: Array, keep: Array) -> Array:
+    logits = logits.astype(jnp.float32)
+    target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - target) * keep)
 
 
 def init_state(static: Static, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
