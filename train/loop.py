@@ -96,8 +96,8 @@ def _run(experiment: Experiment, workdir: pathlib.Path, mesh: Mesh | None) -> Re
     progress = Progress(experiment.steps, start) if processes.first() else processes.Silent()
     metrics = Metrics(workdir, start, quality) if processes.first() else processes.Silent()
     pending: list[Any] = []
-    validation, saved, clock, seen = None, start, time.perf_counter(), 0
-    with Interruptions() as interruption, checkpoints, metrics, progress, processes.together(lambda: max(checkpoints.steps(), default=None)):
+    validation, saved, clock, tokens = None, start, time.perf_counter(), 0
+    with Interruptions() as interruption, checkpoints, metrics, progress, processes.together(checkpoints.steps):
         for number, batch in enumerate(batches.iterate(start), start + 1):
             batch = place(batch, mesh)
             state, measured = step(state, batch)

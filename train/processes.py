@@ -75,8 +75,8 @@ def anywhere(flag: bool) -> bool:
 
 
 @contextlib.contextmanager
-def together(saved: Callable[[], int | None]) -> Iterator[None]:
-    """Within the block the loss of another process ends this one, with exit code 4 and the last step that is `saved`.
+def together(saved: Callable[[], list[int]]) -> Iterator[None]:
+    """Within the block the loss of another process ends this one, with exit code 4 and the last of the steps that are `saved`.
 
     At once: all that is left to do in order, closing files of checkpoints and leaving the others, would wait for the one that is gone.
     """
@@ -85,8 +85,8 @@ def together(saved: Callable[[], int | None]) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
             raise
-        step = saved()
-        good = f"the last good checkpoint is step {step}" if step else "there is no checkpoint yet"
+        steps = saved()
+        good = f"the last checkpoint is step {steps[-1]}" if steps else "there is no checkpoint yet"
         print(
             f"seqlab train: error: process {jax.process_index()} of {jax.process_count()} has lost another one: "
             f"{str(error).splitlines()[0]}\n"
