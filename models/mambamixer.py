@@ -13,6 +13,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
+from seqlab import sequence_parallel
 from seqlab.models.layers import Factory, LayerNorm, Linear, positive
 from seqlab.models.mamba import MambaState, Selective
 from seqlab.module import Module
@@ -129,7 +130,8 @@ class SelectiveChannelMixer(Module):
             raise ValueError(f"x must have tokens={self.tokens} steps, to which the weights belong, got {x.shape[1]}")
         if state is not None or reset is not None:
             raise ValueError("state and reset must be None: this mixer treats all steps of a row as one whole")
-        y, _ = self.mixer(mask_steps(x, valid).swapaxes(1, 2))
+        with sequence_parallel.within_steps():
+            y, _ = self.mixer(mask_steps(x, valid).swapaxes(1, 2))
         return mask_steps(y.swapaxes(1, 2), valid), None
 
 
@@ -165,8 +167,10 @@ class GroupedChannelMixer(Module):
 
 def within_steps(mixer: Module, x: Float[Array, "b t s k"], valid: Steps | None) -> Float[Array, "b t s k"]:
     """`mixer` over the tokens s of every step alone."""
-    y, _ = mixer(mask_steps(x, valid).reshape(-1, *x.shape[2:]))
-    return mask_steps(y.reshape(x.shape), valid)
+    x = mask_steps(x, valid).swapaxes(0, 1)  # time in front: where it is split over devices, so are the rows that the two axes make
+    with sequence_parallel.within_steps():
+        y, _ = mixer(x.reshape(-1, *x.shape[2:]))
+    return mask_steps(y.reshape(x.shape).swapaxes(0, 1), valid)
 
 
 class MambaMixerStack(Module):

@@ -11,8 +11,9 @@ so the state that enters every stretch comes from all before it in log2 N rounds
 work one after the other (`relay`), and only memory is saved. Softmax attention sends its keys around a ring: see `kernels.attention`.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -22,14 +23,23 @@ from jaxtyping import Array, Bool
 
 AXIS = "sequence"
 
+_within_steps = jax.make_user_context(default_value=False)  # jax.jit takes it into the keys of its caches
+
 
 def parts(time: int) -> int:
     """In how many stretches `time` steps lie here: 1 outside a mesh with the axis, inside `split`, and for fewer steps than devices."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or AXIS not in mesh.axis_names or mesh.axis_types[mesh.axis_names.index(AXIS)] != AxisType.Auto:
+    if _within_steps.value or mesh.empty or AXIS not in mesh.axis_names or mesh.axis_types[mesh.axis_names.index(AXIS)] != AxisType.Auto:
         return 1
     devices = mesh.shape[AXIS]
     return devices if time >= devices else 1
+
+
+@contextlib.contextmanager
+def within_steps() -> Iterator[None]:
+    """Within the block the second axis of arrays is not time, and nothing is split along it."""
+    with _within_steps(True):
+        yield
 
 
 def split(function: Callable[[Any, Any], tuple[Any, Any]], timed: Any, whole: Any, multiple: int = 1) -> tuple[Any, Any]:
