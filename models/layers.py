@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Num
 
 from seqlab import kernels, sequence_parallel
 from seqlab.kernels.dispatch import check_name
@@ -244,29 +244,45 @@ class RotaryScaling(NamedTuple):
 
 
 def rotary_phases(
-    positions: Int[Array, "b t"], width: int, base: float, scaling: RotaryScaling | None = None
+    positions: Num[Array, "b t *a"], width: int, base: float, scaling: RotaryScaling | None = None, sections: tuple[int, ...] | None = None
 ) -> tuple[Float[Array, "b t k/2"], Float[Array, "b t k/2"]]:
     """cos and sin of position * base^(-2i/width), as accurate at step 10^9 as at step 1.
 
     A float32 angle is off by 0.06 radians after a million steps. Here a frequency is a fraction of a turn with 48 bits, and the product
     with the position is taken in integers that wrap exactly where the circle does: 32 high bits directly, 16 low bits by halves of the
-    position so that nothing overflows.
+    position so that nothing overflows. Of positions between the integers the rest is added in floating point.
+
+    `sections` (a_0, a_1, ..) that add up to width/2: positions [b, t, axes], and the first a_0 frequencies turn by the first axis, the next
+    a_1 by the second (time, height and width of a video: Qwen2-VL, arXiv 2409.12191).
     """
     turns = float(base) ** (-np.arange(0, width, 2, dtype=np.float64) / width) / (2 * np.pi)
-    fixed = np.round(turns * 2.0**48).astype(np.uint64)
     turns = turns if scaling is None else scaling(turns)
+    fixed = np.round(turns * 2.0**48).astype(np.uint64)
     high, low = (fixed >> np.uint64(16)).astype(np.uint32), (fixed & np.uint64(0xFFFF)).astype(np.uint32)
-    step = positions.astype(jnp.uint32)[..., None]
+    if sections is None:
+        positions = positions[..., None]
+    elif sum(sections) == width // 2 and len(sections) == positions.shape[-1]:
+        positions = positions[..., np.repeat(np.arange(len(sections)), sections)]
+    else:
+        raise ValueError(f"sections must give each of {positions.shape[-1]} axes its part of {width // 2} frequencies, got {sections}")
+    step = jnp.floor(positions).astype(jnp.uint32)
     phase = step * high + (step >> 16) * low + (((step & 0xFFFF) * low) >> 16)
     angle = phase.astype(jnp.int32).astype(jnp.float32) * np.float32(np.pi * 2.0**-31)
+    if jnp.issubdtype(positions.dtype, jnp.floating):
+        angle = angle + (positions - jnp.floor(positions)) * (2 * np.pi * turns).astype(np.float32)
     return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotate(
-    x: Float[Array, "b t h k"], positions: Int[Array, "b t"], base: float, scaling: RotaryScaling | None = None
+    x: Float[Array, "b t h k"],
+    positions: Num[Array, "b t *a"],
+    base: float,
+    scaling: RotaryScaling | None = None,
+    sections: tuple[int, ...] | None = None,
 ) -> Float[Array, "b t h k"]:
-    """Rotary position embedding with half-split pairing: channels i and i + k/2 turn together (arXiv 2104.09864)."""
-    cos, sin = (phase[:, :, None, :] for phase in rotary_phases(positions, x.shape[-1], base, scaling))
+    """Rotary position embedding with half-split pairing: channels i and i + k/2 turn together (arXiv 2104.09864); along one axis, or
+    along several, each in its `sections` of the frequencies: see `rotary_phases`."""
+    cos, sin = (phase[:, :, None, :] for phase in rotary_phases(positions, x.shape[-1], base, scaling, sections))
     halves = x.astype(accumulator(x.dtype)).reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
     turned = halves * cos[..., None, :] + halves[..., ::-1, :] * jnp.stack([-sin, sin], axis=-2)
     return turned.reshape(x.shape).astype(x.dtype)

@@ -15,6 +15,7 @@ from helpers import assert_close
 from seqlab import merge, split, take_rows, verify_streaming
 from seqlab.models import Attention, Full, Window
 from seqlab.models.layers import Linear, rotary_phases, rotate
+from seqlab.models.video_positions import video_positions
 from seqlab.module import Module
 
 LENGTH = 3 * zoo.WINDOW + 5
@@ -238,6 +239,35 @@ def test_rotary_phases_are_those_of_the_formula():
     angle = positions[..., None] * 1e6 ** (-np.arange(0, 64, 2) / 64.0)
     np.testing.assert_allclose(cos, np.cos(angle), atol=2e-6)
     np.testing.assert_allclose(sin, np.sin(angle), atol=2e-6)
+
+
+def test_sections_of_the_frequencies_turn_each_by_its_own_axis():
+    """By the formula; at equal positions on all axes it is the plain rotation; a video's half seconds are no rounding."""
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.normal(size=(1, 5, 2, 16)), jnp.float32)
+    positions = jnp.asarray(rng.integers(0, 9, (1, 5, 3)) / 2, jnp.float32)
+    first, second = np.split(np.asarray(x, np.float64), 2, axis=-1)
+    axis = np.repeat([0, 1, 2], [2, 3, 3])
+    angle = (np.asarray(positions)[..., axis] * 1e4 ** (-np.arange(0, 16, 2) / 16.0))[:, :, None]
+    expected = np.concatenate([first * np.cos(angle) - second * np.sin(angle), second * np.cos(angle) + first * np.sin(angle)], axis=-1)
+    assert_close(rotate(x, positions, 1e4, sections=(2, 3, 3)), expected, 2e-6)
+    steps = jnp.arange(5)[None]
+    same = jnp.broadcast_to(steps[..., None], (1, 5, 3))
+    np.testing.assert_array_equal(rotate(x, same, 1e4, sections=(2, 3, 3)), rotate(x, steps, 1e4))
+    with pytest.raises(ValueError, match=r"sections must give each of 3 axes its part of 8 frequencies, got \(2, 3\)"):
+        rotate(x, same, 1e4, sections=(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "grids", "words"),
+    [
+        ([1, 9, 9, 9, 2], [[1, 4, 4]], "must account for the video tokens from place 1 of row 0 on"),
+        ([1, 9, 9, 9, 9], [[1, 4, 4], [1, 2, 2]], "more of them than videos"),
+    ],
+)
+def test_videos_must_be_as_large_as_their_grids(tokens, grids, words):
+    with pytest.raises(ValueError, match=words):
+        video_positions([tokens], grids, video_token=9)
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,13 @@ def _named(text):
     return Tolerance(float(found.get("rtol", found.get("rel", 0.0))), float(found.get("atol", found.get("abs", 0.0))))
 
 
+def in_order(state, sinks, recent):
+    """Keys, values and positions, in order, of the sinks and the last `recent` steps; a window's cache holds one more, the next to go."""
+    positions, length = np.asarray(state.positions[0]), int(state.length[0])
+    order = [j for j in np.argsort(positions) if positions[j] < length and (positions[j] < sinks or positions[j] >= length - recent)]
+    return np.asarray(state.k)[:, :, order], np.asarray(state.v)[:, :, order], positions[order]
+
+
 def precisions(meta):
     """In which precisions a case is run: both where the numbers were made in float64."""
     return ("float32", "float64") if "float64" in str(meta.get("tolerance", meta.get("tol", ""))) else ("float32",)

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from parity import streamingllm
+from parity import in_order, streamingllm
 from seqlab.kernels.attention.reference import visible
 from seqlab.models import Full
 from seqlab.models.attention import with_cache
@@ -69,17 +69,12 @@ def _check_deployment(case):
     case.check("cache_lens_full_streaming", lengths, exact=True)
     for layer, (mixed, _) in enumerate(state):
         for own, wanted in _by_kind(mixed, kept[layer]):
-            for letter, values in zip("kv", _kept(own, sinks, recent if wanted == "streaming" else begin), strict=True):
-                case.check(f"{wanted}_{letter}_layer{layer}", values)
+            k, v, _ = in_order(own, sinks, recent if wanted == "streaming" else begin)
+            case.check(f"{wanted}_k_layer{layer}", k)
+            case.check(f"{wanted}_v_layer{layer}", v)
 
 
 def _by_kind(mixed, kept):
     if kept.all() or not kept.any():
         return [(mixed, "full" if kept.all() else "streaming")]
     return [(mixed[0], "full"), (mixed[1], "streaming")]
-
-
-def _kept(state, sinks, recent):
-    positions, length = np.asarray(state.positions[0]), int(state.length[0])
-    order = [j for j in np.argsort(positions) if positions[j] < length and (positions[j] < sinks or positions[j] >= length - recent)]
-    return np.asarray(state.k)[:, :, order], np.asarray(state.v)[:, :, order]

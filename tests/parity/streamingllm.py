@@ -5,21 +5,31 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import nnx
 
+from parity import in_order
 from seqlab.models import Attention, LanguageModel, LayerNorm, RMSNorm, SwiGLU, Window
 from seqlab.models.layers import MLP
+from seqlab.models.video_positions import video_positions
 from seqlab.weights import convert
 
 
 def check(case):
     if "video_grid_thw" in case.inputs:
-        pytest.skip("positions of video frames: seqlab has no vision-language model yet")
+        _check_video(case)
     elif "chunks" in case.meta:
         _check_turns(case)
     else:
         _check_steps(case)
+
+
+def _check_video(case):
+    """StreamingVLM's positions in time, height and width, which start anew with what is left in the cache."""
+    o, tokens = case.meta, case.inputs["input_ids"]
+    options = {"video_token": o["video_token"], "merge": o["spatial_merge_size"], "tokens_per_second": o["tokens_per_second"]}
+    positions = video_positions(tokens, case.inputs["video_grid_thw"], seconds_per_grid=2 / o["fps"], **options)
+    case.check("position_ids", np.moveaxis(positions, 2, 0), exact=True)
+    case.check("delta", positions.max(axis=(1, 2))[:, None] + 1 - tokens.shape[1], exact=True)
 
 
 def llama(options, cache):
@@ -95,12 +105,9 @@ def _check_tables(case, tables, sinks, recent):
 
 
 def _kept(state, attention, sinks, recent):
-    """Keys, turned back, and values of the sinks and the last `recent` steps, in order; ours holds one more, the next to go."""
-    positions = np.asarray(state.positions[0])
-    length = int(state.length[0])
-    order = [j for j in np.argsort(positions) if positions[j] < length and (positions[j] < sinks or positions[j] >= length - recent)]
-    k, v = (np.asarray(x)[:, :, order] for x in (state.k, state.v))
-    places = jnp.broadcast_to(jnp.asarray(positions[order]), (len(k), len(order)))
+    """Keys, turned back, and values of the sinks and the last `recent` steps, in order."""
+    k, v, positions = in_order(state, sinks, recent)
+    places = jnp.broadcast_to(jnp.asarray(positions), (len(k), len(positions)))
     half = attention.rotary_width // 2
 
     def swapped(x):  # the two halves that turn together: with them exchanged a rotation goes the other way round
