@@ -26,7 +26,7 @@ from seqlab import compare, gates, report, runs
 from seqlab.models.attention import Attention, with_cache
 from seqlab.models.cache import Window, parse_cache
 from seqlab.module import Module, merge, split
-from seqlab.state import State, state_bytes
+from seqlab.state import State
 from seqlab.tokens import ByteTokenizer
 from seqlab.train import config
 from seqlab.train.packing import Windows
@@ -34,7 +34,7 @@ from seqlab.train.tasks.passkeys import FRAME, Quiz, haystacks, quiz
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 DIGITS = 4
-COLUMNS = ("cache", "state bytes", "of the first", "tokens/s", "ppl to {n}", "ppl beyond", "pass key", "requests", "turns")
+COLUMNS = ("cache", "state bytes", "of the first", "tokens/s", "bits a token", "ppl to {n}", "ppl beyond", "pass key", "requests", "turns")
 _CHUNK = 256
 
 
@@ -133,7 +133,7 @@ def plan(
     fitted = gates.load(workdir, trained.step)
     most = max(settings.length, context)
     names = report.split_specs(caches) if caches is not None else defaults(layers[0], window, most, fitted is not None)
-    if len(set(names)) < len(names):
+    if len(set(map(report.file_name, names))) < len(names):
         raise BenchError(f"caches: one is there twice in {caches}")
     policies = {name: _policy(name, model, fitted, most) for name in names}
     folder = pathlib.Path(out or pathlib.Path(workdir) / "cache_bench")
@@ -172,7 +172,7 @@ def run(planned: Plan) -> Bench:
             row = measure(name, policy, planned, bounds, quizzes)
             report.write(file, json.dumps(row._asdict(), indent=1) + "\n")
             print(f"{name}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
-        found.append(Row(**json.loads(file.read_text())))
+        found.append(Row(**json.loads(file.read_text()) | {"cache": name}))
     bench = Bench(settings, bounds, found)
     record = {"settings": settings._asdict(), "edges": bounds, "depths": DEPTHS, "rows": [row._asdict() for row in found]}
     report.write(folder / "cache_bench.json", json.dumps(record, indent=1) + "\n")
@@ -186,7 +186,7 @@ def measure(name: str, policy: Any, planned: Plan, bounds: Sequence[int], quizze
     model = with_cache(planned.trained.model, policy)
     read = _reader(model)
     streams = planned.streams
-    nats, _, _ = read(model.init_state(len(streams["inputs"])), streams["inputs"], streams["targets"])
+    nats, _, _ = read(_fresh(model, *streams["inputs"].shape), streams["inputs"], streams["targets"])
     place = np.broadcast_to(np.arange(nats.shape[1]), nats.shape)[streams["valid"]]
     counts, _ = np.histogram(place, bounds)
     sums, _ = np.histogram(place, bounds, weights=nats[streams["valid"]])
@@ -197,7 +197,9 @@ def measure(name: str, policy: Any, planned: Plan, bounds: Sequence[int], quizze
         requests, turns = (answered(read, model, shared, copies=copies) for copies in (True, False))
     speed = compare.stream_speed(planned.trained._replace(model=model))
     means = (sums / np.maximum(counts, 1)).tolist()
-    return Row(name, state_bytes(model), speed, means, counts.tolist(), passkey, requests, turns)
+    held = jax.eval_shape(lambda: _fresh(model, 1, nats.shape[1]))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(held))
+    return Row(name, size, speed, means, counts.tolist(), passkey, requests, turns)
 
 
 def answered(read: Callable[..., Any], model: Module, asked: Quiz, copies: bool) -> list[float]:
@@ -205,7 +207,7 @@ def answered(read: Callable[..., Any], model: Module, asked: Quiz, copies: bool)
 
     Later questions stand behind the right answers to those before them, as in SCBench.
     """
-    state = read(model.init_state(len(asked.context)), asked.context)[2]
+    state = read(_fresh(model, *asked.joined().shape), asked.context)[2]
     shares = []
     for question, answer in zip(asked.questions.swapaxes(0, 1), asked.answers.swapaxes(0, 1), strict=True):
         turn = np.concatenate([question, answer], axis=1)
@@ -225,13 +227,14 @@ def edges(settings: Settings) -> list[int]:
 
 
 def as_table(bench: Bench) -> list[list[str]]:
-    """Header and rows as text. Perplexities up to the trained length and beyond, shares of right answers over all depths and turns."""
+    """Header and rows as text: bits over all positions, perplexities up to the trained length and beyond, shares of right answers."""
     ends = bench.edges[1:]
     near = [end <= bench.settings.trained for end in ends]
     header = [column.format(n=f"{bench.settings.trained:,}") for column in COLUMNS]
     cells = [header]
     for row in bench.rows:
-        worth = [row.perplexity(near), row.perplexity([not take for take in near])]
+        bits = np.log2(row.perplexity([True] * len(near)))
+        worth = [bits, row.perplexity(near), row.perplexity([not take for take in near])]
         shares = [None if found is None else float(np.mean(found)) for found in (row.passkey, row.requests, row.turns)]
         cells.append(
             [
@@ -250,15 +253,14 @@ def draw(bench: Bench, path: pathlib.Path) -> None:
     """One figure: perplexity by position, and what is still found for the bytes of the state."""
     with report.figure(path, columns=2) as (by_place, by_bytes):
         curves(by_place, bench)
+        found = any(sum([*row.passkey, *row.requests]) for row in bench.rows if row.requests is not None)  # where nothing is, bits say more
         for row in bench.rows:
-            worth = None if row.requests is None else float(np.mean([*row.passkey, *row.requests]))
-            worth = row.perplexity([True] * len(row.nats)) if worth is None else worth
+            worth = np.mean([*row.passkey, *row.requests]) if found else np.log2(row.perplexity([True] * len(row.nats)))
             by_bytes.plot([row.state_bytes], [worth], "o")
             by_bytes.annotate(row.cache, (row.state_bytes, worth), xytext=(4, 3), textcoords="offset points", fontsize=6)
-        found = bench.rows[0].requests is not None
         by_bytes.set_xscale("log", base=2)
         by_bytes.margins(x=0.3, y=0.15)
-        by_bytes.set(xlabel="state of one stream (bytes)", ylabel="answers right" if found else "perplexity")
+        by_bytes.set(xlabel="state of one stream (bytes)", ylabel="answers right" if found else "bits a token")
 
 
 def curves(ax: Any, bench: Bench) -> None:
@@ -271,6 +273,12 @@ def curves(ax: Any, bench: Bench) -> None:
     ax.set_yscale("log", base=2)
     ax.set(xlabel="position in the stream (dotted: trained length)", ylabel="perplexity a token")
     ax.legend(fontsize=6)
+
+
+def _fresh(model: Module, batch: int, steps: int) -> State:
+    """The state of fresh streams; of a cache that grows with room for so many steps."""
+    state = model.init_state(batch)
+    return model.with_room(state, steps) if hasattr(model, "with_room") else state
 
 
 def _reader(model: Module) -> Callable[..., tuple[Float[np.ndarray, "b t"], Bool[np.ndarray, "b t"], State]]:

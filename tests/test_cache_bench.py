@@ -63,8 +63,8 @@ def test_figures_are_those_of_the_whole_sequence_at_once(capsys, monkeypatch):
         assert row["state_bytes"] == state_bytes(model) and row["tokens_per_second"] > 0
         assert (len(row["passkey"]), len(row["requests"]), len(row["turns"])) == (5, 2, 2)
         shown = line.removeprefix(row["cache"]).split()
-        assert float(shown[3]) == pytest.approx(np.exp(nats[:, :16].mean()), rel=1e-4)
-        assert float(shown[4]) == pytest.approx(np.exp(nats[:, 16:].mean()), rel=1e-4)
+        assert float(shown[4]) == pytest.approx(np.exp(nats[:, :16].mean()), rel=1e-4)
+        assert float(shown[5]) == pytest.approx(np.exp(nats[:, 16:].mean()), rel=1e-4)
     assert pathlib.Path("run/cache_bench/cache_bench.png").read_bytes()[:4] == b"\x89PNG"
     assert "| full(64) |" in pathlib.Path("run/cache_bench/cache_bench.md").read_text()
 
@@ -82,7 +82,7 @@ def test_figures_are_those_of_the_whole_sequence_at_once(capsys, monkeypatch):
 
     # other settings are another folder's
     assert cli.main([*arguments[:-1], "1"]) == 2
-    assert "run/cache_bench belongs to another bench (saved -> given):\n  turns: 2 -> 1" in capsys.readouterr().err
+    assert "run/cache_bench belongs to another bench (saved -> given):\n  context: 48 -> 32\n  turns: 2 -> 1" in capsys.readouterr().err
     assert gone.exists()
 
 
