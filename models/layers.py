@@ -265,10 +265,11 @@ def rotary_phases(
         positions = positions[..., np.repeat(np.arange(len(sections)), sections)]
     else:
         raise ValueError(f"sections must give each of {positions.shape[-1]} axes its part of {width // 2} frequencies, got {sections}")
-    step = jnp.floor(positions).astype(jnp.uint32)
+    between = jnp.issubdtype(positions.dtype, jnp.floating)
+    step = (jnp.floor(positions) if between else positions).astype(jnp.uint32)
     phase = step * high + (step >> 16) * low + (((step & 0xFFFF) * low) >> 16)
     angle = phase.astype(jnp.int32).astype(jnp.float32) * np.float32(np.pi * 2.0**-31)
-    if jnp.issubdtype(positions.dtype, jnp.floating):
+    if between:
         angle = angle + (positions - jnp.floor(positions)) * (2 * np.pi * turns).astype(np.float32)
     return jnp.cos(angle), jnp.sin(angle)
 
