@@ -12,8 +12,12 @@ from seqlab.train.override import fields, named, nearest
 def tiny(cfg: fdl.Config) -> None:
     """Shrink model, windows and run to what a test can afford: seconds, and still every kind of layer."""
     model = cfg.model
-    mixers = getattr(model, "mixers", None)
-    model.dim, model.depth = 16, len(mixers) if isinstance(mixers, tuple | list) else 1
+    body = getattr(model, "backbone", model)  # of images
+    if "widths" in fields(fdl.get_callable(body)):
+        body.widths, body.depths = (8,) * len(body.widths), (1,) * len(body.depths)
+    else:
+        mixers = getattr(body, "mixers", None)
+        body.dim, body.depth = 16, len(mixers) if isinstance(mixers, tuple | list) else 1
     for mixer in (Attention, GatedDeltaNet, GatedLinearAttention):
         selectors.select(cfg, mixer, check_nonempty=False).set(heads=2)
     selectors.select(cfg, Mamba2, check_nonempty=False).set(head_dim=8, state_size=8)

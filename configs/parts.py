@@ -3,10 +3,14 @@
 import fiddle as fdl
 
 from seqlab.models import Attention, Full, GatedDeltaNet, GatedLinearAttention, LanguageModel, Mamba, Mamba2, Window
+from seqlab.train.augment import GEOMETRIC, Augment
 from seqlab.train.experiment import Experiment
+from seqlab.train.images import DigitImages
 from seqlab.train.optim import adamw
 from seqlab.train.quality import accuracy
+from seqlab.train.step import Loss
 from seqlab.train.text import Text
+from seqlab.train.vision import class_loss, top1
 
 BYTES = 256  # the vocabulary of the byte tokenizer
 
@@ -26,6 +30,20 @@ def task_run(model: fdl.Partial, data: fdl.Config, *, peak: float = 3e-3, **run:
     """A model trained on a task and judged by its accuracy. Small runs decay no weights."""
     optimizer = fdl.Partial(adamw, peak=peak, weight_decay=0.0)
     return fdl.Config(Experiment, model=model, data=data, optimizer=optimizer, metric=accuracy, **run)
+
+
+def image_run(
+    model: fdl.Partial, data: fdl.Config, *, metric: Loss = top1, loss: Loss | fdl.Partial | None = None, peak: float = 3e-3, **run: int
+) -> fdl.Config:
+    """A model of images, judged by its accuracy unless told otherwise; what is judged is the average of its parameters."""
+    optimizer = fdl.Partial(adamw, peak=peak, b2=0.999, weight_decay=0.05, average=0.98)
+    loss = fdl.Partial(class_loss, smoothing=0.1) if loss is None else loss
+    return fdl.Config(Experiment, model=model, data=data, optimizer=optimizer, loss=loss, metric=metric, **run)
+
+
+def digit_images() -> fdl.Config:
+    """scikit-learn's digits, moved by up to a place and turned, sheared or shifted once."""
+    return fdl.Config(DigitImages, augment=fdl.Config(Augment, shift=1, operations=1, magnitude=5.0, names=GEOMETRIC))
 
 
 def token_model(vocab_size: int, dim: int, depth: int, *mixers: fdl.Partial, **options: object) -> fdl.Partial:

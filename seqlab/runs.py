@@ -54,6 +54,8 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Run:
     from seqlab import pretrained
     from seqlab.train import config
     from seqlab.train.checkpoint import Checkpoints
+    from seqlab.train.optim import average_of
+    from seqlab.train.step import init_state
 
     name, workdir = str(workdir), pathlib.Path(workdir)
     if pretrained.is_hub_id(name) and not workdir.exists():
@@ -75,10 +77,14 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Run:
     static, abstract = split(nnx.eval_shape(lambda: experiment.model(rngs=nnx.Rngs(0))))
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         restored = checkpoints.restore(step, like={"params": abstract}, only="params")
-    if restored is None:
-        raise RunError(f"{workdir} has no checkpoint yet: train it first")
-    number, state = restored
-    model = merge(static, {name: jnp.asarray(value) for name, value in state["params"].items()})
+        if restored is None:
+            raise RunError(f"{workdir} has no checkpoint yet: train it first")
+        number, params = restored[0], restored[1]["params"]
+        begin = functools.partial(init_state, static, optimizer=experiment.optimizer(experiment.steps))
+        average = average_of(jax.eval_shape(begin, abstract).optimizer)
+        if average:
+            params |= checkpoints.restore(number, like={"average": average}, only="average")[1]["average"]
+    model = merge(static, {name: jnp.asarray(value) for name, value in params.items()})
     return Run(model, experiment.data.tokenizer, cfg, number)
 
 

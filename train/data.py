@@ -191,28 +191,12 @@ class TfdsSource:
     def __init__(self, name: str, split: str = "train", key: str = "text", data_dir: str | os.PathLike[str] | None = None) -> None:
         import tensorflow_datasets as tfds
 
-        where = "the default folder of tensorflow_datasets" if data_dir is None else os.fspath(data_dir)
-        remedy = (
-            f"prepare it once with tfds.builder({name!r}, data_dir={data_dir and os.fspath(data_dir)!r}, file_format='array_record')"
-            ".download_and_prepare()"
-        )
-        try:
-            builder = tfds.builder(name, data_dir=data_dir)
-        except tfds.core.DatasetNotFoundError as error:
-            raise ValueError(f"data set {name!r} is not in {where}, nor known to tensorflow_datasets; if it exists, {remedy}") from error
-        if not builder.is_prepared():
-            raise ValueError(f"data set {name!r} is not prepared in {where}; {remedy}")
-        features = builder.info.features
+        features, self._source = tfds_source(name, split, data_dir)
         if key not in features:
             raise ValueError(f"key: data set {name!r} has no feature {key!r}, but {', '.join(map(repr, features))}")
         self._text = isinstance(features[key], tfds.features.Text)
         if not self._text and not (features[key].shape == (None,) and np.issubdtype(features[key].np_dtype, np.integer)):
             raise ValueError(f"key: feature {key!r} of data set {name!r} is {features[key]}, expected Text or 1-D integers")
-        try:
-            self._source = builder.as_data_source(split)
-        except NotImplementedError as error:  # a format that can only be read from the start
-            stored = builder.info.file_format.value
-            raise ValueError(f"data set {name!r} in {where} is stored as {stored}; delete it and {remedy}") from error
         self._key = key
 
     def __len__(self) -> int:
@@ -223,12 +207,37 @@ class TfdsSource:
         return np.frombuffer(value, np.uint8) if self._text else np.asarray(value)
 
 
+def tfds_source(name: str, split: str, data_dir: str | os.PathLike[str] | None = None) -> tuple[Any, Any]:
+    """The features of a prepared TFDS data set and a split of it by number; raises as `TfdsSource` does."""
+    import tensorflow_datasets as tfds
+
+    where = "the default folder of tensorflow_datasets" if data_dir is None else os.fspath(data_dir)
+    remedy = (
+        f"prepare it once with tfds.builder({name!r}, data_dir={data_dir and os.fspath(data_dir)!r}, file_format='array_record')"
+        ".download_and_prepare()"
+    )
+    try:
+        builder = tfds.builder(name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError as error:
+        raise ValueError(f"data set {name!r} is not in {where}, nor known to tensorflow_datasets; if it exists, {remedy}") from error
+    if not builder.is_prepared():
+        raise ValueError(f"data set {name!r} is not prepared in {where}; {remedy}")
+    try:
+        return builder.info.features, builder.as_data_source(split)
+    except NotImplementedError as error:  # a format that can only be read from the start
+        stored = builder.info.file_format.value
+        raise ValueError(f"data set {name!r} in {where} is stored as {stored}; delete it and {remedy}") from error
+
+
 class Batches:
     """The batch of every step, for ever: `batches[step]`, or `batches.iterate(start_step)` with the work done ahead of time.
 
     Every epoch goes through `items` in another order drawn from `seed`; batches run on across the ends of epochs. A batch is a dictionary
     of arrays [batch_size / process_count, ...]: process p has rows p, p + process_count, ... of the batch of all processes, which is the
     same for any number of them. The default is the process of JAX that asks.
+
+    If `items` has a method augment(item, random), every row is what that makes of its item, with a generator that depends on `seed` and
+    the row's number in the run alone.
 
     `workers` processes prepare batches in `iterate`; with 0, a thread does, which is right for windows in memory. Each worker holds a
     copy of `items`. As always with processes, a script that uses them needs `if __name__ == "__main__":`.
@@ -257,6 +266,8 @@ class Batches:
         # Grain seeds epoch e with seed + e: unmixed, seed 1 would see the second epoch of seed 0 as its first.
         mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
         order = grain.MapDataset.source(items).shuffle(seed=mixed).repeat()
+        if hasattr(items, "augment"):  # before rows are dealt out: what is drawn for a row is the same whoever has it
+            order = order.random_map(items.augment, seed=mixed)
         # Slice, batch, and only then go parallel: in any other order the batches depend on the number of workers.
         self._batches = order[index::count].batch(rows)
         self._workers = workers

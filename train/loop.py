@@ -22,6 +22,7 @@ from seqlab.train.checkpoint import Checkpoints
 from seqlab.train.data import Batches, validation_batches
 from seqlab.train.experiment import Experiment
 from seqlab.train.metrics import Metrics, Progress
+from seqlab.train.optim import average_of
 from seqlab.train.placement import begin, place, share, spread
 from seqlab.train.processes import say
 from seqlab.train.quality import quality_of
@@ -88,7 +89,9 @@ def _run(experiment: Experiment, workdir: pathlib.Path, mesh: Mesh | None) -> Re
     clock = time.perf_counter()
     step = functools.partial(train_step, static, optimizer, experiment.loss, experiment.accumulate)
     step = jax.jit(step, donate_argnums=0, out_shardings=None if mesh is None else (shardings, None))
-    step = step.lower(state, place(batches[start], mesh)).compile()
+    first = place(batches[start], mesh)
+    step = step.lower(state, first).compile()
+    unit, size = ("images", first["inputs"].shape[0]) if first["inputs"].ndim == 4 else ("tokens", math.prod(first["inputs"].shape[:2]))
     evaluate, quality = jax.jit(functools.partial(evaluate_step, static, experiment.metric)), quality_of(experiment.metric)
     say(f"compiled the training step in {time.perf_counter() - clock:.1f} s")
 
@@ -96,26 +99,26 @@ def _run(experiment: Experiment, workdir: pathlib.Path, mesh: Mesh | None) -> Re
     progress = Progress(experiment.steps, start) if processes.first() else processes.Silent()
     metrics = Metrics(workdir, start, quality) if processes.first() else processes.Silent()
     pending: list[Any] = []
-    validation, saved, clock, tokens = None, start, time.perf_counter(), 0
+    validation, saved, clock, seen = None, start, time.perf_counter(), 0
     with Interruptions() as interruption, checkpoints, metrics, progress, processes.together(checkpoints.steps):
         for number, batch in enumerate(batches.iterate(start), start + 1):
             batch = place(batch, mesh)
             state, measured = step(state, batch)
             pending.append(measured)
-            tokens += math.prod(batch["inputs"].shape[:2])
+            seen += size
             progress.advance(number)
             last = number == experiment.steps or interruption.came(number % experiment.log_every == 0)
             if last or not all(number % n for n in (experiment.log_every, experiment.checkpoint_every, experiment.validate_every)):
                 loss, norm = _drain(pending, number, saved, workdir)
-                speed = tokens / (time.perf_counter() - clock)
-                metrics.write(number, loss=loss, gradient_norm=norm, tokens_per_second=speed)
-                progress.report(number, loss=f"{loss:.3f}", tok_s=f"{speed:,.0f}")
-                clock, tokens = time.perf_counter(), 0
+                speed = seen / (time.perf_counter() - clock)
+                metrics.write(number, loss=loss, gradient_norm=norm, **{f"{unit}_per_second": speed})
+                progress.report(number, loss=f"{loss:.3f}", **{f"{unit}_s": f"{speed:,.0f}"})
+                clock, seen = time.perf_counter(), 0
             if number % experiment.checkpoint_every == 0 or last:
                 checkpoints.save(number, _to_dict(state), wait=last)
                 saved = number
             if (number % experiment.validate_every == 0 or last) and not interruption.acted:
-                validation, _ = validate(evaluate, state.params, held_out, mesh)
+                validation, _ = validate(evaluate, judged(state), held_out, mesh)
                 metrics.write(number, **{f"validation_{quality.name}": validation})
                 progress.say(f"step {number}: validation {quality.sentence(validation)}")
                 metrics.draw()
@@ -199,16 +202,33 @@ def validate(evaluate: Any, params: Params, held_out: Any, mesh: Mesh | None = N
     return float(sum(total for total, _ in sums) / max(count, 1.0)), int(count)
 
 
+def judged(state: TrainState) -> Params:
+    """What a run is worth is said of these: its parameters, or their average where the optimizer keeps one."""
+    return state.params | average_of(state.optimizer)
+
+
 def _to_dict(state: TrainState) -> dict[str, Any]:
-    """A train state as a dictionary with string keys: what checkpoints hold, whatever optax calls its containers."""
-    leaves = jax.tree_util.tree_leaves_with_path(state.optimizer)
-    optimizer = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-    return {"step": state.step, "params": dict(state.params), "optimizer": optimizer}
+    """A train state as a dictionary with string keys: what checkpoints hold, whatever optax calls its containers.
+
+    An average of the parameters is an entry of its own, `average`, so that it can be read alone.
+    """
+    entries: dict[str, Any] = {"step": state.step, "params": dict(state.params), "optimizer": {}}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.optimizer):
+        entry, key = _entry(path)
+        entries.setdefault(entry, {})[key] = leaf
+    return entries
+
+
+def _entry(path: tuple[Any, ...]) -> tuple[str, str]:
+    """The entry of a checkpoint that a leaf of the optimizer's state stands in, and its name there."""
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    *_, field, last = ("", *name.split("/"))
+    return ("average", last) if field == "average" else ("optimizer", name)
 
 
 def _from_dict(saved: dict[str, Any], like: TrainState) -> TrainState:
     leaves, tree = jax.tree_util.tree_flatten_with_path(like.optimizer)
-    optimizer = [saved["optimizer"][jax.tree_util.keystr(path, simple=True, separator="/")] for path, _ in leaves]
+    optimizer = [saved[entry][key] for entry, key in (_entry(path) for path, _ in leaves)]
     return TrainState(saved["step"], saved["params"], jax.tree.unflatten(tree, optimizer))
 
 

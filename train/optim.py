@@ -1,9 +1,12 @@
 """Optimizers: optax, with the choices of a sequence model made once."""
 
 import re
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Int
 
 from seqlab.module import Params
 
@@ -21,13 +24,61 @@ def adamw(
     b2: float = 0.95,
     weight_decay: float = 0.1,
     clip: float | None = 1.0,
+    average: float | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) under a linear warm-up and a cosine to `final` times the peak, gradients clipped by their global norm."""
+    """AdamW (arXiv 1711.05101) under a linear warm-up and a cosine to `final` times the peak, gradients clipped by their global norm.
+
+    With `average` an exponential moving average of the parameters is kept, with this decay; see `parameter_average`.
+    """
     if steps < 1 or warmup < 0 or peak <= 0:
         raise ValueError(f"steps and peak must be positive and warmup not negative, got steps={steps}, peak={peak}, warmup={warmup}")
     rate = schedule(steps, peak=peak, final=final, warmup=warmup)
     decay = optax.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=decayed)
-    return decay if clip is None else optax.chain(optax.clip_by_global_norm(clip), decay)
+    parts = [
+        *([] if clip is None else [optax.clip_by_global_norm(clip)]),
+        decay,
+        *([] if average is None else [parameter_average(average)]),
+    ]
+    return parts[0] if len(parts) == 1 else optax.chain(*parts)
+
+
+class AverageState(NamedTuple):
+    """`count`: updates so far. `average`: of the parameters, by name."""
+
+    count: Int[Array, ""]
+    average: Params
+
+
+def parameter_average(decay: float) -> optax.GradientTransformation:
+    """Changes no update, and remembers an average of the parameters, which is what a run is validated with and what is loaded of it.
+
+        average <- d average + (1 - d) parameters,  d = min(decay, (1 + n) / (10 + n)) after n updates
+
+    so that a short run does not average over its beginning. It has to be the last of a chain. Running statistics of norms are no
+    parameters: they stay those of training.
+
+    Raises:
+      ValueError: a decay outside [0, 1).
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(f"average, the decay of the parameters' average, must be in [0, 1), got {decay!r}")
+
+    def init(params: Params) -> AverageState:
+        return AverageState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params))  # a copy: both are donated to the step
+
+    def update(updates: Params, state: AverageState, params: Params) -> tuple[Params, AverageState]:
+        n = state.count.astype(jnp.float32)
+        rate = 1 - jnp.minimum(decay, (1 + n) / (10 + n))
+        moved = jax.tree.map(lambda old, leaf, step: old + rate.astype(old.dtype) * (leaf + step - old), state.average, params, updates)
+        return updates, AverageState(state.count + 1, moved)
+
+    return optax.GradientTransformation(init, update)
+
+
+def average_of(optimizer_state: Any) -> Params:
+    """The parameters' average that an optimizer keeps, by name; empty where it keeps none."""
+    parts = jax.tree.leaves(optimizer_state, is_leaf=lambda part: isinstance(part, AverageState))
+    return next((part.average for part in parts if isinstance(part, AverageState)), {})
 
 
 def schedule(steps: int, *, peak: float, final: float = 0.1, warmup: int = 100) -> optax.Schedule:

@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from seqlab.train.tasks.examples import Examples, answers_at_the_end, at_least
 
@@ -30,15 +31,22 @@ class Digits:
 
     def train(self, seed: int) -> Examples:
         """The same images for every seed; their order is drawn by `Batches`."""
-        return self._images(slice(self.held_out, None))
+        return self._images(train=True)
 
     def validation(self) -> Examples:
-        return self._images(slice(self.held_out))
+        return self._images(train=False)
 
-    def _images(self, which: slice) -> Examples:
-        from sklearn.datasets import load_digits
+    def _images(self, train: bool) -> Examples:
+        images, digits = digit_arrays(self.held_out, train=train)
+        return answers_at_the_end(images.reshape(-1, 64, 1), digits[:, None])
 
-        images = load_digits()
-        # Raw bits are the only random numbers that numpy promises to keep from version to version.
-        order = np.argsort(np.random.PCG64(_SPLIT).random_raw(len(images.target)), kind="stable")[which]
-        return answers_at_the_end(images.data[order, :, None] / 16.0, images.target[order, None])
+
+def digit_arrays(held_out: int, *, train: bool) -> tuple[Float[np.ndarray, "n 8 8"], Int[np.ndarray, " n"]]:
+    """The images, values in [0, 1], and their digits: all but the first `held_out` of one fixed order to train on, or these."""
+    from sklearn.datasets import load_digits
+
+    images = load_digits()
+    # Raw bits are the only random numbers that numpy promises to keep from version to version.
+    order = np.argsort(np.random.PCG64(_SPLIT).random_raw(len(images.target)), kind="stable")
+    order = order[held_out:] if train else order[:held_out]
+    return images.images[order] / 16.0, images.target[order]

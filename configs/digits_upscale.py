@@ -1,0 +1,19 @@
+"""Super-resolution with WaveMix: pictures of digits at twice the resolution they come in.
+
+Command: seqlab train digits_upscale      (the digits come with scikit-learn: pip install scikit-learn)
+"""
+
+import fiddle as fdl
+
+from seqlab.configs import parts
+from seqlab.models.images import ImageToMap, StridedStem, WaveMixing, wave_backbone
+from seqlab.train.images import DigitScenes
+from seqlab.train.vision import picture_loss, psnr
+
+
+def base() -> fdl.Config:
+    mixer, stem = fdl.Partial(WaveMixing, levels=1), fdl.Partial(StridedStem, stride=1)
+    backbone = fdl.Partial(wave_backbone, dim=32, depth=3, mixer=mixer, stem=stem, inputs=1)
+    model = fdl.Partial(ImageToMap, outputs=1, backbone=backbone, widths=(16,))
+    data = fdl.Config(DigitScenes, task="upscale")
+    return parts.image_run(model, data, loss=picture_loss, metric=psnr, steps=600, batch_size=32, validation_windows=200)
