@@ -135,6 +135,12 @@ def _parser() -> argparse.ArgumentParser:
     exporting.add_argument("--cache", metavar="SPEC", help="what attention remembers, as for stream")
     exporting.set_defaults(run=_export)
 
+    showing = commands.add_parser("show", help="draw what a model of images says of held-out pictures, and its feature maps")
+    _add_run(showing)
+    showing.add_argument("--count", type=int, default=6, metavar="N", help="pictures; default %(default)s")
+    showing.add_argument("--output", type=pathlib.Path, metavar="FILE", help="default: show.png in the folder of the run")
+    showing.set_defaults(run=_show)
+
     listing = commands.add_parser("list", help="mixers with their contract, configs and fiddlers")
     _add_json(listing)
     listing.set_defaults(run=_list)
@@ -300,6 +306,17 @@ def _export(args: argparse.Namespace) -> int:
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             print(f"{path}  {path.stat().st_size:,} bytes")
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    from seqlab.runs import RunError
+    from seqlab.show import show
+
+    if args.count < 1:
+        raise RunError(f"--count must be at least 1, got {args.count}")
+    _enable_compile_cache()
+    print(show(args.workdir, step=args.step, count=args.count, path=args.output))
     return 0
 
 

@@ -14,6 +14,7 @@ from helpers import assert_close, assert_identical, random
 
 from seqlab import split
 from seqlab.models import Linear
+from seqlab.show import Views, _answers, _colours, captions, show
 from seqlab.train.augment import GEOMETRIC, OPERATIONS, Augment, warp
 from seqlab.train.data import Batches, validation_batches
 from seqlab.train.images import DigitImages, DigitScenes, FolderImages, TfdsImages, in_memory, scaled
@@ -277,6 +278,8 @@ def test_the_average_of_the_parameters_is_what_its_rule_says_and_changes_no_step
 @pytest.mark.slow
 def test_runs_are_judged_and_loaded_by_the_average(tmp_path, monkeypatch):
     """A run of the tiny WaveMix config, interrupted and resumed: the average, the statistics and the keys are those of one go."""
+    from PIL import Image
+
     from seqlab import runs
     from seqlab.train import config, loop
 
@@ -300,3 +303,25 @@ def test_runs_are_judged_and_loaded_by_the_average(tmp_path, monkeypatch):
     assert_identical({name: params[name] for name in average}, average)
     assert any(not np.array_equal(average[name], whole.state.params[name]) for name in average)
     assert runs.evaluate(loaded.model, config.build(cfg)).value == pytest.approx(parts.validation)
+    drawn = show(tmp_path / "parts", count=3)
+    assert drawn == tmp_path / "parts" / "show.png"
+    assert Image.open(drawn).format == "PNG"
+
+
+def test_what_is_drawn_of_a_model():
+    maps = [random(0, 2, 4, 4, 6), random(1, 2, 2, 2, 2)]
+    inputs = np.zeros((2, 4, 4, 1), np.float32)
+    seen = Views(inputs, np.array([1, 0]), np.array([[0.0, np.log(3.0)], [0.0, 2.0]], np.float32), maps)
+    assert captions(seen) == [("1 at 75%", True), ("1 at 88%, is 0", False)]
+    for y in maps:
+        colours = _colours(np.asarray(y))
+        assert colours.shape == (*y.shape[:3], 3)
+        assert colours.min() == 0.0
+        assert colours.max() == 1.0
+    steps = np.arange(16.0).reshape(1, 4, 4, 1) * np.array([1.0, -2.0, 0.5])  # one direction: one colour has it all, in order
+    shades = _colours(steps)[0, :, :, 0].ravel()
+    assert (np.diff(shades) >= 0).all() or (np.diff(shades) <= 0).all()
+    places = Views(inputs, np.ones((2, 4, 4), int), np.zeros((2, 4, 4, 3), np.float32), maps)
+    (_, said), (_, true) = _answers(places)
+    assert not np.array_equal(said[0], true[0])
+    assert said[0].shape == (4, 4, 3)
