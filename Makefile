@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: setup demo test test-all lint docs clean
+.PHONY: setup demo test test-all lint docs site clean
 
 setup: $(VENV)/.ready
 
@@ -34,6 +34,19 @@ lint: setup
 
 docs: setup
 	$(BIN)/python -m seqlab.pages docs/mixers
+	$(BIN)/python -m seqlab.reference docs/reference
+
+# The site has an environment of its own: the pages are Markdown, and nobody needs a generator to work on the code.
+SITE ?= .venv-site
+
+site: $(SITE)/.ready
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
+$(SITE)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/python -m pip install -q --disable-pip-version-check mkdocs-material -c constraints.txt
+	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(SITE) build dist *.egg-info

@@ -20,7 +20,7 @@ and the same command goes on from there)"""
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line with `arguments` (those of the process by default); returns the exit code."""
-    args = _parser().parse_args(arguments)
+    args = parser().parse_args(arguments)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does: configs may name modules of the folder one works in
     try:
@@ -56,18 +56,19 @@ def _raised_here(error: Exception) -> bool:
     return ours and dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The whole command line; nothing heavy is imported for it."""
     from seqlab import __version__
 
-    parser = argparse.ArgumentParser(
+    top = argparse.ArgumentParser(
         prog="seqlab",
         description="Efficient sequence models in JAX: train them in parallel, stream them for ever.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"seqlab {__version__}")
-    parser.add_argument("--traceback", action="store_true", help="show the Python traceback of every error")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    top.add_argument("--version", action="version", version=f"seqlab {__version__}")
+    top.add_argument("--traceback", action="store_true", help="show the Python traceback of every error")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train a config, or go on with a run")
     train.add_argument("config", help="a name (`seqlab list` shows them) or the path of a Python file with base()")
@@ -148,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="versions, devices, which kernels run here and why the others do not")
     _add_json(doctor)
     doctor.set_defaults(run=_doctor)
-    return parser
+    return top
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:

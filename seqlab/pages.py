@@ -19,23 +19,23 @@ from seqlab import catalog
 from seqlab.module import count_params, merge, split
 
 _DIM = catalog.DIM
+_REQUIRED = 8  # what arguments without a default are given
+_TITLES = {"Args": "Arguments"}
 
 
 def page(cls: type) -> str:
     """The page of one mixer class, in Markdown."""
     summary, body, pitfalls = _docstring(cls)
     parts = [f"# {cls.__name__}", summary, body]
-    try:
-        mixer: Any = nnx.eval_shape(lambda: cls(_DIM, rngs=nnx.Rngs(0)))
-    except TypeError:  # it needs more than a width
-        mixer = None
-    if mixer is not None:
-        parts += [f"## Contract\n\n{_contract(mixer)}", f"## Size at width {_DIM}, one stream\n\n{_size(mixer)}"]
-        if mixer.causal:
-            parts.append(f"## State\n\n{_state(mixer)}")
+    needed = {p.name: _REQUIRED for p in list(inspect.signature(cls).parameters.values())[1:] if p.default is p.empty and p.name != "rngs"}
+    mixer: Any = nnx.eval_shape(lambda: cls(_DIM, **needed, rngs=nnx.Rngs(0)))
+    where = "".join(f", {name}={value}" for name, value in needed.items())
+    parts += [f"## Contract\n\n{_contract(mixer)}", f"## Size at width {_DIM}{where}, one stream\n\n{_size(mixer)}"]
+    if mixer.causal:
+        parts.append(f"## State\n\n{_state(mixer)}")
     if pitfalls:
         parts.append(f"## Pitfalls\n\n{pitfalls}")
-    parts += [f"## Use\n\n{_use(cls, mixer is not None)}", f"## Source\n\n{_sources(cls)}"]
+    parts += [f"## Use\n\n{_use(cls, where)}", f"## Source\n\n{_sources(cls)}"]
     return "\n\n".join(part.strip("\n") for part in parts if part.strip()) + "\n"
 
 
@@ -54,18 +54,28 @@ def write(folder: str | pathlib.Path) -> list[pathlib.Path]:
     return [folder / name for name in pages]
 
 
+def prose(text: str, heading: str = "**{}**") -> str:
+    """A docstring's body as Markdown: what is indented becomes a block of code, sections such as `Args:` become lists."""
+    found = re.split(r"(?m)^(Args|Returns|Raises|Pitfalls):\n", inspect.cleandoc(text))
+    parts = [_blocks(found[0])]
+    for title, body in zip(found[1::2], found[2::2], strict=True):
+        section = re.match(r"(?:(?: +.*)?\n)*(?: +.*)?", body).group()
+        named = (re.sub(r"^([^:]+):", r"**\1**:", item) for item in _items(section))
+        parts.append(f"{heading.format(_TITLES.get(title, title))}\n\n" + "\n".join(f"- {item}" for item in named))
+        parts.append(_blocks(body[len(section) :]))
+    return "\n\n".join(part for part in parts if part)
+
+
 def _docstring(cls: type) -> tuple[str, str, str]:
-    """Summary, body and pitfalls as Markdown: what is indented becomes a block of code, `Args:` a list."""
+    """Summary, body and pitfalls as Markdown."""
     summary, _, rest = inspect.cleandoc(cls.__doc__ or "").partition("\n")
     body, _, pitfalls = rest.partition("\nPitfalls:")
-    body, _, arguments = body.partition("\nArgs:")
-    arguments, _, rest = arguments.partition("\n\n")
-    body = f"{body}\n\n{rest}"
-    text = re.sub(r"(?m)(?:^    .*\n?(?:\s*\n(?=    ))?)+", lambda found: f"```text\n{_dedented(found.group())}\n```\n", body.strip("\n"))
-    if arguments:
-        named = (re.sub(r"^([^:]+):", r"**\1**:", item) for item in _items(arguments))
-        text += "\n\n## Arguments\n\n" + "\n".join(f"- {item}" for item in named)
-    return summary, text, "\n".join(f"- {item}" for item in _items(pitfalls))
+    return summary, prose(body, "## {}"), "\n".join(f"- {item}" for item in _items(pitfalls))
+
+
+def _blocks(text: str) -> str:
+    block = r"(?m)(?:^    .*\n?(?:\s*\n(?=    ))?)+"
+    return re.sub(block, lambda found: f"```text\n{inspect.cleandoc(found.group())}\n```\n", text.strip("\n")).strip()
 
 
 def _items(section: str) -> list[str]:
@@ -74,10 +84,6 @@ def _items(section: str) -> list[str]:
     least = min((len(line) - len(line.lstrip()) for line in lines), default=0)
     text = "\n".join(line[least:] for line in lines)
     return [item.strip() for item in re.sub(r"\n +", " ", text).splitlines()]
-
-
-def _dedented(text: str) -> str:
-    return inspect.cleandoc("\n" + text).strip("\n")
 
 
 def _contract(mixer: Any) -> str:
@@ -116,9 +122,9 @@ def _state(mixer: Any) -> str:
     return "\n".join([*([meaning, ""] if meaning else []), "| part | shape | dtype |", "| --- | --- | --- |", *rows])
 
 
-def _use(cls: type, simple: bool) -> str:
+def _use(cls: type, needed: str) -> str:
     signature = ", ".join(str(p).split(":")[0] + _default(p) for p in inspect.signature(cls).parameters.values() if p.name != "rngs")
-    call = f"{cls.__name__}({_DIM}, rngs=nnx.Rngs(0))" if simple else f"{cls.__name__}(..., rngs=nnx.Rngs(0))"
+    call = f"{cls.__name__}({_DIM}{needed}, rngs=nnx.Rngs(0))"
     line = "y, state = mixer(x, mixer.init_state(batch))" if cls.causal else "y, _ = mixer(x)  # the whole sequence at once"
     code = f"from flax import nnx\nfrom seqlab.models import {cls.__name__}\n\nmixer = {call}\n{line}"
     return f"```python\n{code}\n```\n\n`{cls.__name__}({signature}, rngs)`"

@@ -1,13 +1,14 @@
-"""The pages of docs/mixers are what the code says: `make docs` writes them."""
+"""The pages of docs/mixers and docs/reference are what the code says: `make docs` writes them. Links lead somewhere."""
 
 import pathlib
 import re
 
 import pytest
 
-from seqlab import catalog, pages
+from seqlab import catalog, pages, reference
 
-FOLDER = pathlib.Path(__file__).resolve().parent.parent / "docs" / "mixers"
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "docs" / "mixers"
 
 
 def counted(text):
@@ -26,3 +27,23 @@ def test_a_page_is_up_to_date_and_says_what_goes_wrong(cls):
 
 def test_no_page_is_left_of_a_mixer_that_is_gone():
     assert {path.stem for path in FOLDER.glob("*.md")} == {cls.__name__ for cls in catalog.mixers()} | {"README"}
+
+
+@pytest.mark.parametrize("name", reference.PAGES)
+def test_a_page_of_the_reference_is_up_to_date(name):
+    assert (ROOT / "docs" / "reference" / f"{name}.md").read_text() == reference.page(name), "run `make docs`"
+
+
+def anchors(path):
+    """Of the headings of a page, as both the code host and the site make them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")], ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for target, anchor in re.findall(r"\]\((?!https?:|mailto:)([^)#\s]*)(?:#([^)]*))?\)", text):
+        found = path.parent / target if target else path
+        assert found.exists(), f"{target} is not there"
+        assert not anchor or anchor in anchors(found), f"{target}#{anchor}: there is no such heading"
