@@ -263,11 +263,11 @@ def draw(bench: Bench, path: pathlib.Path) -> None:
         by_bytes.set(xlabel="state of one stream (bytes)", ylabel="answers right" if found else "bits a token")
 
 
-def curves(ax: Any, bench: Bench) -> None:
-    """Perplexity by position, both axes in octaves, and where training ended."""
+def curves(ax: Any, bench: Bench, rows: Sequence[Row] | None = None) -> None:
+    """Perplexity by position, both axes in octaves, and where training ended; of `rows`, which may end earlier, in place of the bench's."""
     middle = [(begin * end) ** 0.5 if begin else end / 2 for begin, end in zip(bench.edges[:-1], bench.edges[1:], strict=True)]
-    for row in bench.rows:
-        ax.plot(middle, np.exp(row.nats), lw=1.2, label=row.cache)
+    for row in bench.rows if rows is None else rows:
+        ax.plot(middle[: len(row.nats)], np.exp(row.nats), lw=1.2, label=row.cache)
     ax.axvline(bench.settings.trained, color="grey", lw=0.8, ls=":")
     ax.set_xscale("log", base=2)
     ax.set_yscale("log", base=2)
