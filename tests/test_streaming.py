@@ -23,13 +23,17 @@ LENGTH = 3 * zoo.WINDOW + 5
 
 # Gradients cost half of the compilations: for one of each kind here, for all of them in the slow tests.
 WITH_GRADIENTS = ("attention_gqa_norm", "window_sinks_softcap", "mamba", "gated_delta", "lm_hybrid")
-# Another of the same class is in the quick tests.
-VARIANTS = ("attention", "moba", "mamba_wide_conv", "selective", "gated_linear", "lmu_channels", "lmuformer_spiking")
+# Another of the same class, or one that is made of these, is in the quick tests.
+VARIANTS = (
+    *("attention", "window", "coded_window", "moba", "mamba_wide_conv", "linear", "gated_linear", "selective", "grouped_channels"),
+    *("lmu_channels", "lmu_cell", "lmu_cell_dense", "lmu_cell_none", "lmuformer_mixer", "lmuformer_causal", "lmuformer_spiking"),
+    *("lmuformer_spiking_mixer", "lm_attention", "lm_mamba"),
+)
 JUMPS = ("coded", "moba")
-QUICK = [pytest.param(name, marks=[pytest.mark.slow] * (name in VARIANTS)) for name in zoo.MIXERS]
+QUICK = [[pytest.param(name, marks=[pytest.mark.slow] * (name in VARIANTS)) for name in names] for names in (zoo.MIXERS, zoo.MODELS)]
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", QUICK[0])
 def test_mixer_obeys_the_law(name):
     # Codes and choices jump where a number lies between two: float32's own rounding may tip one over, on one machine or another.
     # float64's does not.
@@ -37,7 +41,7 @@ def test_mixer_obeys_the_law(name):
     verify_streaming(zoo.mixer(name), length=LENGTH, dtype=dtype, gradients=name in WITH_GRADIENTS).raise_for_failure()
 
 
-@pytest.mark.parametrize("name", zoo.MODELS)
+@pytest.mark.parametrize("name", QUICK[1])
 def test_model_obeys_the_law(name):
     verify_streaming(zoo.model(name), length=LENGTH, gradients=name in WITH_GRADIENTS).raise_for_failure()
 
