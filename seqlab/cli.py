@@ -11,6 +11,7 @@ import pathlib
 import shutil
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 _SIGNALS = {"finished": 0, "SIGINT": 130, "SIGTERM": 143}
 _EPILOG = """\
@@ -69,7 +70,14 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"seqlab {__version__}")
     top.add_argument("--traceback", action="store_true", help="show the Python traceback of every error")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_making(commands)
+    _add_using(commands)
+    _add_telling(commands)
+    return top
 
+
+def _add_making(commands: Any) -> None:
+    """The commands that train."""
     train = commands.add_parser("train", help="train a config, or go on with a run")
     train.add_argument("config", help="a name (`seqlab list` shows them) or the path of a Python file with base()")
     train.add_argument("--workdir", type=pathlib.Path, metavar="DIR", help="run folder; default runs/CONFIG")
@@ -92,6 +100,9 @@ def parser() -> argparse.ArgumentParser:
     _add_json(comparing)
     comparing.set_defaults(run=_compare)
 
+
+def _add_using(commands: Any) -> None:
+    """The commands that do something with a trained model."""
     bench = commands.add_parser(
         "cache-bench", help="what a trained model is worth with other caches, and what they cost; a table and a figure"
     )
@@ -142,6 +153,9 @@ def parser() -> argparse.ArgumentParser:
     showing.add_argument("--output", type=pathlib.Path, metavar="FILE", help="default: show.png in the folder of the run")
     showing.set_defaults(run=_show)
 
+
+def _add_telling(commands: Any) -> None:
+    """The commands that say what there is."""
     listing = commands.add_parser("list", help="mixers with their contract, configs and fiddlers")
     _add_json(listing)
     listing.set_defaults(run=_list)
@@ -149,7 +163,6 @@ def parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="versions, devices, which kernels run here and why the others do not")
     _add_json(doctor)
     doctor.set_defaults(run=_doctor)
-    return top
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
