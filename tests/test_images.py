@@ -26,6 +26,7 @@ from seqlab.models.images import (
     metaformer,
     poolformer,
 )
+from seqlab.models.images.parts import depthwise
 from seqlab.models.stochastic import DropPath
 from seqlab.module import count_params, params_of, statistics_of
 from seqlab.weights import convert, published_names
@@ -99,6 +100,21 @@ def test_pooling_is_the_mean_of_the_places_that_there_are():
     assert_close(Pooling(3)(one)[0], np.zeros_like(one), 1e-6)
     with pytest.raises(ValueError, match="odd"):
         Pooling(3, size=4)(x)
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 7])
+def test_depthwise_convolutions_are_those_of_lax(kernel):
+    x, weight, dy = random(0, 2, 5, 4, 3), random(1, kernel, kernel, 3), random(2, 2, 5, 4, 3)
+
+    def slow(x, weight):
+        padding, names = [(kernel // 2,) * 2] * 2, ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, weight[:, :, None], (1, 1), padding, dimension_numbers=names, feature_group_count=3)
+
+    def run(function):
+        y, pull = jax.vjp(function, x, weight)
+        return y, pull(dy)
+
+    assert_close(jax.jit(partial(run, depthwise))(), jax.jit(partial(run, slow))(), 1e-5)
 
 
 def test_attention_is_attention_over_places():
