@@ -35,8 +35,8 @@ def test_delta_rules_and_attention_recall_what_mamba_and_linear_attention_lose(t
         "mamba": [f"mamba(state_size={n})" for n in (4, 16, 32)],
     }
     mixers = ",".join(spec for specs in families.values() for spec in specs)
-    task = ("data.pairs=16", "batch_size=64", "optimizer.peak=0.003", "optimizer.warmup=50")
-    rows = compared(tmp_path, "mqar", mixers, 900, *task)
+    task = ("data.pairs=16", "batch_size=32", "optimizer.peak=0.003", "optimizer.warmup=50")
+    rows = compared(tmp_path, "mqar", mixers, 1500, *task)
 
     def draw(ax):
         for family, specs in families.items():
@@ -47,7 +47,7 @@ def test_delta_rules_and_attention_recall_what_mamba_and_linear_attention_lose(t
 
     claim = (
         "Sixteen keys and values are shown, then the sixteen keys again in another order: what was the value of each? Two layers of "
-        "width 64, 900 steps of 64 sequences. Attention keeps every step; the delta rules correct what their matrix already holds "
+        "width 64, 1,500 steps of 32 sequences. Attention keeps every step; the delta rules correct what their matrix already holds "
         "under a key; plain linear attention adds to it, and Mamba's channels decay."
     )
     figures.keep("recall", "Recall against bytes of state", claim, HEADER, table(rows), draw)
