@@ -65,8 +65,9 @@ def test_a_notebook_is_code_and_prose_alone(path):
 def test_a_notebook_runs(path, tmp_path):
     script = tmp_path / f"{path.stem}.py"
     script.write_text("\n\n".join(f"# cell {i}\n{as_python(code)}" for i, code in enumerate(cells(path, "code"), 1)))
-    mine = {"SEQLAB_QUICK": "1", "MPLBACKEND": "agg", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}  # not the devices of the tests
+    flags = "--xla_backend_optimization_level=0"  # as in conftest.py, but without its eight devices
+    mine = {"SEQLAB_QUICK": "1", "MPLBACKEND": "agg", "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
     done = subprocess.run(
-        [sys.executable, "-c", RUNNER, script], cwd=tmp_path, env=os.environ | mine, capture_output=True, text=True, timeout=900
+        [sys.executable, "-c", RUNNER, script], cwd=tmp_path, env=os.environ | mine, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
