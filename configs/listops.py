@@ -1,6 +1,7 @@
 """ListOps with short lists: the value of nested MIN, MAX, MED and SM, read once from left to right.
 
 Command: seqlab train listops
+Measured: 5 min on two busy cores, accuracy 0.47 (0.1 is chance).
 """
 
 import fiddle as fdl

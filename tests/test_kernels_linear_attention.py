@@ -12,6 +12,7 @@ from seqlab.kernels.linear_attention import linear_attention, reference, xla
 from seqlab.kernels.linear_attention.specs import SPECS, Spec, inputs
 
 IMPLEMENTATIONS = ("reference", "xla")
+HEAVY = (pytest.param("reference", marks=pytest.mark.slow), "xla")  # what others are held to has few ways to be wrong
 FLOATS = ("q", "k", "v", "decay", "beta", "initial_state")
 STEPS = ("q", "k", "v", "decay", "beta", "reset", "valid")  # arguments with an axis of time
 
@@ -52,7 +53,7 @@ def truth(name):
         return jax.tree.map(np.asarray, run(*widened((arguments, cotangents)), implementation="reference"))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", HEAVY)
 @pytest.mark.parametrize("name", SPECS)
 def test_values_and_gradients_are_those_of_float64(name, implementation):
     arguments = inputs(SPECS[name])
@@ -98,7 +99,7 @@ def test_decays_that_are_just_mild_keep_their_digits():
     assert_close(results, expected, 5e-6)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", HEAVY)
 @pytest.mark.parametrize("kind", ["head", "channel"])
 def test_a_log_decay_of_minus_infinity_forgets(kind, implementation):
     arguments = inputs(Spec(2, 13, 2, 4, 3, decay=kind, beta="head"))
@@ -126,7 +127,7 @@ def in_pieces(splits, *, initial_state, **arguments):
 
 @pytest.mark.parametrize(
     ("implementation", "splits"),
-    [("xla", (1,) * 9), ("xla", (0, 3, 6)), ("reference", (1, 5, 3))],
+    [("xla", (1,) * 9), ("xla", (0, 3, 6)), pytest.param("reference", (1, 5, 3), marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize("kind", [("channel", None), ("head", "head")], ids=["plain", "delta"])
 def test_chunks_are_the_whole(kind, implementation, splits):
@@ -154,7 +155,7 @@ def test_blocks_are_the_whole(name, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [("channel", None), ("head", "head"), ("head", "value")], ids=["plain", "delta", "value"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", HEAVY)
 def test_a_reset_separates_two_calls_whatever_the_state_held(implementation, kind):
     decay, beta = kind
     arguments = inputs(Spec(2, 13, 2, 4, 3, decay=decay, beta=beta))
@@ -198,7 +199,7 @@ def test_a_broken_state_stays_broken_without_a_reset():
 
 @pytest.mark.parametrize("time", [1, 12])
 @pytest.mark.parametrize("beta", [None, "head"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", HEAVY)
 def test_invalid_steps_do_nothing(implementation, beta, time):
     arguments = inputs(Spec(4, time, 2, 5, 3, decay="channel", beta=beta, reset=True, valid=True))
     valid = arguments["valid"].at[0].set(False).at[1].set(True)
@@ -250,7 +251,7 @@ def test_defaults_are_a_state_of_zeros_and_the_usual_scale():
     assert_close(linear_attention(**arguments, scale=1.0)[0], 8**0.5 * linear_attention(**arguments)[0], 1e-6)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", HEAVY)
 def test_rows_on_several_devices_are_those_of_one(implementation):
     arguments = inputs(Spec(4, 7, 2, 5, 3, decay="channel", beta="head", reset=True))
     del arguments["initial_state"], arguments["valid"]

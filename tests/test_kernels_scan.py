@@ -12,6 +12,7 @@ from seqlab.kernels.scan import reference, scan, xla
 from seqlab.kernels.scan.specs import SPECS, Spec, inputs
 
 IMPLEMENTATIONS = ("reference", "xla")
+HEAVY = (pytest.param("reference", marks=pytest.mark.slow), "xla")  # what others are held to has few ways to be wrong
 FLOATS = ("u", "delta", "A", "B", "C", "initial_state")
 
 
@@ -45,7 +46,7 @@ def truth(name):
         return jax.tree.map(np.asarray, run(arguments, cotangents, implementation="reference"))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", HEAVY)
 @pytest.mark.parametrize("name", SPECS)
 def test_values_and_gradients_are_those_of_float64(name, implementation):
     arguments = inputs(SPECS[name])
@@ -83,7 +84,13 @@ def in_pieces(splits, *, u, delta, A, B, C, initial_state, reset, valid, **optio
 
 @pytest.mark.parametrize(
     ("implementation", "splits"),
-    [("xla", (1,) * 8), ("xla", (3, 5)), ("xla", (1, 6, 1)), ("xla", (0, 7, 1)), ("reference", (1, 5, 2))],
+    [
+        ("xla", (1,) * 8),
+        ("xla", (3, 5)),
+        ("xla", (1, 6, 1)),
+        ("xla", (0, 7, 1)),
+        pytest.param("reference", (1, 5, 2), marks=pytest.mark.slow),
+    ],
 )
 def test_chunks_are_the_whole(implementation, splits):
     arguments = inputs(Spec(3, 8, 5, 4, reset=True, valid=True))
@@ -94,7 +101,7 @@ def test_chunks_are_the_whole(implementation, splits):
     assert_close(pieces[1], whole[1], 1e-4, "gradients")
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", HEAVY)
 def test_a_reset_separates_two_calls_whatever_the_state_held(implementation):
     arguments = inputs(Spec(2, 13, 4, 3))
     cotangents = cotangents_of(arguments)
@@ -129,7 +136,7 @@ def test_a_reset_separates_two_calls_whatever_the_state_held(implementation):
 
 
 @pytest.mark.parametrize("time", [1, 12])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", HEAVY)
 def test_invalid_steps_do_nothing(implementation, time):
     arguments = inputs(Spec(4, time, 5, 3, reset=True, valid=True))
     valid = arguments["valid"].at[0].set(False).at[1].set(True)
@@ -163,7 +170,7 @@ def test_no_steps_change_nothing(implementation):
     assert_identical(state, arguments["initial_state"])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", HEAVY)
 def test_rows_on_several_devices_are_those_of_one(implementation):
     arguments = inputs(Spec(4, 7, 5, 3, reset=True))
     del arguments["initial_state"], arguments["valid"]
