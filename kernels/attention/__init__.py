@@ -17,6 +17,7 @@ from seqlab.kernels.dispatch import Op
 from seqlab.shapes import Keys, LogSumExp, Queries, Values
 
 _op = Op("attention", __name__, ("reference", "xla"))
+_gradient = Op("attention_gradient", __name__, ("reference", "xla"))  # of a part of the keys, for the ring
 
 
 def attention(
@@ -84,7 +85,7 @@ def attention(
         # Zero weight does not stop a NaN (0 * NaN), neither here nor in the gradients: padding is replaced before anything reads it.
         q, k, v = _without_padding(q, q_segments), _without_padding(k, kv_segments), _without_padding(v, kv_segments)
     split = min(sequence_parallel.parts(t), sequence_parallel.parts(s)) > 1
-    return (functools.partial(ring, _op) if split else _op)(
+    return (functools.partial(ring, _op, _gradient) if split else _op)(
         q,
         k,
         v,

@@ -34,6 +34,16 @@ def attention(q, k, v, *, causal, window, sinks, q_positions, kv_positions, q_se
     return out.astype(q.dtype), jnp.where(total == 0, -jnp.inf, top + jnp.log(some))
 
 
+def attention_gradient(q, k, v, out, lse, dout, dlse, **options):
+    """`dq, dk, dv` of an attention to which these keys are a part, with the weight exp(lse_part - lse); `out`, `lse` are those of all."""
+    (part, part_lse), pull = jax.vjp(lambda q, k, v: attention(q, k, v, sink_logits=None, **options), q, k, v)
+    seen = (lse > -jnp.inf) & (part_lse > -jnp.inf)
+    weight = jnp.where(seen, jnp.exp(jnp.where(seen, part_lse - lse, 0)), 0)
+    change = dlse + jnp.sum(dout * (part.astype(lse.dtype) - out), axis=-1)
+    dpart = jnp.where(seen[..., None], weight[..., None] * dout, 0).astype(part.dtype)
+    return pull((dpart, jnp.where(seen, weight * change, 0)))
+
+
 def visible(q_positions, q_segments, kv_positions, kv_segments, *, causal, window, sinks):
     """Which query sees which key: elementwise over positions and segments that broadcast against each other."""
     terms = [jnp.ones((), bool)]

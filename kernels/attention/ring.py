@@ -2,12 +2,10 @@
 
 On every device, with the block of keys that is there, one after another:
 
-    (out, lse) <- merge((out, lse), attention(q, block))          while the next block is already on its way
+    (out, lse) <- merge((out, lse), attention(q, block))          while the next block is on its way
 
-Backward nothing is kept but q, k, v, out and lse: the blocks go around once more, with their gradients behind them, and each part is
-computed again. With w = exp(lse_part - lse) the weight of a part in the whole, its cotangents are
-
-    d out_part = w dout          d lse_part = w (dlse + dout·(out_part - out))
+Backward nothing is kept but q, k, v, out and lse: the blocks go around once more, with their gradients behind them. What a block adds to
+the gradients needs of all the others no more than out and lse, exp(X - lse) being the weights of its keys in the whole.
 
 Under a causal mask the last of N devices has nearly 2N times the work of the first if stretches are contiguous, and all wait for it. Two
 layouts deal positions out evenly; into them and back the stretches are exchanged once a call:
@@ -44,15 +42,22 @@ class Block(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What is fixed when tracing: the op with its options, and how many blocks each device has to see."""
+    """What is fixed when tracing: the op, its gradient and their options, and how many blocks each device has to see."""
 
     op: Op
+    slopes: Op
     limits: tuple[tuple[str, Any], ...]
     blocks: int
 
     def attend(self, q: Array, positions: Array, segments: Array | None, block: Block) -> tuple[Array, Array]:
-        places = {"q_positions": positions, "q_segments": segments, "kv_positions": block.positions, "kv_segments": block.segments}
-        return self.op(q, block.k, block.v, **places, sink_logits=None, **dict(self.limits))
+        return self.op(q, block.k, block.v, sink_logits=None, **_places(positions, segments, block), **dict(self.limits))
+
+    def gradient(self, q: Array, positions: Array, segments: Array | None, block: Block, *results: Array) -> tuple[Array, Array, Array]:
+        return self.slopes(q, block.k, block.v, *results, **_places(positions, segments, block), **dict(self.limits))
+
+
+def _places(positions: Array, segments: Array | None, block: Block) -> dict[str, Array | None]:
+    return {"q_positions": positions, "q_segments": segments, "kv_positions": block.positions, "kv_segments": block.segments}
 
 
 def permutation(layout: str, devices: int, time: int) -> Int[np.ndarray, " t"]:
@@ -82,7 +87,7 @@ def use_layout(layout: str) -> Iterator[None]:
         yield
 
 
-def ring(op: Op, q, k, v, *, q_positions, kv_positions, q_segments, kv_segments, sink_logits, **limits):
+def ring(op: Op, gradient: Op, q, k, v, *, q_positions, kv_positions, q_segments, kv_segments, sink_logits, **limits):
     """Attention of global arrays whose time lies on the devices of the mesh axis `sequence`; arguments as an implementation has them."""
     (b, t), s, layout = q.shape[:2], k.shape[1], _layout.value
     devices = sequence_parallel.parts(t)
@@ -95,7 +100,7 @@ def ring(op: Op, q, k, v, *, q_positions, kv_positions, q_segments, kv_segments,
             blocks = min(devices, 1 + -(-(limits["window"] - 1) // stretch))  # those behind are out of every window
     if q_segments is None and (t % (devices * multiple) or s % (devices * multiple)):  # what fills up the last stretch is padding
         q_segments, kv_segments = jnp.ones((b, t), jnp.int32), jnp.ones((b, s), jnp.int32)
-    options = Options(op, tuple(sorted(limits.items())), blocks)
+    options = Options(op, gradient, tuple(sorted(limits.items())), blocks)
 
     def stretch(timed, _):
         (q, q_positions, q_segments), block = jax.tree.map(functools.partial(_dealt, layout), timed)
@@ -146,17 +151,9 @@ def _forward(options: Options, q: Array, positions: Array, segments: Array | Non
 
 def _backward(options: Options, residuals: Any, cotangents: tuple[Array, Array]):
     q, positions, segments, block, out, lse = residuals
-    dead = lse == -jnp.inf  # passes nothing on, whatever its cotangents are
-    dout, dlse = (jnp.where(dead.reshape(dead.shape + (1,) * (x.ndim - 3)), 0, x) for x in cotangents)
-    whole = jnp.where(dead, 0, lse)
 
     def visit(block, dq, dblock):
-        attend = functools.partial(_attended, options, positions, segments, block)
-        (part, part_lse), pull = jax.vjp(attend, q, block.k, block.v)
-        part = part.astype(out.dtype)
-        weight = jnp.where(dead | (part_lse == -jnp.inf), 0, jnp.exp(jnp.minimum(part_lse - whole, 0)))
-        dpart_lse = weight * (dlse + jnp.sum(dout * (part - out), axis=-1))
-        more = pull(((weight[..., None] * dout).astype(q.dtype), dpart_lse))
+        more = options.gradient(q, positions, segments, block, out, lse, *cotangents)
         dq, *dblock = (x + y.astype(x.dtype) for x, y in zip((dq, *dblock), more, strict=True))
         return dq, tuple(dblock)
 
@@ -166,7 +163,7 @@ def _backward(options: Options, residuals: Any, cotangents: tuple[Array, Array])
         dq, dblock = visit(block, dq, dblock)
         return (following, dq, shift(dblock, around=True)), None  # gradients follow their block
 
-    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, out.dtype), (q, (block.k, block.v)))
+    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, lse.dtype), (q, (block.k, block.v)))
     (block, dq, dblock), _ = jax.lax.scan(step, (block, *zeros), length=options.blocks - 1)
     dq, dblock = visit(block, dq, dblock)
     if options.blocks > 1:
@@ -176,10 +173,6 @@ def _backward(options: Options, residuals: Any, cotangents: tuple[Array, Array])
 
 
 _ring.defvjp(_forward, _backward)
-
-
-def _attended(options: Options, positions: Array, segments: Array | None, block: Block, q: Array, k: Array, v: Array):
-    return options.attend(q, positions, segments, block._replace(k=k, v=v))
 
 
 # --- into a layout and back: x [b, c, ...], this device's stretch

@@ -79,6 +79,12 @@ def attention(q, k, v, *, causal, window, sinks, q_positions, kv_positions, q_se
     return _attend(rule, q, k, v, sink_logits, Places(q_positions, q_segments, kv_positions, kv_segments))
 
 
+def attention_gradient(q, k, v, out, lse, dout, dlse, *, causal, window, sinks, softcap, scale, **places):
+    """`dq, dk, dv` of an attention to which these keys are a part: `out` and `lse` are those of all of it."""
+    rule = Rule(causal, window, sinks, softcap, scale)
+    return _attend_backward(rule, (q, k, v, None, Places(**places), out, lse), (dout, dlse))[:3]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(rule: Rule, q: Array, k: Array, v: Array, sink: Array | None, places: Places) -> tuple[Array, Array]:
     if q.shape[1] == 1:
