@@ -24,6 +24,8 @@ from seqlab.models.images import (
 )
 from seqlab.models.images.wavemix import packed
 from seqlab.module import count_params, params_of, statistics_of
+from seqlab.sharding import MeshSizes
+from seqlab.train.placement import begin, place, spread
 from seqlab.train.step import init_state, train_step
 from seqlab.weights import convert, published_names
 
@@ -132,3 +134,9 @@ def test_a_training_step_measures_statistics_and_draws_anew_whatever_the_accumul
         return params_of(model)
 
     assert_close(after.params, halves(params), 1e-5)
+
+    with spread(MeshSizes(data=2)) as mesh:  # statistics are those of all rows, wherever they lie
+        spread_out, shardings = begin(partial(init_state, static, optimizer=optimizer), params, mesh)
+        on_two = jax.jit(partial(train_step, static, optimizer, loss, 2), out_shardings=(shardings, None))
+        new, _ = on_two(spread_out, place(batch, mesh))
+    assert_close(jax.device_get(new.params), after.params, 1e-5)
