@@ -108,12 +108,14 @@ def python() -> str:
     parts += ["## seqlab", *(_entry(getattr(seqlab, name), f"seqlab.{name}") for name in seqlab.__all__ if not name.startswith("__"))]
     others = [value for name in models.__all__ if (value := getattr(models, name)) not in mixers]
     parts += ["## seqlab.models", *(_entry(value, f"seqlab.models.{value.__name__}") for value in others)]
-    parts += ["## seqlab.kernels", *(_entry(_function(op), f"seqlab.kernels.{op.name}") for op in doctor.ops())]
+    parts += ["## seqlab.kernels", *(_entry(function, f"seqlab.kernels.{name}") for name, function in _functions().items())]
     return "\n\n".join(part for part in parts if part)
 
 
-def _function(op: dispatch.Op) -> Callable[..., Any]:
-    return getattr(importlib.import_module(op.package), op.name)
+def _functions() -> dict[str, Callable[..., Any]]:
+    """The public functions of ops by name; an op that only serves another, its gradient for instance, has none."""
+    found = {op.name: getattr(importlib.import_module(op.package), op.name, None) for op in doctor.ops()}
+    return {name: function for name, function in found.items() if callable(function)}
 
 
 def _entry(value: Any, name: str) -> str:
