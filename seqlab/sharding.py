@@ -97,6 +97,17 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int =
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def compiler_options(mesh: Mesh | None) -> dict[str, bool] | None:
+    """What `jax.jit` and `compile` have to be told of a program on `mesh`.
+
+    On a CPU XLA may run loops side by side that do not need each other. If both send messages, which JAX gives one channel, they take each
+    other's: wrong numbers, or a failed check in `rendezvous.h` (seen with jaxlib 0.10).
+    """
+    if mesh is None or mesh.devices.flat[0].platform != "cpu":
+        return None
+    return {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+
+
 def param_shardings(params: Params, mesh: Mesh | None, rules: Rules = RULES) -> dict[str, NamedSharding] | None:
     """The placement of every parameter, by the first rule that matches its name; replicated where none does or a size does not divide.
 

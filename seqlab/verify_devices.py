@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from seqlab.module import merge
-from seqlab.sharding import along_time, make_mesh
+from seqlab.sharding import along_time, compiler_options, make_mesh
 from seqlab.state import Mixer, state_bytes
 from seqlab.verify import BOUNDS, GRADIENT_SLACK, Check, Report, Subject, compare, projected, subject_of
 
@@ -99,7 +99,7 @@ def _two_chunks(subject: Subject) -> Callable[..., dict[str, Any]]:
 
 
 def _compared(name: str, subject: Subject, mesh: Mesh, program: Callable[..., dict[str, Any]], *flags: Array | None) -> list[Check]:
-    program, arguments = jax.jit(program), (subject.params, subject.inputs, *flags)
+    program, arguments = jax.jit(program, compiler_options=compiler_options(mesh)), (subject.params, subject.inputs, *flags)
     expected = program(*arguments)
     with jax.set_mesh(mesh):
         actual = program(*arguments)

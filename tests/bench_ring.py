@@ -18,7 +18,7 @@ from seqlab.train.step import next_token_loss
 
 DEVICES = 8
 MIXERS = {
-    "attention": functools.partial(Attention, heads=4, kv_heads=2, cache=Full(1 << 20)),
+    "attention": functools.partial(Attention, heads=4, kv_heads=1, cache=Full(1 << 20)),
     "mamba": functools.partial(Mamba, state_size=8),
     "gated_delta": functools.partial(GatedDeltaNet, heads=4),
 }
@@ -45,7 +45,7 @@ def bytes_needed(mixer, devices, time, dim=64, depth=4):
     return memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
 
-def longest(mixer, devices, budget, unit=256):
+def longest(mixer, devices, budget, unit=1024):
     """The longest time, a multiple of `unit` for each device, that fits into `budget` bytes of each."""
     unit *= devices
     low, high = 1, 2
@@ -59,7 +59,7 @@ def longest(mixer, devices, budget, unit=256):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", type=float, default=64, metavar="MIB", help="memory of a device; default %(default)s")
+    parser.add_argument("--budget", type=float, default=512, metavar="MIB", help="memory of a device; default %(default)s")
     parser.add_argument("--mixers", nargs="+", default=list(MIXERS), choices=list(MIXERS))
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")

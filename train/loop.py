@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from seqlab.module import Params, Static, count_params, split
-from seqlab.sharding import param_shardings
+from seqlab.sharding import compiler_options, param_shardings
 from seqlab.state import state_bytes
 from seqlab.train import processes
 from seqlab.train.checkpoint import Checkpoints
@@ -90,9 +90,10 @@ def _run(experiment: Experiment, workdir: pathlib.Path, mesh: Mesh | None) -> Re
     step = functools.partial(train_step, static, optimizer, experiment.loss, experiment.accumulate)
     step = jax.jit(step, donate_argnums=0, out_shardings=None if mesh is None else (shardings, None))
     first = place(batches[start], mesh)
-    step = step.lower(state, first).compile()
+    step = step.lower(state, first).compile(compiler_options(mesh))
     unit, size = ("images", first["inputs"].shape[0]) if first["inputs"].ndim == 4 else ("tokens", math.prod(first["inputs"].shape[:2]))
-    evaluate, quality = jax.jit(functools.partial(evaluate_step, static, experiment.metric)), quality_of(experiment.metric)
+    evaluate = jax.jit(functools.partial(evaluate_step, static, experiment.metric), compiler_options=compiler_options(mesh))
+    quality = quality_of(experiment.metric)
     say(f"compiled the training step in {time.perf_counter() - clock:.1f} s")
 
     # Steps.

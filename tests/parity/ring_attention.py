@@ -9,7 +9,7 @@ import numpy as np
 from seqlab import kernels
 from seqlab.kernels.attention import merge
 from seqlab.kernels.attention.ring import permutation, use_layout
-from seqlab.sharding import make_mesh
+from seqlab.sharding import compiler_options, make_mesh
 
 
 def check(case):
@@ -27,7 +27,7 @@ def _check_attention(case, mesh, devices):
     np.testing.assert_array_equal(permutation(layout, devices, q.shape[1]), case.inputs["permutation"])
     attend = functools.partial(kernels.attention, causal=causal, scale=case.meta["scale"])
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options(mesh))
     def run(q, k, v, dout):
         out, pull, lse = jax.vjp(attend, q, k, v, has_aux=True)
         return out, lse, pull(dout)
@@ -70,7 +70,7 @@ def _check_linear(case, mesh, devices):
     dout, decay = case.array("dout").swapaxes(1, 2), -jnp.asarray(case.inputs["slopes"], jnp.float32)
     run = functools.partial(kernels.linear_attention, decay=decay, scale=1.0)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options(mesh))
     def gradients(arrays, dout):
         out, pull = jax.vjp(lambda *arrays: run(*arrays)[0], *arrays)
         return out, pull(dout)
