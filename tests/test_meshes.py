@@ -3,8 +3,13 @@
 import contextlib
 import json
 import os
+import pathlib
 import re
 import signal
+import socket
+import subprocess
+import sys
+import time
 
 import helpers
 import jax
@@ -20,6 +25,7 @@ from seqlab.train.step import cross_entropy
 
 pytestmark = pytest.mark.filterwarnings("default")  # grain and orbax warn as they please
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 STEPS = {"steps": 9, "log_every": 1, "checkpoint_every": 9, "validate_every": 9}
 
 
@@ -90,3 +96,37 @@ def test_logits_in_parts_are_the_logits(time, devices):
         helpers.assert_close(run(x, weight, 3 * 50 * 4), expected, 1e-5)
         text = run.lower(x, weight, 3 * 50 * 4).as_text()
     assert not re.search(rf"tensor<3x{time}x50xf32>", text) and re.search(rf"tensor<3x{devices}x[34]x50xf32>", text)
+
+
+def command(folder, *settings, process=None):
+    """`seqlab train` on two virtual devices; as one of two processes, `process` being the port where they meet and which one it is."""
+    together = [] if process is None else ["--distributed", f"127.0.0.1:{process[0]},2,{process[1]}"]
+    sizes = ["steps=60", "log_every=5", "checkpoint_every=10", "validate_every=60", *settings]
+    line = [sys.executable, "-m", "seqlab", "train", "demo", "--fiddler", "tiny", "--workdir", str(folder), *together, "--set", *sizes]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_run_and_the_loss_of_one_is_made_good_by_the_other(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = command(tmp_path / "one")
+    assert alone.wait() == 0, alone.stderr.read()
+
+    first, second = (command(tmp_path / "two", "mesh.data=2", "mesh.sequence=2", process=(port, i)) for i in (0, 1))
+    metrics = tmp_path / "two" / "metrics.jsonl"
+    while first.poll() is None and (not metrics.exists() or len(metrics.read_text().splitlines()) < 6):
+        time.sleep(0.1)
+    second.kill()
+    said = first.communicate(timeout=100)[1]
+    assert first.returncode == 4 and "process 0 of 2 has lost another one" in said, said
+    assert re.search(r"the last checkpoint is step [123]0; the same command goes on", said)
+
+    rest = command(tmp_path / "two", "mesh.sequence=2")
+    said = rest.communicate()[1]
+    assert rest.returncode == 0 and re.search(r"resuming at step [123]0", said), said
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert one.keys() == two.keys()
+    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-4)
