@@ -37,6 +37,7 @@ docs: setup
 	$(BIN)/python -m seqlab.reference docs/reference
 
 # The site has an environment of its own: the pages are Markdown, and nobody needs a generator to work on the code.
+# (The variable silences what mkdocs-material says of a future mkdocs.)
 SITE ?= .venv-site
 
 site: $(SITE)/.ready
