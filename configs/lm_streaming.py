@@ -1,6 +1,7 @@
 """Softmax attention over everything, trained on 512 bytes at a time: the model whose streams outlive what it has seen.
 
 Command: seqlab train lm_streaming
+Measured: 1.77 validation bits a byte; what its streams are worth under which cache is in docs/science.md.
 """
 
 import fiddle as fdl

@@ -1,6 +1,7 @@
 """Pass keys hidden in source code and asked for by name: attention over everything, whose heads can then be told apart by DuoAttention.
 
 Command: seqlab train passkeys && seqlab cache-bench runs/passkeys --fit-gates 200
+Measured: 13 min on two busy cores, accuracy 0.71 (a byte of a number); 56 in 100 numbers come back whole, eight keys in 256 bytes.
 """
 
 import fiddle as fdl
@@ -12,4 +13,4 @@ from seqlab.train.tasks import Passkeys
 def base() -> fdl.Config:
     model = parts.token_model(parts.BYTES, 64, 3, parts.attention(256))
     data = fdl.Config(Passkeys, length=256, keys=8, examples=40_000)
-    return parts.task_run(model, data, steps=1000, batch_size=32, validate_every=200, validation_windows=200)
+    return parts.task_run(model, data, steps=2500, batch_size=32, validate_every=250, validation_windows=200)
