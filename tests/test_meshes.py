@@ -120,6 +120,7 @@ def test_two_processes_are_one_run_and_the_loss_of_one_is_made_good_by_the_other
     while first.poll() is None and (not metrics.exists() or len(metrics.read_text().splitlines()) < 6):
         time.sleep(0.1)
     second.kill()
+    second.communicate()
     said = first.communicate(timeout=100)[1]
     assert first.returncode == 4 and "process 0 of 2 has lost another one" in said, said
     assert re.search(r"the last checkpoint is step [123]0; the same command goes on", said)

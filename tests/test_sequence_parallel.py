@@ -142,6 +142,9 @@ def test_running_counts():
 
 # --- mixers and models
 
+# Of so many loops that send messages XLA's CPU runtime runs some at once, whose messages meet (see `seqlab.sharding.compiler_options`,
+# which is not enough here): a failed check in rendezvous.h ends the program. Their parts, of one relay each, are tested.
+MANY_RELAYS = ("lmuformer_spiking", "lmuformer_spiking_causal")
 QUICK = ("attention_gqa_norm", "window_in_cache", "mamba", "retention", "lmu_cell")  # of all kinds of exchange one
 
 
@@ -152,7 +155,7 @@ def test_mixer_over_eight_devices(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [2, 4, 8])
-@pytest.mark.parametrize("name", [*zoo.MIXERS, *zoo.MODELS])
+@pytest.mark.parametrize("name", [*(name for name in zoo.MIXERS if name not in MANY_RELAYS), *zoo.MODELS])
 def test_every_mixer_over_devices(name, devices):
     dtype = "float64" if name.startswith(("coded", "moba")) else None
     verify_devices(zoo.mixer(name) if name in zoo.MIXERS else zoo.model(name), devices, dtype=dtype).raise_for_failure()
