@@ -142,8 +142,8 @@ def test_running_counts():
 
 # --- mixers and models
 
-# Of so many loops that send messages XLA's CPU runtime runs some at once, whose messages meet (see `seqlab.sharding.compiler_options`,
-# which is not enough here): a failed check in rendezvous.h ends the program. Their parts, of one relay each, are tested.
+# Known to fail on meshes of a CPU: wrong numbers, or a failed check in XLA's rendezvous.h that ends the program. Why is not known; that
+# the messages of several loops meet is a guess. Their parts, of one relay each, pass.
 MANY_RELAYS = ("lmuformer_spiking", "lmuformer_spiking_causal")
 QUICK = ("attention_gqa_norm", "window_in_cache", "mamba", "retention", "lmu_cell")  # of all kinds of exchange one
 
