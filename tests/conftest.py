@@ -1,5 +1,6 @@
 """A strict session: eight virtual devices, and warnings are errors."""
 
+import gc
 import os
 import pathlib
 import sys
@@ -17,6 +18,14 @@ import pytest
 # Several tests compile the same program; the second time it comes from here.
 jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).resolve().parent.parent / ".pytest_cache" / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settled():
+    """What a file leaves behind (compiled programs above all) is not looked through for garbage again and again by those after it."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

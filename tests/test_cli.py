@@ -281,7 +281,7 @@ def test_doctor_tries_every_kernel(folder, capsys):
     assert report["devices"] == {"default": "cpu", "kinds": {"cpu cpu": len(jax.devices())}}
     assert report["compile_cache"] == {"path": str(folder / "cache" / "seqlab" / "xla"), "bytes": 0}
     assert report["free_disk"]["bytes"] > 0
-    assert report["kernels"].keys() == {path.parent.name for path in (ROOT / "kernels").glob("*/reference.py")}
+    assert report["kernels"].keys() >= {path.parent.name for path in (ROOT / "kernels").glob("*/reference.py")}
     for name, implementations in report["kernels"].items():
         assert implementations["reference"]["error"] == 0
         assert implementations["xla"]["chosen"], f"{name}: xla is what runs on a CPU"

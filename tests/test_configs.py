@@ -71,7 +71,11 @@ def batch_of(experiment):
     return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "reset": reset, "valid": np.ones_like(reset)}
 
 
-@pytest.mark.parametrize("name", NAMES)
+# One of each kind of model and of data; all of them are built above, and stepped among the slow tests.
+STEPPED = ("demo", "lm_hybrid", "tsm2", "digits", "digits_vim2", "digits_upscale", "mqar", "passkeys")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in STEPPED)) for name in NAMES])
 def test_a_config_is_shrunk_and_stepped_twice(name):
     experiment = config.build(config.fiddle(config.load(name), "tiny"))
     static, params = initialise(experiment)

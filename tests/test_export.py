@@ -61,7 +61,7 @@ def here(model, rows, chunk):
     return results
 
 
-@pytest.mark.parametrize("name", ["lm_hybrid", "sequence_hybrid"])
+@pytest.mark.parametrize("name", ["lm_hybrid", pytest.param("sequence_hybrid", marks=pytest.mark.slow)])
 def test_a_bundle_gives_the_same_bits_without_seqlab(name, tmp_path):
     model, rng = zoo.model(name), np.random.default_rng(0)
     rows = rng.integers(0, 31, (3, 13)).astype(np.int32) if name == "lm_hybrid" else rng.normal(size=(3, 13, 3)).astype(np.float32)

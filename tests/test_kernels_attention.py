@@ -99,7 +99,7 @@ def check(actual, expected, tolerance):
     assert_close((actual[0], np.where(dead, 0, actual[1])), (expected[0], np.where(dead, 0, expected[1])), tolerance)
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (i % 2)) for i, name in enumerate(SPECS)])
 def test_xla_values_and_gradients(name):
     call = make(SPECS[name])
     value, gradients = with_gradients(call, cotangents_of(call), "xla")

@@ -54,7 +54,7 @@ def truth(name):
 
 
 @pytest.mark.parametrize("implementation", HEAVY)
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (i % 2)) for i, name in enumerate(SPECS)])
 def test_values_and_gradients_are_those_of_float64(name, implementation):
     arguments = inputs(SPECS[name])
     results = run(arguments, cotangents_of(arguments), implementation=implementation, chunk=SPECS[name].chunk)
