@@ -72,7 +72,7 @@ def batch_of(experiment):
 
 
 # One of each kind of model and of data; all of them are built above, and stepped among the slow tests.
-STEPPED = ("demo", "lm_hybrid", "tsm2", "digits", "digits_vim2", "digits_upscale", "mqar", "passkeys")
+STEPPED = ("demo", "lm_hybrid", "tsm2", "digits", "digits_upscale", "mqar")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in STEPPED)) for name in NAMES])
