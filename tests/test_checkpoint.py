@@ -59,8 +59,9 @@ def largest(folder):
 
 
 def flip(path):
+    """Change a byte that is read: OCDBT files hold superseded nodes too, at the end or between two arrays."""
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 0xFF
+    data[len(data) // 4] ^= 0xFF
     path.write_bytes(data)
 
 
