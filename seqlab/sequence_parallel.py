@@ -159,16 +159,15 @@ def _relay(run, state, floats, rest):
 
 
 def _relay_forward(run, state, floats, rest):
-    here = place()
-
-    def turn(i, carry):
-        start, outputs, end = carry
-        outputs, end = jax.lax.cond(here == i, lambda: _varying(run(start, floats, rest)), lambda: (outputs, end))
-        return _chosen(here == i + 1, shift(end), start), outputs, end
-
+    # The rounds are written out: on a CPU, loops that send messages and do not need each other run side by side, where XLA takes the
+    # messages of one for those of another (all have one channel; jaxlib 0.10 gives wrong numbers or fails a check in rendezvous.h).
+    here, start = place(), state
     outputs, end = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run, state, floats, rest))
     outputs, end = _varying((outputs, end))
-    start, outputs, end = jax.lax.fori_loop(0, count(), turn, (state, outputs, end))
+    for i in range(count()):
+        run_here = functools.partial(lambda start, *_: _varying(run(start, floats, rest)), start)
+        outputs, end = jax.lax.cond(here == i, run_here, lambda *done: done, outputs, end)
+        start = _chosen(here == i + 1, shift(end), start)
     return (outputs, end), (start, floats, rest)
 
 
@@ -181,16 +180,12 @@ def _relay_backward(run, residuals, cotangents):
         _, pull = jax.vjp(lambda start, floats: _varying(run(start, floats, rest)), start, floats)
         return pull((d_outputs, d_end))
 
-    def turn(i, carry):
-        d_end, d_start, d_floats = carry
-        mine = here == count() - 1 - i
-        d_start, d_floats = jax.lax.cond(mine, gradients, lambda _: (d_start, d_floats), d_end)
+    nothing = d_start, d_floats = jax.tree.map(jnp.zeros_like, (start, floats))
+    for i in reversed(range(count())):
+        d_start, d_floats = jax.lax.cond(here == i, lambda d_end, *_: gradients(d_end), lambda _, *done: done, d_end, d_start, d_floats)
         received = jax.tree.map(jnp.add, d_end, shift(d_start, -1))
-        return _chosen(here == count() - 2 - i, received, d_end), d_start, d_floats
-
-    zeros = jax.tree.map(jnp.zeros_like, (start, floats))
-    _, d_start, d_floats = jax.lax.fori_loop(0, count(), turn, (d_end, *zeros))
-    return _chosen(here == 0, d_start, zeros[0]), d_floats, None
+        d_end = _chosen(here == i - 1, received, d_end)
+    return _chosen(here == 0, d_start, nothing[0]), d_floats, None
 
 
 _relay.defvjp(_relay_forward, _relay_backward)

@@ -99,35 +99,41 @@ def test_logits_in_parts_are_the_logits(time, devices):
 
 
 def command(folder, *settings, process=None):
-    """`seqlab train` on two virtual devices; as one of two processes, `process` being the port where they meet and which one it is."""
-    together = [] if process is None else ["--distributed", f"127.0.0.1:{process[0]},2,{process[1]}"]
+    """`seqlab train` on two virtual devices; as one of several processes: the port where they meet, their number, its own."""
+    together = [] if process is None else ["--distributed", "127.0.0.1:{},{},{}".format(*process)]
     sizes = ["steps=60", "log_every=5", "checkpoint_every=10", "validate_every=60", *settings]
     line = [sys.executable, "-m", "seqlab", "train", "demo", "--fiddler", "tiny", "--workdir", str(folder), *together, "--set", *sizes]
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.slow
-def test_two_processes_are_one_run_and_the_loss_of_one_is_made_good_by_the_other(tmp_path):
+def together(folder, count, *settings):
+    """The processes of one run."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    return [command(folder, f"mesh.data={count}", "mesh.sequence=2", *settings, process=(port, count, i)) for i in range(count)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_are_one_run_and_the_loss_of_one_is_made_good_by_the_others(count, tmp_path):
     alone = command(tmp_path / "one")
     assert alone.wait() == 0, alone.stderr.read()
 
-    first, second = (command(tmp_path / "two", "mesh.data=2", "mesh.sequence=2", process=(port, i)) for i in (0, 1))
-    metrics = tmp_path / "two" / "metrics.jsonl"
+    first, *others = together(tmp_path / "many", count)
+    metrics = tmp_path / "many" / "metrics.jsonl"
     while first.poll() is None and (not metrics.exists() or len(metrics.read_text().splitlines()) < 6):
         time.sleep(0.1)
-    second.kill()
-    second.communicate()
-    said = first.communicate(timeout=100)[1]
-    assert first.returncode == 4 and "process 0 of 2 has lost another one" in said, said
-    assert re.search(r"the last checkpoint is step [123]0; the same command goes on", said)
+    others[-1].kill()
+    said = [process.communicate(timeout=200)[1] for process in (first, *others)]
+    assert first.returncode == 4 and f"process 0 of {count} has lost another one" in said[0], said[0]
+    assert all(process.returncode == 4 for process in others[:-1]), said
+    assert re.search(r"the last checkpoint is step [1234]0; the same command goes on", said[0])
 
-    rest = command(tmp_path / "two", "mesh.sequence=2")
-    said = rest.communicate()[1]
-    assert rest.returncode == 0 and re.search(r"resuming at step [123]0", said), said
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert one.keys() == two.keys()
-    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-4)
+    rest = together(tmp_path / "many", count // 2) if count > 2 else [command(tmp_path / "many", "mesh.sequence=2")]
+    said = [process.communicate()[1] for process in rest]
+    assert not any(process.returncode for process in rest) and re.search(r"resuming at step [1234]0", said[0]), said
+    one, many = losses(tmp_path / "one"), losses(tmp_path / "many")
+    assert one.keys() == many.keys()
+    np.testing.assert_allclose(list(many.values()), list(one.values()), rtol=1e-4)
