@@ -1,6 +1,6 @@
 """The short causal convolution in front of recurrent mixers: depthwise, over time, with a state.
 
-Implementations: `reference` (a sliding window, the truth), `xla` (shifted products; the default everywhere).
+Implementations: `reference` (a sliding window, the truth), `xla` (shifted products; runs everywhere), `triton_gpu`.
 """
 
 import functools
@@ -13,7 +13,7 @@ from seqlab import sequence_parallel
 from seqlab.kernels.dispatch import Op, vary_alike
 from seqlab.shapes import Activations, Steps
 
-_op = Op("conv", __name__, ("reference", "xla"))
+_op = Op("conv", __name__, ("reference", "xla", "pallas_tpu", "triton_gpu"))
 
 
 def conv(
@@ -40,11 +40,11 @@ def conv(
       reset: [b, t]; where True a fresh sequence starts, and what came before, NaN included, is forgotten.
       valid: [b, t]; a step where it is False does nothing: its input, NaN included, reaches no other output, no state and no gradient,
         windows reach over it as if it were not there, its own output is 0 and its reset is ignored.
-      implementation: "reference" or "xla"; None lets `seqlab.kernels.dispatch` choose.
+      implementation: "reference", "xla" or "triton_gpu"; None lets `seqlab.kernels.dispatch` choose.
 
     Returns:
       y [b, t, d], summed in `accumulator` of the widest input dtype, and the final state [b, w-1, d], both in the dtype of x. Both may be
-      differentiated, once and in reverse through `xla`, in any way through `reference`.
+      differentiated, in any way through `reference`, once and in reverse through the others.
 
     Raises:
       ValueError: if an argument has the wrong shape or type, or `implementation` is unknown.

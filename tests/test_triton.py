@@ -1,0 +1,122 @@
+"""Triton kernels on any CPU: interpreted they obey the law and equal the truth, compiled for sm_90 they fit."""
+
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+if sys.platform != "linux":
+    pytest.skip("Triton is for Linux", allow_module_level=True)
+
+import ml_dtypes
+import test_kernels_conv
+import triton_cpu
+from helpers import assert_close
+
+from seqlab import kernels
+from seqlab.kernels.conv import specs as conv_specs
+
+SHARED = 227 * 1024  # bytes that a program may have on Hopper
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """`implementation="triton_gpu"` runs here."""
+    with triton_cpu.interpreted(monkeypatch):
+        yield
+
+
+def some(names, fast):
+    """All names; those that are not among `fast` are for `make test-all`."""
+    assert set(fast) <= set(names)
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def check(results, truth, name, values=2e-5, gradients=1e-4):
+    """Values and gradients are those of float64; bfloat16 rounds what is handed back once, by at most 2^-8 of itself."""
+    for tolerance, actual, expected in zip((values, gradients), results, truth, strict=True):
+        for (path, a), e in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+            rounding = 2.0**-8 if a.dtype == ml_dtypes.bfloat16 else 0.0
+            assert_close(a, e, rounding + tolerance, f"{name} {jax.tree_util.keystr(path)}")
+
+
+def differentiated(op, shapes, **options):
+    """Every launch of an op and its gradient at arguments of such shapes, None for those that are absent."""
+    floats = {name: x for name, x in shapes.items() if (x is not None and np.issubdtype(x.dtype, np.inexact)) or _is_bfloat16(x)}
+    rest = {name: x for name, x in shapes.items() if name not in floats}
+
+    def both(floats, rest):
+        results, pull = jax.vjp(lambda floats: op(**floats, **rest, **options, implementation="triton_gpu"), floats)
+        return pull(results)
+
+    return triton_cpu.launches(both, floats, rest)
+
+
+def _is_bfloat16(x):
+    return x is not None and x.dtype == ml_dtypes.bfloat16
+
+
+def fits(launches):
+    """No kernel spills registers or needs more shared memory than there is; what they need is printed (pytest -s)."""
+    for launch in launches:
+        usage = triton_cpu.compiled(launch)
+        what = f"{launch.kernel.__name__} {launch.types} {dict(launch.constants)} warps={launch.warps} stages={launch.stages}"
+        print(f"{usage.registers} registers, {usage.spills} bytes spilled, {usage.shared} bytes shared: {what}")
+        assert usage.spills == 0, f"{usage}"[:60] + what
+        assert usage.shared <= SHARED, f"{usage}"[:60] + what
+
+
+def abstract(arguments, **changes):
+    return {name: None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in {**arguments, **changes}.items()}
+
+
+# --- conv
+
+
+@pytest.mark.parametrize("name", some(conv_specs.SPECS, ["one_tap", "resets_masked", "bfloat16"]))
+def test_conv_is_that_of_float64(name, interpreted):
+    arguments = conv_specs.inputs(conv_specs.SPECS[name])
+    results = test_kernels_conv.run(arguments, test_kernels_conv.cotangents_of(arguments), implementation="triton_gpu")
+    assert {x.dtype for x in jax.tree.leaves(results)} == {arguments["x"].dtype}
+    check(results, test_kernels_conv.truth(name), name)
+
+
+@pytest.mark.slow
+def test_conv_obeys_the_law(interpreted):
+    test_kernels_conv.test_chunks_are_the_whole("triton_gpu", (1, 6, 1))
+    test_kernels_conv.test_a_reset_separates_two_calls_whatever_came_before("triton_gpu")
+    test_kernels_conv.test_invalid_steps_do_nothing("triton_gpu", 1)
+    test_kernels_conv.test_invalid_steps_do_nothing("triton_gpu", 12)
+    test_kernels_conv.test_no_steps_change_nothing("triton_gpu")
+
+
+CONV_SHAPES = {
+    "layer": conv_specs.Spec(1, 2048, 1536, 4, dtype="bfloat16"),
+    "packed": conv_specs.Spec(2, 100, 64, 3, reset=True, valid=True),
+    "rows": conv_specs.Spec(4, 2048, 512, 4),
+    "masked": conv_specs.Spec(4, 2048, 512, 5, reset=True, valid=True),
+    "decode": conv_specs.Spec(8, 1, 1536, 4, dtype="bfloat16"),
+    "most_taps": conv_specs.Spec(2, 300, 256, 8, reset=True),
+    "images": conv_specs.Spec(2, 196, 96, 7, dtype="bfloat16"),
+}
+
+
+@pytest.mark.parametrize("name", some(CONV_SHAPES, ["layer"]))
+def test_conv_fits(name):
+    fits(differentiated(kernels.conv, abstract(conv_specs.inputs(CONV_SHAPES[name]))))
+
+
+def test_conv_counts_beyond_two_billion_elements():
+    from seqlab.kernels.conv import triton_gpu, triton_kernels
+
+    t, d, w = 1 << 21, 1 << 10, 2
+    cut = triton_gpu.blocks(t, d, w)
+    x, y = np.zeros((1, t, d), ml_dtypes.bfloat16), np.zeros((1, t, d), ml_dtypes.bfloat16)  # pages that nobody touches take no memory
+    x[0, -2:, -3:] = [[1, 2, 3], [4, 5, 6]]
+    small = [np.ones(shape, np.float32) for shape in ((w, d), (d,), (1, w - 1, d), (1,))]
+    constants = {"T": t, "D": d, "W": w, "GIVEN": False, "BT": cut.steps, "BD": cut.channels}
+    grid = (t // cut.steps, d // cut.channels, 1)
+    program = (grid[0] - 1, grid[1] - 1, 0)
+    triton_cpu.interpret_in_place(triton_kernels.forward, [x, *small, y], grid, constants, program)
+    assert y[0, -1, -3:].tolist() == [6, 8, 10]
