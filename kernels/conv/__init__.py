@@ -1,6 +1,6 @@
 """The short causal convolution in front of recurrent mixers: depthwise, over time, with a state.
 
-Implementations: `reference` (a sliding window, the truth), `xla` (shifted products; runs everywhere), `triton_gpu`.
+Implementations: `reference` (a sliding window, the truth), `xla` (shifted products; runs everywhere), `pallas_tpu`, `triton_gpu`.
 """
 
 import functools
@@ -40,7 +40,7 @@ def conv(
       reset: [b, t]; where True a fresh sequence starts, and what came before, NaN included, is forgotten.
       valid: [b, t]; a step where it is False does nothing: its input, NaN included, reaches no other output, no state and no gradient,
         windows reach over it as if it were not there, its own output is 0 and its reset is ignored.
-      implementation: "reference", "xla" or "triton_gpu"; None lets `seqlab.kernels.dispatch` choose.
+      implementation: "reference", "xla", "pallas_tpu" or "triton_gpu"; None lets `seqlab.kernels.dispatch` choose.
 
     Returns:
       y [b, t, d], summed in `accumulator` of the widest input dtype, and the final state [b, w-1, d], both in the dtype of x. Both may be

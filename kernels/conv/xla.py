@@ -16,6 +16,11 @@ def conv(x, weight, bias, initial_state, reset, valid):
 
     A reset at an invalid step has been taken away.
     """
+    return of_valid_steps(_conv, x, weight, bias, initial_state, reset, valid)
+
+
+def of_valid_steps(convolve, x, weight, bias, initial_state, reset, valid):
+    """The same through `convolve(x, weight, bias, state, past)`, y alone, where `past` [b, t] or None is of `_past`."""
     time, kept = x.shape[1], weight.shape[0] - 1
     if valid is not None:
         count = jnp.sum(valid, axis=1, keepdims=True)
@@ -24,7 +29,7 @@ def conv(x, weight, bias, initial_state, reset, valid):
         x = _permute(mask_steps(x, valid), order, place)
         reset = None if reset is None else jnp.take_along_axis(reset, order, axis=1)
     past = None if reset is None else _past(reset, kept)
-    y = _conv(x, weight, bias, initial_state, past)
+    y = convolve(x, weight, bias, initial_state, past)
     inputs = jnp.concatenate([initial_state, x], axis=1)
     if valid is None:
         state = inputs[:, time:]

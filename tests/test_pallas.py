@@ -1,0 +1,177 @@
+"""The Pallas kernels without a TPU: interpreted step by step against the float64 reference, and lowered for a TPU from here.
+
+Interpretation is stricter than a TPU: memory that nobody wrote holds NaN, reads out of bounds raise, races are found. Blocks are made
+small, so that tiny arrays have many of them and the last are incomplete. Lowering finds blocks and operations that no TPU takes; where
+libtpu is installed, which needs no TPU either, its compiler has the last word.
+"""
+
+import dataclasses
+import importlib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close, random
+from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
+
+from seqlab.kernels import pallas
+from seqlab.kernels.conv.specs import Spec as Conv
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An op's kernels: block sizes for its tests, the specs of `make test`, and a call of more elements than an int32 counts: a spec, and
+    what its extents are to be replaced by."""
+
+    blocks: dict[str, Any]
+    quick: tuple[str, ...]
+    huge: tuple[Any, dict[int, int]]
+    also: dict[str, Any] = dataclasses.field(default_factory=dict)  # specs beside those of the op
+
+
+CASES = {
+    "conv": Case(
+        {"_STEPS": 16, "_CHANNELS": 4},
+        ("tiny",),
+        (Conv(2, 17, 5, 4, reset=True), {2: 3, 17: 2**20, 5: 1024}),
+        {
+            "tiny": Conv(2, 21, 5, 3, reset=True, valid=True),
+            "wide": Conv(1, 40, 12, 4, reset=True, dtype="bfloat16"),
+            "window_longer_than_a_block": Conv(2, 37, 3, 19, reset=True),
+        },
+    ),
+}
+STATIC = ("chunk", "causal", "window", "sinks", "softcap", "scale")
+
+
+def specs(op):
+    return {**importlib.import_module(f"seqlab.kernels.{op}.specs").SPECS, **CASES[op].also}
+
+
+NAMED = [pytest.param(op, name, marks=[] if name in case.quick else pytest.mark.slow) for op, case in CASES.items() for name in specs(op)]
+
+
+def make(op, spec):
+    """The arguments of a call: floating-point arrays, other arrays, and the rest."""
+    module = importlib.import_module(f"seqlab.kernels.{op}.specs")
+    call = {name: x for name, x in getattr(module, "inputs", getattr(module, "make", None))(spec).items() if x is not None}
+    if hasattr(spec, "chunk"):
+        call["chunk"] = spec.chunk
+    options = {name: x for name, x in call.items() if name in STATIC}
+    floats = {name: x for name, x in call.items() if name not in options and jnp.issubdtype(x.dtype, jnp.floating)}
+    return floats, {name: x for name, x in call.items() if name not in floats and name not in options}, options
+
+
+def spoilt(floats, others):
+    """NaN where it must reach nothing: at invalid steps, and in the state of a row whose first step is a reset."""
+    reset, valid = others.get("reset"), others.get("valid")
+    if valid is not None:
+        valid = others["valid"] = valid.at[0, 0].set(True)
+        lined = {name: valid.reshape(*valid.shape, *[1] * (x.ndim - 2)) for name, x in floats.items() if x.shape[:2] == valid.shape}
+        floats = {name: jnp.where(lined[name], x, jnp.nan) if name in lined else x for name, x in floats.items()}
+    if reset is not None:
+        others["reset"] = reset.at[0, 0].set(True)
+        floats["initial_state"] = floats["initial_state"].at[0].set(jnp.nan)
+    return floats, others
+
+
+def program(op, options, implementation):
+    """The results of a call, and its gradients by name for the given cotangents."""
+    function = getattr(importlib.import_module(f"seqlab.kernels.{op}"), op)
+
+    def run(floats, others, cotangents):
+        results, pull = jax.vjp(lambda floats: function(**floats, **others, **options, implementation=implementation), floats)
+        return results, pull(cotangents)[0]
+
+    return run
+
+
+def cotangents_of(op, floats, others, options):
+    function = getattr(importlib.import_module(f"seqlab.kernels.{op}"), op)
+    results = jax.eval_shape(lambda floats: function(**floats, **others, **options, implementation="xla"), floats)
+    return tuple(random(100 + i, *x.shape, dtype=x.dtype) for i, x in enumerate(results))
+
+
+def truth(op, floats, others, options, cotangents):
+    """The reference in float64, from the same numbers."""
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (floats, cotangents))
+        return jax.tree.map(np.asarray, jax.jit(program(op, options, "reference"))(wide[0], others, wide[1]))
+
+
+def check(actual, expected, name):
+    """As near as the dtypes allow: float32 sums of some hundred terms, and what is handed back in bfloat16 rounded to 8 bits."""
+    for tolerance, kind, a, e in zip((2e-5, 1e-4), ("value", "gradient"), actual, expected, strict=True):
+        for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(e), strict=True):
+            dead = np.isneginf(y)  # the log-sum-exp of no keys
+            np.testing.assert_array_equal(np.isneginf(x), dead)
+            rounding = 2.0**-8 if x.dtype == jnp.bfloat16 else 0.0
+            x, y = (np.where(dead, 0, np.asarray(z, np.float64)) for z in (x, y))
+            assert_close(x, y, rounding + tolerance, f"{name} {kind} {jax.tree_util.keystr(path)}")
+
+
+@pytest.mark.parametrize(("op", "name"), NAMED)
+def test_interpreted_values_gradients_and_states_are_those_of_float64(op, name, monkeypatch, capfd):
+    module = importlib.import_module(f"seqlab.kernels.{op}.pallas_tpu")
+    for key, value in CASES[op].blocks.items():
+        monkeypatch.setattr(module, key, value)
+    floats, others, options = make(op, specs(op)[name])
+    floats, others = spoilt(floats, others)
+    cotangents = cotangents_of(op, floats, others, options)
+    with pallas.interpreted(pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)):  # cores share the parallel axes of a grid
+        results = jax.block_until_ready(jax.jit(program(op, options, "pallas_tpu"))(floats, others, cotangents))
+    assert "RACE" not in capfd.readouterr().out  # an error in newer versions of JAX
+    assert {key: x.dtype for key, x in results[1].items()} == {key: x.dtype for key, x in floats.items()}
+    check(results, truth(op, floats, others, options, cotangents), f"{op} {name}")
+
+
+def lowered(op, spec, extents=None, device=None):
+    """Forward and backward of a call, lowered for a TPU from shapes alone."""
+    floats, others, options = make(op, spec)
+    cotangents = cotangents_of(op, floats, others, options)
+    sharding = None if device is None else jax.sharding.SingleDeviceSharding(device)
+
+    def abstract(x):
+        return jax.ShapeDtypeStruct([(extents or {}).get(size, size) for size in x.shape], x.dtype, sharding=sharding)
+
+    arguments = jax.tree.map(abstract, (floats, others, cotangents))
+    with pallas.lowering():
+        return jax.jit(program(op, options, "pallas_tpu")).trace(*arguments).lower(lowering_platforms=("tpu",))
+
+
+@pytest.mark.parametrize(("op", "name"), NAMED)
+def test_kernels_lower_for_a_tpu(op, name):
+    assert "tpu_custom_call" in lowered(op, specs(op)[name]).as_text()
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_arrays_may_have_more_elements_than_an_int32_counts(op):
+    text = lowered(op, *CASES[op].huge).as_text()
+    shapes = [[int(size) for size in shape.split("x")[:-1]] for shape in re.findall(r"tensor<([\dx]+x)(?:f32|bf16)>", text)]
+    assert max(np.prod(shape, dtype=np.int64) for shape in shapes) > 2**31
+    assert "tpu_custom_call" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("op", "name"), NAMED)
+def test_the_compiler_for_tpus_takes_them(op, name, monkeypatch):
+    pytest.importorskip("libtpu")  # of seqlab[tpu]; it compiles without a TPU
+    for key, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}.items():
+        monkeypatch.setenv(key, value)
+    device = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices[0]
+    assert lowered(op, specs(op)[name], device=device).compile().memory_analysis() is not None
+
+
+def test_elsewhere_a_kernel_declines_and_says_why():
+    for op, case in CASES.items():
+        floats, others, options = make(op, specs(op)[case.quick[0]])
+        function = getattr(importlib.import_module(f"seqlab.kernels.{op}"), op)
+        with pytest.raises(NotImplementedError, match="compiled for TPUs, and the platform here is cpu"):
+            function(**floats, **others, **options, implementation="pallas_tpu")
+        with pallas.lowering(), jax.enable_x64(True), pytest.raises(NotImplementedError, match="not float64"):
+            wide = {name: jnp.asarray(np.asarray(x), jnp.float64) for name, x in floats.items()}
+            function(**wide, **others, **options, implementation="pallas_tpu")
