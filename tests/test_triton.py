@@ -11,11 +11,13 @@ if sys.platform != "linux":
 
 import ml_dtypes
 import test_kernels_conv
+import test_kernels_scan
 import triton_cpu
 from helpers import assert_close
 
 from seqlab import kernels
 from seqlab.kernels.conv import specs as conv_specs
+from seqlab.kernels.scan import specs as scan_specs
 
 SHARED = 227 * 1024  # bytes that a program may have on Hopper
 
@@ -120,3 +122,56 @@ def test_conv_counts_beyond_two_billion_elements():
     program = (grid[0] - 1, grid[1] - 1, 0)
     triton_cpu.interpret_in_place(triton_kernels.forward, [x, *small, y], grid, constants, program)
     assert y[0, -1, -3:].tolist() == [6, 8, 10]
+
+
+# --- scan
+
+
+@pytest.mark.parametrize("name", some(scan_specs.SPECS, ["resets_masked", "mixed"]))
+def test_scan_is_that_of_float64(name, interpreted):
+    spec = scan_specs.SPECS[name]
+    arguments = scan_specs.inputs(spec)
+    cotangents = test_kernels_scan.cotangents_of(arguments)
+    results = test_kernels_scan.run(arguments, cotangents, implementation="triton_gpu", chunk=spec.chunk)
+    assert {key: x.dtype for key, x in results[1].items()} == {key: arguments[key].dtype for key in test_kernels_scan.FLOATS}
+    check(results, test_kernels_scan.truth(name), name)
+
+
+@pytest.mark.slow
+def test_scan_obeys_the_law(interpreted):
+    test_kernels_scan.test_chunks_are_the_whole("triton_gpu", (1, 6, 1))
+    test_kernels_scan.test_a_reset_separates_two_calls_whatever_the_state_held("triton_gpu")
+    test_kernels_scan.test_invalid_steps_do_nothing("triton_gpu", 1)
+    test_kernels_scan.test_invalid_steps_do_nothing("triton_gpu", 12)
+    test_kernels_scan.test_no_steps_change_nothing("triton_gpu")
+
+
+SCAN_SHAPES = {
+    "layer": scan_specs.Spec(1, 2048, 1536, 16, reset=True, dtype="bfloat16"),
+    "layer_float32": scan_specs.Spec(1, 2048, 1536, 16, reset=True, valid=True),
+    "many_states": scan_specs.Spec(2, 512, 128, 256, dtype="bfloat16", wide="bfloat16"),
+    "short": scan_specs.Spec(2, 21, 100, 16),
+    "decode": scan_specs.Spec(8, 1, 1536, 16, dtype="bfloat16"),
+}
+
+
+@pytest.mark.parametrize("name", some(SCAN_SHAPES, ["layer"]))
+def test_scan_fits(name):
+    fits(differentiated(kernels.scan, abstract(scan_specs.inputs(SCAN_SHAPES[name]))))
+
+
+def test_scan_counts_beyond_two_billion_elements():
+    from seqlab.kernels.scan import triton_gpu, triton_kernels
+
+    b, t, e, n = 1 << 15, 32, 1 << 12, 1
+    cut = triton_gpu.blocks("forward", t, e, None)
+    u, y = np.zeros((b, t, e), ml_dtypes.bfloat16), np.zeros((b, t, e), ml_dtypes.bfloat16)
+    delta = u  # steps of length 0 keep the state
+    state, states = np.zeros((b, n, e), np.float32), np.zeros((b, 2, n, e), np.float32)
+    state[-1, 0, -1] = 7
+    A, B = np.zeros((n, e), np.float32), np.ones((b, t, n), np.float32)
+    constants = {"T": t, "E": e, "N": n, "RESET": False, "BT": cut.steps, "BE": cut.channels}
+    grid = (e // cut.channels, b, 1)
+    arrays = [u, delta, A, B, B, state, B, y, states]
+    triton_cpu.interpret_in_place(triton_kernels.forward, arrays, grid, constants, (grid[0] - 1, b - 1, 0))
+    assert y[-1, :, -1].tolist() == [7] * t and states[-1, 1, 0, -1] == 7

@@ -1,6 +1,6 @@
 """Mamba's selective scan: a diagonal linear recurrence whose step size, input map and output map depend on the token.
 
-Implementations: `reference` (one step in a scan, the truth), `xla` (chunks, memory linear in time; the default everywhere).
+Implementations: `reference` (one step in a scan, the truth), `xla` (chunks, memory linear in time; runs everywhere), `pallas_tpu`, `triton_gpu`.
 """
 
 import functools
@@ -14,7 +14,7 @@ from seqlab.kernels.dispatch import Op, vary_alike
 from seqlab.shapes import Steps, accumulator
 from seqlab.state import mask_steps
 
-_op = Op("scan", __name__, ("reference", "xla"))
+_op = Op("scan", __name__, ("reference", "xla", "pallas_tpu", "triton_gpu"))
 
 
 def scan(
@@ -46,12 +46,12 @@ def scan(
       reset: [b, t]; where True a fresh sequence starts, and what the state held, NaN included, is forgotten.
       valid: [b, t]; a step where it is False does nothing: its inputs, NaN included, reach no other output, no state and no gradient, its
         own output is 0 and its reset is ignored.
-      chunk: how many steps `xla` recomputes at a time in the gradient, which keeps one state a chunk; None chooses.
-      implementation: "reference" or "xla"; None lets `seqlab.kernels.dispatch` choose.
+      chunk: how many steps are recomputed at a time in the gradient, which keeps one state a chunk; None chooses.
+      implementation: "reference", "xla", "pallas_tpu" or "triton_gpu"; None lets `seqlab.kernels.dispatch` choose.
 
     Returns:
       y [b, t, e] in the dtype of u, and the final state [b, e, n] in `accumulator` of the widest input dtype. Both may be
-      differentiated, once and in reverse through `xla`, in any way through `reference`.
+      differentiated, in any way through `reference`, once and in reverse through the others.
 
     Raises:
       ValueError: if an argument has the wrong shape, type or range, or `implementation` is unknown.
