@@ -11,6 +11,6 @@ from seqlab.train.tasks import Passkeys
 
 
 def base() -> fdl.Config:
-    model = parts.token_model(parts.BYTES, 64, 3, parts.attention(256))
+    model = parts.token_model(parts.BYTES, 128, 3, parts.attention(256))
     data = fdl.Config(Passkeys, length=256, keys=8, examples=40_000)
     return parts.task_run(model, data, steps=2500, batch_size=32, validate_every=250, validation_windows=200)

@@ -103,18 +103,18 @@ def test_induction_is_trained_on_every_token_if_asked():
 
 def test_pass_keys_stand_where_they_are_put_and_are_asked_for_once_each():
     hay = haystacks(np.random.default_rng(0), 3, 60)
-    for depth, place in ((0, 1), (0.5, 27), (1, 52)):
+    for depth, place in ((0, 1), (0.5, 27), (1, 53)):
         asked = quiz(np.random.default_rng(1), hay, keys=1, depth=depth)
         for row, question, answer, before in zip(*(x.astype(np.uint8) for x in asked), hay, strict=True):
             needle = question[0].tobytes() + answer[0].tobytes()
             assert row.tobytes() == before[:place].tobytes() + needle + before[place : 60 - len(needle)].tobytes()
-            assert needle[:1] + needle[2:3] + needle[7:] == b"<=>" and needle[3:7].isdigit()
+            assert needle[:1] + needle[6:] == b"<>" and needle[2:6].isdigit()
     several = quiz(np.random.default_rng(2), hay, keys=4, digits=3)
     text = bytes(several.joined()[2].astype(np.uint8))
-    needles = [text[60 + 7 * i : 67 + 7 * i] for i in range(4)]
-    assert len(text) == 88 and all(text.count(needle) == 2 for needle in needles) and len(set(needles)) == 4
-    with pytest.raises(ValueError, match="haystacks must have at least 65 bytes for keys=8 of 8 bytes, got 60"):
-        quiz(np.random.default_rng(0), hay, keys=8)
+    needles = [text[60 + 6 * i : 66 + 6 * i] for i in range(4)]
+    assert len(text) == 84 and all(text.count(needle) == 2 for needle in needles) and len(set(needles)) == 4
+    with pytest.raises(ValueError, match="haystacks must have at least 64 bytes for keys=9 of 7 bytes, got 60"):
+        quiz(np.random.default_rng(0), hay, keys=9)
     with pytest.raises(ValueError, match=r"keys must not exceed the \d+ names that the text leaves, got 27"):
         quiz(np.random.default_rng(0), haystacks(np.random.default_rng(0), 1, 300), keys=27)
     with pytest.raises(ValueError, match="depth must be from 0 to 1, or None, got 2"):
@@ -210,7 +210,7 @@ def test_symbols_are_a_tokenizer():
         (Copying, {"length": 10, "data": 8}, r"length must be an integer of at least 16 \(2 \* data, data=8\), got 10"),
         (Copying, {"alphabet": True}, "alphabet must be an integer of at least 3 .*, got True"),
         (ListOps, {"arguments": 1}, "arguments must be an integer of at least 2"),
-        (Passkeys, {"length": 63}, "length must be an integer of at least 64"),
+        (Passkeys, {"length": 55}, "length must be an integer of at least 56"),
         (Digits, {"held_out": 1797}, "held_out must leave some"),
     ],
 )

@@ -1,6 +1,6 @@
 """Pass keys in text: names with numbers, hidden in a haystack of bytes, each number to be given back when its name is asked for.
 
-    ...the haystack <X=4071> goes on...<X=4071>         context, then a question "<X=" with the answer "4071"
+    ...the haystack <X4071> goes on...<X4071>           context, then a question "<X" with the answer "4071"
 
 As in the needle tests of long-context models: one key at a chosen depth is pass-key retrieval, several with a question each the shared
 context of SCBench (arXiv 2412.10319), whose questions go to one cache in turn or each to a copy of it.
@@ -16,9 +16,9 @@ from seqlab.tokens import ByteTokenizer, Tokenizer
 from seqlab.train.data import FileSource
 from seqlab.train.tasks.examples import IGNORE, VALIDATION, Examples, at_least
 
-OPEN, BETWEEN, CLOSE = b"<=>"
+OPEN, CLOSE = b"<>"
 NAMES = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-FRAME = 4  # bytes of a key that are not its number: "<", a name, "=", ">"
+FRAME = 3  # bytes of a key that are not its number: "<", a name, ">"
 
 
 class Quiz(NamedTuple):
@@ -61,7 +61,7 @@ def quiz(rng: np.random.Generator, haystacks: Int[np.ndarray, "n c"], *, keys: i
         names = _names(rng, hay.tobytes(), keys)
         numbers = rng.integers(0, 10, (keys, digits), dtype=np.uint8) + ord("0")
         places = rng.integers(0, room + 1, keys) if depth is None else np.full(keys, round(depth * room))
-        needles = [bytes([OPEN, name, BETWEEN, *number, CLOSE]) for name, number in zip(names, numbers, strict=True)]
+        needles = [bytes([OPEN, name, *number, CLOSE]) for name, number in zip(names, numbers, strict=True)]
         pieces, begin = [hay[:1].tobytes()], 1
         for place, text in zip(np.sort(places) + 1, needles, strict=True):
             pieces += [hay[begin:place].tobytes(), text]
@@ -138,7 +138,7 @@ def haystacks(
 
 def _names(rng: np.random.Generator, hay: bytes, count: int) -> list[int]:
     """Different names that the haystack does not ask for itself."""
-    free = [name for name in NAMES if bytes([OPEN, name, BETWEEN]) not in hay]
+    free = [name for name in NAMES if bytes([OPEN, name]) not in hay]
     if count > len(free):
         raise ValueError(f"keys must not exceed the {len(free)} names that the text leaves, got {count}")
     return [free[i] for i in rng.permutation(len(free))[:count]]
