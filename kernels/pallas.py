@@ -101,6 +101,16 @@ def dot(x: Array, y: Array, *, transposed: bool = False) -> Array:
     return jax.lax.dot_general(x.astype(dtype), y.astype(dtype), dims, precision=precision, preferred_element_type=jnp.float32)
 
 
+def column(row: Array) -> Array:
+    """[1, a] -> [a, 1], by the transpose of whole tiles: a is a multiple of `LANES`."""
+    return jnp.broadcast_to(row, (LANES, row.shape[1])).T[:, :1]
+
+
+def row(column: Array) -> Array:
+    """[a, 1] -> [1, a]."""
+    return jnp.broadcast_to(column, (column.shape[0], LANES)).T[:1]
+
+
 def up(size: int, multiple: int) -> int:
     """The least multiple of `multiple` that is not less than `size`."""
     return -(-size // multiple) * multiple

@@ -1,6 +1,7 @@
 """Mamba's selective scan: a diagonal linear recurrence whose step size, input map and output map depend on the token.
 
-Implementations: `reference` (one step in a scan, the truth), `xla` (chunks, memory linear in time; runs everywhere), `pallas_tpu`, `triton_gpu`.
+Implementations: `reference` (one step in a scan, the truth), `xla` (chunks, memory linear in time; runs everywhere), `pallas_tpu`,
+`triton_gpu`.
 """
 
 import functools
