@@ -19,7 +19,9 @@ from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 
 from seqlab.kernels import pallas
+from seqlab.kernels.attention.specs import Spec as Attention
 from seqlab.kernels.conv.specs import Spec as Conv
+from seqlab.kernels.scan.specs import Spec as Scan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,22 @@ CASES = {
             "window_longer_than_a_block": Conv(2, 37, 3, 19, reset=True),
         },
     ),
+    "scan": Case(
+        {"_STEPS": 8, "_CHANNELS": 2, "_UNIT": 2, "_STATES": 4},
+        ("tiny",),
+        (Scan(2, 17, 640, 4, reset=True), {2: 3, 17: 2**20, 640: 1024}),
+        {"tiny": Scan(1, 13, 4, 3, reset=True, valid=True), "wide": Scan(1, 12, 10, 3, dtype="bfloat16"), "states": Scan(1, 12, 2, 9)},
+    ),
+    "attention": Case(
+        {"_TILE": 16, "_WIDE": 16, "_UNIT": 8},
+        ("tiny", "tiny_packed"),
+        (Attention(2, 17, 19, h=8, g=4, k=128, v=128), {2: 3, 17: 2**20, 19: 2**20}),
+        {
+            "tiny": Attention(1, 40, 45, h=1, k=5, v=3, window=9, sinks=2, softcap=2.0, sink_logits=True),
+            "bfloat16": (Attention(2, 37, 37, h=4, g=2, k=64, v=32, window=9, sink_logits=True), "bfloat16"),
+            "tiny_packed": Attention(1, 27, 27, h=2, places="packed"),
+        },
+    ),
 }
 STATIC = ("chunk", "causal", "window", "sinks", "softcap", "scale")
 
@@ -58,7 +76,11 @@ NAMED = [pytest.param(op, name, marks=[] if name in case.quick else pytest.mark.
 def make(op, spec):
     """The arguments of a call: floating-point arrays, other arrays, and the rest."""
     module = importlib.import_module(f"seqlab.kernels.{op}.specs")
-    call = {name: x for name, x in getattr(module, "inputs", getattr(module, "make", None))(spec).items() if x is not None}
+    if op == "attention":
+        call = module.make(spec[0], dtype=jnp.bfloat16) if isinstance(spec, tuple) else module.make(spec)
+    else:
+        call = module.inputs(spec)
+    call = {name: x for name, x in call.items() if x is not None}
     if hasattr(spec, "chunk"):
         call["chunk"] = spec.chunk
     options = {name: x for name, x in call.items() if name in STATIC}
@@ -103,13 +125,14 @@ def truth(op, floats, others, options, cotangents):
         return jax.tree.map(np.asarray, jax.jit(program(op, options, "reference"))(wide[0], others, wide[1]))
 
 
-def check(actual, expected, name):
-    """As near as the dtypes allow: float32 sums of some hundred terms, and what is handed back in bfloat16 rounded to 8 bits."""
+def check(actual, expected, name, keys):
+    """As near as the dtypes allow. float32: sums of some hundred terms. bfloat16, which rounds by 2**-8: one rounding of the result,
+    and in attention, whose products have rounded factors, sums over `keys` of independent errors, which grow with the root."""
     for tolerance, kind, a, e in zip((2e-5, 1e-4), ("value", "gradient"), actual, expected, strict=True):
         for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(e), strict=True):
             dead = np.isneginf(y)  # the log-sum-exp of no keys
             np.testing.assert_array_equal(np.isneginf(x), dead)
-            rounding = 2.0**-8 if x.dtype == jnp.bfloat16 else 0.0
+            rounding = 2.0**-8 * (1 + keys**0.5) if x.dtype == jnp.bfloat16 else 0.0
             x, y = (np.where(dead, 0, np.asarray(z, np.float64)) for z in (x, y))
             assert_close(x, y, rounding + tolerance, f"{name} {kind} {jax.tree_util.keystr(path)}")
 
@@ -126,7 +149,7 @@ def test_interpreted_values_gradients_and_states_are_those_of_float64(op, name, 
         results = jax.block_until_ready(jax.jit(program(op, options, "pallas_tpu"))(floats, others, cotangents))
     assert "RACE" not in capfd.readouterr().out  # an error in newer versions of JAX
     assert {key: x.dtype for key, x in results[1].items()} == {key: x.dtype for key, x in floats.items()}
-    check(results, truth(op, floats, others, options, cotangents), f"{op} {name}")
+    check(results, truth(op, floats, others, options, cotangents), f"{op} {name}", floats["k"].shape[1] if op == "attention" else 0)
 
 
 def lowered(op, spec, extents=None, device=None):

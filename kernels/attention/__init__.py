@@ -1,6 +1,6 @@
 """Softmax attention: causal, windowed, grouped, packed; and `merge`, which puts partial attentions together.
 
-Implementations: `reference` (dense, the truth), `xla` (tiles, memory linear in time; the default everywhere).
+Implementations: `reference` (dense, the truth), `xla` (tiles, memory linear in time; runs everywhere), `pallas_tpu`.
 """
 
 import functools
@@ -16,8 +16,8 @@ from seqlab.kernels.attention.ring import ring
 from seqlab.kernels.dispatch import Op
 from seqlab.shapes import Keys, LogSumExp, Queries, Values
 
-_op = Op("attention", __name__, ("reference", "xla"))
-_gradient = Op("attention_gradient", __name__, ("reference", "xla"))  # of a part of the keys, for the ring
+_op = Op("attention", __name__, ("reference", "xla", "pallas_tpu"))
+_gradient = Op("attention_gradient", __name__, ("reference", "xla", "pallas_tpu"))  # of a part of the keys, for the ring
 
 
 def attention(
@@ -59,11 +59,11 @@ def attention(
       softcap: c above, the bound of the logits.
       sink_logits: [h], z above: a logit for no key at all, which takes weight from the others.
       scale: default 1 / sqrt(k).
-      implementation: "reference" or "xla"; None lets `seqlab.kernels.dispatch` choose.
+      implementation: "reference", "xla" or "pallas_tpu"; None lets `seqlab.kernels.dispatch` choose.
 
     Returns:
       out [b, t, h, v] in the dtype of q, and lse [b, t, h] (natural logarithm) in `accumulator` of the inputs' dtype. Both may be
-      differentiated, once through `xla` and any number of times through `reference`.
+      differentiated, any number of times through `reference`, once through the others.
 
     Raises:
       ValueError: if an argument has the wrong shape, type or range, or `implementation` is unknown.
