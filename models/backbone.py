@@ -87,7 +87,8 @@ class Backbone(Module):
       channel_mixer: a factory, a tuple of them likewise, or None.
       scan_layers: run the repeats of the pattern by one `lax.scan` over stacked parameters: compile time and program size no longer
         grow with depth. The same function; `depth` must be a multiple of the pattern.
-      remat: "none" keeps every activation for the backward pass, "block" keeps the blocks' inputs and recomputes the rest.
+      remat: what is kept for the backward pass: "none" keeps every activation, "dots" the blocks' inputs and the products with weights,
+        "block" the blocks' inputs alone; the rest is computed again.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class Backbone(Module):
         channels = tuple(channel_mixer) if isinstance(channel_mixer, tuple | list) else (channel_mixer,)
         if not mixers or not channels:
             raise ValueError("mixers and channel_mixer must name at least one factory each")
-        check_name(remat, ("none", "block"), "remat")
+        check_name(remat, ("none", "dots", "block"), "remat")
         self.dim, self.depth, self.scan_layers, self.remat = dim, positive("depth", depth), scan_layers, remat
         period = max(len(mixers), len(channels)) if scan_layers else depth
         if scan_layers and depth % period:
@@ -190,7 +191,9 @@ class Backbone(Module):
             x, state = block(x, state, reset, valid)
             return x, state, moved_statistics(block)
 
-        return jax.checkpoint(run) if self.remat == "block" else run
+        if self.remat == "none":
+            return run
+        return jax.checkpoint(run, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None)
 
     def _scanned(self, x: Activations, state: State | None, reset: Steps | None, valid: Steps | None):
         parts = [split(block) for block in self.blocks]

@@ -16,8 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from test_train import experiment
 
+from seqlab import merge, split
+from seqlab.models import GatedLinearAttention, LanguageModel
 from seqlab.sharding import MeshSizes, make_mesh
 from seqlab.train import config, loop
 from seqlab.train.loop import run
@@ -96,6 +99,25 @@ def test_logits_in_parts_are_the_logits(time, devices):
         helpers.assert_close(run(x, weight, 3 * 50 * 4), expected, 1e-5)
         text = run.lower(x, weight, 3 * 50 * 4).as_text()
     assert not re.search(rf"tensor<3x{time}x50xf32>", text) and re.search(rf"tensor<3x{devices}x[34]x50xf32>", text)
+
+
+def test_what_is_computed_again_is_what_remat_says():
+    """The gradient is the same; products are done again under "block" alone, and activations are kept under "none" alone."""
+    tokens = jnp.arange(512).reshape(2, 256) % 16
+    grads, products, kept = {}, {}, {}
+    for remat in ("none", "dots", "block"):
+        static, params = split(LanguageModel(16, 8, 1, GatedLinearAttention, channel_mixer=None, remat=remat, rngs=nnx.Rngs(0)))
+
+        def loss(params, static=static):
+            return jnp.square(merge(static, params)(tokens)[0]).sum()
+
+        gradient = jax.jit(jax.grad(loss))
+        grads[remat], products[remat] = gradient(params), str(gradient.trace(params).jaxpr).count("dot_general")
+        kept[remat] = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda params, loss=loss: jax.vjp(loss, params)[1], params)))
+    helpers.assert_close(grads["dots"], grads["none"], 1e-5)
+    helpers.assert_close(grads["block"], grads["none"], 1e-5)
+    assert products["none"] <= products["dots"] < products["block"], products
+    assert kept["none"] > kept["dots"] > kept["block"], kept
 
 
 def command(folder, *settings, process=None):
