@@ -10,12 +10,14 @@ if sys.platform != "linux":
     pytest.skip("Triton is for Linux", allow_module_level=True)
 
 import ml_dtypes
+import test_kernels_attention
 import test_kernels_conv
 import test_kernels_scan
 import triton_cpu
 from helpers import assert_close
 
 from seqlab import kernels
+from seqlab.kernels.attention import specs as attention_specs
 from seqlab.kernels.conv import specs as conv_specs
 from seqlab.kernels.scan import specs as scan_specs
 
@@ -175,3 +177,123 @@ def test_scan_counts_beyond_two_billion_elements():
     arrays = [u, delta, A, B, B, state, B, y, states]
     triton_cpu.interpret_in_place(triton_kernels.forward, arrays, grid, constants, (grid[0] - 1, b - 1, 0))
     assert y[-1, :, -1].tolist() == [7] * t and states[-1, 1, 0, -1] == 7
+
+
+# --- attention
+
+
+@pytest.mark.parametrize("name", some(attention_specs.SPECS, ["grouped_odd", "window_sinks_tiled", "padded", "decode_window_sinks"]))
+def test_attention_is_that_of_float64(name, interpreted):
+    call = attention_specs.make(attention_specs.SPECS[name])
+    value, gradients = test_kernels_attention.with_gradients(call, test_kernels_attention.cotangents_of(call), "triton_gpu")
+    expected, expected_gradients = test_kernels_attention.truth(name)
+    test_kernels_attention.check(value, expected, 5e-6)
+    assert_close(gradients, expected_gradients, 2e-5)
+
+
+def in_float64(call, cotangents):
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: np.asarray(x, np.float64) if np.asarray(x).dtype.kind not in "iub" else x, (call, cotangents))
+        wide = jax.tree.map(jax.numpy.asarray, parted(wide[0])), wide[1]
+        return jax.tree.map(np.asarray, test_kernels_attention.with_gradients({**wide[0][0], **parted(call)[1]}, wide[1], "reference"))
+
+
+def parted(call):
+    """The arrays of a call and its options."""
+    arrays = {name: x for name, x in call.items() if hasattr(x, "dtype")}
+    return arrays, {name: x for name, x in call.items() if name not in arrays}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [32, 80, 256])
+def test_attention_in_bfloat16_is_as_good_as_its_numbers(width, interpreted):
+    """Sums run in float32. What is rounded to 8 bits are the weights and their gradients before a product, and every result: a sum of n
+    numbers that each err by 2^-9 of themselves at most errs by that of the sum of their magnitudes."""
+    call = attention_specs.make(attention_specs.Spec(2, 70, 90, h=4, g=2, k=width, v=width, window=40, sinks=2), dtype=jax.numpy.bfloat16)
+    cotangents = test_kernels_attention.cotangents_of(call)
+    value, gradients = test_kernels_attention.with_gradients(call, cotangents, "triton_gpu")
+    assert {x.dtype for x in jax.tree.leaves(gradients)} == {jax.numpy.dtype("bfloat16")} and value[1].dtype == jax.numpy.float32
+    expected, expected_gradients = in_float64(call, cotangents)
+    assert_close(value, expected, 2 * 2.0**-8)
+    assert_close(gradients, expected_gradients, 3 * 2.0**-8)
+
+
+@pytest.mark.slow
+def test_the_gradient_of_a_part_of_the_keys(interpreted):
+    from seqlab.kernels.attention import _gradient, reference
+
+    spec = attention_specs.Spec(2, 20, 36, h=4, g=2, k=16, v=24, places="shuffled", window=30, sinks=1, softcap=3.0)
+    arrays, options = parted(attention_specs.make(spec))
+    places = {name: arrays.pop(name, None) for name in ("q_positions", "kv_positions", "q_segments", "kv_segments")}
+    out, lse = reference.attention(**arrays, **places, **options | {"scale": 0.2}, sink_logits=None)
+    part = {name: arrays[name][:, :20] for name in "kv"} | {"q": arrays["q"]}
+    cotangents = test_kernels_attention.cotangents_of({**part, "v": arrays["v"]})
+    places["kv_positions"] = places["kv_positions"][:, :20]
+    options = {**places, **options, "scale": 0.2}
+    found, expected = (
+        _gradient(*(part[name] for name in "qkv"), out, lse, *cotangents, **options, implementation=name)
+        for name in ("triton_gpu", "reference")
+    )
+    assert_close(found, expected, 2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("places", ["default", "ring"])
+def test_one_query_over_keys_that_are_split_among_programs(places, interpreted):
+    call = attention_specs.make(
+        attention_specs.Spec(1, 1, 1200, h=4, g=2, window=1100, sinks=3, places=places, seen=1500, sink_logits=True)
+    )
+    actual = test_kernels_attention.values(call, "triton_gpu")
+    test_kernels_attention.check(actual, test_kernels_attention.oracle(call), 5e-6)
+
+
+ATTENTION_SHAPES = {
+    f"{width}_{dtype}_{places}": (width, dtype, places)
+    for width in (32, 64, 80, 128, 256)
+    for dtype in ("bfloat16", "float32")
+    for places in ("default", "packed")
+}
+
+
+@pytest.mark.parametrize("name", some(ATTENTION_SHAPES, ["128_bfloat16_default"]))
+def test_attention_fits(name):
+    width, dtype, places = ATTENTION_SHAPES[name]
+    options = {"window": 300, "sinks": 4, "softcap": 20.0, "sink_logits": True} if places == "packed" else {}
+    call = attention_specs.make(attention_specs.Spec(1, 1024, 1024, h=8, g=2, k=width, v=width, places=places, **options), dtype=dtype)
+    arrays, options = parted(call)
+    fits(differentiated(kernels.attention, abstract(arrays), **options))
+
+
+@pytest.mark.parametrize("name", some(("one", "few", "decode", "decode_float32", "narrow"), ["decode"]))
+def test_attention_of_few_rows_fits(name):
+    spec, dtype = {
+        "one": (attention_specs.Spec(1, 1, 1), "float32"),
+        "few": (attention_specs.Spec(2, 7, 100, h=6, g=2, k=40, v=24), "float32"),
+        "decode": (attention_specs.Spec(1, 1, 32768, h=32, g=8, k=128, v=128, places="ring", seen=32000), "bfloat16"),
+        "decode_float32": (attention_specs.Spec(1, 1, 4096, h=8, g=8, k=64, v=64), "float32"),
+        "narrow": (attention_specs.Spec(1, 20, 20, h=2, g=2, k=16, v=16), "bfloat16"),
+    }[name]
+    arrays, options = parted(attention_specs.make(spec, dtype=dtype))
+    fits(differentiated(kernels.attention, abstract(arrays), **options))
+
+
+def test_attention_counts_beyond_two_billion_elements():
+    from seqlab.kernels.attention import triton_gpu, triton_kernels
+
+    s, g, width = 1 << 21, 16, 128
+    k = np.zeros((1, s, g, width), ml_dtypes.bfloat16)
+    q, out, lse = (
+        np.ones((1, 1, g, width), ml_dtypes.bfloat16),
+        np.zeros((1, 1, 1, g, width), ml_dtypes.bfloat16),
+        np.zeros((1, 1, 1, g), np.float32),
+    )
+    k[0, -1, -1], k[0, -2, -1] = 1, 1
+    places = triton_gpu.Places(None, None, None, None)
+    cut = triton_gpu.blocks("forward", 1, s, width, 2)
+    rule = triton_gpu.Rule(True, 2, 0, None, 1.0)
+    constants = triton_gpu._constants(rule, q, k, k, places, cut)
+    constants |= {"ROWS": 1, "SINK": False, "SPLITS": 1, "KEY_STRIDE": g, "GROUP_STRIDE": 1}
+    arrays = [q, k, k, *(q,) * 6, out, lse]
+    triton_cpu.interpret_in_place(triton_kernels.forward, arrays, (1, g, 1), constants, (0, g - 1, 0))
+    assert out[0, 0, 0, -1].tolist() == [1] * width
+    np.testing.assert_allclose(lse[0, 0, 0, -1], width + np.log(2), rtol=1e-6)

@@ -1,6 +1,7 @@
 """Softmax attention: causal, windowed, grouped, packed; and `merge`, which puts partial attentions together.
 
-Implementations: `reference` (dense, the truth), `xla` (tiles, memory linear in time; runs everywhere), `pallas_tpu`.
+Implementations: `reference` (dense, the truth), `xla` (tiles, memory linear in time; runs everywhere), `pallas_tpu`,
+`triton_gpu`.
 """
 
 import functools
@@ -16,8 +17,8 @@ from seqlab.kernels.attention.ring import ring
 from seqlab.kernels.dispatch import Op
 from seqlab.shapes import Keys, LogSumExp, Queries, Values
 
-_op = Op("attention", __name__, ("reference", "xla", "pallas_tpu"))
-_gradient = Op("attention_gradient", __name__, ("reference", "xla", "pallas_tpu"))  # of a part of the keys, for the ring
+_op = Op("attention", __name__, ("reference", "xla", "pallas_tpu", "triton_gpu"))
+_gradient = Op("attention_gradient", __name__, ("reference", "xla", "pallas_tpu", "triton_gpu"))  # of a part of the keys, for the ring
 
 
 def attention(
@@ -59,7 +60,7 @@ def attention(
       softcap: c above, the bound of the logits.
       sink_logits: [h], z above: a logit for no key at all, which takes weight from the others.
       scale: default 1 / sqrt(k).
-      implementation: "reference", "xla" or "pallas_tpu"; None lets `seqlab.kernels.dispatch` choose.
+      implementation: "reference", "xla", "pallas_tpu" or "triton_gpu"; None lets `seqlab.kernels.dispatch` choose.
 
     Returns:
       out [b, t, h, v] in the dtype of q, and lse [b, t, h] (natural logarithm) in `accumulator` of the inputs' dtype. Both may be
