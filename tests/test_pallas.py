@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from seqlab.kernels import pallas
 from seqlab.kernels.attention.specs import Spec as Attention
 from seqlab.kernels.conv.specs import Spec as Conv
+from seqlab.kernels.linear_attention.specs import Spec as Linear
 from seqlab.kernels.scan.specs import Spec as Scan
 
 
@@ -59,9 +60,26 @@ CASES = {
         {
             "tiny": Attention(1, 40, 45, h=1, k=5, v=3, window=9, sinks=2, softcap=2.0, sink_logits=True),
             "bfloat16": (Attention(2, 37, 37, h=4, g=2, k=64, v=32, window=9, sink_logits=True), "bfloat16"),
+            "heads_of_256": Attention(1, 20, 20, h=2, k=256, v=256),
             "tiny_packed": Attention(1, 27, 27, h=2, places="packed"),
         },
     ),
+    "linear_attention": Case(
+        {"_STEPS": 8, "_LEAST": 4},
+        ("tiny",),
+        (Linear(2, 17, 9, 128, 64, g=3, decay="head", beta="head"), {2: 32, 17: 2**20}),
+        {
+            "tiny": Linear(1, 13, 2, 5, 3, g=1, decay="channel", beta="head", chunk=4, reset=True, valid=True),
+            "tiny_plain": Linear(1, 13, 1, 4, 3, decay="head", chunk=4),
+            "heads_of_256": Linear(1, 20, 2, 256, 256, g=1, decay="channel", beta="head", chunk=8, dtype="bfloat16"),
+        },
+    ),
+}
+ALONE = {  # what libtpu wants to know of a machine without a TPU
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
 }
 STATIC = ("chunk", "causal", "window", "sinks", "softcap", "scale")
 
@@ -105,11 +123,11 @@ def program(op, options, implementation):
     """The results of a call, and its gradients by name for the given cotangents."""
     function = getattr(importlib.import_module(f"seqlab.kernels.{op}"), op)
 
-    def run(floats, others, cotangents):
+    def forward_and_backward(floats, others, cotangents):
         results, pull = jax.vjp(lambda floats: function(**floats, **others, **options, implementation=implementation), floats)
         return results, pull(cotangents)[0]
 
-    return run
+    return forward_and_backward
 
 
 def cotangents_of(op, floats, others, options):
@@ -179,11 +197,21 @@ def test_arrays_may_have_more_elements_than_an_int32_counts(op):
     assert "tpu_custom_call" in text
 
 
+@pytest.fixture
+def unsaved():
+    """Programs for a machine that is not here can be saved, and never be loaded again."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 1e9)
+    yield
+    jax.config.update(name, before)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("op", "name"), NAMED)
-def test_the_compiler_for_tpus_takes_them(op, name, monkeypatch):
+def test_the_compiler_for_tpus_takes_them(op, name, monkeypatch, unsaved):
     pytest.importorskip("libtpu")  # of seqlab[tpu]; it compiles without a TPU
-    for key, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}.items():
+    for key, value in ALONE.items():
         monkeypatch.setenv(key, value)
     device = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices[0]
     assert lowered(op, specs(op)[name], device=device).compile().memory_analysis() is not None

@@ -9,7 +9,7 @@
     Gated DeltaNet           [b, t, h]                   [b, t, h]
     KDA                      [b, t, h, k]                [b, t, h]
 
-Implementations: `reference` (one step in a scan, the truth), `xla` (chunks and matrix products; the default everywhere).
+Implementations: `reference` (one step in a scan, the truth), `xla` (chunks and matrix products; runs everywhere), `pallas_tpu`.
 """
 
 import functools
@@ -23,7 +23,7 @@ from seqlab.kernels.dispatch import Op, vary_alike
 from seqlab.shapes import Steps, accumulator
 from seqlab.state import mask_steps
 
-_op = Op("linear_attention", __name__, ("reference", "xla"))
+_op = Op("linear_attention", __name__, ("reference", "xla", "pallas_tpu"))
 
 
 def linear_attention(
@@ -58,16 +58,16 @@ def linear_attention(
       scale: of the output; k ** -0.5 by default.
       initial_state: [b, h, k, v]; zeros by default.
       reset: [b, t]; where True a fresh sequence starts, and what the state held, NaN included, is forgotten. (A NaN among the arguments
-        of a valid step may reach the other steps of its chunk in `xla`, in sequences before and after it too.)
+        of a valid step may reach the other steps of its chunk except in `reference`, in sequences before and after it too.)
       valid: [b, t]; a step where it is False does nothing: its inputs, NaN included, reach no other output, no state and no gradient, its
         own output is 0 and its reset is ignored.
       chunk: the steps that `xla` turns into matrix products, a power of two; None takes 64, or 32 with beta or a decay of channels, or 16
         with a beta of values. It does not depend on t: trailing invalid steps leave the state bit-identical.
-      implementation: "reference" or "xla"; None lets `seqlab.kernels.dispatch` choose.
+      implementation: "reference", "xla" or "pallas_tpu"; None lets `seqlab.kernels.dispatch` choose.
 
     Returns:
       out [b, t, h, v] in the dtype of v, and the final state [b, h, k, v] in `accumulator` of the widest of q, k and v. Both may be
-      differentiated, in reverse through `xla`, in any way through `reference`.
+      differentiated, in any way through `reference`, once and in reverse through the others.
 
     Raises:
       ValueError: if an argument has the wrong shape, type or range, or `implementation` is unknown.
