@@ -17,7 +17,8 @@ One folder an op. In each:
     specs          named shapes for tests and benchmarks
 
 `dispatch` chooses. `implementation=None` takes the first in the platform's order of preference that does not decline; it always
-succeeds. `implementation="xla"` takes that one or raises. `seqlab.use_implementation(name)` sets the name for a block of code, and
+succeeds. `implementation="xla"` takes that one or raises, `("triton_gpu", "xla")` the first that there is and that does not decline: kernels for
+accelerators are asked for so until they have been run on one. `seqlab.use_implementation(name)` sets the name for a block of code, and
 `seqlab.explain(function, *args)` tells which implementations a call would use and why those preferred to them declined.
 
 A folder and its op share a name. `seqlab.kernels.attention` is always the function, loaded when it is first used; what else a folder

@@ -1,7 +1,8 @@
 """The one place that picks an implementation of an op, and can say which and why.
 
-    implementation=None       the best that runs here; always succeeds, for `xla` always does
-    implementation="name"     that one or an error, never another
+    implementation=None           the default of the platform; always succeeds, for `xla` always does
+    implementation="name"         that one or an error, never another
+    implementation=("a", "b")     the first of these that the op has and that does not decline, or an error
 
 An implementation declines a call by raising `NotImplementedError(reason)`, and in no other way: every other error is a bug and
 surfaces. Implementations are named by module and imported when first chosen, so that nothing of a backend is imported, probed or
@@ -20,12 +21,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-# In order of preference on a platform. `reference` is the truth, slow, and only ever chosen by name.
-_PREFERENCE = {"gpu": ("triton_gpu", "xla"), "tpu": ("pallas_tpu", "xla"), "cpu": ("xla",)}
+# In order of preference on a platform. `reference` is the truth, slow, and only ever chosen by name. Kernels for accelerators are here
+# from the day on which they were run on one: a compiler's error there would come too late to take another.
+_PREFERENCE = {"gpu": ("xla",), "tpu": ("xla",), "cpu": ("xla",)}
 
 # Contexts that jax.jit takes into the keys of its caches: what was traced under one value is traced anew under another.
 _forced = jax.make_user_context(default_value=None)
 _explained = jax.make_user_context(default_value=None)
+
+NAMES = ("reference", "xla", "pallas_tpu", "triton_gpu")  # that an op may have or lack; some have others besides
+Named = str | tuple[str, ...] | None
 
 _log: contextvars.ContextVar[list["Choice"] | None] = contextvars.ContextVar("seqlab_choices", default=None)
 
@@ -54,15 +59,16 @@ class Op:
     package: str
     implementations: tuple[str, ...]
 
-    def __call__(self, *args: Any, implementation: str | None = None, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, implementation: Named = None, **kwargs: Any) -> Any:
         named = implementation if implementation is not None else _forced.value
-        if named is not None:
+        if isinstance(named, str):
             result = self.load(named)(*args, **kwargs)
             _record(Choice(self.name, named))
             return result
         declined: list[tuple[str, str]] = []
-        for candidate in _PREFERENCE.get(jax.default_backend(), ("xla",)):
+        for candidate in _PREFERENCE.get(jax.default_backend(), ("xla",)) if named is None else named:
             if candidate not in self.implementations:
+                check_name(candidate, NAMES + self.implementations, f"implementation of {self.name}")
                 continue
             try:
                 result = self.load(candidate)(*args, **kwargs)
@@ -71,6 +77,9 @@ class Op:
                 continue
             _record(Choice(self.name, candidate, tuple(declined)))
             return result
+        if named is not None:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in declined) or f"{self.name} has {', '.join(self.implementations)}"
+            raise NotImplementedError(f"{self.name}: none of {named} takes this call ({reasons})")
         raise AssertionError(f"{self.name}: the xla implementation declined, which it must not: {declined}")
 
     def load(self, implementation: str) -> Callable[..., Any]:
@@ -88,8 +97,9 @@ def check_name(value: str, valid: tuple[str, ...], what: str) -> None:
 
 
 @contextlib.contextmanager
-def use_implementation(name: str | None) -> Iterator[None]:
-    """Within the block every op uses the implementation `name` where the call does not name one itself.
+def use_implementation(name: Named) -> Iterator[None]:
+    """Within the block every op uses the implementation `name`, or the first of several that it has and that does not decline, where
+    the call does not name one itself: `("triton_gpu", "xla")` takes the kernels where there are some.
 
     Functions compiled by `jax.jit` outside the block are traced anew inside; None restores the choice by platform. An executable made
     ahead of time (`jitted.lower(...).compile()`) keeps what it was compiled with.

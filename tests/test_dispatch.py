@@ -53,6 +53,17 @@ def test_a_name_never_falls_back(double):
         double(jnp.ones(3))
 
 
+def test_several_names_are_an_order_of_preference(double):
+    with seqlab.use_implementation(("triton_gpu", "fast", "xla")):
+        assert double(jnp.ones(2)).tolist() == [12, 12] and double(jnp.ones(3)).tolist() == [2, 2, 2]
+        [choice] = seqlab.explain(double, jnp.ones(3))
+        assert str(choice) == "double: xla; fast declined: more than 2 rows"
+    with pytest.raises(NotImplementedError, match=r"double: none of \('triton_gpu', 'fast'\) takes this call \(fast: more than 2 rows\)"):
+        double(jnp.ones(3), implementation=("triton_gpu", "fast"))
+    with pytest.raises(ValueError, match=r"got 'fsat', .*; did you mean 'fast'\?"):
+        double(jnp.ones(3), implementation=("fsat", "xla"))
+
+
 def test_only_notimplementederror_declines(double, monkeypatch):
     monkeypatch.setitem(dispatch._PREFERENCE, "cpu", ("broken", "xla"))
     with pytest.raises(RuntimeError, match="a bug"):
