@@ -45,8 +45,12 @@ def require(*arrays: Array | None) -> None:
     if _mode.value is None and jax.default_backend() != "tpu":
         raise NotImplementedError(f"compiled for TPUs, and the platform here is {jax.default_backend()}")
     for x in arrays:
-        if x is not None and x.dtype not in (jnp.float32, jnp.bfloat16):
+        if x is None:
+            continue
+        if x.dtype not in (jnp.float32, jnp.bfloat16):
             raise NotImplementedError(f"takes float32 and bfloat16, which a TPU computes with, not {x.dtype}")
+        if not all(isinstance(size, int) for size in x.shape):
+            raise NotImplementedError(f"needs sizes that are known when it is compiled, got {x.shape}")
 
 
 def call(

@@ -6,6 +6,7 @@ libtpu is installed, which needs no TPU either, its compiler has the last word.
 """
 
 import dataclasses
+import functools
 import importlib
 import re
 from typing import Any
@@ -91,6 +92,18 @@ def specs(op):
 NAMED = [pytest.param(op, name, marks=[] if name in case.quick else pytest.mark.slow) for op, case in CASES.items() for name in specs(op)]
 
 
+def public(op):
+    """The function that users call."""
+    return getattr(importlib.import_module(f"seqlab.kernels.{op}"), op)
+
+
+def shrink(op, monkeypatch):
+    """Small blocks for a test."""
+    module = importlib.import_module(f"seqlab.kernels.{op}.pallas_tpu")
+    for key, value in CASES[op].blocks.items():
+        monkeypatch.setattr(module, key, value)
+
+
 def make(op, spec):
     """The arguments of a call: floating-point arrays, other arrays, and the rest."""
     module = importlib.import_module(f"seqlab.kernels.{op}.specs")
@@ -121,18 +134,16 @@ def spoilt(floats, others):
 
 def program(op, options, implementation):
     """The results of a call, and its gradients by name for the given cotangents."""
-    function = getattr(importlib.import_module(f"seqlab.kernels.{op}"), op)
 
     def forward_and_backward(floats, others, cotangents):
-        results, pull = jax.vjp(lambda floats: function(**floats, **others, **options, implementation=implementation), floats)
+        results, pull = jax.vjp(lambda floats: public(op)(**floats, **others, **options, implementation=implementation), floats)
         return results, pull(cotangents)[0]
 
     return forward_and_backward
 
 
 def cotangents_of(op, floats, others, options):
-    function = getattr(importlib.import_module(f"seqlab.kernels.{op}"), op)
-    results = jax.eval_shape(lambda floats: function(**floats, **others, **options, implementation="xla"), floats)
+    results = jax.eval_shape(lambda floats: public(op)(**floats, **others, **options, implementation="xla"), floats)
     return tuple(random(100 + i, *x.shape, dtype=x.dtype) for i, x in enumerate(results))
 
 
@@ -157,9 +168,7 @@ def check(actual, expected, name, keys):
 
 @pytest.mark.parametrize(("op", "name"), NAMED)
 def test_interpreted_values_gradients_and_states_are_those_of_float64(op, name, monkeypatch, capfd):
-    module = importlib.import_module(f"seqlab.kernels.{op}.pallas_tpu")
-    for key, value in CASES[op].blocks.items():
-        monkeypatch.setattr(module, key, value)
+    shrink(op, monkeypatch)
     floats, others, options = make(op, specs(op)[name])
     floats, others = spoilt(floats, others)
     cotangents = cotangents_of(op, floats, others, options)
@@ -220,9 +229,60 @@ def test_the_compiler_for_tpus_takes_them(op, name, monkeypatch, unsaved):
 def test_elsewhere_a_kernel_declines_and_says_why():
     for op, case in CASES.items():
         floats, others, options = make(op, specs(op)[case.quick[0]])
-        function = getattr(importlib.import_module(f"seqlab.kernels.{op}"), op)
+        function = public(op)
         with pytest.raises(NotImplementedError, match="compiled for TPUs, and the platform here is cpu"):
             function(**floats, **others, **options, implementation="pallas_tpu")
         with pallas.lowering(), jax.enable_x64(True), pytest.raises(NotImplementedError, match="not float64"):
             wide = {name: jnp.asarray(np.asarray(x), jnp.float64) for name, x in floats.items()}
             function(**wide, **others, **options, implementation="pallas_tpu")
+
+
+@pytest.mark.parametrize("op", [pytest.param(op, marks=[pytest.mark.slow] * (op != "attention")) for op in CASES])
+def test_rows_may_lie_on_several_devices(op):
+    """Lowered inside of shard_map, parameters on every device, differentiated."""
+    floats, others, options = make(op, specs(op)["tiny"])
+    everywhere, rows = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("data")
+    places = {name: everywhere if name in ("weight", "bias", "A", "sink_logits") else rows for name in (*floats, *others)}
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+    function = functools.partial(public(op), **options, implementation="pallas_tpu")
+    sharded = jax.shard_map(lambda call: function(**call), mesh=mesh, in_specs=(places,), out_specs=rows)
+    gradient = jax.jit(jax.grad(lambda floats: sum(jnp.sum(x) for x in sharded({**floats, **others}))))
+    with pallas.lowering():
+        assert "tpu_custom_call" in gradient.trace(floats).lower(lowering_platforms=("tpu",)).as_text()
+
+
+@pytest.mark.slow
+def test_vmap_is_a_loop_over_calls(monkeypatch):
+    """Of attention, whose grid reads tables; the interpreter takes no other grid that vmap has made longer."""
+    op, spec = "attention", specs("attention")["tiny_packed"]
+    shrink(op, monkeypatch)
+    calls = [make(op, spec), make(op, spec)]
+    calls[1][0].update(jax.tree.map(lambda x: x * 1.5, calls[1][0]))
+    run = program(op, calls[0][2], "pallas_tpu")
+    arguments = [(*call[:2], cotangents_of(op, *call)) for call in calls]
+    with pallas.interpreted():
+        together = jax.jit(jax.vmap(run))(*jax.tree.map(lambda *x: jnp.stack(x), *arguments))
+        for i, one in enumerate(arguments):
+            alone = jax.jit(run)(*one)
+            assert_close(jax.tree.map(lambda x, i=i: jnp.nan_to_num(x[i]), together), jax.tree.map(jnp.nan_to_num, alone), 1e-6)
+
+
+@pytest.mark.slow
+def test_the_gradient_of_a_part_of_the_keys(monkeypatch):
+    """What a ring of devices asks for."""
+    shrink("attention", monkeypatch)
+    attention_op = importlib.import_module("seqlab.kernels.attention")
+    q, k, v, dout = (random(seed, 2, 21, 2, 8) for seed in range(4))
+    dlse, positions = random(4, 2, 21, 2), jnp.tile(jnp.arange(21), (2, 1))
+    limits = {"causal": True, "window": 9, "sinks": 2, "softcap": None, "scale": 0.3}
+    out, lse = attention_op.attention(q, k, v, q_positions=positions, kv_positions=positions, **limits)
+    part = {"q_positions": positions, "kv_positions": positions[:, :13], "q_segments": None, "kv_segments": None, **limits}
+
+    def gradient(implementation):
+        return jax.jit(
+            lambda: attention_op._gradient(q, k[:, :13], v[:, :13], out, lse, dout, dlse, **part, implementation=implementation)
+        )()
+
+    with pallas.interpreted():
+        actual = gradient("pallas_tpu")
+    assert_close(actual, gradient("reference"), 2e-5)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from seqlab import sequence_parallel
 from seqlab.kernels.attention.ring import ring
-from seqlab.kernels.dispatch import Op
+from seqlab.kernels.dispatch import Op, vary_alike
 from seqlab.shapes import Keys, LogSumExp, Queries, Values
 
 _op = Op("attention", __name__, ("reference", "xla", "pallas_tpu", "triton_gpu"))
@@ -85,6 +85,7 @@ def attention(
         kv_segments = places["kv_segments"] = jnp.ones((b, s), jnp.int32) if kv_segments is None else kv_segments
         # Zero weight does not stop a NaN (0 * NaN), neither here nor in the gradients: padding is replaced before anything reads it.
         q, k, v = _without_padding(q, q_segments), _without_padding(k, kv_segments), _without_padding(v, kv_segments)
+    q, k, v, sink_logits = vary_alike(q, k, v, sink_logits)
     split = min(sequence_parallel.parts(t), sequence_parallel.parts(s)) > 1
     return (functools.partial(ring, _op, _gradient) if split else _op)(
         q,
