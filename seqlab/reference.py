@@ -7,6 +7,7 @@ measured: a page is the same on every machine, and a test can hold it to the cod
 import argparse
 import ast
 import importlib
+import importlib.util
 import inspect
 import pathlib
 import sys
@@ -231,8 +232,31 @@ def support() -> str:
             "Implementations, and which `implementation=None` takes on each platform: the first that does not decline. "
             "`seqlab doctor` tries them on the machine at hand.",
             _table(("op", "implementations", "on CPU", "on GPU", "on TPU"), kernels),
+            "Each takes every call of its op, values and gradients, `reset`, `valid` and states included, except what it declines with "
+            "`NotImplementedError`: `reference` and `xla` nothing, others what stands in their code, with ... for what is known there.",
+            _table(("op", "implementation", "declines with"), _declined()),
         ]
     )
+
+
+def _declined() -> list[tuple[str, str, str]]:
+    """What implementations raise NotImplementedError with: first what all of a kind share, then what each adds."""
+    pairs = [(f"`{op.name}`", name, f"{op.package}.{name}") for op in doctor.ops() for name in op.implementations]
+    shared = [("all", name, f"seqlab.kernels.{name.partition('_')[0]}") for name in dict.fromkeys(name for _, name, _ in pairs)]
+    rows = []
+    for op, name, module in [*shared, *pairs]:
+        found = importlib.util.find_spec(module)
+        reasons = _reasons(pathlib.Path(found.origin).read_text()) if found else []
+        rows += [(op, name, _cell("; ".join(reasons)))] * bool(reasons)
+    return rows
+
+
+def _reasons(source: str) -> list[str]:
+    """The messages of the NotImplementedErrors that a source raises."""
+    raised = [node.exc for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
+    texts = [call.args[0] for call in raised if isinstance(call.func, ast.Name) and call.func.id == "NotImplementedError" and call.args]
+    parts = [text.values if isinstance(text, ast.JoinedStr) else [text] for text in texts]
+    return ["".join(part.value if isinstance(part, ast.Constant) else "..." for part in message) for message in parts]
 
 
 def _word(value: bool | int | None) -> str:
