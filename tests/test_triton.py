@@ -12,6 +12,7 @@ if sys.platform != "linux":
 import ml_dtypes
 import test_kernels_attention
 import test_kernels_conv
+import test_kernels_linear_attention
 import test_kernels_scan
 import triton_cpu
 from helpers import assert_close
@@ -19,6 +20,7 @@ from helpers import assert_close
 from seqlab import kernels
 from seqlab.kernels.attention import specs as attention_specs
 from seqlab.kernels.conv import specs as conv_specs
+from seqlab.kernels.linear_attention import specs as linear_specs
 from seqlab.kernels.scan import specs as scan_specs
 
 SHARED = 227 * 1024  # bytes that a program may have on Hopper
@@ -297,3 +299,65 @@ def test_attention_counts_beyond_two_billion_elements():
     triton_cpu.interpret_in_place(triton_kernels.forward, arrays, (1, g, 1), constants, (0, g - 1, 0))
     assert out[0, 0, 0, -1].tolist() == [1] * width
     np.testing.assert_allclose(lse[0, 0, 0, -1], width + np.log(2), rtol=1e-6)
+
+
+# --- linear attention
+
+PER_HEAD = [name for name, spec in linear_specs.SPECS.items() if spec.beta != "value"]
+
+
+@pytest.mark.parametrize("name", some(PER_HEAD, ["groups", "resets_masked"]))
+def test_linear_attention_is_that_of_float64(name, interpreted):
+    spec = linear_specs.SPECS[name]
+    arguments = linear_specs.inputs(spec)
+    cotangents = test_kernels_linear_attention.cotangents_of(arguments)
+    results = test_kernels_linear_attention.run(arguments, cotangents, implementation="triton_gpu", chunk=spec.chunk)
+    check(results, test_kernels_linear_attention.truth(name), name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [("channel", None), ("head", "head")], ids=["plain", "delta"])
+def test_linear_attention_obeys_the_law(kind, interpreted):
+    theirs, name = test_kernels_linear_attention, {"implementation": "triton_gpu"}
+    theirs.test_chunks_are_the_whole(kind=kind, splits=(1, 7, 1), **name)
+    theirs.test_a_log_decay_of_minus_infinity_forgets(kind=kind[0], **name)
+    theirs.test_a_reset_separates_two_calls_whatever_the_state_held(kind=kind, **name)
+    theirs.test_invalid_steps_do_nothing(beta=kind[1], time=12, **name)
+    theirs.test_no_steps_change_nothing(**name)
+
+
+def test_linear_attention_declines_a_beta_of_every_value(interpreted):
+    with pytest.raises(NotImplementedError, match="beta of every value"):
+        kernels.linear_attention(**linear_specs.inputs(linear_specs.SPECS["value_delta"]), implementation="triton_gpu")
+
+
+LINEAR_SHAPES = {
+    "linear": linear_specs.Spec(1, 300, 2, 64, 64, dtype="bfloat16"),
+    "mamba2": linear_specs.Spec(1, 300, 4, 128, 64, g=1, decay="head", dtype="bfloat16", reset=True),
+    "gated_delta": linear_specs.Spec(1, 300, 2, 128, 128, decay="head", beta="head", dtype="bfloat16", reset=True),
+    "wide": linear_specs.Spec(1, 300, 2, 256, 256, decay="head", beta="head", dtype="bfloat16", reset=True),
+    "channels": linear_specs.Spec(1, 300, 2, 96, 80, decay="channel", beta="head", dtype="bfloat16"),
+    "float32": linear_specs.Spec(1, 300, 2, 64, 64, decay="head", beta="head", reset=True),
+    "wide_float32": linear_specs.Spec(1, 300, 2, 128, 128, decay="head", beta="head", reset=True),
+    "narrow": linear_specs.Spec(1, 300, 2, 32, 32, decay="channel", dtype="bfloat16"),
+}
+
+
+@pytest.mark.parametrize("name", some(LINEAR_SHAPES, ["gated_delta"]))
+def test_linear_attention_fits(name):
+    fits(differentiated(kernels.linear_attention, abstract(linear_specs.inputs(LINEAR_SHAPES[name]))))
+
+
+def test_linear_attention_counts_beyond_two_billion_elements():
+    from seqlab.kernels.linear_attention import triton_kernels
+
+    n, heads, size = 2, 1 << 14, 256  # two chunks of states of 2^30 elements
+    state, final = np.zeros((heads, size, size), np.float32), np.zeros((heads, size, size), np.float32)
+    states = np.zeros((n, heads, size, size), np.float32)
+    U, write = np.zeros((n, heads, 1, size), np.float32), np.zeros((n, heads, 1, size), np.float32)
+    state[-1, -1, -1], U[:, -1, 0, -1], write[:, -1, 0, -1] = 1, 2, 3
+    constants = {"CHUNKS": n, "HEADS": heads, "C": 1, "K": size, "V": size, "SHARE": 1, "SHARE_KEEP": 1, "KEEP": 0, "DELTA": False}
+    constants |= {"RESET": False, "PRECISION": "tf32", "CP": 16, "KP": size, "BV": 16}
+    arrays = [state, U, write, state, state, states, final, final]
+    triton_cpu.interpret_in_place(triton_kernels.forward, arrays, (heads, 16, 1), constants, (heads - 1, 15, 0))
+    assert [*states[:, -1, -1, -1], final[-1, -1, -1]] == [1, 7, 13]

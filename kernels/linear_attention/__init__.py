@@ -9,7 +9,8 @@
     Gated DeltaNet           [b, t, h]                   [b, t, h]
     KDA                      [b, t, h, k]                [b, t, h]
 
-Implementations: `reference` (one step in a scan, the truth), `xla` (chunks and matrix products; runs everywhere), `pallas_tpu`.
+Implementations: `reference` (one step in a scan, the truth), `xla` (chunks and matrix products; runs everywhere), `pallas_tpu`,
+`triton_gpu`.
 """
 
 import functools
@@ -23,7 +24,7 @@ from seqlab.kernels.dispatch import Op, vary_alike
 from seqlab.shapes import Steps, accumulator
 from seqlab.state import mask_steps
 
-_op = Op("linear_attention", __name__, ("reference", "xla", "pallas_tpu"))
+_op = Op("linear_attention", __name__, ("reference", "xla", "pallas_tpu", "triton_gpu"))
 
 
 def linear_attention(
@@ -63,7 +64,7 @@ def linear_attention(
         own output is 0 and its reset is ignored.
       chunk: the steps that `xla` turns into matrix products, a power of two; None takes 64, or 32 with beta or a decay of channels, or 16
         with a beta of values. It does not depend on t: trailing invalid steps leave the state bit-identical.
-      implementation: "reference", "xla" or "pallas_tpu"; None lets `seqlab.kernels.dispatch` choose.
+      implementation: "reference", "xla", "pallas_tpu" or "triton_gpu"; None lets `seqlab.kernels.dispatch` choose.
 
     Returns:
       out [b, t, h, v] in the dtype of v, and the final state [b, h, k, v] in `accumulator` of the widest of q, k and v. Both may be

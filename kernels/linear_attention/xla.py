@@ -13,6 +13,7 @@ saved between them, so memory beyond arguments and results is that of one block,
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -37,15 +38,21 @@ def linear_attention(q, k, v, decay, beta, initial_state, reset, *, scale, chunk
         return out[:, None].astype(v.dtype), final_state
     size = chunk if chunk is not None else default_chunk(decay, beta)
     budget = _BLOCK.get(jax.default_backend(), _BLOCK_ELSEWHERE)
+    return in_blocks((q, k, v, decay, beta, reset), initial_state, budget, Config(scale, size, 0))
+
+
+def in_blocks(arrays, initial_state, budget, config):
+    """`out, final_state` of the arguments in blocks of at most `budget` elements, padded with steps that do nothing."""
+    q, _, v, *_ = arrays
+    time, size = q.shape[1], config.size
     rows = v.shape[0] if isinstance(v.shape[0], int) else 1  # exported functions are for any number of rows
-    most = max(1, budget // (size * rows * v.shape[2] * max(k.shape[-1], v.shape[-1])))  # chunks in a block
+    most = max(1, budget // (size * rows * v.shape[2] * max(q.shape[-1], v.shape[-1])))  # chunks in a block
     chunks = -(-time // size)
     blocks = -(-chunks // most)
     length = -(-chunks // blocks) * size
-    arrays = (q, k, v, decay, beta, reset)
     if blocks * length > time:  # a step with k = 0, no decay and no reset does nothing
         arrays = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, blocks * length - time), *((0, 0),) * (x.ndim - 2))), arrays)
-    out, final_state = _blocks(Config(scale, size, length), arrays, initial_state)
+    out, final_state = _blocks(config._replace(length=length), arrays, initial_state)
     return out[:, :time], final_state
 
 
@@ -57,11 +64,12 @@ def default_chunk(decay, beta):
 
 
 class Config(NamedTuple):
-    """What is fixed when tracing: the scale, and the steps of a chunk and of a block."""
+    """What is fixed when tracing: the scale, the steps of a chunk and of a block, and what carries states from chunk to chunk."""
 
     scale: float
     size: int
     length: int
+    carry: tuple[Callable, Callable] | None = None  # in place of `_plain` and `_delta`
 
 
 # --- from block to block
@@ -144,11 +152,12 @@ def _block(config, mild, state, arrays):
     products = _products(left, k, decay, mild)
     scores = _where(masks.same, jnp.where(_level(size) >= -1, products.pairs[..., :size, :], 0))
     grouped = state.reshape(batch, groups, heads // groups, *state.shape[2:])
+    plain, delta = config.carry or (_plain, _delta)
     if beta is None:
-        old, final = _plain(grouped, values, products, masks)
+        old, final = plain(grouped, values, products, masks)
     else:
         overlaps = _where(masks.same, jnp.where(_level(size) >= 0, products.pairs[..., size:, :], 0))
-        old, values, final = _delta(grouped, values, beta, overlaps, products, masks)
+        old, values, final = delta(grouped, values, beta, overlaps, products, masks)
     out = config.scale * (old + scores @ values)
     return out.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, heads, width).astype(v.dtype), final.reshape(state.shape)
 

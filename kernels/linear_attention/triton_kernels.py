@@ -1,0 +1,125 @@
+"""Kernels that carry the states of linear attention from chunk to chunk, forwards and backwards.
+
+With the state S [k, v] before a chunk, what its steps read W [c, k] and write K [c, k], and the decay a [k] of the whole chunk,
+
+    u = U - W S          S' = a S + K' u          and backwards  du' = du + K G          G' = a G + dS - W' du'
+
+A program owns one head of one row and a block of value columns, which know nothing of each other. The arrays stand as
+[chunks, rows, heads, c, .]; W, K and a may have one head for `SHARE` heads of U.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _tile(x, head, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A matrix [ROWS, COLUMNS] of x, zeros outside."""
+    here = (row < ROWS)[:, None] & (column < COLUMNS)[None, :]
+    return tl.load(x + head * (ROWS * COLUMNS) + row[:, None] * COLUMNS + column[None, :], here, 0.0)
+
+
+@triton.jit
+def _put(x, head, row, column, value, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    here = (row < ROWS)[:, None] & (column < COLUMNS)[None, :]
+    tl.store(x + head * (ROWS * COLUMNS) + row[:, None] * COLUMNS + column[None, :], value, here)
+
+
+@triton.jit
+def _whole(state):
+    """[1, columns]: which columns are finite throughout. Where sequences meet in a chunk, 0 * NaN must not happen."""
+    return (tl.max(tl.where((state == state) & (tl.abs(state) < float("inf")), 0, 1), 0) == 0)[None, :]
+
+
+@triton.jit
+def _keep(keep, head, channel, K: tl.constexpr, KEEP: tl.constexpr):
+    """[k, 1]: the decay of a chunk, KEEP numbers a head, or 1 where there is none."""
+    a = tl.full((channel.shape[0],), 1.0, tl.float32)
+    if KEEP == 1:
+        a = a * tl.load(keep + head)
+    if KEEP > 1:
+        a = tl.load(keep + head * KEEP + channel, channel < K, 0.0)
+    return a[:, None]
+
+
+@triton.jit
+def forward(
+    initial, U, write, read, keep, states, u, final,
+    CHUNKS: tl.constexpr, HEADS: tl.constexpr, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    SHARE: tl.constexpr, SHARE_KEEP: tl.constexpr, KEEP: tl.constexpr, DELTA: tl.constexpr, RESET: tl.constexpr,
+    PRECISION: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """The states before every chunk, the values u, and the state after the last. HEADS counts those of all rows."""
+    head = tl.program_id(0).to(tl.int64)
+    step, channel, value = tl.arange(0, CP), tl.arange(0, KP), tl.program_id(1) * BV + tl.arange(0, BV)
+    state = _tile(initial, head, channel, value, K, V)
+    for _ in range(CHUNKS):
+        _put(states, head, channel, value, state, K, V)
+        a = _keep(keep, head // SHARE_KEEP, channel, K, KEEP)
+        now = _tile(U, head, step, value, C, V)
+        finite = channel[:, None] >= 0
+        if RESET:
+            finite = _whole(state)
+            state = tl.where(finite, state, 0.0)
+        if DELTA:
+            now -= tl.dot(_tile(read, head // SHARE, step, channel, C, K), state, input_precision=PRECISION)
+            _put(u, head, step, value, now, C, V)
+        k = _tile(write, head // SHARE, step, channel, C, K)
+        state = a * state + tl.dot(tl.trans(k), now, input_precision=PRECISION)
+        if RESET:
+            state = tl.where(finite | (a == 0.0), state, float("nan"))
+        states += HEADS * K * V
+        U += HEADS * C * V
+        u += HEADS * C * V
+        write += HEADS // SHARE * C * K
+        read += HEADS // SHARE * C * K
+        keep += HEADS // SHARE_KEEP * KEEP
+    _put(final, head, channel, value, state, K, V)
+
+
+@triton.jit
+def backward(
+    states, write, read, keep, dstates, du, dfinal, after, dU, dinitial,
+    CHUNKS: tl.constexpr, HEADS: tl.constexpr, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    SHARE: tl.constexpr, SHARE_KEEP: tl.constexpr, KEEP: tl.constexpr, DELTA: tl.constexpr, RESET: tl.constexpr,
+    PRECISION: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """From the gradients by the states before every chunk, the values and the final state: those by the states `after` every chunk, by U
+    and by the initial state. All else that is asked for is a product of these with what the forward pass has left."""
+    head = tl.program_id(0).to(tl.int64)
+    step, channel, value = tl.arange(0, CP), tl.arange(0, KP), tl.program_id(1) * BV + tl.arange(0, BV)
+    LAST: tl.constexpr = CHUNKS - 1
+    states += LAST * (HEADS * K * V)
+    dstates += LAST * (HEADS * K * V)
+    after += LAST * (HEADS * K * V)
+    du += LAST * (HEADS * C * V)
+    dU += LAST * (HEADS * C * V)
+    write += LAST * (HEADS // SHARE * C * K)
+    read += LAST * (HEADS // SHARE * C * K)
+    keep += LAST * (HEADS // SHARE_KEEP * KEEP)
+    grad = _tile(dfinal, head, channel, value, K, V)
+    for _ in range(CHUNKS):
+        a = _keep(keep, head // SHARE_KEEP, channel, K, KEEP)
+        finite = channel[:, None] >= 0
+        if RESET:
+            finite = _whole(_tile(states, head, channel, value, K, V))
+            grad = tl.where(finite | (a == 0.0), grad, 0.0)
+        _put(after, head, channel, value, grad, K, V)
+        now = tl.dot(_tile(write, head // SHARE, step, channel, C, K), grad, input_precision=PRECISION)
+        grad = a * grad
+        if DELTA:
+            now += _tile(du, head, step, value, C, V)
+            grad -= tl.dot(tl.trans(_tile(read, head // SHARE, step, channel, C, K)), now, input_precision=PRECISION)
+        _put(dU, head, step, value, now, C, V)
+        if RESET:
+            grad = tl.where(finite, grad, 0.0)
+        grad += _tile(dstates, head, channel, value, K, V)
+        states -= HEADS * K * V
+        dstates -= HEADS * K * V
+        after -= HEADS * K * V
+        du -= HEADS * C * V
+        dU -= HEADS * C * V
+        write -= HEADS // SHARE * C * K
+        read -= HEADS // SHARE * C * K
+        keep -= HEADS // SHARE_KEEP * KEEP
+    _put(dinitial, head, channel, value, grad, K, V)
