@@ -102,6 +102,7 @@ def _run(experiment: Experiment, workdir: pathlib.Path, mesh: Mesh | None) -> Re
     pending: list[Any] = []
     validation, saved, clock, seen = None, start, time.perf_counter(), 0
     with Interruptions() as interruption, checkpoints, metrics, progress, processes.together(checkpoints.steps):
+        processes.barrier("the training step to be compiled")
         for number, batch in enumerate(batches.iterate(start), start + 1):
             batch = place(batch, mesh)
             state, measured = step(state, batch)

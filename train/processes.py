@@ -7,6 +7,7 @@ All processes run the same command on the same run folder, which all of them mus
 """
 
 import contextlib
+import itertools
 import os
 import re
 import sys
@@ -18,6 +19,7 @@ import jax
 import numpy as np
 
 _PATIENCE = 20.0  # seconds of waiting for others before it is said
+_barriers = itertools.count()  # all processes come to the same ones in the same order
 
 
 def join(spec: str) -> None:
@@ -48,12 +50,15 @@ def say(line: str) -> None:
 
 
 def barrier(what: str) -> None:
-    """Wait until all processes are here."""
+    """Wait until all processes are here, be it for an hour.
+
+    They ask the coordinator, not each other: on CPUs a first message gives up after 30 seconds, and some compile that much longer.
+    """
     if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+        from jax._src import distributed
 
         with _patience(what):
-            multihost_utils.sync_global_devices(what)
+            distributed.global_state.client.wait_at_barrier(f"seqlab {next(_barriers)}: {what}", 3_600_000)
 
 
 def first_then_others(function: Callable[[], None], what: str) -> None:
