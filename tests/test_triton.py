@@ -9,6 +9,7 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("Triton is for Linux", allow_module_level=True)
 
+import bench_gpu
 import ml_dtypes
 import test_kernels_attention
 import test_kernels_conv
@@ -361,3 +362,43 @@ def test_linear_attention_counts_beyond_two_billion_elements():
     arrays = [state, U, write, state, state, states, final, final]
     triton_cpu.interpret_in_place(triton_kernels.forward, arrays, (heads, 16, 1), constants, (heads - 1, 15, 0))
     assert [*states[:, -1, -1, -1], final[-1, -1, -1]] == [1, 7, 13]
+
+
+# --- what is run on a GPU
+
+
+SMALL = {
+    "conv": ("one_tap", conv_specs.inputs(conv_specs.Spec(2, 9, 5, 4)), {}),
+    "scan": ("one_step", scan_specs.inputs(scan_specs.Spec(2, 9, 5, 4)), {}),
+    "attention": ("window_one", parted(attention_specs.make(attention_specs.Spec(1, 9, 9, h=2)))[0], {"causal": True}),
+    "linear_attention": ("groups", linear_specs.inputs(linear_specs.Spec(1, 9, 2, 4, 4, decay="head")), {}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", bench_gpu.OPS)
+def test_the_benchmark_has_parity_before_figures(op, interpreted, capsys, monkeypatch):
+    spec, arguments, options = SMALL[op]
+    assert bench_gpu.parity(op, (spec,)) == []
+    arguments = {name: x for name, x in arguments.items() if x is not None}
+    case = bench_gpu.Case(op, "small", arguments, options, 1.0, 1.0, {"nobody": lambda *_: {}["nobody"]})
+    bench_gpu.compare(case, 2, 1, (1.0, 1.0))
+    printed = capsys.readouterr().out
+    assert printed.count("x of xla") == 2 and printed.count("without nobody: KeyError") == 2
+    monkeypatch.setattr(bench_gpu, "VALUES", -1.0)
+    bench_gpu.compare(case, 2, 1, (1.0, 1.0))
+    printed = capsys.readouterr().out
+    assert "WRONG, so no figures" in printed and "of xla" not in printed
+
+
+@pytest.mark.slow
+def test_every_case_of_the_benchmark_fits():
+    """Once more at the sizes that are timed, where numbers of tiles and strides differ."""
+    found = []
+
+    def arguments():
+        found.extend(bench_gpu.cases())
+        return [case.arguments for case in found]
+
+    for shapes, case in zip(jax.eval_shape(arguments), found, strict=True):
+        fits(differentiated(getattr(kernels, case.op), shapes, **case.options))
