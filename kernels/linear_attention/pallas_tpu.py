@@ -61,42 +61,51 @@ def _kind(decay, beta):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(config, arrays, state, reset):
-    return _forward(config, arrays, state, reset)[0]
+    return _run(config, False, arrays, state, reset)[:2]
 
 
 def _forward(config, arrays, state, reset):
+    out, final, starts = _run(config, True, arrays, state, reset)
+    return (out, final), (arrays, reset, starts)
+
+
+def _run(config, save, arrays, state, reset):
+    """`out`, the final state and, to `save`, the states before the blocks [b, h, blocks, k, v]."""
     v = arrays[2]
     (b, t, h, width), (_, _, keys, values) = v.shape, state.shape
     blocks = pl.cdiv(t, config.steps)
     specs = _specs(config, arrays, lambda b, h, n: (b, jax.lax.div(h, config.heads), n), lambda b, h, n: (b, h, n))
     once = pl.BlockSpec((None, None, keys, values), lambda b, h, n: (b, h, 0, 0))
-    out, final, starts = pallas.call(
-        functools.partial(_forward_kernel, config),
+    starts = ((b, h, blocks, keys, values), jnp.float32)
+    results = [((b, h, blocks * config.steps, width), v.dtype), (state.shape, state.dtype), starts]
+    out, final, *starts = pallas.call(
+        functools.partial(_forward_kernel, config, save),
         [*_laid(config, arrays, reset), state],
-        [((b, h, blocks * config.steps, width), v.dtype), (state.shape, state.dtype), ((b, h, blocks, keys, values), jnp.float32)],
+        results[: 2 + save],
         grid=(b, h, blocks),
         in_specs=[*specs, once],
-        out_specs=[specs[2], once, pl.BlockSpec((None, None, None, keys, values), lambda b, h, n: (b, h, n, 0, 0))],
+        out_specs=[specs[2], once, pl.BlockSpec((None, None, None, keys, values), lambda b, h, n: (b, h, n, 0, 0))][: 2 + save],
         parallel=2,
     )
-    return (jnp.swapaxes(out[:, :, :t], 1, 2), final), (arrays, reset, starts)
+    return jnp.swapaxes(out[:, :, :t], 1, 2), final, *starts
 
 
-def _forward_kernel(config, *refs):
-    inputs, (state, out, final, start) = refs[:-4], refs[-4:]
+def _forward_kernel(config, save, *refs):
+    *inputs, state, out, final, start = refs if save else (*refs, None)
 
     @pl.when(pl.program_id(2) == 0)
     def _():
         final[...] = state[...]
 
-    start[...] = final[...]
+    if save:
+        start[...] = final[...]
 
     def body(i, state):
         result, state = _chunk(config, *_at(config, inputs, i), state)
         out[_steps(config, i)] = result.astype(out.dtype)
         return state
 
-    final[...] = jax.lax.fori_loop(0, config.chunks, body, start[...])
+    final[...] = jax.lax.fori_loop(0, config.chunks, body, final[...])
 
 
 def _backward(config, residuals, cotangents):

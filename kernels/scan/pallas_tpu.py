@@ -51,28 +51,28 @@ def _width(e, n):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(dtype, u, delta, A, B, C, h, reset):
-    y, state, _ = _forward(dtype, u, delta, A, B, C, h, reset)
+    y, state = _forward(False, dtype, u, delta, A, B, C, h, reset)
     return y, state
 
 
 def _scan_fwd(dtype, u, delta, A, B, C, h, reset):
-    y, state, starts = _forward(dtype, u, delta, A, B, C, h, reset)
+    y, state, starts = _forward(True, dtype, u, delta, A, B, C, h, reset)
     return (y, state), (u, delta, A, B, C, reset, starts)
 
 
-def _forward(dtype, u, delta, A, B, C, h, reset):
-    """y, the final state and the states before the blocks of time [b, blocks, n, e]."""
+def _forward(save, dtype, u, delta, A, B, C, h, reset):
+    """y, the final state and, to `save`, the states before the blocks of time [b, blocks, n, e]."""
     (b, t, e), n = u.shape, A.shape[1]
     steps, lanes, blocks = pallas.block(t, _STEPS), _width(e, n), pl.cdiv(t, _STEPS)
     rows = pallas.vector((pallas.up(steps, _GROUP), lanes))
     timed, columns, once, flags = _specs(n, steps, lanes, lambda i: i)
     return pallas.call(
-        functools.partial(_forward_kernel, t),
+        functools.partial(_forward_kernel, t, save),
         [u, delta, _wide(A.T), _columns(B), _columns(C), h, *_flags(reset)],
-        [(u.shape, dtype), (h.shape, h.dtype), ((b, blocks, n, e), jnp.float32)],
+        [(u.shape, dtype), (h.shape, h.dtype), ((b, blocks, n, e), jnp.float32)][: 2 + save],
         grid=(b, e // lanes, blocks),
         in_specs=[timed, timed, pl.BlockSpec((n, lanes), lambda b, e, t: (0, e)), columns, columns, once, *flags[: reset is not None]],
-        out_specs=[timed, once, pl.BlockSpec((None, None, n, lanes), lambda b, e, t: (b, t, 0, e))],
+        out_specs=[timed, once, pl.BlockSpec((None, None, n, lanes), lambda b, e, t: (b, t, 0, e))][: 2 + save],
         scratch=[rows, rows, rows],
         parallel=2,
     )
@@ -106,14 +106,16 @@ def _flags(reset):
     return [] if reset is None else [_in_blocks(reset).astype(jnp.int32).reshape(len(reset), -1, 1, _STEPS)]
 
 
-def _forward_kernel(time, u, delta, A, B, C, h, *rest):
-    *reset, y, state, start, sizes, inputs, outputs = rest
+def _forward_kernel(time, save, u, delta, A, B, C, h, *rest):
+    *rest, sizes, inputs, outputs = rest
+    *reset, y, state, start = rest if save else (*rest, None)
 
     @pl.when(pl.program_id(2) == 0)
     def _():
         state[...] = h[...]
 
-    start[...] = state[...]
+    if save:
+        start[...] = state[...]
     _lay(time, delta, sizes, pl.program_id(2))
     _lay(time, u, inputs, pl.program_id(2))
     inputs[...] = inputs[...] * sizes[...]
