@@ -81,8 +81,11 @@ def call_triton(
     """The call by jax-triton, whose releases differ in what they call the shapes of the results."""
     import jax_triton
 
-    name = "out_type" if "out_type" in inspect.signature(jax_triton.triton_call).parameters else "out_shape"
-    options = {name: shapes, "kernel": kernel, "grid": grid, "num_warps": warps, "num_stages": stages}
+    known = inspect.signature(jax_triton.triton_call).parameters
+    options = {"out_type" if "out_type" in known else "out_shape": shapes, "kernel": kernel, "grid": grid}
+    options |= {"num_warps": warps, "num_stages": stages}
+    if "backend_options" in known:
+        options["backend_options"] = {"enable_fp_fusion": True}  # which Triton 3.10 will no longer do unasked
     return tuple(jax_triton.triton_call(*arrays, **options, **constants))
 
 
