@@ -70,8 +70,26 @@ def attention_gradient(q, k, v, out, lse, dout, dlse, *, causal, window, sinks, 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(rule: Rule, q: Array, k: Array, v: Array, sink: Array | None, places: Places) -> tuple[Array, Array]:
     grid, by_queries, _ = _plan(rule, q, k, v, sink, places)
-    (b, t, h, width), groups, steps = q.shape, k.shape[2], grid.sinks + by_queries.longest
-    heads = h // groups
+    (b, t, h, width), values, tiles = q.shape, v.shape[3], grid.tiles[0]
+    (of_q, of_k, of_v, of_out, of_row), extra, extra_specs = _query_blocks(grid, h // k.shape[2], width, values, places)
+    sinks = [] if sink is None else [jnp.broadcast_to(sink.astype(jnp.float32)[:, None, None], (h, 1, pallas.LANES))]
+    of_sink = pl.BlockSpec((None, 1, pallas.LANES), lambda b, h, i, n, *_: (h, 0, 0))
+    out, lse = pallas.call(
+        functools.partial(_forward_kernel, grid),
+        [_heads(q, grid.rows), _heads(k, grid.keys), _heads(v, grid.keys), *sinks, *extra],
+        [((b, h, tiles * grid.rows, values), q.dtype), ((b, h, 1, tiles * grid.rows), jnp.float32)],
+        grid=(b, h, tiles, grid.sinks + by_queries.longest),
+        in_specs=[of_q, of_k, of_v, *[of_sink] * len(sinks), *extra_specs],
+        out_specs=[of_out, of_row],
+        scratch=[*[pallas.vector((grid.rows, 1))] * 2, pallas.vector((grid.rows, values)), *_columns(grid, grid.rows)],
+        parallel=3,
+        tables=by_queries[:2],
+    )
+    return jnp.swapaxes(out[:, :, :t], 1, 2), jnp.swapaxes(lse[:, :, 0, :t], 1, 2)
+
+
+def _query_blocks(grid: Grid, heads: int, width: int, values: int, places: Places) -> tuple[list[pl.BlockSpec], list[Array], list[Any]]:
+    """On a grid of rows, heads, tiles of queries and their tiles of keys: blocks of q, k, v, out and of a number a query; the places."""
 
     def of_query(b, h, i, n, *tables):
         return b, h, i, 0
@@ -79,30 +97,12 @@ def _attend(rule: Rule, q: Array, k: Array, v: Array, sink: Array | None, places
     def of_key(b, h, i, n, *tables):
         return b, jax.lax.div(h, heads), _tile(grid, grid.tiles[0], b, i, n, tables, grid.sinks)[0], 0
 
-    places_arrays, places_specs = _place_arrays(grid, places, lambda b, h, i, n, *_: (b, 0, i), lambda *at: (at[0], 0, of_key(*at)[2]))
-    rows, values = grid.rows, v.shape[3]
-    sinks = [] if sink is None else [jnp.broadcast_to(sink.astype(jnp.float32)[:, None, None], (h, 1, pallas.LANES))]
-    out, lse = pallas.call(
-        functools.partial(_forward_kernel, grid),
-        [_heads(q, rows), _heads(k, grid.keys), _heads(v, grid.keys), *sinks, *places_arrays],
-        [((b, h, grid.tiles[0] * rows, values), q.dtype), ((b, h, 1, grid.tiles[0] * rows), jnp.float32)],
-        grid=(b, h, grid.tiles[0], steps),
-        in_specs=[
-            pl.BlockSpec((None, None, rows, width), of_query),
-            pl.BlockSpec((None, None, grid.keys, width), of_key),
-            pl.BlockSpec((None, None, grid.keys, values), of_key),
-            *[pl.BlockSpec((None, 1, pallas.LANES), lambda b, h, i, n, *_: (h, 0, 0))] * len(sinks),
-            *places_specs,
-        ],
-        out_specs=[
-            pl.BlockSpec((None, None, rows, values), of_query),
-            pl.BlockSpec((None, None, 1, rows), lambda b, h, i, n, *_: (b, h, 0, i)),
-        ],
-        scratch=[pallas.vector((rows, 1)), pallas.vector((rows, 1)), pallas.vector((rows, values)), *_columns(grid, rows)],
-        parallel=3,
-        tables=by_queries[:2],
-    )
-    return jnp.swapaxes(out[:, :, :t], 1, 2), jnp.swapaxes(lse[:, :, 0, :t], 1, 2)
+    blocks = [
+        pl.BlockSpec((None, None, grid.rows if at is of_query else grid.keys, size), at)
+        for size, at in ((width, of_query), (width, of_key), (values, of_key), (values, of_query))
+    ]
+    row = pl.BlockSpec((None, None, 1, grid.rows), lambda b, h, i, n, *_: (b, h, 0, i))
+    return [*blocks, row], *_place_arrays(grid, places, lambda b, h, i, n, *_: (b, 0, i), lambda *at: (at[0], 0, of_key(*at)[2]))
 
 
 def _forward_kernel(grid: Grid, first, last, q, k, v, *rest):
@@ -168,34 +168,15 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _of_queries(grid: Grid, ranges: Ranges, arrays: list[Array], places: Places, dtype: Any) -> Array:
-    q, k, v = arrays[:3]
-    b, h, _, width = q.shape
-    heads, values = h // k.shape[1], v.shape[3]
-
-    def of_query(b, h, i, n, *tables):
-        return b, h, i, 0
-
-    def of_key(b, h, i, n, *tables):
-        return b, jax.lax.div(h, heads), _tile(grid, grid.tiles[0], b, i, n, tables, grid.sinks)[0], 0
-
-    extra, extra_specs = _place_arrays(grid, places, lambda b, h, i, n, *_: (b, 0, i), lambda *at: (at[0], 0, of_key(*at)[2]))
-    row = pl.BlockSpec((None, None, 1, grid.rows), lambda b, h, i, n, *_: (b, h, 0, i))
-    wide = pl.BlockSpec((None, None, grid.rows, width), of_query)
+    (b, h, _, width), (groups, values) = arrays[0].shape, (arrays[1].shape[1], arrays[2].shape[3])
+    (of_q, of_k, of_v, of_out, of_row), extra, extra_specs = _query_blocks(grid, h // groups, width, values, places)
     (dq,) = pallas.call(
         functools.partial(_query_kernel, grid),
         [*arrays, *extra],
-        [(q.shape, dtype)],
+        [(arrays[0].shape, dtype)],
         grid=(b, h, grid.tiles[0], grid.sinks + ranges.longest),
-        in_specs=[
-            wide,
-            pl.BlockSpec((None, None, grid.keys, width), of_key),
-            pl.BlockSpec((None, None, grid.keys, values), of_key),
-            pl.BlockSpec((None, None, grid.rows, values), of_query),
-            row,
-            row,
-            *extra_specs,
-        ],
-        out_specs=[wide],
+        in_specs=[of_q, of_k, of_v, of_out, of_row, of_row, *extra_specs],
+        out_specs=[of_q],
         scratch=[pallas.vector((grid.rows, width)), *[pallas.vector((grid.rows, 1))] * 2, *_columns(grid, grid.rows)],
         parallel=3,
         tables=ranges[:2],
@@ -227,49 +208,41 @@ def _query_kernel(grid: Grid, first, last, q, k, v, dout, lse, d, *rest):
 
 def _of_keys(grid: Grid, parts: list[tuple[int, Ranges]], arrays: list[Array], places: Places, dtypes: tuple[Any, Any]) -> list[Array]:
     """dk and dv, part after part of the tiles of keys: sinks are seen by many more queries than what a window leaves behind."""
-    q, k, v = arrays[:3]
-    (b, h, _, width), (groups, values), start = q.shape, (k.shape[1], v.shape[3]), 0
-    heads, pieces = h // groups, []
-    for tiles, ranges in parts:
-
-        def of_query(b, g, j, r, n, *tables, tiles=tiles):
-            return b, g * heads + r, _tile(grid, tiles, b, j, n, tables)[0], 0
-
-        def of_key(b, g, j, r, n, *tables, start=start):
-            return b, g, j + start, 0
-
-        def row_of(*at, of_query=of_query):
-            b, h, i, _ = of_query(*at)
-            return b, h, 0, i
-
-        extra, extra_specs = _place_arrays(
-            grid, places, lambda *at, of_query=of_query: (at[0], 0, of_query(*at)[2]), lambda *at, of_key=of_key: (at[0], 0, of_key(*at)[2])
-        )
-        row = pl.BlockSpec((None, None, 1, grid.rows), row_of)
-        of_keys = [pl.BlockSpec((None, None, grid.keys, size), of_key) for size in (width, values)]
-        outs = [pl.BlockSpec((None, None, grid.keys, size), lambda b, g, j, r, n, *_: (b, g, j, 0)) for size in (width, values)]
-        pieces.append(
-            pallas.call(
-                functools.partial(_key_kernel, grid, start, tiles),
-                [*arrays, *extra],
-                [((b, groups, tiles * grid.keys, size), dtype) for size, dtype in zip((width, values), dtypes, strict=True)],
-                grid=(b, groups, tiles, heads, ranges.longest),
-                in_specs=[
-                    pl.BlockSpec((None, None, grid.rows, width), of_query),
-                    *of_keys,
-                    pl.BlockSpec((None, None, grid.rows, values), of_query),
-                    row,
-                    row,
-                    *extra_specs,
-                ],
-                out_specs=outs,
-                scratch=[*(pallas.vector((grid.keys, size)) for size in (width, values)), *_columns(grid, grid.keys)],
-                parallel=3,
-                tables=ranges[:2],
-            )
-        )
-        start += tiles
+    starts = np.cumsum([0, *(tiles for tiles, _ in parts)]).tolist()
+    pieces = [_of_some_keys(grid, start, *part, arrays, places, dtypes) for start, part in zip(starts, parts, strict=False)]
     return [jnp.concatenate(piece, axis=2) for piece in zip(*pieces, strict=True)]
+
+
+def _of_some_keys(grid: Grid, start: int, tiles: int, ranges: Ranges, arrays: list[Array], places: Places, dtypes: Any) -> list[Array]:
+    """On a grid of rows, groups, `tiles` tiles of keys from `start` on, heads of the group, and tiles of queries."""
+    (b, h, _, width), (groups, values) = arrays[0].shape, (arrays[1].shape[1], arrays[2].shape[3])
+    heads = h // groups
+
+    def of_query(b, g, j, r, n, *tables):
+        return b, g * heads + r, _tile(grid, tiles, b, j, n, tables)[0], 0
+
+    def of_key(b, g, j, r, n, *tables):
+        return b, g, j + start, 0
+
+    def of_row(*at):
+        b, h, i, _ = of_query(*at)
+        return b, h, 0, i
+
+    extra, extra_specs = _place_arrays(grid, places, lambda *at: (at[0], 0, of_query(*at)[2]), lambda *at: (at[0], 0, of_key(*at)[2]))
+    of_q, of_out = (pl.BlockSpec((None, None, grid.rows, size), of_query) for size in (width, values))
+    of_k, of_v = (pl.BlockSpec((None, None, grid.keys, size), of_key) for size in (width, values))
+    row = pl.BlockSpec((None, None, 1, grid.rows), of_row)
+    return pallas.call(
+        functools.partial(_key_kernel, grid, start, tiles),
+        [*arrays, *extra],
+        [((b, groups, tiles * grid.keys, size), dtype) for size, dtype in zip((width, values), dtypes, strict=True)],
+        grid=(b, groups, tiles, heads, ranges.longest),
+        in_specs=[of_q, of_k, of_v, of_out, row, row, *extra_specs],
+        out_specs=[pl.BlockSpec((None, None, grid.keys, size), lambda b, g, j, r, n, *_: (b, g, j, 0)) for size in (width, values)],
+        scratch=[*(pallas.vector((grid.keys, size)) for size in (width, values)), *_columns(grid, grid.keys)],
+        parallel=3,
+        tables=ranges[:2],
+    )
 
 
 def _key_kernel(grid: Grid, start: int, tiles: int, first, last, q, k, v, dout, lse, d, *rest):
