@@ -3,6 +3,7 @@
     attention          softmax attention, with the log-sum-exp by which partial attentions merge
     block_attention    softmax attention over the blocks that each query chooses
     conv               depthwise causal convolution over time
+    decode_attention   softmax attention of one query over a cache in few bits
     dwt                the Haar wavelet transform of maps
     linear_attention   memories that are sums of outer products
     lmu                one fixed linear recurrence: the Legendre memory
@@ -17,9 +18,9 @@ One folder an op. In each:
     specs          named shapes for tests and benchmarks
 
 `dispatch` chooses. `implementation=None` takes the first in the platform's order of preference that does not decline; it always
-succeeds. `implementation="xla"` takes that one or raises, `("triton_gpu", "xla")` the first that there is and that does not decline: kernels for
-accelerators are asked for so until they have been run on one. `seqlab.use_implementation(name)` sets the name for a block of code, and
-`seqlab.explain(function, *args)` tells which implementations a call would use and why those preferred to them declined.
+succeeds. `implementation="xla"` takes that one or raises, `("triton_gpu", "xla")` the first that there is and that does not decline:
+kernels for accelerators are asked for so until they have been run on one. `seqlab.use_implementation(name)` sets the name for a block of
+code, and `seqlab.explain(function, *args)` tells which implementations a call would use and why those preferred to them declined.
 
 A folder and its op share a name. `seqlab.kernels.attention` is always the function, loaded when it is first used; what else a folder
 holds is imported from it: `from seqlab.kernels.attention import merge`.
@@ -32,7 +33,7 @@ import types
 if not __name__.startswith("seqlab."):
     raise ImportError("import seqlab.kernels, not kernels: two copies of one module would hold two sets of classes")
 
-__all__ = ["attention", "block_attention", "conv", "dwt", "linear_attention", "lmu", "scan"]
+__all__ = ["attention", "block_attention", "conv", "decode_attention", "dwt", "linear_attention", "lmu", "scan"]
 
 
 class _Kernels(types.ModuleType):

@@ -138,6 +138,16 @@ def _conv() -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (_normal(0, _BATCH, _TIME, _WIDTH), _normal(1, 4, _WIDTH), None), {}
 
 
+def _decode_attention() -> tuple[tuple[Any, ...], dict[str, Any]]:
+    from seqlab.kernels.decode_attention import Coded
+
+    random, lead = np.random.default_rng(0), (_BATCH, _HEADS)
+    words = [jnp.asarray(random.integers(0, 2**32, size=(*lead, _TIME, _WIDTH // 8), dtype=np.uint32)) for _ in range(2)]
+    groups = [[0.1 * _normal(seed, *lead, *shape) for seed in (1, 2)] for shape in ((_TIME // 32, _WIDTH), (_TIME, _WIDTH // 32))]
+    k, v = (Coded(codes, *found) for codes, found in zip(words, groups, strict=True))
+    return (_normal(3, *lead, _WIDTH), k, v, jnp.ones((_BATCH, _TIME), bool)), {}
+
+
 def _dwt() -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (_normal(0, _BATCH, 16, 16, _WIDTH),), {}
 
@@ -166,6 +176,7 @@ SAMPLES: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "attention": _attention,
     "block_attention": _block_attention,
     "conv": _conv,
+    "decode_attention": _decode_attention,
     "dwt": _dwt,
     "idwt": _idwt,
     "linear_attention": _linear_attention,

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 KERNEL = "triton_gpu"
-OPS = ("conv", "scan", "attention", "linear_attention")
+OPS = ("conv", "scan", "attention", "linear_attention", "decode_attention")
 # Float32 products are made of three in TF32, and exponentials are the hardware's.
 VALUES, GRADIENTS = 5e-5, 2e-4
 BFLOAT16 = 2.0**-8  # what is handed back was rounded to 8 bits
@@ -63,6 +63,12 @@ def parity(op: str, names: tuple[str, ...] | None = None) -> list[str]:
 def _specs(op):
     """(name, run by the kernels, the definition in float64) of every spec; the tests of the op know how to call it."""
     tests = __import__(f"test_kernels_{op}")
+    if op == "decode_attention":
+        for name, spec in tests.SPECS.items():
+            arguments = tests.inputs(spec)
+            run = functools.partial(tests.decode_attention, **arguments, implementation=KERNEL)
+            yield name, lambda run=run: (run(), ()), lambda spec=spec, a=arguments: (tests.by_hand(spec, **a), ())
+        return
     if op == "attention":
         from seqlab.kernels.attention.specs import make
 
@@ -199,6 +205,35 @@ def compare(case: Case, calls: int, rounds: int, most: tuple[float, float]) -> N
         for name, seconds in times.items():
             if name != KERNEL:
                 print(f"    {seconds / ours:.2f}x of {name} ({seconds * 1e6:.0f} us)", flush=True)
+
+
+def compare_decoding(calls: int, rounds: int, most: tuple[float, float], short: int) -> None:
+    """Decoding from few bits beside decoding from bfloat16, by the bytes of their caches."""
+    from seqlab.kernels.attention import attention
+    from seqlab.kernels.decode_attention import decode_attention
+    from seqlab.kernels.decode_attention.specs import BENCHMARKS, inputs
+
+    for name, spec in BENCHMARKS.items():
+        spec = spec._replace(s=spec.s // short)
+        a = inputs(spec)
+        with jax.default_matmul_precision("highest"):
+            expected = decode_attention(**a, implementation="xla")
+        if error := difference((decode_attention(**a, implementation=KERNEL), ()), (expected, ()), (BFLOAT16, 0.0)):
+            print(f"decode_attention {name}: WRONG, so no figures: {error}")
+            continue
+        wide = {"q": a["q"][:, None], "k": _normal(spec.b, spec.g, spec.s, spec.k), "v": _normal(spec.b, spec.g, spec.s, spec.v, seed=1)}
+
+        def plain(a):
+            return attention(a["q"], a["k"].swapaxes(1, 2), a["v"].swapaxes(1, 2), implementation=KERNEL)
+
+        contestants = {f"{KERNEL}, {spec.bits} bits": (lambda a: decode_attention(**a, implementation=KERNEL), a)}
+        contestants |= {f"xla, {spec.bits} bits": (lambda a: decode_attention(**a, implementation="xla"), a)}
+        contestants |= {f"{KERNEL}, bfloat16": (plain, wide)}
+        times = race({key: prepared(function, arrays, calls) for key, (function, arrays) in contestants.items()}, rounds)
+        ours, moved = times[f"{KERNEL}, {spec.bits} bits"], _size(*jax.tree.leaves(a))
+        print(f"decode_attention {name}: {ours * 1e6:.0f} us, {moved / ours / most[0]:.0%} of the copy's bytes/s")
+        for key, seconds in list(times.items())[1:]:
+            print(f"    {seconds / ours:.2f}x of {key} ({seconds * 1e6:.0f} us)", flush=True)
 
 
 # --- peers
@@ -371,6 +406,8 @@ def main() -> None:
                 print(f"{case.op} {case.name}: no figures, since its specs fail")
                 continue
             compare(case, calls, args.rounds, most)
+    if "decode_attention" in right:
+        compare_decoding(calls, args.rounds, most, 64 if args.quick else 1)
     if len(right) < len(args.only):
         raise SystemExit(1)
 

@@ -21,6 +21,7 @@ from helpers import assert_close
 from seqlab import kernels
 from seqlab.kernels.attention import specs as attention_specs
 from seqlab.kernels.conv import specs as conv_specs
+from seqlab.kernels.decode_attention import specs as decode_specs
 from seqlab.kernels.linear_attention import specs as linear_specs
 from seqlab.kernels.scan import specs as scan_specs
 
@@ -364,6 +365,51 @@ def test_linear_attention_counts_beyond_two_billion_elements():
     assert [*states[:, -1, -1, -1], final[-1, -1, -1]] == [1, 7, 13]
 
 
+# --- decode_attention
+
+
+@pytest.mark.parametrize("name", some(decode_specs.SPECS, ["int2", "odd_widths"]))
+def test_decode_attention_is_the_definition(name, interpreted):
+    spec, arguments = decode_specs.SPECS[name], decode_specs.inputs(decode_specs.SPECS[name])
+    out, lse = kernels.decode_attention(**arguments, implementation="triton_gpu")
+    expected, expected_lse = kernels.decode_attention(**arguments, implementation="reference")
+    dead = np.isneginf(expected_lse)
+    assert out.dtype == spec.dtype and lse.dtype == np.float32 and np.array_equal(np.isneginf(lse), dead)
+    # In bfloat16 the numbers are rounded, the weights, and the result.
+    rounding = 2.0**-7 if spec.dtype == "bfloat16" else 5e-6
+    assert_close((out, np.where(dead, 0, lse)), (expected, np.where(dead, 0, expected_lse)), rounding)
+
+
+def of_shapes(spec):
+    """The launch of `decode_attention` at a spec, whose arrays are not made."""
+    return triton_cpu.launches(lambda: kernels.decode_attention(**decode_specs.inputs(spec), implementation="triton_gpu"))
+
+
+@pytest.mark.parametrize("bits", some((2, 4, 8), [4]))
+@pytest.mark.parametrize("dtype", some(("bfloat16", "float32"), ["bfloat16"]))
+def test_decode_attention_fits(bits, dtype):
+    for width in (64, 128, 256) if dtype == "bfloat16" else (64, 128):
+        fits(of_shapes(decode_specs.Spec(1, 1024, 32, 8, width, width, bits, dtype=dtype)))
+
+
+def test_decode_attention_counts_beyond_two_billion_words():
+    from seqlab.kernels.decode_attention import triton_kernels
+
+    s, g, width = 1 << 22, 32, 128  # 16 words a slot
+    words = np.zeros((1, g, s, width // 8), np.uint32)
+    q = np.ones((1, g, width), np.float32)
+    k_scale, v_scale = np.zeros((1, g, s // 128, width), np.float32), np.zeros((1, g, s, 1), np.float32)
+    v_scale[0, -1, -1], words[0, -1, -1] = 1, 0x11111111
+    visible = np.zeros((1, s), np.int8)
+    visible[0, -1] = 1
+    constants = {"ROWS": 1, "S": s, "H": g, "G": g, "K": width, "V": width, "BITS": 4, "K_GROUP": 128, "V_GROUP": width}
+    constants |= {"SCALE": 1.0, "SPLITS": 1 << 14, "PRECISION": "ieee", "KP": width, "VP": width, "BM": 16}
+    out, lse = np.zeros((1 << 14, 1, g, width), np.float32), np.zeros((1 << 14, 1, g), np.float32)
+    arrays = [q, words, k_scale, k_scale, words, v_scale, v_scale, visible, out, lse]
+    triton_cpu.interpret_in_place(triton_kernels.forward, arrays, (1 << 14, g, 1), constants, ((1 << 14) - 1, g - 1, 0))
+    assert out[-1, 0, -1].tolist() == [2] * width and lse[-1, 0, -1] == 0
+
+
 # --- what is run on a GPU
 
 
@@ -376,7 +422,7 @@ SMALL = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", bench_gpu.OPS)
+@pytest.mark.parametrize("op", SMALL)
 def test_the_benchmark_has_parity_before_figures(op, interpreted, capsys, monkeypatch):
     spec, arguments, options = SMALL[op]
     assert bench_gpu.parity(op, (spec,)) == []
@@ -389,6 +435,15 @@ def test_the_benchmark_has_parity_before_figures(op, interpreted, capsys, monkey
     bench_gpu.compare(case, 2, 1, (1.0, 1.0))
     printed = capsys.readouterr().out
     assert "WRONG, so no figures" in printed and "of xla" not in printed
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_decoding(interpreted, capsys, monkeypatch):
+    assert bench_gpu.parity("decode_attention", ("int4", "nothing_seen")) == []
+    monkeypatch.setattr(decode_specs, "BENCHMARKS", {"small": decode_specs.Spec(1, 64, 4, 2, 32, 32, 4, dtype="bfloat16")})
+    bench_gpu.compare_decoding(2, 1, (1.0, 1.0), 1)
+    printed = capsys.readouterr().out
+    assert "x of xla, 4 bits" in printed and "x of triton_gpu, bfloat16" in printed
 
 
 @pytest.mark.slow

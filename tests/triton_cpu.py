@@ -28,7 +28,16 @@ from triton.runtime.jit import JITFunction
 
 from seqlab.kernels import triton as backend
 
-_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32", "int8": "i8", "uint8": "u8", "bool": "i1"}
+_NAMES = {
+    "float32": "fp32",
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "int32": "i32",
+    "int8": "i8",
+    "uint32": "u32",
+    "uint8": "u8",
+    "bool": "i1",
+}
 _GUARD = 64  # elements before and after every array that no kernel may write, and that are NaN
 atexit.register(gc.unfreeze)  # see conftest.py; Triton's bindings complain at the end of what has never been freed
 _builder = interpreter.interpreter_builder
@@ -123,7 +132,9 @@ def _untouched(outer, inner):
 
 
 def _pointer(x):
-    kind = tl.pointer_type(tl.dtype(_NAMES[x.dtype.name].replace("i", "int") if x.dtype.kind in "biu" else _NAMES[x.dtype.name]))
+    kind = tl.pointer_type(
+        tl.dtype(_NAMES[x.dtype.name].replace("i", "int").replace("u", "uint") if x.dtype.kind in "biu" else _NAMES[x.dtype.name])
+    )
     return tl.tensor(interpreter.TensorHandle(np.array([x.ctypes.data], np.uint64), kind), kind)
 
 

@@ -82,7 +82,7 @@ def _attend(rule, q, k, v, sink, places):
     rows = t * h // g
     cut = blocks("forward", rows, s, max(k.shape[3], width), k.dtype.itemsize)
     tiles = triton.blocks(rows, cut.rows)
-    splits = _splits(b * g * tiles, s) if t == 1 else 1
+    splits = splits_of(b * g * tiles, s) if t == 1 else 1
     constants = _constants(rule, q, k, v, places, cut)
     constants |= {"ROWS": b, "SINK": sink is not None, "SPLITS": splits, "KEY_STRIDE": g, "GROUP_STRIDE": 1}
     if t == 1:  # keys stored with heads before slots are then read as they lie; the transposition of those passed has been undone
@@ -92,19 +92,24 @@ def _attend(rule, q, k, v, sink, places):
     shapes = [((splits, b, t, h, width), q.dtype if splits == 1 else jnp.float32), ((splits, b, t, h), jnp.float32)]
     grid = (tiles * splits, g, b)
     out, lse = triton.launch(kernels.forward, arrays, shapes, grid=grid, constants=constants, warps=cut.warps, stages=cut.stages)
-    if splits == 1:
+    out, lse = merged(out, lse)
+    return out.astype(q.dtype), lse
+
+
+def splits_of(programs: int, s: int) -> int:
+    """Among how many programs the keys of one tile are split so that all multiprocessors have some."""
+    return max(1, min(triton.blocks(SPLIT_PROGRAMS, programs), s // SPLIT_KEYS))
+
+
+def merged(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The attention over all splits from that over each, [splits, ..., v] and [splits, ...]."""
+    if len(out) == 1:
         return out[0], lse[0]
     top = jnp.max(lse, axis=0)
     weights = jnp.exp(lse - jnp.where(top == -jnp.inf, 0, top))
     total = weights.sum(0)
     some = jnp.where(total == 0, 1, total)
-    out = (out * (weights / some)[..., None]).sum(0)
-    return out.astype(q.dtype), jnp.where(total == 0, -jnp.inf, top + jnp.log(some))
-
-
-def _splits(programs, s):
-    """Among how many programs the keys of one tile are split so that all multiprocessors have some."""
-    return max(1, min(triton.blocks(SPLIT_PROGRAMS, programs), s // SPLIT_KEYS))
+    return (out * (weights / some)[..., None]).sum(0), jnp.where(total == 0, -jnp.inf, top + jnp.log(some))
 
 
 def _attend_forward(rule, q, k, v, sink, places):

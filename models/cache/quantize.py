@@ -3,9 +3,11 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Array, Float, UInt
 
-BITS = (2, 4, 8)
+from seqlab.kernels.decode_attention import BITS as BITS
+from seqlab.kernels.decode_attention import shifts
+from seqlab.kernels.decode_attention import unpack as unpack
 
 
 class Groups(NamedTuple):
@@ -47,13 +49,4 @@ def dequantize(codes: UInt[Array, "*b d"], groups: Groups) -> Float[Array, "*b d
 def pack(codes: UInt[Array, "*b d"], bits: int) -> UInt[Array, "*b w"]:
     """32 / bits codes of the last axis in a word, the first one in the lowest bits."""
     parts = codes.reshape(*codes.shape[:-1], -1, 32 // bits)
-    return jnp.sum(parts << _shifts(bits), axis=-1, dtype=jnp.uint32)
-
-
-def unpack(words: UInt[Array, "*b w"], bits: int) -> UInt[Array, "*b d"]:
-    """The inverse of `pack`."""
-    return ((words[..., None] >> _shifts(bits)) & jnp.uint32(2**bits - 1)).reshape(*words.shape[:-1], -1)
-
-
-def _shifts(bits: int) -> Int[Array, " c"]:
-    return jnp.arange(0, 32, bits, dtype=jnp.uint32)
+    return jnp.sum(parts << shifts(bits), axis=-1, dtype=jnp.uint32)

@@ -1,0 +1,65 @@
+"""One kernel: a program reads the codes of a part of a cache, makes numbers of them in registers, and keeps an online softmax."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _codes(words, row, word, BITS: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr):
+    """[rows, WIDTH]: the codes of rows (int64) of words, as float32. WIDTH is padded, WORDS is not."""
+    PER: tl.constexpr = 32 // BITS
+    packed = tl.load(words + row[:, None] * WORDS + word[None, :], (word < WORDS)[None, :], 0)
+    shifts = tl.arange(0, PER) * BITS
+    codes = (packed[:, :, None] >> shifts.to(tl.uint32)[None, None, :]) & (2**BITS - 1)
+    return tl.reshape(codes, (row.shape[0], WIDTH)).to(tl.float32)
+
+
+@triton.jit
+def forward(
+    q, k, k_scale, k_least, v, v_scale, v_least, visible, out, lse,
+    ROWS: tl.constexpr, S: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BITS: tl.constexpr,
+    K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, SCALE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    KP: tl.constexpr, VP: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """out [splits, b, h, v] and lse [splits, b, h] over the slots of a split. Program (block of heads and split, group, row of the batch).
+
+    A tile is one group of keys, all of which have the same scales.
+    """
+    b, g = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
+    R: tl.constexpr = H // G
+    BLOCKS: tl.constexpr = (R + BM - 1) // BM
+    TILES: tl.constexpr = S // K_GROUP
+    PER: tl.constexpr = 32 // BITS
+    split = tl.program_id(0) // BLOCKS
+    head = tl.program_id(0) % BLOCKS * BM + tl.arange(0, BM)
+    width, value = tl.arange(0, KP), tl.arange(0, VP)
+    row = b * H + g * R + head
+    inside = head < R
+    query = tl.load(q + row[:, None] * K + width[None, :], inside[:, None] & (width < K)[None, :], 0.0)
+    top, total = tl.full((BM,), float("-inf"), tl.float32), tl.zeros((BM,), tl.float32)
+    mass = tl.zeros((BM, VP), tl.float32)
+    for tile in range(TILES * split // SPLITS, TILES * (split + 1) // SPLITS):
+        slot = tile * K_GROUP + tl.arange(0, K_GROUP)
+        see = tl.load(visible + b * S + slot) != 0
+        at = (b * G + g) * S + slot
+        group = ((b * G + g) * TILES + tile) * K + width
+        scale, least = tl.load(k_scale + group, width < K, 0.0), tl.load(k_least + group, width < K, 0.0)
+        codes = _codes(k, at, tl.arange(0, KP // PER), BITS, K // PER, KP)
+        key = codes * scale.to(tl.float32)[None, :] + least.to(tl.float32)[None, :]
+        x = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision=PRECISION) * (SCALE * 1.4426950408889634)
+        x = tl.where(see[None, :] & inside[:, None], x, float("-inf"))
+        new = tl.maximum(top, tl.max(x, 1))
+        base = tl.where(new == float("-inf"), 0.0, new)
+        p, fade = tl.exp2(x - base[:, None]), tl.exp2(top - base)
+        total = total * fade + tl.sum(p, 1)
+        group = at[:, None] * (V // V_GROUP) + (value // V_GROUP)[None, :]
+        here = see[:, None] & (value < V)[None, :]
+        codes = _codes(v, at, tl.arange(0, VP // PER), BITS, V // PER, VP)
+        number = codes * tl.load(v_scale + group, here, 0.0).to(tl.float32) + tl.load(v_least + group, here, 0.0).to(tl.float32)
+        mass = tl.dot(p.to(query.dtype), number.to(query.dtype), mass * fade[:, None], input_precision=PRECISION)
+        top = new
+    dead = total == 0.0
+    mass = mass / tl.where(dead, 1.0, total)[:, None]
+    row += split.to(tl.int64) * (ROWS * H)
+    tl.store(out + row[:, None] * V + value[None, :], mass.to(out.dtype.element_ty), inside[:, None] & (value < V)[None, :])
+    tl.store(lse + row, tl.where(dead, float("-inf"), (top + tl.log2(tl.where(dead, 1.0, total))) * 0.6931471805599453), inside)

@@ -1,0 +1,89 @@
+"""Attention over a cache in few bits: both implementations that run here against numbers and softmax written out in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close, assert_identical, random
+
+from seqlab.kernels.decode_attention import Coded, decode_attention
+from seqlab.kernels.decode_attention.specs import SPECS, Spec, inputs
+from seqlab.models.cache.quantize import dequantize, pack, quantize
+
+SOME = ("int8", "int2", "odd_widths", "nothing_seen", "bfloat16")  # others take the same ways
+
+
+def numbers(x, bits, over_steps):
+    """The numbers of codes, one after the other."""
+    words, scale, least = (np.asarray(y).astype(np.uint64 if y.dtype == jnp.uint32 else np.float64) for y in x)
+    b, g, s, _ = words.shape
+    codes = np.stack([words >> np.uint64(bits * i) & np.uint64(2**bits - 1) for i in range(32 // bits)], -1)
+    codes = codes.reshape(b, g, s, -1).astype(np.float64)
+    rows = np.repeat(np.arange(scale.shape[2]), s // scale.shape[2])
+    columns = np.repeat(np.arange(scale.shape[3]), codes.shape[3] // scale.shape[3])
+    index = np.ix_(rows, np.arange(scale.shape[3])) if over_steps else np.ix_(np.arange(s), columns)
+    return codes * scale[:, :, *index] + least[:, :, *index]
+
+
+def by_hand(spec, q, k, v, visible):
+    keys, values = numbers(k, spec.bits, True), numbers(v, spec.bits, False)
+    out, lse = np.zeros((spec.b, spec.h, spec.v)), np.full((spec.b, spec.h), -np.inf)
+    for row, head in np.ndindex(spec.b, spec.h):
+        seen, group = np.asarray(visible[row]), head * spec.g // spec.h
+        if seen.any():
+            x = keys[row, group, seen] @ np.asarray(q[row, head], np.float64) / np.sqrt(spec.k)
+            lse[row, head] = np.logaddexp.reduce(x)
+            out[row, head] = np.exp(x - lse[row, head]) @ values[row, group, seen]
+    return out, lse
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("name", [name if name in SOME else pytest.param(name, marks=pytest.mark.slow) for name in SPECS])
+def test_values_are_those_of_the_definition(name, implementation):
+    arguments = inputs(SPECS[name])
+    out, lse = jax.jit(lambda a: decode_attention(**a, implementation=implementation))(arguments)
+    expected, expected_lse = by_hand(SPECS[name], **arguments)
+    assert out.dtype == SPECS[name].dtype and lse.dtype == jnp.float32
+    dead = np.isneginf(expected_lse)
+    np.testing.assert_array_equal(np.isneginf(lse), dead)
+    rounding = 2.0**-8 if SPECS[name].dtype == "bfloat16" else 0.0
+    assert_close((out, np.where(dead, 0, lse)), (expected, np.where(dead, 0, expected_lse)), rounding + 5e-6)
+
+
+def test_codes_are_those_of_the_quantized_cache():
+    """KIVI's keys are coded over steps and its values over channels, as `seqlab.models.cache` does."""
+    x = random(0, 1, 2, 64, 32)
+    codes, v_groups = quantize(x, 16, 4)
+    turned, k_groups = quantize(x.swapaxes(2, 3), 32, 4)
+    k = Coded(pack(turned.swapaxes(2, 3), 4), *(y.swapaxes(2, 3) for y in k_groups))
+    spec = Spec(1, 64, 2, 2, 32, 32, 4)
+    assert_close(numbers(k, 4, True), dequantize(turned, k_groups).swapaxes(2, 3), 1e-6)
+    assert_close(numbers(Coded(pack(codes, 4), *v_groups), 4, False), dequantize(codes, v_groups), 1e-6)
+    arguments = {"q": random(1, 1, 2, 32), "k": k, "v": Coded(pack(codes, 4), *v_groups), "visible": jnp.ones((1, 64), bool)}
+    assert_close(decode_attention(**arguments), by_hand(spec, **arguments), 5e-6)
+
+
+def test_hidden_slots_do_nothing():
+    arguments = inputs(Spec(2, 64, 4, 2, 32, 32, 4, seen=0.5))
+    hidden = ~arguments["visible"]
+    dirty = arguments["v"]._replace(scale=jnp.where(hidden[:, None, :, None], jnp.nan, arguments["v"].scale))
+    assert_identical(decode_attention(**{**arguments, "v": dirty}), decode_attention(**arguments))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": jnp.ones((2, 4))}, r"q must be a floating-point array \[b, h, k\]"),
+        ({"q": jnp.ones((3, 4, 32))}, r"k.words must be an array .* of uint32 with b=3"),
+        ({"q": jnp.ones((2, 3, 32))}, "divides the 3 heads of q, got g=2"),
+        ({"q": jnp.ones((2, 4, 30))}, "k.words must hold 30 numbers of 2, 4, 8 bits, got 4 words"),
+        ({"visible": jnp.ones((2, 64))}, r"visible must be a boolean array \[b, s\] = \(2, 64\), got float32"),
+        ({"implementation": "xIa"}, "did you mean 'xla'"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        decode_attention(**{**inputs(Spec(2, 64, 4, 2, 32, 32, 4)), **change})
+    wrong = inputs(Spec(2, 64, 4, 2, 32, 32, 4))
+    with pytest.raises(ValueError, match=r"v.scale must be \[b, g, s, groups\] .* divide 32 values, got \(2, 2, 64, 3\)"):
+        decode_attention(**{**wrong, "v": wrong["v"]._replace(scale=jnp.ones((2, 2, 64, 3)))})
