@@ -137,7 +137,8 @@ def _tiles(chosen: Array, n: int, block: int) -> Tiles:
     """The tiles of the pairs (query, c-th choice), in the order of choices [x, y, c]."""
     x, y, c = chosen.shape
     least, rows = _ROWS
-    while rows > least and (rows * block * x > _CACHED or rows * n > 2 * y * c):
+    several = x if isinstance(x, int) else 1  # an exported program takes any number
+    while rows > least and (rows * block * several > _CACHED or rows * n > 2 * y * c):
         rows //= 2
     chose = (chosen[..., None] == jnp.arange(n)).any(2)
     before = jnp.cumsum(chose, axis=1, dtype=jnp.int32) - chose  # pairs of the block that stand in front, [x, y, n]
