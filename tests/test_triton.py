@@ -1,6 +1,8 @@
 """Triton kernels on any CPU: interpreted they obey the law and equal the truth, compiled for sm_90 they fit."""
 
+import inspect
 import sys
+import types
 
 import jax
 import numpy as np
@@ -19,6 +21,7 @@ import triton_cpu
 from helpers import assert_close
 
 from seqlab import kernels
+from seqlab.kernels import triton as backend
 from seqlab.kernels.attention import specs as attention_specs
 from seqlab.kernels.conv import specs as conv_specs
 from seqlab.kernels.decode_attention import specs as decode_specs
@@ -77,6 +80,52 @@ def fits(launches):
 
 def abstract(arguments, **changes):
     return {name: None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in {**arguments, **changes}.items()}
+
+
+# --- what is shared
+
+
+@pytest.mark.parametrize("op", ["attention", "conv", "linear_attention", "scan", "decode_attention"])
+def test_without_a_gpu_kernels_decline(op):
+    specs = {"conv": conv_specs, "scan": scan_specs, "linear_attention": linear_specs, "decode_attention": decode_specs}
+    names = {"conv": "one_step", "scan": "one_step", "linear_attention": "one_step", "decode_attention": "one_head"}
+    call = specs[op].inputs(specs[op].SPECS[names[op]]) if op in specs else attention_specs.make(attention_specs.SPECS["one"])
+    with pytest.raises(NotImplementedError, match="needs a GPU; JAX runs on cpu here"):
+        getattr(kernels, op)(**call, implementation="triton_gpu")
+    if op == "conv":
+        kernels.conv(**call, implementation=("triton_gpu", "xla"))
+
+
+def test_what_no_kernel_takes_is_declined(interpreted, x64):
+    arguments = {name: x.astype("float64") for name, x in conv_specs.inputs(conv_specs.SPECS["one_step"]).items() if x is not None}
+    with pytest.raises(NotImplementedError, match="not for float64"):
+        kernels.conv(**arguments, implementation="triton_gpu")
+    with pytest.raises(NotImplementedError, match="up to 8 taps exist, got 9"):
+        kernels.conv(**conv_specs.inputs(conv_specs.Spec(1, 2, 4, 9)), implementation="triton_gpu")
+    with pytest.raises(NotImplementedError, match="heads of up to 256 exist, got k=264 and v=8"):
+        kernels.attention(**attention_specs.make(attention_specs.Spec(1, 2, 2, k=264)), implementation="triton_gpu")
+
+
+@pytest.mark.parametrize("name", ["out_type", "out_shape"])
+def test_kernels_are_launched_by_every_jax_triton(name, monkeypatch):
+    """Releases call the shapes of the results differently, and only newer ones take options of the compiler."""
+    seen = {}
+
+    def triton_call(*arrays, kernel, grid, num_warps, num_stages, **rest):
+        seen.update(rest, kernel=kernel, grid=grid, num_warps=num_warps, num_stages=num_stages)
+        return tuple(jax.numpy.full(x.shape, 7, x.dtype) for x in rest[name])
+
+    parameters = ["kernel", "grid", name, *["backend_options"] * (name == "out_type")]
+    kinds = [inspect.Parameter(each, inspect.Parameter.KEYWORD_ONLY) for each in parameters]
+    triton_call.__signature__ = inspect.Signature(kinds)
+    monkeypatch.setitem(sys.modules, "jax_triton", types.SimpleNamespace(triton_call=triton_call))
+    (y,) = jax.jit(lambda x: backend.launch("kernel", [x], [((2, 3), "bfloat16")], grid=(4,), constants={"N": 5}, warps=8))(np.ones(3))
+    assert y.shape == (2, 3) and y.dtype == "bfloat16" and y[0, 0] == 7
+    expected = {"kernel": "kernel", "grid": (4,), "num_warps": 8, "num_stages": 2, "N": 5}
+    assert {key: value for key, value in seen.items() if key not in (name, "backend_options")} == expected
+    assert ("backend_options" in seen) == (name == "out_type")
+    rows = jax.vmap(lambda x: backend.launch("kernel", [x], [((), "float32")], grid=(1,), constants={})[0])(np.ones((3, 2), np.float32))
+    assert rows.tolist() == [7, 7, 7]
 
 
 # --- conv
