@@ -90,8 +90,7 @@ def interpret_in_place(kernel, arrays, grid, constants, program):
     """One program of a grid, on arrays too large to be copied. An integer of 32 bits that overflows is an error."""
     names = [name for name in kernel.arg_names if name not in constants]
     pointers = {name: _pointer(x) for name, x in zip(names, arrays, strict=True)}
-    with _language() as scope:
-        scope.set_attr(_builder, "options", dataclasses.replace(_builder.options, debug=True))
+    with _language(overflow=True):
         _builder.set_grid_dim(*grid)
         _builder.set_grid_idx(*program)
         _rewritten(kernel)(**pointers, **constants)
@@ -139,15 +138,16 @@ def _pointer(x):
 
 
 @contextlib.contextmanager
-def _language():
-    """Triton's language by its interpreter, also in functions that kernels call, and with what it lacks."""
+def _language(overflow=False):
+    """Triton's language by its interpreter, also in functions that kernels call, and with what it lacks. `overflow` costs much time."""
     scope = interpreter._patch_lang(types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    scope.set_attr(_builder, "options", dataclasses.replace(_builder.options, debug=overflow, sanitize_overflow=overflow))
     scope.set_attr(JITFunction, "__call__", lambda self, *args, **kwargs: _rewritten(self)(*args, **kwargs))
     scope.set_attr(interpreter.InterpreterBuilder, "create_dot", _dot)
     scope.set_attr(interpreter.InterpreterBuilder, "create_fp_trunc", _fp_trunc)
     scope.set_attr(interpreter.ScanOps, "generic_scan", _generic_scan)
     try:
-        yield scope
+        yield
     finally:
         scope.restore()
 
