@@ -30,10 +30,9 @@ from seqlab.state import State
 from seqlab.tokens import ByteTokenizer
 from seqlab.train import config
 from seqlab.train.packing import Windows
-from seqlab.train.tasks.passkeys import FRAME, Quiz, haystacks, quiz
+from seqlab.train.tasks.passkeys import FRAME, Quiz, digits_of, haystacks, quiz
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-DIGITS = 4
 COLUMNS = ("cache", "state bytes", "of the first", "tokens/s", "bits a token", "ppl to {n}", "ppl beyond", "pass key", "requests", "turns")
 _CHUNK = 256
 
@@ -127,8 +126,9 @@ def plan(
     for name, value in {"length": length, "rows": rows, "items": items, "turns": turns}.items():
         if value is not None and value < 1:
             raise BenchError(f"{name} must be a positive integer, got {value}")
-    streams, window = _held_out(config.build(trained.config), length, rows)
-    context = max(window, (turns + 1) * 2 * (DIGITS + FRAME))
+    experiment = config.build(trained.config)
+    streams, window = _held_out(experiment, length, rows)
+    context = max(window, (turns + 1) * 2 * (digits_of(experiment.data) + FRAME))
     settings = Settings(trained.step, window, streams["inputs"].shape[1], streams["inputs"].shape[0], context, items, turns)
     fitted = gates.load(workdir, trained.step)
     most = max(settings.length, context)
@@ -365,11 +365,11 @@ def _quizzes(planned: Plan) -> list[Quiz] | None:
     """A context with one key for every depth, and contexts with several; None where tokens are not bytes. The same for all policies."""
     if not isinstance(planned.trained.tokenizer, ByteTokenizer) or planned.trained.model.vocab_size < ByteTokenizer.vocab_size:
         return None
-    settings, rng, turn = planned.settings, np.random.default_rng(0), DIGITS + FRAME
-    paths = getattr(config.build(planned.trained.config).data, "paths", ())
+    settings, rng, data = planned.settings, np.random.default_rng(0), config.build(planned.trained.config).data
+    digits, paths = digits_of(data), getattr(data, "paths", ())
 
     def asked(keys: int, depth: float | None) -> Quiz:
-        hay = haystacks(rng, settings.items, settings.context - keys * turn, paths, "validation")
-        return quiz(rng, hay, keys=keys, digits=DIGITS, depth=depth)
+        hay = haystacks(rng, settings.items, settings.context - keys * (digits + FRAME), paths, "validation")
+        return quiz(rng, hay, keys=keys, digits=digits, depth=depth)
 
     return [*(asked(1, depth) for depth in DEPTHS), asked(settings.turns, None)]

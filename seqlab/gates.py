@@ -14,10 +14,9 @@ from seqlab.models.cache import duo
 from seqlab.models.duo import fit_gates, retrieval_heads
 from seqlab.tokens import ByteTokenizer
 from seqlab.train import config
-from seqlab.train.tasks.passkeys import FRAME, haystacks, quiz
+from seqlab.train.tasks.passkeys import FRAME, digits_of, haystacks, quiz
 
 FILE = "gates.json"
-_DIGITS = 4
 
 
 class Gates(NamedTuple):
@@ -46,7 +45,8 @@ def fit(workdir: str | os.PathLike[str], steps: int, *, sinks: int = 4, window: 
     if not isinstance(trained.tokenizer, ByteTokenizer):
         raise runs.RunError(f"{workdir} does not read bytes: gates are fitted on pass keys in text")
     data = config.build(trained.config).data
-    turns = keys * (_DIGITS + FRAME)
+    digits = digits_of(data)
+    turns = keys * (digits + FRAME)
     length = max(data.length, 2 * turns + 1)
     window = max(8, length // 8 - sinks) if window is None else window
     file = pathlib.Path(workdir) / FILE
@@ -59,7 +59,7 @@ def fit(workdir: str | os.PathLike[str], steps: int, *, sinks: int = 4, window: 
         return known
     rng = np.random.default_rng(0)
     hay = haystacks(rng, steps * batch, length - turns, getattr(data, "paths", ()))
-    tokens = quiz(rng, hay, keys=keys, digits=_DIGITS).joined().reshape(steps, batch, length)
+    tokens = quiz(rng, hay, keys=keys, digits=digits).joined().reshape(steps, batch, length)
     labels = jnp.broadcast_to(jnp.arange(length) >= length - turns, (batch, length))
     alpha, _ = fit_gates(model, lambda step: (jnp.asarray(tokens[step]), labels), steps=steps, sinks=sinks, window=window)
     found = Gates(np.asarray(alpha, np.float64).round(6).tolist(), trained.step, sinks, window, length, steps)

@@ -155,7 +155,7 @@ def test_questions_go_to_copies_or_to_one_conversation():
 def test_gates_are_fitted_once_and_make_a_cache(capsys):
     assert cli.main(["cache-bench", "run", "--fit-gates", "2", "--caches", "duo(0.5)", "--out", "refused", "--rows", "500"]) == 2
     fitted = gates.load("run", 4)
-    assert (np.shape(fitted.alpha), fitted.sinks, fitted.window, fitted.length) == ((2, 2), 4, 8, 65)
+    assert (np.shape(fitted.alpha), fitted.sinks, fitted.window, fitted.length) == ((2, 2), 4, 8, 57)
     stamp = pathlib.Path("run/gates.json").stat().st_mtime_ns
     assert gates.fit("run", 2) == fitted and pathlib.Path("run/gates.json").stat().st_mtime_ns == stamp
     assert gates.load("run", 3) is None, "another checkpoint's"

@@ -198,7 +198,7 @@ def test_a_newcomer_can_follow_a_page(name, workplace, request):
 
     def shell(text):
         if "make setup" not in text and ".venv" not in text:
-            done = subprocess.run(["bash", "-c", start + text], env=environment, capture_output=True, text=True)
+            done = subprocess.run(["bash", "-c", start + text], env=environment, capture_output=True, text=True, errors="replace")
             assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
     follow(page, workplace, shell)

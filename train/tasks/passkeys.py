@@ -18,6 +18,7 @@ from seqlab.train.tasks.examples import IGNORE, VALIDATION, Examples, at_least
 
 OPEN, CLOSE = b"<>"
 NAMES = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+DIGITS = 4  # of a number
 FRAME = 3  # bytes of a key that are not its number: "<", a name, ">"
 
 
@@ -37,7 +38,9 @@ class Quiz(NamedTuple):
         return np.concatenate([self.context, turns.reshape(len(turns), -1)], axis=1)
 
 
-def quiz(rng: np.random.Generator, haystacks: Int[np.ndarray, "n c"], *, keys: int, digits: int = 4, depth: float | None = None) -> Quiz:
+def quiz(
+    rng: np.random.Generator, haystacks: Int[np.ndarray, "n c"], *, keys: int, digits: int = DIGITS, depth: float | None = None
+) -> Quiz:
     """`keys` names and numbers put into every haystack in place of its last bytes, and asked for in an order of their own.
 
     Args:
@@ -80,21 +83,25 @@ class Passkeys:
     Args:
       length: steps of an example, questions and answers included.
       paths: where the text comes from, as in `Text`: files and folders, or nothing for the sources of the Python standard library.
-      keys, digits: numbers a context, digits a number.
+      keys: numbers a context; several, for as many contexts of each: where there is little text between them finding is learnt sooner.
+      digits: of a number. One is the hardest to find: the first digits of longer ones nearly give away the rest.
       examples, held_out: how many there are to train and to validate on.
     """
 
     length: int = 256
     paths: tuple[str, ...] = ()
-    keys: int = 4
-    digits: int = 4
+    keys: int | tuple[int, ...] = 4
+    digits: int = DIGITS
     examples: int = 20_000
     held_out: int = 500
 
     def __post_init__(self) -> None:
-        for name in ("keys", "digits", "examples", "held_out"):
+        for name in ("digits", "examples", "held_out"):
             at_least(name, getattr(self, name), 1)
-        at_least("length", self.length, 2 * self._turns, f"twice the {self._turns} bytes of keys={self.keys} questions and answers")
+        for keys in self._keys:
+            at_least("keys", keys, 1)
+        turns = max(self._keys) * (self.digits + FRAME)
+        at_least("length", self.length, 2 * turns, f"twice the {turns} bytes of keys={self.keys} questions and answers")
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -107,23 +114,37 @@ class Passkeys:
         return self._examples("validation", self.held_out, VALIDATION)
 
     @property
-    def _turns(self) -> int:
-        return self.keys * (self.digits + FRAME)
+    def _keys(self) -> tuple[int, ...]:
+        return self.keys if isinstance(self.keys, tuple) else (self.keys,)
 
     def _examples(self, split: str, count: int, seed: int) -> Examples:
-        rng = np.random.default_rng(seed)
-        asked = quiz(rng, haystacks(rng, count, self.length + 1 - self._turns, self.paths, split), keys=self.keys, digits=self.digits)
-        tokens = asked.joined()
-        scored = np.zeros(tokens.shape, bool)
-        place = np.arange(self._turns) % (self.digits + FRAME) - (FRAME - 1)
-        scored[:, -self._turns :] = (place >= 0) & (place < self.digits)
+        rng, kinds = np.random.default_rng(seed), len(self._keys)
+        parts = [self._asked(rng, split, count // kinds + (i < count % kinds), keys) for i, keys in enumerate(self._keys)]
+        tokens, scored = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return Examples(tokens[:, :-1], np.where(scored, tokens, IGNORE)[:, 1:])
+
+    def _asked(self, rng: np.random.Generator, split: str, count: int, keys: int) -> tuple[np.ndarray, np.ndarray]:
+        """Conversations about so many keys each, and which of their bytes are digits of an answer."""
+        turns = keys * (self.digits + FRAME)
+        tokens = quiz(rng, haystacks(rng, count, self.length + 1 - turns, self.paths, split), keys=keys, digits=self.digits).joined()
+        scored = np.zeros(tokens.shape, bool)
+        place = np.arange(turns) % (self.digits + FRAME) - (FRAME - 1)
+        scored[:, -turns:] = (place >= 0) & (place < self.digits)
+        return tokens, scored
+
+
+def digits_of(data: object) -> int:
+    """How many digits the numbers have that a run with this `data` can be asked for: those it was trained on, if it was."""
+    return data.digits if isinstance(data, Passkeys) else DIGITS
 
 
 def haystacks(
     rng: np.random.Generator, count: int, length: int, paths: tuple[str, ...] = (), split: str = "train"
 ) -> UInt8[np.ndarray, "n c"]:
-    """`count` pieces of text of one length, each behind the byte that begins documents; as many documents are read as that takes."""
+    """`count` pieces of text of one length, each behind the byte that begins documents; as many documents are read as that takes.
+
+    In small letters: capitals name keys, and nothing else.
+    """
     source, bos = FileSource(paths or None, split), ByteTokenizer.bos
     texts, read = [], 0
     for index in rng.permutation(len(source)):
@@ -132,6 +153,7 @@ def haystacks(
         if read >= count * (length - 1):
             break
     text = np.concatenate(texts)
+    text = np.where((text >= ord("A")) & (text <= ord("Z")), text + 32, text).astype(np.uint8)
     text = np.resize(text, count * (length - 1)).reshape(count, length - 1)  # over again where there is too little
     return np.concatenate([np.full((count, 1), bos, np.uint8), text], axis=1)
 
