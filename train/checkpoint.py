@@ -189,7 +189,13 @@ class Checkpoints:
             atomicity = ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
             self._manager = ocp.CheckpointManager(
                 self.directory,
-                options=ocp.CheckpointManagerOptions(max_to_keep=None, atomicity_options=atomicity, lightweight_initialize=True),
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=None,
+                    atomicity_options=atomicity,
+                    lightweight_initialize=True,
+                    # Or threads wait for their folders, for minutes if the program ends before there are any.
+                    async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+                ),
                 item_names=("state", "manifest"),
                 item_handlers={
                     "state": ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False),
