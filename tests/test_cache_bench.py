@@ -82,7 +82,7 @@ def test_figures_are_those_of_the_whole_sequence_at_once(capsys, monkeypatch):
 
     # other settings are another folder's
     assert cli.main([*arguments[:-1], "1"]) == 2
-    assert "run/cache_bench belongs to another bench (saved -> given):\n  context: 48 -> 32\n  turns: 2 -> 1" in capsys.readouterr().err
+    assert "run/cache_bench belongs to another bench (saved -> given):\n  context: 42 -> 28\n  turns: 2 -> 1" in capsys.readouterr().err
     assert gone.exists()
 
 
@@ -120,7 +120,7 @@ def test_without_a_choice_everything_is_measured_that_fits_the_heads():
         "duo(0.75)",
     ]
     planned = cache_bench.plan("run", length=64, rows=1, items=1, turns=2, out="unused")
-    assert len(planned.policies) == 7 and planned.settings.context == 48
+    assert len(planned.policies) == 7 and planned.settings.context == 42
 
 
 def test_questions_go_to_copies_or_to_one_conversation():
