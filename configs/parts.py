@@ -51,9 +51,9 @@ def token_model(vocab_size: int, dim: int, depth: int, *mixers: fdl.Partial, **o
     return fdl.Partial(LanguageModel, vocab_size=vocab_size, dim=dim, depth=depth, mixers=mixers, **({"channel_mixer": None} | options))
 
 
-def attention(capacity: int, heads: int = 4) -> fdl.Partial:
+def attention(capacity: int, heads: int = 4, **options: object) -> fdl.Partial:
     """Attention over all of up to `capacity` steps."""
-    return fdl.Partial(Attention, heads=heads, cache=fdl.Config(Full, capacity=capacity))
+    return fdl.Partial(Attention, heads=heads, cache=fdl.Config(Full, capacity=capacity), **options)
 
 
 def window_attention(window: int, sinks: int = 4, heads: int = 4) -> fdl.Partial:

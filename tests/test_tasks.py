@@ -213,6 +213,7 @@ def test_symbols_are_a_tokenizer():
         (Copying, {"length": 10, "data": 8}, r"length must be an integer of at least 16 \(2 \* data, data=8\), got 10"),
         (Copying, {"alphabet": True}, "alphabet must be an integer of at least 3 .*, got True"),
         (ListOps, {"arguments": 1}, "arguments must be an integer of at least 2"),
+        (Passkeys, {"keys": ()}, r"keys must be a number, or several, got \(\)"),
         (Passkeys, {"length": 55}, "length must be an integer of at least 56"),
         (Digits, {"held_out": 1797}, "held_out must leave some"),
     ],

@@ -152,9 +152,19 @@ def _setting(exact, reset, state, U, read, write, keep):
     (n, heads, c, v), k = U.shape, state.shape[1]
     cut = blocks(exact, k, v)
     constants = {
-        "CHUNKS": n, "HEADS": heads, "C": c, "K": k, "V": v, "SHARE": heads // write.shape[1],
-        "SHARE_KEEP": 1 if keep is None else heads // keep.shape[1], "KEEP": 0 if keep is None else keep.shape[2],
-        "DELTA": read is not None, "RESET": reset, "PRECISION": "tf32x3" if exact else "tf32",
-        "CP": triton.power(c, 16), "KP": triton.power(k, 16), "BV": cut.values,
+        "CHUNKS": n,
+        "HEADS": heads,
+        "C": c,
+        "K": k,
+        "V": v,
+        "SHARE": heads // write.shape[1],
+        "SHARE_KEEP": 1 if keep is None else heads // keep.shape[1],
+        "KEEP": 0 if keep is None else keep.shape[2],
+        "DELTA": read is not None,
+        "RESET": reset,
+        "PRECISION": "tf32x3" if exact else "tf32",
+        "CP": triton.power(c, 16),
+        "KP": triton.power(k, 16),
+        "BV": cut.values,
     }
     return constants, (heads, triton.blocks(v, cut.values)), cut

@@ -98,6 +98,8 @@ class Passkeys:
     def __post_init__(self) -> None:
         for name in ("digits", "examples", "held_out"):
             at_least(name, getattr(self, name), 1)
+        if not self._keys:
+            raise ValueError("keys must be a number, or several, got ()")
         for keys in self._keys:
             at_least("keys", keys, 1)
         turns = max(self._keys) * (self.digits + FRAME)
