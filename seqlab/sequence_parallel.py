@@ -159,14 +159,17 @@ def _relay(run, state, floats, rest):
 
 
 def _relay_forward(run, state, floats, rest):
-    # The rounds are written out: on a CPU, loops that send messages and do not need each other run side by side, where XLA takes the
-    # messages of one for those of another (all have one channel; jaxlib 0.10 gives wrong numbers or fails a check in rendezvous.h).
+    # The rounds are written out: where several loops sent messages, jaxlib 0.10 on a CPU gave wrong numbers or failed a check in
+    # rendezvous.h. Such loops may run side by side, and all messages have one channel: those of one seem to be taken for another's.
     here, start = place(), state
+
+    def outcome(start, *_):
+        return _varying(run(start, floats, rest))
+
     outputs, end = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run, state, floats, rest))
     outputs, end = _varying((outputs, end))
     for i in range(count()):
-        run_here = functools.partial(lambda start, *_: _varying(run(start, floats, rest)), start)
-        outputs, end = jax.lax.cond(here == i, run_here, lambda *done: done, outputs, end)
+        outputs, end = jax.lax.cond(here == i, outcome, lambda _, *done: done, start, outputs, end)
         start = _chosen(here == i + 1, shift(end), start)
     return (outputs, end), (start, floats, rest)
 

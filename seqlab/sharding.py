@@ -100,7 +100,7 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int =
 def compiler_options(mesh: Mesh | None) -> dict[str, bool] | None:
     """What `jax.jit` and `compile` have to be told of a program on `mesh`.
 
-    On a CPU XLA may run loops side by side that do not need each other, and takes the messages of one for those of another where both
+    On a CPU XLA may run loops side by side that do not need each other, and seems to take the messages of one for another's where both
     send some (jaxlib 0.10: wrong numbers, or a failed check of `rendezvous.h`). So they are asked to run in order.
     """
     if mesh is None or mesh.devices.flat[0].platform != "cpu":
