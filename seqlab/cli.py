@@ -1,7 +1,8 @@
 """The command line. It imports nothing heavy before it knows what to do: `seqlab --help` answers at once.
 
 Exit codes: 0 done; 2 for what a user can put right (one line on stderr); 3 where training diverged; 130 and 143 after SIGINT and SIGTERM,
-with a checkpoint saved where training was under way; 1 with a traceback for everything else, which is a bug.
+with a checkpoint saved where training was under way; 1 for a result that `bench` finds wrong, and with a traceback for everything else,
+which is a bug.
 """
 
 import argparse
@@ -15,8 +16,8 @@ from typing import Any
 
 _SIGNALS = {"finished": 0, "SIGINT": 130, "SIGTERM": 143}
 _EPILOG = """\
-exit codes: 0 done; 2 an error of yours, in one line; 3 the training diverged; 130/143 interrupted (training saves a checkpoint first,
-and the same command goes on from there)"""
+exit codes: 0 done; 1 bench found something wrong; 2 an error of yours, in one line; 3 the training diverged; 130/143 interrupted
+(training saves a checkpoint first, and the same command goes on from there)"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -163,6 +164,17 @@ def _add_telling(commands: Any) -> None:
     doctor = commands.add_parser("doctor", help="versions, devices, which kernels run here and why the others do not")
     _add_json(doctor)
     doctor.set_defaults(run=_doctor)
+
+    bench = commands.add_parser("bench", help="how fast an op is here beside others that compute the same, once it is right")
+    bench.add_argument("op", help="attention, conv, decode_attention, linear_attention, scan, ...")
+    bench.add_argument("--impl", nargs="+", action="extend", default=[], metavar="NAME", help="implementations; default: all that run here")
+    bench.add_argument("--shape", nargs="+", action="extend", default=[], metavar="WORD", help="named shapes, and changes such as t=512")
+    bench.add_argument("--dtype", help="float32, bfloat16 or float16; default: that of the shape")
+    bench.add_argument("--backward", action="store_true", help="gradients too")
+    bench.add_argument("--interpret", action="store_true", help="simulate the kernels for TPUs: are they right? No times")
+    bench.add_argument("--rounds", type=int, default=5, metavar="N", help="times are medians of so many; default %(default)s")
+    bench.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write everything there, too")
+    bench.set_defaults(run=_bench)
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -349,6 +361,16 @@ def _doctor(args: argparse.Namespace) -> int:
     report = doctor.report(_compile_cache())
     print(json.dumps(report, indent=1) if args.json else doctor.as_text(report))
     return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from seqlab import bench
+    from seqlab.bench import show
+
+    if args.rounds < 1:
+        raise bench.BenchError(f"--rounds must be at least 1, got {args.rounds}")
+    planned = bench.plan(args.op, args.impl, args.shape, args.dtype, args.backward, args.interpret)
+    return 1 if show.show(planned, args.rounds, args.json) else 0
 
 
 def _compile_cache() -> pathlib.Path:

@@ -1,0 +1,215 @@
+"""What is timed: calls of the ops at the shapes of their `specs`, what they must at least move and compute, and how exact they can be."""
+
+import dataclasses
+import importlib
+import math
+import types
+import typing
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seqlab import kernels
+from seqlab.kernels.dispatch import Op, check_name
+
+_UNIT = 2.0**-20  # float32: products are made of three in TF32 on GPUs, exponentials are the hardware's
+_BFLOAT16 = 2.0**-8  # of what is rounded to 8 bits
+_DENSE = 2**31  # bytes that a reference in float64 may take
+
+
+class Facts(NamedTuple):
+    """Of one call by its spec: operations of the definition, the lengths of the sums behind values and gradients, and the numbers that
+    the reference holds at once."""
+
+    flops: Callable[[Any], float]
+    sums: Callable[[Any], tuple[int, int]]
+    held: Callable[[Any], float]
+
+
+def _pairs(s: Any) -> float:
+    """Queries with the keys they see."""
+    seen = s.s if s.window is None else min(s.s, s.window + s.sinks)
+    return s.b * s.h * s.t * seen * (0.5 if s.causal and s.window is None and s.t == s.s else 1.0)
+
+
+FACTS = {
+    "attention": Facts(lambda s: 2 * _pairs(s) * (s.k + s.v), lambda s: (s.s, s.t * s.h // s.g), lambda s: 4.0 * s.b * s.h * s.t * s.s),
+    "block_attention": Facts(
+        lambda s: 2.0 * s.b * s.t * s.h * s.c * s.block * (s.k + s.v),
+        lambda s: (s.c * s.block, s.t * s.h // s.g),
+        lambda s: 4.0 * s.b * s.h * s.t * s.n * s.block,
+    ),
+    "conv": Facts(lambda s: 2.0 * s.w * s.b * s.t * s.d, lambda s: (s.w, s.b * s.t), lambda s: s.w * s.b * s.t * s.d),
+    "decode_attention": Facts(
+        lambda s: 2.0 * s.b * s.h * s.s * (s.k + s.v), lambda s: (s.s, 0), lambda s: 2.0 * s.b * s.s * s.h * (s.k + s.v)
+    ),
+    "dwt": Facts(lambda s: 3.0 * s.b * s.h * s.w * s.d, lambda s: (4, 4), lambda s: 4.0 * s.b * s.h * s.w * s.d),
+    "linear_attention": Facts(
+        lambda s: s.b * s.t * s.h * s.k * s.v * (8.0 if s.beta else 4.0), lambda s: (s.t, s.t), lambda s: s.b * s.t * s.h * s.k * s.v
+    ),
+    "lmu": Facts(lambda s: 2.0 * s.b * s.t * s.q * s.d * (s.d + 1), lambda s: (s.t, s.t), lambda s: s.b * s.t * s.q * s.d),
+    "scan": Facts(lambda s: 7.0 * s.b * s.t * s.e * s.n, lambda s: (s.t, s.b * s.t), lambda s: s.b * s.t * s.e * s.n),
+}
+FORWARD_ONLY = ("decode_attention",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A call of an op: arrays by argument, everything else in `options`; with `gradients` values and gradients of it."""
+
+    op: Op
+    name: str
+    spec: Any
+    dtype: str
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+    gradients: bool
+
+    @property
+    def title(self) -> str:
+        what = "values and gradients" if self.gradients else "values"
+        return f"{self.op.name} {self.name} ({describe(self.spec)}), {self.dtype}, {what}"
+
+    @property
+    def flops(self) -> float:
+        """A gradient computes at least twice as much again."""
+        return FACTS[self.op.name].flops(self.spec) * (3.0 if self.gradients else 1.0)
+
+    @property
+    def bytes(self) -> float:
+        """Every argument is read and every result written once; for gradients a second time, and the cotangents are read."""
+        results = jax.eval_shape(self.call("xla"), self.arguments)
+        once = _bytes(self.arguments) + _bytes(results)
+        return once + _bytes(self.arguments) + 2 * _bytes(results) if self.gradients else once
+
+    @property
+    def allowed(self) -> tuple[float, float]:
+        """The error that values and gradients may have, relative to their largest. Rounding errors of a sum grow with the root of its
+        length. In bfloat16 the factors of products are rounded, too, before each sum, of which a gradient has up to four in a row."""
+        values, gradients = (_UNIT * max(n, 1) ** 0.5 for n in FACTS[self.op.name].sums(self.spec))
+        rough = _BFLOAT16 if any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(self.arguments)) else 0.0
+        return values + 2 * rough, 4 * (max(values, gradients) + rough)
+
+    @property
+    def dense(self) -> bool:
+        """Whether the reference in float64 fits."""
+        return 8 * FACTS[self.op.name].held(self.spec) <= _DENSE
+
+    def call(self, implementation: str) -> Callable[[dict[str, Any]], Any]:
+        """The values by an implementation, as a function of the arguments."""
+        function = getattr(kernels, self.op.name)
+        return lambda arguments: function(**arguments, **self.options, implementation=implementation)
+
+    def cotangents(self) -> Any:
+        """A fixed random gradient by every value."""
+        shapes, random = jax.eval_shape(self.call("xla"), self.arguments), np.random.default_rng(7)
+        return jax.tree.map(lambda x: jnp.asarray(random.standard_normal(x.shape, np.float32), x.dtype), shapes)
+
+    def timed(self, implementation: str) -> Callable[[Any], Any]:
+        """What is timed, of `(arguments, cotangents)`: the values, or the values and the gradients by all floating-point arguments."""
+        return with_gradients(self.call(implementation)) if self.gradients else lambda both: self.call(implementation)(both[0])
+
+
+def with_gradients(function: Callable[[dict[str, Any]], Any]) -> Callable[[Any], Any]:
+    """`(values, gradients)` of `(arguments, cotangents)`."""
+
+    def both(inputs):
+        arguments, cotangents = inputs
+        floats = {name: x for name, x in arguments.items() if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)}
+        values, pull = jax.vjp(lambda floats: function({**arguments, **floats}), floats)
+        return values, pull(cotangents)[0]
+
+    return both
+
+
+def _bytes(tree: Any) -> float:
+    return float(sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
+
+
+def op_named(name: str) -> Op:
+    """The op of that name; raises ValueError with the nearest one."""
+    check_name(name, tuple(FACTS), "op")
+    return importlib.import_module(f"seqlab.kernels.{name}")._op
+
+
+def make(op: Op, name: str, spec: Any, dtype: str | None = None, gradients: bool = False) -> Case:
+    """The case of a spec. A sequence begins afresh, as in training; a single step goes on from a state, as in decoding."""
+    module = _specs(op.name)
+    if hasattr(spec, "dtype"):
+        fields = {field: dtype for field in ("dtype", "wide") if hasattr(spec, field)} if dtype else {}
+        spec = spec._replace(**fields)
+        call, dtype = module.inputs(spec), spec.dtype
+    else:
+        dtype = dtype or "float32"
+        call = module.make(spec, dtype=dtype)
+    if getattr(spec, "t", 1) > 1:
+        call.pop("initial_state", None)
+    arguments = {key: x for key, x in call.items() if x is not None and all(isinstance(y, jax.Array) for y in jax.tree.leaves(x))}
+    options = {key: x for key, x in call.items() if x is not None and key not in arguments}
+    options |= {key: getattr(spec, key) for key in ("chunk", "levels") if getattr(spec, key, None) is not None}
+    return Case(op, name, spec, dtype, arguments, options, gradients)
+
+
+def shapes(op: Op) -> dict[str, Any]:
+    """The named shapes of an op: those for benchmarks here, and those large enough for an accelerator."""
+    return _specs(op.name).BENCHMARKS | getattr(_specs(op.name), "LARGE", {})
+
+
+def default_shapes(op: Op) -> dict[str, Any]:
+    """What is timed where nothing is asked for."""
+    module = _specs(op.name)
+    return module.BENCHMARKS if jax.default_backend() == "cpu" else getattr(module, "LARGE", module.BENCHMARKS)
+
+
+def chosen_shapes(op: Op, words: list[str]) -> dict[str, Any]:
+    """The shapes that words ask for: names, and changes such as t=512 of all of them (of the first one where there is no name)."""
+    known, names = shapes(op), [word for word in words if "=" not in word]
+    for name in names:
+        check_name(name, tuple(known), f"shape of {op.name}")
+    changes = [word.partition("=") for word in words if "=" in word]
+    found = {name: known[name] for name in names} or (dict([next(iter(known.items()))]) if changes else default_shapes(op))
+    for field, _, text in changes:
+        found = {name: _changed(op, spec, field, text) for name, spec in found.items()}
+    return found
+
+
+def _changed(op: Op, spec: Any, field: str, text: str) -> Any:
+    kinds = typing.get_type_hints(type(spec))
+    check_name(field, tuple(kinds), f"field of a shape of {op.name}")
+    value = _read(text, kinds[field])
+    if value is _read:
+        raise ValueError(f"--shape {field}: got {text!r}, expected {getattr(kinds[field], '__name__', kinds[field])}")
+    return spec._replace(**{field: value}) if hasattr(spec, "_replace") else dataclasses.replace(spec, **{field: value})
+
+
+def _read(text: str, kind: Any) -> Any:
+    """`text` as a `kind`, or this function itself if it is none."""
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if text.lower() == "none" and type(None) in kinds:
+        return None
+    if bool in kinds:
+        return {"true": True, "false": False}.get(text.lower(), _read)
+    for one in kinds:
+        try:
+            value = one(text)
+        except (TypeError, ValueError):
+            continue
+        if one is not int or value >= 0:
+            return value
+    return _read
+
+
+def describe(spec: Any) -> str:
+    """The fields of a spec that differ from their defaults, and those without one; its dtype is said elsewhere."""
+    if dataclasses.is_dataclass(spec):
+        values = {field.name: (getattr(spec, field.name), field.default) for field in dataclasses.fields(spec)}
+    else:
+        values = {name: (value, spec._field_defaults.get(name, dataclasses.MISSING)) for name, value in spec._asdict().items()}
+    return " ".join(f"{name}={value}" for name, (value, default) in values.items() if value != default and name not in ("dtype", "wide"))
+
+
+def _specs(name: str) -> Any:
+    return importlib.import_module(f"seqlab.kernels.{name}.specs")

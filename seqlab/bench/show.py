@@ -1,0 +1,65 @@
+"""What a bench prints: a table a case, and what it must not be taken for."""
+
+import pathlib
+
+from seqlab import bench, report
+from seqlab.bench.cases import Case
+
+
+def show(planned: bench.Plan, rounds: int, file: pathlib.Path | None) -> int:
+    """Run and print a plan, and write all of it as JSON into `file`; returns the number of implementations that are wrong."""
+    about, outcomes = bench.about(), []
+    print(f"{about['device']}, JAX {about['jax']} on {about['platform']}, seqlab {about['seqlab']}")
+    for outcome in bench.run(planned, rounds):
+        print(f"\n{as_text(outcome)}", flush=True)
+        outcomes.append(outcome)
+    if file is not None:
+        bench.write(file, {**about, "cases": [bench.record(outcome) for outcome in outcomes]})
+    return sum(bool(result.wrong) for outcome in outcomes for result in outcome.results)
+
+
+def as_text(outcome: bench.Outcome) -> str:
+    """One case: what is wrong, the times of what is right beside the ceilings, and who did not take part."""
+    case, most = outcome.case, outcome.ceilings
+    lines = [
+        case.title,
+        f"  errors against {outcome.truth}; allowed {' and '.join(f'{x:.1e}' for x in case.allowed[: 1 + case.gradients])}",
+    ]
+    if most:
+        lines[-1] += f"; ceilings {_rate(most.bytes, 'B')} of a copy, {_rate(most.flops, 'FLOP')} of a product"
+    rows = bench.record(outcome)["contestants"]
+    if most and any(row["seconds"] for row in rows):
+        lines.append(_indented(report.as_text(_cells(case, rows))))
+    else:
+        lines += [f"  {row['name']}: error {row['error']:.1e}, interpreted: no time, for a simulation has none" for row in rows]
+    lines += [f"  {row['name']} is WRONG, so it gets no time: {row['wrong']}" for row in rows if row["wrong"]]
+    if any(row.get("copy_share", 0) > 1 for row in rows):
+        lines.append("  above 100 %: the case stays in caches, which the large copy does not")
+    return "\n".join([*lines, *(f"  without {name}: {reason}" for name, reason in outcome.left_out.items())])
+
+
+def _cells(case: Case, rows: list[dict]) -> list[list[str]]:
+    first = rows[0]["name"]
+    cells = [["", "error", "time", "of the copy", "of the product", f"time / {first}'s", "compiled in"]]
+    for row in rows:
+        if row["seconds"] is None:
+            continue
+        ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}x"
+        error = "-" if row["error"] is None else f"{row['error']:.1e}"
+        shares = f"{row['copy_share']:.0%}", f"{row['product_share']:.0%}"
+        cells.append([row["name"], error, _time(row["seconds"]), *shares, ratio, f"{row['compile_seconds']:.1f} s"])
+    return cells
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"  {line}".rstrip() for line in text.splitlines())
+
+
+def _time(seconds: float) -> str:
+    unit, size = next((pair for pair in (("s", 1.0), ("ms", 1e-3)) if seconds >= pair[1]), ("us", 1e-6))
+    return f"{seconds / size:.3g} {unit}"
+
+
+def _rate(value: float, unit: str) -> str:
+    prefix, size = next((pair for pair in (("T", 1e12), ("G", 1e9)) if value >= pair[1]), ("M", 1e6))
+    return f"{value / size:.3g} {prefix}{unit}/s"
