@@ -142,8 +142,8 @@ def _decode_attention() -> tuple[tuple[Any, ...], dict[str, Any]]:
     from seqlab.kernels.decode_attention import Coded
 
     random, lead = np.random.default_rng(0), (_BATCH, _HEADS)
-    words = [jnp.asarray(random.integers(0, 2**32, size=(*lead, _TIME, _WIDTH // 8), dtype=np.uint32)) for _ in range(2)]
-    groups = [[0.1 * _normal(seed, *lead, *shape) for seed in (1, 2)] for shape in ((_TIME // 32, _WIDTH), (_TIME, _WIDTH // 32))]
+    words = [jnp.asarray(random.integers(0, 2**32, size=(*lead, _WIDTH // 8, _TIME), dtype=np.uint32)) for _ in range(2)]
+    groups = [[0.1 * _normal(seed, *lead, *shape) for seed in (1, 2)] for shape in ((_TIME // 32, _WIDTH), (_WIDTH // 32, _TIME))]
     k, v = (Coded(codes, *found) for codes, found in zip(words, groups, strict=True))
     return (_normal(3, *lead, _WIDTH), k, v, jnp.ones((_BATCH, _TIME), bool)), {}
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import assert_close, random
+from helpers import assert_close, assert_identical, random
 
-from seqlab import state_bytes, stream_generate
+from seqlab import explain, state_bytes, stream_generate, use_implementation
 from seqlab.models import Attention, Full, LanguageModel, Window
 from seqlab.models.attention import bytes_per_step, with_cache
 from seqlab.models.cache import MoBA, Quantized, duo, parse_cache
@@ -159,6 +159,21 @@ def test_a_coded_cache_stays_near_the_exact_one(bits, bound):
     error = float(jnp.max(jnp.abs(compiled(coded)(x)[0] - compiled(exact)(x)[0])))
     scale = float(jnp.max(jnp.abs(compiled(exact)(x)[0])))
     assert 0 < error < bound * scale
+
+
+def test_one_step_reads_codes_where_an_implementation_can():
+    """Many steps are attended to at once; one goes through `kernels.decode_attention`, whichever implementation that takes."""
+    mixer = Attention(32, heads=4, kv_heads=2, cache=Quantized(None, 40, 2, bits=4, group=8, residual=8), rngs=nnx.Rngs(0))
+    x, call = random(7, 2, 30, 32), compiled(mixer)
+    _, state = call(x[:, :29], mixer.init_state(2))
+    choices = explain(lambda x, state: mixer(x, state), x[:, 29:], state)
+    assert [str(choice) for choice in choices] == ["decode_attention: xla"]
+    assert explain(lambda x, state: mixer(x, state), x[:, 28:], state) == []
+    with use_implementation("reference"):
+        by_reference = call(x[:, 29:], state)
+    by_default = call(x[:, 29:], state)
+    assert_close(by_default[0], by_reference[0], 1e-5)
+    assert_identical(by_default[1], by_reference[1])
 
 
 def test_two_bits_are_a_fifth_of_sixteen():

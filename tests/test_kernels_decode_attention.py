@@ -12,28 +12,32 @@ from seqlab.kernels.decode_attention import Coded, decode_attention
 from seqlab.kernels.decode_attention.specs import SPECS, Spec, inputs
 from seqlab.models.cache.quantize import dequantize, pack, quantize
 
-SOME = ("int8", "int2", "odd_widths", "nothing_seen", "bfloat16")  # others take the same ways
+SOME = ("int8", "int2", "odd_widths", "nothing_seen", "bfloat16", "numbers", "numbers_bfloat16")  # others take the same ways
 
 
 def numbers(x, bits, over_steps):
-    """The numbers of codes, one after the other."""
+    """The numbers [b, g, s, width] of codes, one after the other."""
+    if not isinstance(x, Coded):
+        return np.asarray(x, np.float64)
     words, scale, least = (np.asarray(y).astype(np.uint64 if y.dtype == jnp.uint32 else np.float64) for y in x)
-    b, g, s, _ = words.shape
-    codes = np.stack([words >> np.uint64(bits * i) & np.uint64(2**bits - 1) for i in range(32 // bits)], -1)
-    codes = codes.reshape(b, g, s, -1).astype(np.float64)
+    b, g, _, s = words.shape
+    codes = np.stack([words >> np.uint64(bits * i) & np.uint64(2**bits - 1) for i in range(32 // bits)], 3)
+    codes = codes.reshape(b, g, -1, s).swapaxes(2, 3).astype(np.float64)
+    scale, least = (y if over_steps else y.swapaxes(2, 3) for y in (scale, least))
     rows = np.repeat(np.arange(scale.shape[2]), s // scale.shape[2])
     columns = np.repeat(np.arange(scale.shape[3]), codes.shape[3] // scale.shape[3])
-    index = np.ix_(rows, np.arange(scale.shape[3])) if over_steps else np.ix_(np.arange(s), columns)
+    index = np.ix_(rows, columns)
     return codes * scale[:, :, *index] + least[:, :, *index]
 
 
-def by_hand(spec, q, k, v, visible):
+def by_hand(spec, q, k, v, visible, softcap=None):
     keys, values = numbers(k, spec.bits, True), numbers(v, spec.bits, False)
     out, lse = np.zeros((spec.b, spec.h, spec.v)), np.full((spec.b, spec.h), -np.inf)
     for row, head in np.ndindex(spec.b, spec.h):
         seen, group = np.asarray(visible[row]), head * spec.g // spec.h
         if seen.any():
             x = keys[row, group, seen] @ np.asarray(q[row, head], np.float64) / np.sqrt(spec.k)
+            x = x if softcap is None else softcap * np.tanh(x / softcap)
             lse[row, head] = np.logaddexp.reduce(x)
             out[row, head] = np.exp(x - lse[row, head]) @ values[row, group, seen]
     return out, lse
@@ -43,8 +47,9 @@ def by_hand(spec, q, k, v, visible):
 @pytest.mark.parametrize("name", [name if name in SOME else pytest.param(name, marks=pytest.mark.slow) for name in SPECS])
 def test_values_are_those_of_the_definition(name, implementation):
     arguments = inputs(SPECS[name])
-    out, lse = jax.jit(lambda a: decode_attention(**a, implementation=implementation))(arguments)
-    expected, expected_lse = by_hand(SPECS[name], **arguments)
+    options = {"softcap": arguments.pop("softcap", None), "implementation": implementation}
+    out, lse = jax.jit(lambda a: decode_attention(**a, **options))(arguments)
+    expected, expected_lse = by_hand(SPECS[name], **arguments, softcap=options["softcap"])
     assert out.dtype == SPECS[name].dtype and lse.dtype == jnp.float32
     dead = np.isneginf(expected_lse)
     np.testing.assert_array_equal(np.isneginf(lse), dead)
@@ -63,8 +68,8 @@ def test_codes_are_those_of_the_quantized_cache():
     x = random(0, 1, 2, 64, 32)
     codes, groups, values = coded(x, 16)
     turned, k_groups, keys = coded(x.swapaxes(2, 3), 32)
-    v = Coded(pack(codes, 4), *groups)
-    k = Coded(pack(turned.swapaxes(2, 3), 4), *(y.swapaxes(2, 3) for y in k_groups))
+    v = Coded(pack(codes, 4).swapaxes(2, 3), *(y.swapaxes(2, 3) for y in groups))
+    k = Coded(pack(turned.swapaxes(2, 3), 4).swapaxes(2, 3), *(y.swapaxes(2, 3) for y in k_groups))
     assert_close(numbers(k, 4, True), keys.swapaxes(2, 3), 1e-6)
     assert_close(numbers(v, 4, False), values, 1e-6)
 
@@ -72,7 +77,7 @@ def test_codes_are_those_of_the_quantized_cache():
 def test_hidden_slots_do_nothing():
     arguments = inputs(Spec(2, 64, 4, 2, 32, 32, 4, seen=0.5))
     hidden = ~arguments["visible"]
-    dirty = arguments["v"]._replace(scale=jnp.where(hidden[:, None, :, None], jnp.nan, arguments["v"].scale))
+    dirty = arguments["v"]._replace(scale=jnp.where(hidden[:, None, None, :], jnp.nan, arguments["v"].scale))
     run = jax.jit(lambda arguments: decode_attention(**arguments))
     assert_identical(run({**arguments, "v": dirty}), run(arguments))
 
@@ -84,6 +89,8 @@ def test_hidden_slots_do_nothing():
         ({"q": jnp.ones((3, 4, 32))}, r"k.words must be an array .* of uint32 with b=3"),
         ({"q": jnp.ones((2, 3, 32))}, "divides the 3 heads of q, got g=2"),
         ({"q": jnp.ones((2, 4, 30))}, "k.words must hold 30 numbers of 2, 4, 8 bits, got 4 words"),
+        ({"k": jnp.ones((2, 2, 64, 32))}, "k and v must both be Coded or both arrays, got .* and Coded"),
+        ({"softcap": 0}, "softcap must be a number above 0 or None, got 0"),
         ({"visible": jnp.ones((2, 64))}, r"visible must be a boolean array \[b, s\] = \(2, 64\), got float32"),
         ({"implementation": "xIa"}, "did you mean 'xla'"),
     ],
@@ -92,5 +99,5 @@ def test_wrong_arguments_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         decode_attention(**{**inputs(Spec(2, 64, 4, 2, 32, 32, 4)), **change})
     wrong = inputs(Spec(2, 64, 4, 2, 32, 32, 4))
-    with pytest.raises(ValueError, match=r"v.scale must be \[b, g, s, groups\] .* divide 32 values, got \(2, 2, 64, 3\)"):
-        decode_attention(**{**wrong, "v": wrong["v"]._replace(scale=jnp.ones((2, 2, 64, 3)))})
+    with pytest.raises(ValueError, match=r"v.scale must be \[b, g, groups, s\] .* divide 32 values, got \(2, 2, 3, 64\)"):
+        decode_attention(**{**wrong, "v": wrong["v"]._replace(scale=jnp.ones((2, 2, 3, 64)))})

@@ -417,7 +417,7 @@ def test_linear_attention_counts_beyond_two_billion_elements():
 # --- decode_attention
 
 
-@pytest.mark.parametrize("name", some(decode_specs.SPECS, ["odd_widths"]))
+@pytest.mark.parametrize("name", some(decode_specs.SPECS, ["odd_widths", "numbers"]))
 def test_decode_attention_is_the_definition(name, interpreted):
     spec, arguments = decode_specs.SPECS[name], decode_specs.inputs(decode_specs.SPECS[name])
     out, lse = kernels.decode_attention(**arguments, implementation="triton_gpu")
@@ -434,7 +434,7 @@ def of_shapes(spec):
     return triton_cpu.launches(lambda: kernels.decode_attention(**decode_specs.inputs(spec), implementation="triton_gpu"))
 
 
-@pytest.mark.parametrize("bits", some((2, 4, 8), [4]))
+@pytest.mark.parametrize("bits", some((2, 4, 8, None), [4]))
 @pytest.mark.parametrize("dtype", some(("bfloat16", "float32"), ["bfloat16"]))
 def test_decode_attention_fits(bits, dtype):
     for width in (64, 128, 256) if dtype == "bfloat16" else (64, 128):
@@ -445,16 +445,17 @@ def test_decode_attention_counts_beyond_two_billion_words():
     from seqlab.kernels.decode_attention import triton_kernels
 
     s, g, width = 1 << 22, 32, 128  # 16 words a slot
-    words = np.zeros((1, g, s, width // 8), np.uint32)
+    words = np.zeros((1, g, width // 8, s), np.uint32)
     q = np.ones((1, g, width), np.float32)
-    k_scale, v_scale = np.zeros((1, g, s // 128, width), np.float32), np.zeros((1, g, s, 1), np.float32)
-    v_scale[0, -1, -1], words[0, -1, -1] = 1, 0x11111111
+    k_scale, v_scale = np.zeros((1, g, s // 128, width), np.float32), np.zeros((1, g, 1, s), np.float32)
+    v_scale[0, -1, :, -1], words[0, -1, :, -1] = 1, 0x11111111
     visible = np.zeros((1, s), np.int8)
     visible[0, -1] = 1
-    constants = {"ROWS": 1, "S": s, "H": g, "G": g, "K": width, "V": width, "BITS": 4, "K_GROUP": 128, "V_GROUP": width}
-    constants |= {"SCALE": 1.0, "SPLITS": 1 << 14, "PRECISION": "ieee", "KP": width, "VP": width, "BM": 16}
+    constants = {"ROWS": 1, "S": s, "H": g, "G": g, "K": width, "V": width, "BITS": 4, "BN": 128, "V_GROUP": width}
+    constants |= {"SOFTCAP": 0.0, "SCALE": 1.0, "SPLITS": 1 << 14, "PRECISION": "ieee", "KP": width, "VP": width, "BM": 16}
     out, lse = np.zeros((1 << 14, 1, g, width), np.float32), np.zeros((1 << 14, 1, g), np.float32)
-    arrays = [q, words, k_scale, k_scale, words, v_scale, v_scale, visible, out, lse]
+    first, count = np.zeros(1, np.int32), np.full(1, s // 128, np.int32)
+    arrays = [q, words, k_scale, k_scale, words, v_scale, v_scale, visible, first, count, out, lse]
     triton_cpu.interpret_in_place(triton_kernels.forward, arrays, (1 << 14, g, 1), constants, ((1 << 14) - 1, g - 1, 0))
     assert out[-1, 0, -1].tolist() == [2] * width and lse[-1, 0, -1] == 0
 

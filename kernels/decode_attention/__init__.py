@@ -1,13 +1,15 @@
-"""Attention of one query over a cache whose keys and values are codes of a few bits: one step of decoding.
+"""Attention of one query over a cache, whose keys and values are numbers or codes of a few bits: one step of decoding.
 
-Implementations: `reference` (numbers from codes, then dense attention, the truth), `xla` (the same by the attention that runs
-everywhere), `triton_gpu` (codes become numbers in registers; forward only).
+Implementations: `reference` (numbers from codes, then dense attention, the truth), `xla` (dense, runs everywhere), `triton_gpu` (codes
+become numbers in registers; forward only).
 """
 
+import math
+import numbers
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, UInt
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from seqlab.kernels.dispatch import Named, Op
 
@@ -16,50 +18,85 @@ BITS = (2, 4, 8)
 
 
 class Coded(NamedTuple):
-    """Numbers x = code * scale + least, 32 / bits codes in a word, the first one in the lowest bits."""
+    """Numbers x = code * scale + least, channels before slots. A word holds the codes of 32 / bits channels, the first in the lowest bits.
 
-    words: UInt[Array, "b g s w"]
+    Slots come last: a word a slot is few numbers, and memory is read, and on a TPU laid out, by the hundred.
+    """
+
+    words: UInt[Array, "b g w s"]
     scale: Float[Array, "b g ..."]
     least: Float[Array, "b g ..."]
 
 
 def decode_attention(
     q: Float[Array, "b h k"],
-    k: Coded,
-    v: Coded,
+    k: Coded | Float[Array, "b g s k"],
+    v: Coded | Float[Array, "b g s v"],
     visible: Bool[Array, "b s"],
     *,
+    softcap: float | None = None,
     scale: float | None = None,
     implementation: Named = None,
 ) -> tuple[Float[Array, "b h v"], Float[Array, "b h"]]:
-    """Softmax attention of one query a row over the slots of a cache in few bits, with the log-sum-exp that `merge` needs.
+    """Softmax attention of one query a row over the slots of a cache, with the log-sum-exp by which `merge` puts it beside others.
 
-    Keys share scale and least value over steps, values over channels (KIVI): k = code scale[s // n] + least[s // n], n = s / (groups of
-    k), and v = code scale[c // m] + least[c // m], m = channels / (groups of v). Slots may stand in any order, as in a ring.
+    Keys in few bits share scale and least value over steps, values over channels (KIVI): k = code scale[s // n] + least[s // n], where
+    n = s / (groups of k), and v = code scale[c // m] + least[c // m], m = channels / (groups of v). Slots may stand in any order, as in
+    a ring, and be seen in any combination: a window, sinks, rows that are not as long as others.
 
     Args:
       q: [b, h, k]; query head i reads key/value head i // (h // g).
-      k: words [b, g, s, k bits / 32], scale and least [b, g, groups, k], where the number of groups divides s.
-      v: words [b, g, s, v bits / 32], scale and least [b, g, s, groups]; as many bits as k.
+      k: numbers [b, g, s, k], or words [b, g, k bits / 32, s] with scale and least [b, g, groups, k], where the groups divide s.
+      v: numbers [b, g, s, v], or words [b, g, v bits / 32, s] with scale and least [b, g, groups, s]; in as many bits as k.
       visible: [b, s]; what the other slots hold, NaN included, reaches no result. A row that sees nothing has out = 0 and lse = -inf.
+      softcap: bound c of the logits, c tanh(x / c).
       scale: default 1 / sqrt(k).
       implementation: "reference", "xla" or "triton_gpu"; None lets `seqlab.kernels.dispatch` choose.
 
     Returns:
-      out [b, h, v] in the dtype of q, and lse [b, h] (natural logarithm) in float32.
+      out [b, h, v] in the dtype of q, and lse [b, h] (natural logarithm) in `accumulator` of it.
 
     Raises:
-      ValueError: if an argument has the wrong shape or type, or `implementation` is unknown.
+      ValueError: if an argument has the wrong shape, type or range, or `implementation` is unknown.
 
-    Source: KIVI (arXiv 2402.02750) for the codes, Flash-Decoding for keys that are split among programs.
+    Source: KIVI (arXiv 2402.02750) for the codes; keys split among programs as in Flash-Decoding, evenly by what is seen as in
+    LeanAttention (arXiv 2405.10480).
     """
     _check(q, k, v, visible)
-    return _op(q, k, v, visible, scale=q.shape[-1] ** -0.5 if scale is None else float(scale), implementation=implementation)
+    if softcap is not None and not (isinstance(softcap, numbers.Real) and not isinstance(softcap, bool) and 0 < softcap < math.inf):
+        raise ValueError(f"softcap must be a number above 0 or None, got {softcap!r}")
+    limits = {"softcap": None if softcap is None else float(softcap), "scale": q.shape[-1] ** -0.5 if scale is None else float(scale)}
+    return _op(q, k, v, visible, **limits, implementation=implementation)
 
 
-def unpack(words: UInt[Array, "*b w"], bits: int) -> UInt[Array, "*b d"]:
+def codes_of(words: UInt[Array, "*b w s"], bits: int) -> UInt[Array, "*b d s"]:
     """The codes in words, 32 / bits each."""
-    return ((words[..., None] >> shifts(bits)) & jnp.uint32(2**bits - 1)).reshape(*words.shape[:-1], -1)
+    parts = (words[..., None, :] >> shifts(bits)[:, None]) & jnp.uint32(2**bits - 1)
+    return parts.reshape(*words.shape[:-2], -1, words.shape[-1])
+
+
+def keys_of(k: Coded, bits: int, dtype: jnp.dtype) -> Float[Array, "b g s k"]:
+    """The numbers that the codes of keys stand for."""
+    scale, least = (x.astype(dtype).swapaxes(2, 3)[..., None] for x in (k.scale, k.least))
+    codes = codes_of(k.words, bits).astype(dtype)
+    steps = codes.reshape(*scale.shape[:4], -1)  # those that share a scale: the last axis
+    return (steps * scale + least).reshape(codes.shape).swapaxes(2, 3)
+
+
+def values_of(v: Coded, bits: int, dtype: jnp.dtype) -> Float[Array, "b g s v"]:
+    """The numbers that the codes of values stand for."""
+    scale, least = (x.astype(dtype)[:, :, :, None] for x in (v.scale, v.least))
+    codes = codes_of(v.words, bits).astype(dtype)
+    channels = codes.reshape(*scale.shape[:3], -1, codes.shape[3])  # those that share a scale: the last axis but one
+    return (channels * scale + least).reshape(codes.shape).swapaxes(2, 3)
+
+
+def seen_tiles(visible: Bool[Array, "b s"], size: int) -> tuple[Int[Array, " b"], Int[Array, " b"]]:
+    """The first tile of `size` slots that holds anything visible, and how many there are from it up to the last one that does."""
+    b, s = visible.shape
+    seen = jnp.pad(visible, ((0, 0), (0, -s % size))).reshape(b, -1, size).any(2)
+    first, beyond = jnp.argmax(seen, axis=1), seen.shape[1] - jnp.argmax(seen[:, ::-1], axis=1)
+    return first.astype(jnp.int32), jnp.where(seen.any(1), beyond - first, 0).astype(jnp.int32)
 
 
 def shifts(bits: int) -> UInt[Array, " c"]:
@@ -69,35 +106,47 @@ def shifts(bits: int) -> UInt[Array, " c"]:
 
 def bits_of(k: Coded, width: int) -> int:
     """How many bits a number of k has."""
-    return 32 * k.words.shape[-1] // width
+    return 32 * k.words.shape[2] // width
 
 
-def _check(q: Array, k: Coded, v: Coded, visible: Array) -> None:
+def _check(q: Array, k: Coded | Array, v: Coded | Array, visible: Array) -> None:
     if q.ndim != 3 or not jnp.issubdtype(q.dtype, jnp.floating):
         raise ValueError(f"q must be a floating-point array [b, h, k], got {q.dtype}{q.shape}")
-    b, h, width = q.shape
+    if isinstance(k, Coded) != isinstance(v, Coded):
+        raise ValueError(f"k and v must both be Coded or both arrays, got {type(k).__name__} and {type(v).__name__}")
+    (b, h, _), coded = q.shape, isinstance(k, Coded)
     for name, x in (("k", k), ("v", v)):
-        if x.words.ndim != 4 or x.words.dtype != jnp.uint32 or x.words.shape[0] != b:
-            raise ValueError(f"{name}.words must be an array [b, g, s, words] of uint32 with b={b}, got {x.words.dtype}{x.words.shape}")
-    g, s, count = k.words.shape[1:]
+        x, axes, kind, suffix = (x.words, "words, s", jnp.uint32, ".words") if coded else (x, f"s, {name}", jnp.floating, "")
+        if x.ndim != 4 or not jnp.issubdtype(x.dtype, kind) or x.shape[0] != b:
+            raise ValueError(f"{name}{suffix} must be an array [b, g, {axes}] of {kind.__name__} with b={b}, got {x.dtype}{x.shape}")
+    g = (k.words if coded else k).shape[1]
     if g == 0 or h % g:
-        raise ValueError(f"k.words must have a number of heads that divides the {h} heads of q, got g={g}")
-    if v.words.shape[1:3] != (g, s):
-        raise ValueError(f"v.words must begin with the axes of k.words, [b, g, s] = {(b, g, s)}, got {v.words.shape}")
-    if 32 * count % width or 32 * count // width not in BITS:
-        raise ValueError(f"k.words must hold {width} numbers of {', '.join(map(str, BITS))} bits, got {count} words of 32 bits")
-    values = 32 * v.words.shape[3] // bits_of(k, width)
-    for name, x, axes, fits in (
-        ("k", k, f"[b, g, groups, k] with k={width} and groups that divide s={s}", lambda x: x[3] == width and x[2] and s % x[2] == 0),
-        (
-            "v",
-            v,
-            f"[b, g, s, groups] with s={s} and groups that divide {values} values",
-            lambda x: x[2] == s and x[3] and values % x[3] == 0,
-        ),
-    ):
-        for part, array in (("scale", x.scale), ("least", x.least)):
-            if array.ndim != 4 or array.shape[:2] != (b, g) or not fits(array.shape) or array.shape != x.scale.shape:
-                raise ValueError(f"{name}.{part} must be {axes}, got {array.shape}")
+        raise ValueError(f"k must have a number of heads that divides the {h} heads of q, got g={g}")
+    (_check_codes if coded else _check_numbers)(q, k, v)
+    s = k.words.shape[3] if coded else k.shape[2]
     if visible.shape != (b, s) or visible.dtype != bool:
         raise ValueError(f"visible must be a boolean array [b, s] = {(b, s)}, got {visible.dtype}{visible.shape}")
+
+
+def _check_numbers(q: Array, k: Array, v: Array) -> None:
+    if k.shape[3] != q.shape[2]:
+        raise ValueError(f"k must be [b, g, s, k] with the width k={q.shape[2]} of q, got {k.shape}")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v must begin with the axes of k, [b, g, s] = {k.shape[:3]}, got {v.shape}")
+
+
+def _check_codes(q: Array, k: Coded, v: Coded) -> None:
+    (b, _, width), (_, g, count, s) = q.shape, k.words.shape
+    if v.words.shape[1] != g or v.words.shape[3] != s:
+        raise ValueError(f"v.words must be [b, g, words, s] with g={g} and s={s} as k.words, got {v.words.shape}")
+    if 32 * count % width or 32 * count // width not in BITS:
+        raise ValueError(f"k.words must hold {width} numbers of {', '.join(map(str, BITS))} bits, got {count} words of 32 bits")
+    values = 32 * v.words.shape[2] // bits_of(k, width)
+    for name, x, axes, last, divided in (
+        ("k", k, f"[b, g, groups, k] with k={width} and groups that divide s={s}", width, s),
+        ("v", v, f"[b, g, groups, s] with s={s} and groups that divide {values} values", s, values),
+    ):
+        for part, array in (("scale", x.scale), ("least", x.least)):
+            groups = array.shape[2] if array.ndim == 4 else 0
+            if array.shape != (b, g, groups, last) or groups == 0 or divided % groups or array.shape != x.scale.shape:
+                raise ValueError(f"{name}.{part} must be {axes}, got {array.shape}")

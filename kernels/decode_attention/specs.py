@@ -9,7 +9,9 @@ from seqlab.kernels.decode_attention import Coded
 
 
 class Spec(NamedTuple):
-    """One call of `decode_attention`: keys in groups of `group` steps, values in groups of `channels`."""
+    """One call of `decode_attention`: keys in groups of `group` steps, values in groups of `channels`; numbers where `bits` is None.
+
+    A share `seen` of the slots is visible, or the first `filled` of each row."""
 
     b: int
     s: int
@@ -17,23 +19,30 @@ class Spec(NamedTuple):
     g: int
     k: int
     v: int
-    bits: int
+    bits: int | None
     group: int = 32
     channels: int = 32
     seen: float = 0.7
+    filled: tuple[int, ...] | None = None
+    softcap: float | None = None
     dtype: str = "float32"
 
 
 SPECS = {
     "int8": Spec(2, 96, 4, 2, 32, 32, 8),
     "int4": Spec(2, 96, 4, 2, 32, 64, 4),
-    "int2": Spec(2, 96, 4, 2, 64, 32, 2),
+    "int2": Spec(2, 96, 4, 2, 64, 32, 2, softcap=1.5),
     "one_head": Spec(1, 32, 1, 1, 32, 32, 4),
     "odd_widths": Spec(2, 64, 6, 2, 40, 24, 4, group=16, channels=8),
     "many_heads": Spec(1, 64, 40, 2, 32, 32, 4),
     "split": Spec(1, 1088, 4, 2, 32, 32, 4),
+    "ragged": Spec(3, 1088, 4, 2, 32, 32, 4, filled=(1088, 0, 40)),
     "nothing_seen": Spec(2, 64, 4, 2, 32, 32, 4, seen=0.0),
     "bfloat16": Spec(2, 96, 4, 2, 64, 64, 4, dtype="bfloat16"),
+    "heads_of_256": Spec(1, 64, 2, 1, 256, 256, 8, dtype="bfloat16"),
+    "numbers": Spec(2, 77, 6, 2, 40, 24, None, softcap=2.0),
+    "numbers_ragged": Spec(3, 1100, 4, 2, 32, 32, None, filled=(1100, 0, 37)),
+    "numbers_bfloat16": Spec(2, 61, 4, 1, 256, 64, None, dtype="bfloat16"),
 }
 
 BENCHMARKS = {
@@ -44,18 +53,24 @@ BENCHMARKS = {
 
 
 def inputs(spec: Spec, seed: int = 0) -> dict[str, Any]:
-    """Random arguments of `decode_attention` by name; the first group of the first row is hidden and has scales that are NaN."""
+    """Random arguments of `decode_attention` by name; what the first row has in its first group is hidden and, or its scales, NaN."""
     random, (b, s, h, g, k, v) = np.random.default_rng(seed), spec[:6]
-    visible = random.random((b, s)) < spec.seen
+    visible = random.random((b, s)) < spec.seen if spec.filled is None else np.arange(s) < np.asarray(spec.filled)[:, None]
     visible[0, : spec.group] = False
 
     def coded(width, shape):
-        words = random.integers(0, 2**32, size=(b, g, s, width * spec.bits // 32), dtype=np.uint32)
+        words = random.integers(0, 2**32, size=(b, g, width * spec.bits // 32, s), dtype=np.uint32)
         scale = random.uniform(0.5, 2.0, size=shape) / 2**spec.bits
         return [words, scale, random.normal(size=shape) - 0.5]
 
-    keys, values = coded(k, (b, g, s // spec.group, k)), coded(v, (b, g, s, v // spec.channels))
-    for x in (*keys[1:], values[1]):
-        x[0, :, 0] = np.nan
-    keys, values = (Coded(jnp.asarray(x[0]), *(jnp.asarray(y, spec.dtype) for y in x[1:])) for x in (keys, values))
-    return {"q": jnp.asarray(random.normal(size=(b, h, k)), spec.dtype), "k": keys, "v": values, "visible": jnp.asarray(visible)}
+    if spec.bits is None:
+        keys, values = (random.normal(size=(b, g, s, width)) for width in (k, v))
+        keys[0, :, : spec.group] = values[0, :, : spec.group] = np.nan
+        keys, values = (jnp.asarray(x, spec.dtype) for x in (keys, values))
+    else:
+        keys, values = coded(k, (b, g, s // spec.group, k)), coded(v, (b, g, v // spec.channels, s))
+        for x in (*keys[1:], *(y.swapaxes(2, 3) for y in values[1:])):
+            x[0, :, 0] = np.nan
+        keys, values = (Coded(jnp.asarray(x[0]), *(jnp.asarray(y, spec.dtype) for y in x[1:])) for x in (keys, values))
+    arguments = {"q": jnp.asarray(random.normal(size=(b, h, k)), spec.dtype), "k": keys, "v": values, "visible": jnp.asarray(visible)}
+    return arguments | ({} if spec.softcap is None else {"softcap": spec.softcap})

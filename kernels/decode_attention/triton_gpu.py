@@ -1,4 +1,8 @@
-"""Decoding from codes by Triton: memory is read in the bits that it has, by as many programs as it takes to keep all of it busy."""
+"""Decoding by Triton: memory is read in the bits that it has, by as many programs as it takes to keep all of it busy.
+
+Of a cache only what is seen is read: each program of a row takes an equal share of the tiles from the first to the last that hold anything
+visible (LeanAttention), so that neither a short row nor an empty end of a cache leaves some without work.
+"""
 
 import jax.numpy as jnp
 
@@ -6,22 +10,26 @@ from seqlab.kernels import triton
 from seqlab.kernels.attention.triton_gpu import merged, splits_of
 
 GROUPS = (16, 32, 64, 128)  # steps that share a scale are a tile
-WARPS = {2: {256: 4}, 4: {128: 8}}  # by the bytes of a number of the query, and by the width of heads up to which an entry serves
+# Warps by the bytes of a number of the query, and by the width of heads up to which an entry serves; and how many numbers are a tile.
+WARPS = {2: {256: 4}, 4: {128: 8}}
+TILES = {2: 64, 4: 32}
 
 
-def decode_attention(q, k, v, visible, *, scale):
+def decode_attention(q, k, v, visible, *, softcap, scale):
     """`out, lse`; see `seqlab.kernels.decode_attention`, which has checked the arguments. Not to be differentiated."""
-    from seqlab.kernels.decode_attention import bits_of
+    from seqlab.kernels.decode_attention import Coded, bits_of, seen_tiles
     from seqlab.kernels.decode_attention import triton_kernels as kernels
 
-    (b, h, width), (g, s), bits = q.shape, k.words.shape[1:3], bits_of(k, q.shape[-1])
-    values, group = v.words.shape[3] * 32 // bits, s // k.scale.shape[2]
+    coded, (b, h, width), s = isinstance(k, Coded), q.shape, visible.shape[1]
+    k, v = (k, v) if coded else ((k.astype(q.dtype), q, q), (v.astype(q.dtype), q, q))
     triton.require(q, *k, *v)
-    table = WARPS[q.dtype.itemsize]
-    if group not in GROUPS or max(width, values) > max(table):
+    g, table = k[0].shape[1], WARPS[q.dtype.itemsize]
+    bits = bits_of(k, width) if coded else 0
+    values = v.words.shape[2] * 32 // bits if coded else v[0].shape[3]
+    tile = s // k.scale.shape[2] if coded else TILES[q.dtype.itemsize]
+    if tile not in GROUPS or max(width, values) > max(table):
         most = f"heads of up to {max(table)} in {q.dtype}"
-        raise NotImplementedError(f"kernels for groups of {GROUPS} steps and {most} exist, got {group} and {width}, {values}")
-    warps = next(found for most, found in table.items() if max(width, values) <= most)
+        raise NotImplementedError(f"kernels for groups of {GROUPS} steps and {most} exist, got {tile} and {width}, {values}")
     rows = min(64, triton.power(h // g, 16))
     blocks = triton.blocks(h // g, rows)
     splits = splits_of(b * g * blocks, s)
@@ -33,8 +41,9 @@ def decode_attention(q, k, v, visible, *, scale):
         "K": width,
         "V": values,
         "BITS": bits,
-        "K_GROUP": group,
-        "V_GROUP": values // v.scale.shape[3],
+        "BN": tile,
+        "V_GROUP": values // v.scale.shape[2] if coded else values,
+        "SOFTCAP": softcap or 0.0,
         "SCALE": scale,
         "SPLITS": splits,
         "PRECISION": "tf32x3",
@@ -42,8 +51,9 @@ def decode_attention(q, k, v, visible, *, scale):
         "VP": triton.power(values, 16),
         "BM": rows,
     }
-    arrays = (q, *k, *v, visible.astype(jnp.int8))
+    arrays = (q, *k, *v, visible.astype(jnp.int8), *seen_tiles(visible, tile))
     shapes = [((splits, b, h, values), jnp.float32), ((splits, b, h), jnp.float32)]
+    warps = next(found for most, found in table.items() if max(width, values) <= most)
     out, lse = triton.launch(kernels.forward, arrays, shapes, grid=(blocks * splits, g, b), constants=constants, warps=warps, stages=2)
     out, lse = merged(out, lse)
     return out.astype(q.dtype), lse

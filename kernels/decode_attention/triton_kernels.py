@@ -1,35 +1,34 @@
-"""One kernel: a program reads the codes of a part of a cache, makes numbers of them in registers, and keeps an online softmax."""
+"""One kernel: a program reads a part of a cache, makes numbers of codes in registers, and keeps an online softmax."""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def _codes(words, row, word, BITS: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr):
-    """[rows, WIDTH]: the codes of rows (int64) of words, as float32. WIDTH is padded, WORDS is not."""
+def _codes(words, word, slot, S: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr):
+    """[WIDTH, slots]: the codes of slots (int64) as float32, of words that begin at `words`. WIDTH is padded, WORDS is not."""
     PER: tl.constexpr = 32 // BITS
-    packed = tl.load(words + row[:, None] * WORDS + word[None, :], (word < WORDS)[None, :], 0)
+    packed = tl.load(words + word[:, None] * S + slot[None, :], (word < WORDS)[:, None], 0)
     shifts = tl.arange(0, PER) * BITS
-    codes = (packed[:, :, None] >> shifts.to(tl.uint32)[None, None, :]) & (2**BITS - 1)
-    return tl.reshape(codes, (row.shape[0], WIDTH)).to(tl.float32)
+    codes = (packed[:, None, :] >> shifts.to(tl.uint32)[None, :, None]) & (2**BITS - 1)
+    return tl.reshape(codes, (WIDTH, slot.shape[0])).to(tl.float32)
 
 
 @triton.jit
 def forward(
-    q, k, k_scale, k_least, v, v_scale, v_least, visible, out, lse,
+    q, k, k_scale, k_least, v, v_scale, v_least, visible, first, count, out, lse,
     ROWS: tl.constexpr, S: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BITS: tl.constexpr,
-    K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, SCALE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
-    KP: tl.constexpr, VP: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, V_GROUP: tl.constexpr, SOFTCAP: tl.constexpr, SCALE: tl.constexpr, SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """out [splits, b, h, v] and lse [splits, b, h] over the slots of a split. Program (block of heads and split, group, row of the batch).
 
-    A tile is one group of keys, all of which have the same scales.
+    A tile is BN slots: one group of keys, all of which have the same scales, or numbers where BITS is 0. Row b walks count[b] tiles from
+    first[b] on, those that it sees, shared evenly among its splits.
     """
     b, g = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     R: tl.constexpr = H // G
     BLOCKS: tl.constexpr = (R + BM - 1) // BM
-    TILES: tl.constexpr = S // K_GROUP
-    PER: tl.constexpr = 32 // BITS
     split = tl.program_id(0) // BLOCKS
     head = tl.program_id(0) % BLOCKS * BM + tl.arange(0, BM)
     width, value = tl.arange(0, KP), tl.arange(0, VP)
@@ -38,25 +37,40 @@ def forward(
     query = tl.load(q + row[:, None] * K + width[None, :], inside[:, None] & (width < K)[None, :], 0.0)
     top, total = tl.full((BM,), float("-inf"), tl.float32), tl.zeros((BM,), tl.float32)
     mass = tl.zeros((BM, VP), tl.float32)
-    for tile in range(TILES * split // SPLITS, TILES * (split + 1) // SPLITS):
-        slot = tile * K_GROUP + tl.arange(0, K_GROUP)
-        see = tl.load(visible + b * S + slot) != 0
-        at = (b * G + g) * S + slot
-        group = ((b * G + g) * TILES + tile) * K + width
-        scale, least = tl.load(k_scale + group, width < K, 0.0), tl.load(k_least + group, width < K, 0.0)
-        codes = _codes(k, at, tl.arange(0, KP // PER), BITS, K // PER, KP)
-        key = codes * scale.to(tl.float32)[None, :] + least.to(tl.float32)[None, :]
-        x = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision=PRECISION) * (SCALE * 1.4426950408889634)
+    pair = b * G + g
+    begin, tiles = tl.load(first + b), tl.load(count + b)
+    for tile in range(begin + tiles * split // SPLITS, begin + tiles * (split + 1) // SPLITS):
+        slot = (tile * BN + tl.arange(0, BN)).to(tl.int64)
+        see = tl.load(visible + b * S + slot, slot < S, 0) != 0
+        if BITS == 0:
+            key = tl.load(k + (pair * S + slot)[:, None] * K + width[None, :], see[:, None] & (width < K)[None, :], 0.0)
+            x = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        else:
+            PER: tl.constexpr = 32 // BITS
+            group = (pair * (S // BN) + tile) * K + width
+            scale, least = tl.load(k_scale + group, width < K, 0.0), tl.load(k_least + group, width < K, 0.0)
+            codes = _codes(k + pair * (K // PER) * S, tl.arange(0, KP // PER), slot, S, BITS, K // PER, KP)
+            key = codes * scale.to(tl.float32)[:, None] + least.to(tl.float32)[:, None]
+            x = tl.dot(query, key.to(query.dtype), input_precision=PRECISION)
+        if SOFTCAP > 0.0:
+            bent = 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * SCALE * 1.4426950408889634 / SOFTCAP)))  # tanh
+            x = bent * (SOFTCAP * 1.4426950408889634)
+        else:
+            x = x * (SCALE * 1.4426950408889634)
         x = tl.where(see[None, :] & inside[:, None], x, float("-inf"))
         new = tl.maximum(top, tl.max(x, 1))
         base = tl.where(new == float("-inf"), 0.0, new)
         p, fade = tl.exp2(x - base[:, None]), tl.exp2(top - base)
         total = total * fade + tl.sum(p, 1)
-        group = at[:, None] * (V // V_GROUP) + (value // V_GROUP)[None, :]
-        here = see[:, None] & (value < V)[None, :]
-        codes = _codes(v, at, tl.arange(0, VP // PER), BITS, V // PER, VP)
-        number = codes * tl.load(v_scale + group, here, 0.0).to(tl.float32) + tl.load(v_least + group, here, 0.0).to(tl.float32)
-        mass = tl.dot(p.to(query.dtype), number.to(query.dtype), mass * fade[:, None], input_precision=PRECISION)
+        if BITS == 0:
+            number = tl.load(v + (pair * S + slot)[:, None] * V + value[None, :], see[:, None] & (value < V)[None, :], 0.0)
+            mass = tl.dot(p.to(query.dtype), number, mass * fade[:, None], input_precision=PRECISION)
+        else:
+            group = (pair * (V // V_GROUP) + value // V_GROUP)[:, None] * S + slot[None, :]
+            here = (value < V)[:, None] & see[None, :]
+            codes = _codes(v + pair * (V // PER) * S, tl.arange(0, VP // PER), slot, S, BITS, V // PER, VP)
+            number = codes * tl.load(v_scale + group, here, 0.0).to(tl.float32) + tl.load(v_least + group, here, 0.0).to(tl.float32)
+            mass = tl.dot(p.to(query.dtype), tl.trans(number.to(query.dtype)), mass * fade[:, None], input_precision=PRECISION)
         top = new
     dead = total == 0.0
     mass = mass / tl.where(dead, 1.0, total)[:, None]

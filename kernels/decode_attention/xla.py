@@ -1,8 +1,29 @@
-"""Numbers from codes, which XLA fuses with the reading of them where it can, then the attention that runs everywhere."""
+"""Dense attention of one query; numbers are made of codes where they are read, as far as XLA fuses that."""
+
+import jax
+import jax.numpy as jnp
 
 from seqlab.kernels.decode_attention.reference import of_numbers
+from seqlab.shapes import accumulator
 
 
-def decode_attention(q, k, v, visible, *, scale):
+def decode_attention(q, k, v, visible, *, softcap, scale):
     """`out, lse`; see `seqlab.kernels.decode_attention`, which has checked the arguments."""
-    return of_numbers(q, k, v, visible, scale, "xla")
+    from seqlab.kernels.decode_attention import Coded
+
+    wide, (b, h, width) = accumulator(q.dtype), q.shape
+    coded = isinstance(k, Coded)
+    k, v = of_numbers(q, k, v, wide if coded else k.dtype)
+    g, see = k.shape[1], visible[:, None, None]
+    q_groups = q.reshape(b, g, h // g, width).astype(wide if coded else q.dtype)
+    x = jnp.einsum("bgrk,bgsk->bgrs", q_groups, k, preferred_element_type=wide) * scale
+    x = x if softcap is None else softcap * jnp.tanh(x / softcap)
+    x = jnp.where(see, x, -jnp.inf)
+    top = jax.lax.stop_gradient(x.max(-1, keepdims=True, initial=jnp.finfo(wide).min))
+    p = jnp.exp(x - top)
+    total = p.sum(-1)
+    some = jnp.where(total == 0, 1, total)
+    clean = jnp.where(see.swapaxes(2, 3), v, jnp.zeros((), v.dtype))  # 0 * NaN is NaN
+    out = jnp.einsum("bgrs,bgsv->bgrv", p.astype(v.dtype), clean, preferred_element_type=wide) / some[..., None]
+    lse = jnp.where(total == 0, -jnp.inf, top[..., 0] + jnp.log(some))
+    return out.reshape(b, h, -1).astype(q.dtype), lse.reshape(b, h)

@@ -6,8 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt
 
 from seqlab.kernels.decode_attention import BITS as BITS
-from seqlab.kernels.decode_attention import shifts
-from seqlab.kernels.decode_attention import unpack as unpack
+from seqlab.kernels.decode_attention import codes_of, shifts
 
 
 class Groups(NamedTuple):
@@ -50,3 +49,8 @@ def pack(codes: UInt[Array, "*b d"], bits: int) -> UInt[Array, "*b w"]:
     """32 / bits codes of the last axis in a word, the first one in the lowest bits."""
     parts = codes.reshape(*codes.shape[:-1], -1, 32 // bits)
     return jnp.sum(parts << shifts(bits), axis=-1, dtype=jnp.uint32)
+
+
+def unpack(words: UInt[Array, "*b w"], bits: int) -> UInt[Array, "*b d"]:
+    """The inverse of `pack`."""
+    return codes_of(words[..., None], bits)[..., 0]

@@ -5,27 +5,28 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int
 
+from seqlab.kernels import decode_attention
+from seqlab.kernels.attention import merge
+from seqlab.kernels.decode_attention import BITS, Coded, keys_of, values_of
 from seqlab.kernels.dispatch import check_name
 from seqlab.models.cache.common import Rotary, earlier
-from seqlab.models.cache.quantize import BITS, Groups, decode, dequantize, encode, groups_of, pack, quantize, unpack
+from seqlab.models.cache.quantize import Groups, decode, dequantize, encode, groups_of, pack, quantize
 from seqlab.models.layers import positive
 from seqlab.shapes import Keys, LogSumExp, Queries, Steps, Values, accumulator
 from seqlab.state import Segments, segments
 
 
 class QuantizedState(NamedTuple):
-    """`sink_k`, `sink_v` [b, g, sinks, k]: the first steps, exact. `k`, `v` [b, g, s, words]: packed codes by slot; `k_groups`: scale and
-    least value [b, g, s / group, k] of keys, over steps; `v_groups` [b, g, s, k / group] of values, over channels. `rest_k`, `rest_v`
+    """`sink_k`, `sink_v` [b, g, sinks, k]: the first steps, exact. `k`, `v`: packed codes [b, g, words, s] by slot, with scale and least
+    value [b, g, s / group, k] of keys, over steps, and [b, g, k / group, s] of values, over channels. `rest_k`, `rest_v`
     [b, g, residual, k]: the newest steps, exact, in a ring. `length` [b]: steps seen."""
 
     sink_k: Float[Array, "b g n k"]
     sink_v: Float[Array, "b g n k"]
-    k: UInt[Array, "b g s w"]
-    k_groups: Groups
-    v: UInt[Array, "b g s w"]
-    v_groups: Groups
+    k: Coded
+    v: Coded
     rest_k: Float[Array, "b g r k"]
     rest_v: Float[Array, "b g r k"]
     length: Int[Array, " b"]
@@ -107,11 +108,10 @@ class Quantized:
             raise ValueError(f"group must divide the {width} channels of a head, which must fill words of 32 bits, got {self.group}")
         lead, kind = (batch, kv_heads), jnp.float16 if self.half_groups else dtype
         exact = jnp.zeros((*lead, self.sinks, width), dtype), jnp.zeros((*lead, self.residual, width), dtype)
-        words = jnp.zeros((*lead, self.slots, width * self.bits // 32), jnp.uint32)
-        k_groups = Groups(*(jnp.zeros((*lead, self.slots // self.group, width), kind) for _ in range(2)))
-        v_groups = Groups(*(jnp.zeros((*lead, self.slots, width // self.group), kind) for _ in range(2)))
-        length = jnp.zeros((batch,), jnp.int32)
-        return QuantizedState(exact[0], exact[0], words, k_groups, words, v_groups, exact[1], exact[1], length)
+        words = jnp.zeros((*lead, width * self.bits // 32, self.slots), jnp.uint32)
+        shared = jnp.zeros((*lead, self.slots // self.group, width), kind), jnp.zeros((*lead, width // self.group, self.slots), kind)
+        k, v = (Coded(words, x, x) for x in shared)
+        return QuantizedState(exact[0], exact[0], k, v, exact[1], exact[1], jnp.zeros((batch,), jnp.int32))
 
     def __call__(
         self, q: Queries, k: Keys, v: Values, state: QuantizedState | None, reset: Steps | None, valid: Steps | None, rotary: Rotary
@@ -121,11 +121,14 @@ class Quantized:
         where = segments(q.shape[:2], state.length, reset, valid)
         q, k = rotary(q, where.positions), rotary(k, where.positions)
         entries, groups, own = self._entries(state, k, v, where)
-        parts = [entries._replace(segments=jnp.where(own, entries.segments, 0))]
-        if streaming:
-            parts += [self._coded(state), self._first(state)]
-        whole = self.edge == "call" and streaming
-        out, lse = self._attend(q, where, parts, (state.length == 0)[:, None, None] if whole else jnp.zeros((1, 1, 1), bool))
+        if streaming and q.shape[1] == 1:
+            out, lse = self._one_query(q, k, v, state, where)
+        else:
+            parts = [entries._replace(segments=jnp.where(own, entries.segments, 0))]
+            if streaming:
+                parts += [self._coded(state), self._first(state)]
+            whole = self.edge == "call" and streaming
+            out, lse = self._attend(q, where, parts, (state.length == 0)[:, None, None] if whole else jnp.zeros((1, 1, 1), bool))
         if self.window is None:
             beyond = (where.positions >= self.slots + self.sinks)[:, :, None]
             out, lse = jnp.where(beyond[..., None] & (where.ids > 0)[:, :, None, None], jnp.nan, out), jnp.where(beyond, jnp.nan, lse)
@@ -197,18 +200,19 @@ class Quantized:
 
     def _coded(self, state: QuantizedState) -> _Part:
         """What lies in the slots: keys from their codes, values from theirs or, where they are still exact, from the residual."""
-        (seen, coded), slot = self._ends(state), jnp.arange(self.slots)[None]
-        places = coded - 1 - (coded - 1 - slot) % self.slots  # the newest coded step of each slot
-        wide = accumulator(state.rest_k.dtype)
-        k_groups, v_groups = (Groups(*(x.astype(wide) for x in groups)) for groups in (state.k_groups, state.v_groups))
-        k = decode(unpack(state.k, self.bits), Groups(*(jnp.repeat(x, self.group, axis=2) for x in k_groups)))
-        v = dequantize(unpack(state.v, self.bits), v_groups)
+        (seen, _), places, wide = self._ends(state), self._coded_places(state), accumulator(state.rest_k.dtype)
+        k, v = keys_of(state.k, self.bits, wide), values_of(state.v, self.bits, wide)
         fresh = (places >= seen - self.residual)[:, None, :, None]
         rest = jnp.take_along_axis(state.rest_v, (places % self.residual)[:, None, :, None], axis=2).astype(wide)
         codes, groups = quantize(rest, self.group, self.bits)
         coded_v = jnp.where(fresh, dequantize(codes, self._kept(groups)), v)
         k, v, coded_v = (x.swapaxes(1, 2).astype(state.rest_k.dtype) for x in (k, jnp.where(fresh, rest, v), coded_v))
         return _Part(None, k, v, coded_v, places, jnp.where(places >= 0, 1, 0))
+
+    def _coded_places(self, state: QuantizedState) -> Int[Array, "b s"]:
+        """The newest step whose key is coded in each slot; below 0 for none."""
+        coded = self._ends(state)[1]
+        return coded - 1 - (coded - 1 - jnp.arange(self.slots)[None]) % self.slots
 
     def _first(self, state: QuantizedState) -> _Part:
         """The sinks that are stored."""
@@ -248,6 +252,43 @@ class Quantized:
         lse = jnp.moveaxis(lse[..., 0], 3, 1).reshape(b, t, h)
         return out.reshape(b, t, h, -1).astype(q.dtype), lse
 
+    # --- one step
+
+    def _one_query(self, q: Queries, k: Keys, v: Values, state: QuantizedState, where: Segments) -> tuple[Array, Array]:
+        """What `_attend` gives, without making numbers of a cache: steps of which key and value are coded by `kernels.decode_attention`
+        from their codes, merged with those of which one is exact."""
+        seen, same = self._ends(state)[0], where.ids == 1
+        places = self._coded_places(state)
+        see = same & (places >= 0) & (places < seen - self.residual) & self._near(seen - places)
+        old = decode_attention(q[:, 0], state.k, state.v, see)
+        recent_k, at = self._recent_keys(state)
+        parts = (state.sink_k, recent_k, k.swapaxes(1, 2)), (state.sink_v, state.rest_v, v.swapaxes(1, 2))
+        k, v = (jnp.concatenate([x.astype(part[2].dtype) for x in part], axis=2) for part in parts)
+        first = jnp.arange(self.sinks)[None] < state.length[:, None]
+        see = jnp.concatenate([same & first, same & (at >= 0) & self._near(seen - at), where.ids > 0], axis=1)
+        new = decode_attention(q[:, 0], k, v, see)
+        return merge(*(x[:, None] for x in (*old, *new)))
+
+    def _near(self, distance: Int[Array, "b s"]) -> Bool[Array, "b s"]:
+        return jnp.ones_like(distance, bool) if self.window is None else distance < self.window
+
+    def _recent_keys(self, state: QuantizedState) -> tuple[Float[Array, "b g r k"], Int[Array, "b r"]]:
+        """The keys of the steps whose values lie in the residual, and the steps. Those before the last multiple of `residual` are coded,
+        in the block before it, as far from its start as their values from that of the ring."""
+        seen, coded = self._ends(state)
+        at = coded + jnp.arange(self.residual)[None]
+        exact = at < seen
+        begin = (coded[:, 0] - self.residual) % self.slots
+
+        def block(x: Array, begin: Array, size: int, axis: int) -> Array:
+            return jax.vmap(lambda x, n: jax.lax.dynamic_slice_in_dim(x, n, size, axis))(x, begin)
+
+        count = self.residual // self.group
+        groups = (block(x, begin // self.group, count, 1) for x in state.k[1:])
+        keys = keys_of(Coded(block(state.k.words, begin, self.residual, 2), *groups), self.bits, accumulator(state.rest_k.dtype))
+        keys = jnp.where(exact[:, None, :, None], state.rest_k, keys.astype(state.rest_k.dtype))
+        return keys, jnp.where(exact, at, at - self.residual)
+
     # --- what is stored
 
     def _stored(self, state: QuantizedState, entries: _Part, groups: Groups, where: Segments) -> QuantizedState:
@@ -260,12 +301,15 @@ class Quantized:
         _, was_coded = self._ends(state)
         key_here = current & (u >= 0) & (~old | (u >= was_coded))
 
-        def put(x: Array, values: Array, slots: Array, keep: Array) -> Array:
-            """x [b, g, s, .] with values [b, e, g, .] in their slots."""
+        def put(x: Array, values: Array, slots: Array, keep: Array, last: bool = False) -> Array:
+            """x [b, g, s, .], or [b, g, ., s] where slots come `last`, with values [b, e, g, .] in their slots."""
             x = jnp.where(carried[..., None, None], x, jnp.zeros((), x.dtype))
-            slots = jnp.where(keep, slots, x.shape[2])
-            rows, heads = jnp.arange(x.shape[0])[:, None, None], jnp.arange(x.shape[1])[None, :, None]
-            return x.at[rows, heads, slots[:, None]].set(values.swapaxes(1, 2).astype(x.dtype), mode="drop")
+            if not x.size:
+                return x  # no sinks
+            slots = jnp.where(keep, slots, x.shape[3 if last else 2])[:, None]
+            rows, heads = jnp.arange(x.shape[0])[:, None, None], jnp.arange(x.shape[1])[:, None]
+            index = (rows, heads, slice(None), slots) if last else (rows, heads, slots)
+            return x.at[index].set(values.swapaxes(1, 2).astype(x.dtype), mode="drop")
 
         newest_k, newest_v = u >= coded, u >= seen - self.residual
         codes = encode(entries.k, groups, self.bits)
@@ -277,13 +321,13 @@ class Quantized:
         slot, ring = u % self.slots, u % self.residual
         rest_k = put(state.rest_k, entries.k, ring, key_here & newest_k & ~old)
         held = (coded + jnp.arange(self.residual)[None] < seen)[:, None, :, None]  # what was coded leaves nothing behind
+        k_groups = (put(x, y, slot // self.group, ends) for x, y in zip(state.k[1:], groups, strict=True))
+        v_parts = zip(state.v, (pack(v_codes, self.bits), *v_groups), strict=True)
         return QuantizedState(
             put(state.sink_k, entries.k, u + self.sinks, first),
             put(state.sink_v, entries.v, u + self.sinks, first),
-            put(state.k, pack(codes, self.bits), slot, flush_k),
-            Groups(*(put(x, y, slot // self.group, ends) for x, y in zip(state.k_groups, groups, strict=True))),
-            put(state.v, pack(v_codes, self.bits), slot, flush_v),
-            Groups(*(put(x, y, slot, flush_v) for x, y in zip(state.v_groups, v_groups, strict=True))),
+            Coded(put(state.k.words, pack(codes, self.bits), slot, flush_k, last=True), *k_groups),
+            Coded(*(put(x, y, slot, flush_v, last=True) for x, y in v_parts)),
             jnp.where(held, rest_k, jnp.zeros((), rest_k.dtype)),
             put(state.rest_v, entries.v, ring, current & (u >= 0) & newest_v & ~old),
             length,

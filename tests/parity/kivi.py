@@ -5,9 +5,10 @@ import numpy as np
 from flax import nnx
 
 from parity import Tolerance
+from seqlab.kernels.decode_attention import codes_of
 from seqlab.models import Attention
 from seqlab.models.cache import Quantized
-from seqlab.models.cache.quantize import Groups, decode, dequantize, encode, groups_of, pack, quantize, unpack
+from seqlab.models.cache.quantize import Groups, decode, dequantize, encode, groups_of, pack, quantize
 from seqlab.weights import convert
 
 
@@ -65,13 +66,14 @@ def _check_attention(case):
         lengths.append([keys, begin - keys, values, begin - values, begin])
     case.check("attn_out", np.concatenate(outputs, axis=1))
     case.check("lens_kq_kres_vq_vres_total", lengths, exact=True)
-    levels = unpack(state.k, bits)[:, :, :keys].swapaxes(2, 3)
+    levels = codes_of(state.k.words, bits)[..., :keys]
     case.check("final_k_code", np.asarray(pack(levels, bits)).view(np.int32), exact=True)
-    case.check("final_v_code", np.asarray(state.v)[:, :, :values].view(np.int32), exact=True)
-    for name, own, count in (("k", state.k_groups, keys // group), ("v", state.v_groups, values)):
-        scale, least = (np.asarray(x)[:, :, :count] for x in own)
-        case.check(f"final_{name}_scale", scale.swapaxes(2, 3) if name == "k" else scale)
-        case.check(f"final_{name}_min", least.swapaxes(2, 3) if name == "k" else least)
+    case.check("final_v_code", np.asarray(state.v.words)[..., :values].swapaxes(2, 3).view(np.int32), exact=True)
+    k_groups = [np.asarray(x)[:, :, : keys // group] for x in state.k[1:]]
+    v_groups = [np.asarray(x)[..., :values] for x in state.v[1:]]
+    for name, (scale, least) in (("k", k_groups), ("v", v_groups)):
+        case.check(f"final_{name}_scale", scale.swapaxes(2, 3))
+        case.check(f"final_{name}_min", least.swapaxes(2, 3))
     for name, own, first in (("k", state.rest_k, keys), ("v", state.rest_v, values)):
         order = np.arange(first, begin) % residual
         case.check(f"final_{name}_residual", np.asarray(own)[:, :, order])
