@@ -169,7 +169,7 @@ def _add_telling(commands: Any) -> None:
     bench.add_argument("op", help="attention, conv, decode_attention, linear_attention, scan, ...")
     bench.add_argument("--impl", nargs="+", action="extend", default=[], metavar="NAME", help="implementations; default: all that run here")
     bench.add_argument("--shape", nargs="+", action="extend", default=[], metavar="WORD", help="named shapes, and changes such as t=512")
-    bench.add_argument("--dtype", help="float32, bfloat16 or float16; default: that of the shape")
+    bench.add_argument("--dtype", help="float32, bfloat16 or float16; default: that of the shape, or what the platform is made for")
     bench.add_argument("--backward", action="store_true", help="gradients too")
     bench.add_argument("--interpret", action="store_true", help="simulate the kernels for TPUs: are they right? No times")
     bench.add_argument("--rounds", type=int, default=5, metavar="N", help="times are medians of so many; default %(default)s")

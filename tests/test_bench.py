@@ -150,7 +150,7 @@ def test_a_peer_that_computes_something_else_is_left_out(quick, monkeypatch):
         ("attention", ["train_512", "t=33", "s=33", "b=1"], {"jax.nn.dot_product_attention"}),
         ("attention", ["decode_4096", "s=65"], {"jax.nn.dot_product_attention"}),
         ("block_attention", ["t=33", "n=4", "block=8", "h=2", "g=2"], set()),
-        ("decode_attention", ["b=1", "s=64", "h=2", "g=1", "k=32", "v=32"], {"attention over unpacked numbers"}),
+        ("decode_attention", ["b=1", "s=64", "h=2", "g=1", "k=32", "v=32"], {"a cache of numbers"}),
         ("dwt", ["small", "b=2"], set()),
         ("linear_attention", ["gated_delta", "b=1", "t=40"], set()),
         ("lmu", ["rows", "b=1", "t=40"], set()),

@@ -1,5 +1,6 @@
 """Triton kernels on any CPU: interpreted they obey the law and equal the truth, compiled for sm_90 they fit."""
 
+import dataclasses
 import inspect
 import sys
 import types
@@ -21,6 +22,7 @@ import triton_cpu
 from helpers import assert_close
 
 from seqlab import kernels
+from seqlab.bench import cases, timing
 from seqlab.kernels import triton as backend
 from seqlab.kernels.attention import specs as attention_specs
 from seqlab.kernels.conv import specs as conv_specs
@@ -463,47 +465,67 @@ def test_decode_attention_counts_beyond_two_billion_words():
 # --- what is run on a GPU
 
 
-SMALL = {
-    "conv": ("one_tap", conv_specs.inputs(conv_specs.Spec(2, 9, 5, 4)), {}),
-    "scan": ("one_step", scan_specs.inputs(scan_specs.Spec(2, 9, 5, 4)), {}),
-    "attention": ("window_one", parted(attention_specs.make(attention_specs.Spec(1, 9, 9, h=2)))[0], {"causal": True}),
-    "linear_attention": ("groups", linear_specs.inputs(linear_specs.Spec(1, 9, 2, 4, 4, decay="head")), {}),
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("op", SMALL)
-def test_the_benchmark_has_parity_before_figures(op, interpreted, capsys, monkeypatch):
-    spec, arguments, options = SMALL[op]
+@pytest.mark.parametrize(
+    ("op", "spec"), [("conv", "one_tap"), ("scan", "one_step"), ("attention", "window_one"), ("decode_attention", "int4")]
+)
+def test_the_benchmark_has_parity_before_figures(op, spec, interpreted, capsys, monkeypatch):
+    monkeypatch.setattr(timing, "LEAST", 1e-6)
+    monkeypatch.setattr(timing, "ceilings", lambda dtype, rounds: timing.Ceilings(1.0, 1.0))
     assert bench_gpu.parity(op, (spec,)) == []
-    arguments = {name: x for name, x in arguments.items() if x is not None}
-    case = bench_gpu.Case(op, "small", arguments, options, 1.0, 1.0, {"nobody": lambda *_: {}["nobody"]})
-    bench_gpu.compare(case, 2, 1, (1.0, 1.0))
+    records, wrong = bench_gpu.compare(op, 1, bench_gpu.QUICK[op])
     printed = capsys.readouterr().out
-    assert printed.count("x of xla") == 2 and printed.count("without nobody: KeyError") == 2
-    monkeypatch.setattr(bench_gpu, "VALUES", -1.0)
-    bench_gpu.compare(case, 2, 1, (1.0, 1.0))
-    printed = capsys.readouterr().out
-    assert "WRONG, so no figures" in printed and "of xla" not in printed
+    assert wrong == 0 and "WRONG" not in printed and all(record["contestants"][0]["ratio"] == 1.0 for record in records)
+    assert all([row["name"] for row in record["contestants"][:2]] == ["triton_gpu", "xla"] for record in records)
+    monkeypatch.setattr(cases.Case, "allowed", (-1.0, -1.0))
+    records, wrong = bench_gpu.compare(op, 1, bench_gpu.QUICK[op])
+    assert wrong == 2 * len(records) and "triton_gpu is WRONG, so it gets no time" in capsys.readouterr().out
+    assert all(row.get("ratio") is None for record in records for row in record["contestants"])
+
+
+def test_the_benchmark_judges_what_is_claimed():
+    def record(op, name, gradients, **ratios):
+        rows = [{"name": "triton_gpu", "seconds": 1.0, "copy_share": 0.7, "ratio": 1.0}]
+        return {
+            "op": op,
+            "name": name,
+            "gradients": gradients,
+            "contestants": rows + [{"name": key, "ratio": x} for key, x in ratios.items()],
+        }
+
+    [claim] = bench_gpu.claims(record("attention", "train_2048_64", True, cuDNN=0.95, xla=4.0))
+    assert claim.held and str(claim) == "holds: attention train_2048_64, backward too: times as fast as cuDNN 0.95, claimed 0.9"
+    [claim] = bench_gpu.claims(record("attention", "decode_8k", False, cuDNN=0.5))
+    assert not claim.held and claim.what == "share of a copy's bytes/s" and (claim.found, claim.wanted) == (0.7, 0.8)
+    assert bench_gpu.claims(record("scan", "long", False, **{"mamba-ssm": None})) == []
+    [claim] = bench_gpu.claims(record("scan", "long", False, **{"mamba-ssm": 0.99}))
+    assert str(claim).startswith("FAILS: scan long: times as fast as mamba-ssm 0.99")
+    assert bench_gpu.claims(record("decode_attention", "int8_8k", False, **{"a cache of numbers": 1.5})) == []
+    [claim] = bench_gpu.claims(record("decode_attention", "int4_8k", False, **{"a cache of numbers": 1.5}))
+    assert (claim.found, claim.wanted, claim.held) == (1.5, 2.0, False)
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_decoding(interpreted, capsys, monkeypatch):
-    assert bench_gpu.parity("decode_attention", ("int4", "nothing_seen")) == []
-    monkeypatch.setattr(decode_specs, "BENCHMARKS", {"small": decode_specs.Spec(1, 64, 4, 2, 32, 32, 4, dtype="bfloat16")})
-    bench_gpu.compare_decoding(2, 1, (1.0, 1.0), 1)
-    printed = capsys.readouterr().out
-    assert "x of xla, 4 bits" in printed and "x of triton_gpu, bfloat16" in printed
+@pytest.mark.parametrize("kind", bench_gpu.MODELS)
+def test_the_benchmark_of_training(kind, interpreted, capsys):
+    claim = bench_gpu.training(kind, 1, quick=True)
+    assert isinstance(claim, bench_gpu.Claim) and claim.found > 0, claim
+    assert f"training {kind}: triton_gpu" in capsys.readouterr().out
+
+
+EXTENTS = {3: "b", 17: "t", 19: "s"}
 
 
 @pytest.mark.slow
-def test_every_case_of_the_benchmark_fits():
-    """Once more at the sizes that are timed, where numbers of tiles and strides differ."""
-    found = []
+@pytest.mark.parametrize("op", ["attention", "conv", "linear_attention", "scan"])
+def test_every_case_of_the_benchmark_fits(op):
+    """Once more at the sizes that are timed, where numbers of tiles and strides differ; their arrays are not made."""
+    for name, spec in cases.default_shapes(cases.op_named(op), large=True).items():
+        small = {field: size for size, field in EXTENTS.items() if getattr(spec, field, 1) > 1}
+        case = cases.make(cases.op_named(op), name, dataclasses.replace(spec, **small) if op == "attention" else spec._replace(**small))
+        sizes = {size: getattr(spec, field) for field, size in small.items()}
 
-    def arguments():
-        found.extend(bench_gpu.cases())
-        return [case.arguments for case in found]
+        def sized(x, sizes=sizes):
+            return jax.ShapeDtypeStruct([sizes.get(size, size) for size in x.shape], "bfloat16" if op == "attention" else x.dtype)
 
-    for shapes, case in zip(jax.eval_shape(arguments), found, strict=True):
-        fits(differentiated(getattr(kernels, case.op), shapes, **case.options))
+        fits(differentiated(getattr(kernels, op), {key: sized(x) for key, x in case.arguments.items()}, **case.options))

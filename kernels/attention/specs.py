@@ -85,6 +85,16 @@ BENCHMARKS = {
     "decode_4096_batch": Spec(8, 1, 4096, h=8, g=8, k=64, v=64),
 }
 
+LARGE = {
+    "train_2048_64": Spec(4, 2048, 2048, h=16, g=16, k=64, v=64),
+    "train_4096_128": Spec(4, 4096, 4096, h=16, g=16, k=128, v=128),
+    "train_4096_256": Spec(4, 4096, 4096, h=8, g=8, k=256, v=256),
+    "train_16384_grouped": Spec(1, 16384, 16384, h=16, g=4, k=128, v=128),
+    "decode_8k": Spec(1, 1, 8192, h=32, g=8, k=128, v=128),
+    "decode_32k": Spec(8, 1, 32768, h=32, g=8, k=128, v=128),
+    "decode_128k": Spec(1, 1, 131072, h=32, g=8, k=128, v=128),
+}
+
 
 def make(spec: Spec, seed: int = 0, dtype: jax.typing.DTypeLike = jnp.float32) -> dict[str, Any]:
     """The arguments of a call of `attention`, by name: random q, k, v, places and sink logits, and the options of `spec`."""

@@ -41,6 +41,11 @@ BENCHMARKS = {
     "decode": Spec(8, 1, 1536, 4),
 }
 
+LARGE = {
+    "mamba_130m_layer_bfloat16": Spec(1, 2048, 1536, 4, dtype="bfloat16"),
+    "mamba_370m_layers": Spec(8, 4096, 2048, 4, dtype="bfloat16"),
+}
+
 
 def inputs(spec: Spec, seed: int = 0) -> dict[str, jax.Array | None]:
     """Random arguments of `conv` by name; None where the spec has none."""

@@ -46,9 +46,16 @@ SPECS = {
 }
 
 BENCHMARKS = {
-    "int8_32k": Spec(4, 32768, 32, 8, 128, 128, 8, dtype="bfloat16"),
-    "int4_32k": Spec(4, 32768, 32, 8, 128, 128, 4, dtype="bfloat16"),
-    "int2_32k": Spec(4, 32768, 32, 8, 128, 128, 2, dtype="bfloat16"),
+    "int8_4096": Spec(1, 4096, 8, 2, 64, 64, 8),
+    "int4_4096": Spec(1, 4096, 8, 2, 64, 64, 4),
+    "int2_4096": Spec(1, 4096, 8, 2, 64, 64, 2),
+    "numbers_4096": Spec(1, 4096, 8, 2, 64, 64, None),
+}
+
+LARGE = {
+    f"{name}_{s // 1024}k": Spec(b, s, 32, 8, 128, 128, bits, seen=1.0, dtype="bfloat16")
+    for b, s in ((1, 8192), (8, 32768), (1, 131072))
+    for name, bits in (("int8", 8), ("int4", 4), ("int2", 2), ("numbers", None))
 }
 
 

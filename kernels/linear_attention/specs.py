@@ -74,6 +74,18 @@ BENCHMARKS = {
     "decode": Spec(8, 1, 16, 128, 128, decay="head", beta="head"),
 }
 
+LARGE = {
+    f"{name}_{width}": Spec(4, time, 16, width, width, decay=decay, beta=beta, dtype="bfloat16")
+    for time, width in ((2048, 64), (4096, 128))
+    for name, decay, beta in (
+        ("head_decay", "head", None),
+        ("channel_decay", "channel", None),
+        ("delta", None, "head"),
+        ("gated_delta", "head", "head"),
+        ("channel_delta", "channel", "head"),
+    )
+}
+
 
 def inputs(spec: Spec, seed: int = 0) -> dict[str, jax.Array | None]:
     """Random arguments of `linear_attention` by name; None where the spec has none. With beta the keys have unit length."""

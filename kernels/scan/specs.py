@@ -43,6 +43,12 @@ BENCHMARKS = {
     "decode": Spec(8, 1, 1536, 16),
 }
 
+LARGE = {
+    "mamba_130m_layer_bfloat16": Spec(1, 2048, 1536, 16, dtype="bfloat16", wide="bfloat16"),
+    "mamba_370m_layers": Spec(8, 4096, 2048, 16, dtype="bfloat16", wide="bfloat16"),
+    "long": Spec(1, 65536, 1536, 16, dtype="bfloat16", wide="bfloat16"),
+}
+
 
 def inputs(spec: Spec, seed: int = 0) -> dict[str, jax.Array | None]:
     """Random arguments of `scan` by name; without flags where the spec has none."""

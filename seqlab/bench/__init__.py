@@ -163,7 +163,7 @@ def _peer(case: Case, make: peers.Peer, cotangents: Any, expected: Any) -> timin
     except Exception as error:  # a peer that is not there, or not for this case, is no reason to stop
         return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     ours, theirs = (np.asarray(jax.tree.leaves(x)[0], np.float64) for x in (expected, program.result))
-    error = _error(theirs, ours) if ours.shape == theirs.shape else np.inf
+    error = distance(theirs, ours) if ours.shape == theirs.shape else np.inf
     return program if error <= _ROUGH else f"computes something else: its output differs by {error:.1e}"
 
 
@@ -188,14 +188,15 @@ def parity(case: Case, found: Any, expected: Any) -> tuple[float, str]:
     for allowed, actual, wanted in parts:
         pairs = zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(wanted), strict=True)
         for (path, a), e in pairs:
-            error = _error(np.asarray(a, np.float64), e)
+            error = distance(np.asarray(a, np.float64), e)
             worst = max(worst, error)
             if error > allowed and not wrong:
                 wrong = f"{jax.tree_util.keystr(path) or 'the result'} differs by {error:.1e}, allowed {allowed:.1e}"
     return worst, wrong
 
 
-def _error(a: np.ndarray, e: np.ndarray) -> float:
+def distance(a: np.ndarray, e: np.ndarray) -> float:
+    """The largest error of `a`, relative to the largest number of what was expected; infinite where other numbers are finite."""
     finite = np.isfinite(e)
     if not np.array_equal(finite, np.isfinite(a)):
         return np.inf

@@ -143,7 +143,7 @@ def make(op: Op, name: str, spec: Any, dtype: str | None = None, gradients: bool
         spec = spec._replace(**fields)
         call, dtype = module.inputs(spec), spec.dtype
     else:
-        dtype = dtype or "float32"
+        dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         call = module.make(spec, dtype=dtype)
     if getattr(spec, "t", 1) > 1:
         call.pop("initial_state", None)
@@ -158,10 +158,11 @@ def shapes(op: Op) -> dict[str, Any]:
     return _specs(op.name).BENCHMARKS | getattr(_specs(op.name), "LARGE", {})
 
 
-def default_shapes(op: Op) -> dict[str, Any]:
-    """What is timed where nothing is asked for."""
+def default_shapes(op: Op, large: bool | None = None) -> dict[str, Any]:
+    """What is timed where nothing is asked for: something `large` on an accelerator."""
     module = _specs(op.name)
-    return module.BENCHMARKS if jax.default_backend() == "cpu" else getattr(module, "LARGE", module.BENCHMARKS)
+    large = jax.default_backend() != "cpu" if large is None else large
+    return getattr(module, "LARGE", module.BENCHMARKS) if large else module.BENCHMARKS
 
 
 def chosen_shapes(op: Op, words: list[str]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from seqlab.bench.cases import Case, with_gradients
@@ -65,26 +64,16 @@ def _jax_conv(case: Case, cotangents: Any) -> Program:
     return _in_jax(function)(case, cotangents)
 
 
-def _wide_cache(case: Case, cotangents: Any) -> Program:
-    """Attention over the numbers themselves, in the dtype of the query, by the implementation that runs everywhere."""
-    from seqlab import kernels
-    from seqlab.kernels.decode_attention import unpack
+def _numbers(case: Case, cotangents: Any) -> Program:
+    """The same op over a cache of numbers in the dtype of the query, by the best implementation that runs."""
+    from seqlab.kernels import decode_attention
+    from seqlab.kernels.decode_attention.reference import of_numbers
 
-    q, k, v, visible = (case.arguments[name] for name in ("q", "k", "v", "visible"))
-
-    def numbers(x, axis):
-        codes = unpack(x.words, case.spec.bits).astype(jnp.float32)
-        scale, least = (jnp.repeat(y.astype(jnp.float32), codes.shape[axis] // y.shape[axis], axis=axis) for y in (x.scale, x.least))
-        return (codes * scale + least).astype(q.dtype)
-
-    def function(both):
-        a = both[0]
-        k, v = a["k"].swapaxes(1, 2), a["v"].swapaxes(1, 2)
-        out, _ = kernels.attention(a["q"][:, None], k, v, causal=False, kv_segments=a["segments"], implementation=None)
-        return out[:, 0]
-
-    arrays = {"q": q, "k": numbers(k, 2), "v": numbers(v, 3), "segments": visible.astype(jnp.int32)}
-    return repeated(function, (arrays, None))
+    if case.spec.bits is None:
+        raise NotImplementedError("the cache holds numbers already")
+    arguments = dict(case.arguments)
+    arguments["k"], arguments["v"] = of_numbers(arguments["q"], arguments["k"], arguments["v"], arguments["q"].dtype)
+    return repeated(lambda a: decode_attention(**a, **case.options, implementation=("triton_gpu", "xla")), arguments)
 
 
 # --- in PyTorch
@@ -206,7 +195,7 @@ _FLA = {
 _EVERYWHERE = {
     "attention": {"jax.nn.dot_product_attention": _jax_attention("xla"), "PyTorch SDPA": _in_torch(_sdpa, ("q", "k", "v"), "torch")},
     "conv": {"lax.conv_general_dilated": _jax_conv},
-    "decode_attention": {"attention over unpacked numbers": _wide_cache},
+    "decode_attention": {"a cache of numbers": _numbers},
 }
 _ON_GPUS = {
     "attention": {"cuDNN": _jax_attention("cudnn")},
