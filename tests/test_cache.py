@@ -13,7 +13,7 @@ from seqlab import explain, state_bytes, stream_generate, use_implementation
 from seqlab.models import Attention, Full, LanguageModel, Window
 from seqlab.models.attention import bytes_per_step, with_cache
 from seqlab.models.cache import MoBA, Quantized, duo, parse_cache
-from seqlab.models.cache.quantize import dequantize, pack, quantize, unpack
+from seqlab.models.cache.quantize import dequantize, quantize
 from seqlab.models.duo import fit_gates, retrieval_heads
 from seqlab.module import params_of
 
@@ -189,7 +189,6 @@ def test_groups_of_equal_numbers_come_back_exactly():
     np.testing.assert_array_equal(dequantize(codes, groups), x)
     y = random(5, 3, 64)
     codes, groups = quantize(y, 16, 4)
-    np.testing.assert_array_equal(unpack(pack(codes, 4), 4), codes)
     assert float(jnp.max(jnp.abs(dequantize(codes, groups) - y))) <= 0.5001 * float(groups.scale.max())
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from helpers import assert_close, assert_identical, random
 
-from seqlab.kernels.decode_attention import Coded, decode_attention
+from seqlab.kernels.decode_attention import Coded, codes_of, decode_attention, words_of
 from seqlab.kernels.decode_attention.specs import SPECS, Spec, inputs
-from seqlab.models.cache.quantize import dequantize, pack, quantize
+from seqlab.models.cache.quantize import dequantize, quantize
 
 SOME = ("int8", "int2", "odd_widths", "nothing_seen", "bfloat16", "numbers", "numbers_bfloat16")  # others take the same ways
 
@@ -21,7 +21,7 @@ def numbers(x, bits, over_steps):
         return np.asarray(x, np.float64)
     words, scale, least = (np.asarray(y).astype(np.uint64 if y.dtype == jnp.uint32 else np.float64) for y in x)
     b, g, _, s = words.shape
-    codes = np.stack([words >> np.uint64(bits * i) & np.uint64(2**bits - 1) for i in range(32 // bits)], 3)
+    codes = np.stack([words >> np.uint64(bits * i) & np.uint64(2**bits - 1) for i in range(32 // bits)], 2)
     codes = codes.reshape(b, g, -1, s).swapaxes(2, 3).astype(np.float64)
     scale, least = (y if over_steps else y.swapaxes(2, 3) for y in (scale, least))
     rows = np.repeat(np.arange(scale.shape[2]), s // scale.shape[2])
@@ -68,8 +68,9 @@ def test_codes_are_those_of_the_quantized_cache():
     x = random(0, 1, 2, 64, 32)
     codes, groups, values = coded(x, 16)
     turned, k_groups, keys = coded(x.swapaxes(2, 3), 32)
-    v = Coded(pack(codes, 4).swapaxes(2, 3), *(y.swapaxes(2, 3) for y in groups))
-    k = Coded(pack(turned.swapaxes(2, 3), 4).swapaxes(2, 3), *(y.swapaxes(2, 3) for y in k_groups))
+    v = Coded(words_of(codes.swapaxes(2, 3), 4), *(y.swapaxes(2, 3) for y in groups))
+    k = Coded(words_of(turned, 4), *(y.swapaxes(2, 3) for y in k_groups))
+    np.testing.assert_array_equal(codes_of(k.words, 4), turned)
     assert_close(numbers(k, 4, True), keys.swapaxes(2, 3), 1e-6)
     assert_close(numbers(v, 4, False), values, 1e-6)
 

@@ -18,9 +18,11 @@ BITS = (2, 4, 8)
 
 
 class Coded(NamedTuple):
-    """Numbers x = code * scale + least, channels before slots. A word holds the codes of 32 / bits channels, the first in the lowest bits.
+    """Numbers x = code * scale + least, channels before slots. Word i of w holds the codes of the channels i, i + w, i + 2 w, ..., the
+    first in the lowest bits.
 
-    Slots come last: a word a slot is few numbers, and memory is read, and on a TPU laid out, by the hundred.
+    Slots come last: the words of one are few, and memory is read, and on a TPU laid out, by the hundred. Channels of a word are w apart:
+    words shifted and masked are channels side by side, without a move between lanes.
     """
 
     words: UInt[Array, "b g w s"]
@@ -70,8 +72,8 @@ def decode_attention(
 
 
 def codes_of(words: UInt[Array, "*b w s"], bits: int) -> UInt[Array, "*b d s"]:
-    """The codes in words, 32 / bits each."""
-    parts = (words[..., None, :] >> shifts(bits)[:, None]) & jnp.uint32(2**bits - 1)
+    """The codes in words, 32 / bits each, see `Coded`."""
+    parts = (words[..., None, :, :] >> _shifts(bits)) & jnp.uint32(2**bits - 1)
     return parts.reshape(*words.shape[:-2], -1, words.shape[-1])
 
 
@@ -99,9 +101,15 @@ def seen_tiles(visible: Bool[Array, "b s"], size: int) -> tuple[Int[Array, " b"]
     return first.astype(jnp.int32), jnp.where(seen.any(1), beyond - first, 0).astype(jnp.int32)
 
 
-def shifts(bits: int) -> UInt[Array, " c"]:
+def words_of(codes: UInt[Array, "*b d s"], bits: int) -> UInt[Array, "*b w s"]:
+    """The inverse of `codes_of`."""
+    parts = codes.reshape(*codes.shape[:-2], 32 // bits, -1, codes.shape[-1])
+    return jnp.sum(parts << _shifts(bits), axis=-3, dtype=jnp.uint32)
+
+
+def _shifts(bits: int) -> UInt[Array, "c 1 1"]:
     """By how many bits the codes of a word are shifted."""
-    return jnp.arange(0, 32, bits, dtype=jnp.uint32)
+    return jnp.arange(0, 32, bits, dtype=jnp.uint32)[:, None, None]
 
 
 def bits_of(k: Coded, width: int) -> int:

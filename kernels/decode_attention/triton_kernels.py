@@ -6,12 +6,23 @@ import triton.language as tl
 
 @triton.jit
 def _codes(words, word, slot, S: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr):
-    """[WIDTH, slots]: the codes of slots (int64) as float32, of words that begin at `words`. WIDTH is padded, WORDS is not."""
+    """[WIDTH, slots]: the codes of slots (int64) as float32, of words at `words`, in rows of `_channels`."""
     PER: tl.constexpr = 32 // BITS
     packed = tl.load(words + word[:, None] * S + slot[None, :], (word < WORDS)[:, None], 0)
     shifts = tl.arange(0, PER) * BITS
-    codes = (packed[:, None, :] >> shifts.to(tl.uint32)[None, :, None]) & (2**BITS - 1)
+    codes = (packed[None, :, :] >> shifts.to(tl.uint32)[:, None, None]) & (2**BITS - 1)
     return tl.reshape(codes, (WIDTH, slot.shape[0])).to(tl.float32)
+
+
+@triton.jit
+def _channels(BITS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
+    """The channels of the rows of `_codes`, from D on where there is none. Numbers, BITS = 0, have theirs in order."""
+    row = tl.arange(0, WIDTH)
+    if BITS == 0:
+        return row
+    WORDS: tl.constexpr = WIDTH * BITS // 32
+    at = row % WORDS
+    return tl.where(at < D * BITS // 32, row // WORDS * (D * BITS // 32) + at, D)
 
 
 @triton.jit
@@ -31,7 +42,7 @@ def forward(
     BLOCKS: tl.constexpr = (R + BM - 1) // BM
     split = tl.program_id(0) // BLOCKS
     head = tl.program_id(0) % BLOCKS * BM + tl.arange(0, BM)
-    width, value = tl.arange(0, KP), tl.arange(0, VP)
+    width, value = _channels(BITS, K, KP), _channels(BITS, V, VP)
     row = b * H + g * R + head
     inside = head < R
     query = tl.load(q + row[:, None] * K + width[None, :], inside[:, None] & (width < K)[None, :], 0.0)

@@ -1,12 +1,9 @@
-"""Numbers in two, four or eight bits: a scale and a least value a group, codes packed into words (KIVI, arXiv 2402.02750)."""
+"""Numbers in two, four or eight bits: a scale and a least value a group (KIVI, arXiv 2402.02750)."""
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt
-
-from seqlab.kernels.decode_attention import BITS as BITS
-from seqlab.kernels.decode_attention import codes_of, shifts
 
 
 class Groups(NamedTuple):
@@ -43,14 +40,3 @@ def dequantize(codes: UInt[Array, "*b d"], groups: Groups) -> Float[Array, "*b d
     """The inverse of `quantize`, but for rounding."""
     parts = codes.reshape(*groups.scale.shape, -1)
     return decode(parts, Groups(*(y[..., None] for y in groups))).reshape(codes.shape)
-
-
-def pack(codes: UInt[Array, "*b d"], bits: int) -> UInt[Array, "*b w"]:
-    """32 / bits codes of the last axis in a word, the first one in the lowest bits."""
-    parts = codes.reshape(*codes.shape[:-1], -1, 32 // bits)
-    return jnp.sum(parts << shifts(bits), axis=-1, dtype=jnp.uint32)
-
-
-def unpack(words: UInt[Array, "*b w"], bits: int) -> UInt[Array, "*b d"]:
-    """The inverse of `pack`."""
-    return codes_of(words[..., None], bits)[..., 0]

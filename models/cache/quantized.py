@@ -9,10 +9,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from seqlab.kernels import decode_attention
 from seqlab.kernels.attention import merge
-from seqlab.kernels.decode_attention import BITS, Coded, keys_of, values_of
+from seqlab.kernels.decode_attention import BITS, Coded, keys_of, values_of, words_of
 from seqlab.kernels.dispatch import check_name
 from seqlab.models.cache.common import Rotary, earlier
-from seqlab.models.cache.quantize import Groups, decode, dequantize, encode, groups_of, pack, quantize
+from seqlab.models.cache.quantize import Groups, decode, dequantize, encode, groups_of, quantize
 from seqlab.models.layers import positive
 from seqlab.shapes import Keys, LogSumExp, Queries, Steps, Values, accumulator
 from seqlab.state import Segments, segments
@@ -311,6 +311,9 @@ class Quantized:
             index = (rows, heads, slice(None), slots) if last else (rows, heads, slots)
             return x.at[index].set(values.swapaxes(1, 2).astype(x.dtype), mode="drop")
 
+        def packed(codes: Array) -> Array:
+            return words_of(codes[..., None], self.bits)[..., 0]
+
         newest_k, newest_v = u >= coded, u >= seen - self.residual
         codes = encode(entries.k, groups, self.bits)
         flush_k = key_here & (u < coded) & (u >= coded - self.slots)
@@ -322,11 +325,11 @@ class Quantized:
         rest_k = put(state.rest_k, entries.k, ring, key_here & newest_k & ~old)
         held = (coded + jnp.arange(self.residual)[None] < seen)[:, None, :, None]  # what was coded leaves nothing behind
         k_groups = (put(x, y, slot // self.group, ends) for x, y in zip(state.k[1:], groups, strict=True))
-        v_parts = zip(state.v, (pack(v_codes, self.bits), *v_groups), strict=True)
+        v_parts = zip(state.v, (packed(v_codes), *v_groups), strict=True)
         return QuantizedState(
             put(state.sink_k, entries.k, u + self.sinks, first),
             put(state.sink_v, entries.v, u + self.sinks, first),
-            Coded(put(state.k.words, pack(codes, self.bits), slot, flush_k, last=True), *k_groups),
+            Coded(put(state.k.words, packed(codes), slot, flush_k, last=True), *k_groups),
             Coded(*(put(x, y, slot, flush_v, last=True) for x, y in v_parts)),
             jnp.where(held, rest_k, jnp.zeros((), rest_k.dtype)),
             put(state.rest_v, entries.v, ring, current & (u >= 0) & newest_v & ~old),

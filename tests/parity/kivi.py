@@ -8,7 +8,7 @@ from parity import Tolerance
 from seqlab.kernels.decode_attention import codes_of
 from seqlab.models import Attention
 from seqlab.models.cache import Quantized
-from seqlab.models.cache.quantize import Groups, decode, dequantize, encode, groups_of, pack, quantize
+from seqlab.models.cache.quantize import Groups, decode, dequantize, encode, groups_of, quantize
 from seqlab.weights import convert
 
 
@@ -31,19 +31,25 @@ def _check_codes(case):
     case.check("k_levels", levels.reshape(k.shape), exact=True)
     case.check("k_scale", groups.scale)
     case.check("k_min", groups.least)
-    words = np.asarray(pack(over_time, bits)).view(np.int32)
+    words = _packed(over_time, bits)
     case.check("k_code_channel_major", words, exact=True)
     case.check("k_code", words.swapaxes(2, 3), exact=True)
     case.check("k_scale_channel_major", groups.scale[..., 0, :].swapaxes(2, 3))
     case.check("k_min_channel_major", groups.least[..., 0, :].swapaxes(2, 3))
     codes, groups = quantize(v, channels, bits)
     case.check("v_levels", codes, exact=True)
-    case.check("v_code", np.asarray(pack(codes, bits)).view(np.int32), exact=True)
+    case.check("v_code", _packed(codes, bits), exact=True)
     case.check("v_scale", groups.scale[..., None])
     case.check("v_min", groups.least[..., None])
     case.tolerance = Tolerance(1e-6, 1e-6)  # code * scale + least: one rounding of numbers of size 4 more or less
     case.check("v_deq", dequantize(codes, groups))
     case.check("k_deq", decoded)
+
+
+def _packed(levels, bits):
+    """As the original packs: neighbours along the last axis in a word, the first one in the lowest bits."""
+    parts = np.asarray(levels).reshape(*levels.shape[:-1], -1, 32 // bits)
+    return np.sum(parts << np.arange(0, 32, bits, dtype=np.uint32), axis=-1, dtype=np.uint32).view(np.int32)
 
 
 def _check_attention(case):
@@ -66,9 +72,8 @@ def _check_attention(case):
         lengths.append([keys, begin - keys, values, begin - values, begin])
     case.check("attn_out", np.concatenate(outputs, axis=1))
     case.check("lens_kq_kres_vq_vres_total", lengths, exact=True)
-    levels = codes_of(state.k.words, bits)[..., :keys]
-    case.check("final_k_code", np.asarray(pack(levels, bits)).view(np.int32), exact=True)
-    case.check("final_v_code", np.asarray(state.v.words)[..., :values].swapaxes(2, 3).view(np.int32), exact=True)
+    case.check("final_k_code", _packed(codes_of(state.k.words, bits)[..., :keys], bits), exact=True)
+    case.check("final_v_code", _packed(codes_of(state.v.words, bits)[..., :values].swapaxes(2, 3), bits), exact=True)
     k_groups = [np.asarray(x)[:, :, : keys // group] for x in state.k[1:]]
     v_groups = [np.asarray(x)[..., :values] for x in state.v[1:]]
     for name, (scale, least) in (("k", k_groups), ("v", v_groups)):
