@@ -1,7 +1,7 @@
 """Attention of one query over a cache, whose keys and values are numbers or codes of a few bits: one step of decoding.
 
-Implementations: `reference` (numbers from codes, then dense attention, the truth), `xla` (dense, runs everywhere), `triton_gpu` (codes
-become numbers in registers; forward only).
+Implementations: `reference` (numbers from codes, then dense attention, the truth), `xla` (dense, runs everywhere), `pallas_tpu` and
+`triton_gpu` (codes become numbers where they are multiplied; forward only).
 """
 
 import math
@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from seqlab.kernels.dispatch import Named, Op
 
-_op = Op("decode_attention", __name__, ("reference", "xla", "triton_gpu"))
+_op = Op("decode_attention", __name__, ("reference", "xla", "pallas_tpu", "triton_gpu"))
 BITS = (2, 4, 8)
 
 
@@ -53,7 +53,7 @@ def decode_attention(
       visible: [b, s]; what the other slots hold, NaN included, reaches no result. A row that sees nothing has out = 0 and lse = -inf.
       softcap: bound c of the logits, c tanh(x / c).
       scale: default 1 / sqrt(k).
-      implementation: "reference", "xla" or "triton_gpu"; None lets `seqlab.kernels.dispatch` choose.
+      implementation: "reference", "xla", "pallas_tpu" or "triton_gpu"; None lets `seqlab.kernels.dispatch` choose.
 
     Returns:
       out [b, h, v] in the dtype of q, and lse [b, h] (natural logarithm) in `accumulator` of it.
