@@ -37,6 +37,7 @@ _PUBLIC = {
     "convert": "seqlab.weights",
     "save_pretrained": "seqlab.pretrained",
     "explain": "seqlab.kernels.dispatch",
+    "use_blocks": "seqlab.kernels.blocks",
     "use_implementation": "seqlab.kernels.dispatch",
 }
 

@@ -174,6 +174,7 @@ def _add_telling(commands: Any) -> None:
     bench.add_argument("--interpret", action="store_true", help="simulate the kernels for TPUs: are they right? No times")
     bench.add_argument("--rounds", type=int, default=5, metavar="N", help="times are medians of so many; default %(default)s")
     bench.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write everything there, too")
+    bench.add_argument("--tune", type=pathlib.Path, metavar="FILE", help="find faster block sizes instead, for seqlab.use_blocks(FILE)")
     bench.set_defaults(run=_bench)
 
 
@@ -370,6 +371,9 @@ def _bench(args: argparse.Namespace) -> int:
     if args.rounds < 1:
         raise bench.BenchError(f"--rounds must be at least 1, got {args.rounds}")
     planned = bench.plan(args.op, args.impl, args.shape, args.dtype, args.backward, args.interpret)
+    if args.tune:
+        show.show_tuning(planned, args.rounds, args.tune)
+        return 0
     return 1 if show.show(planned, args.rounds, args.json) else 0
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from seqlab import bench, cli
 from seqlab.bench import cases, peers, timing
+from seqlab.kernels.blocks import device
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def seqlab(*words):
 def test_every_contestant_is_right_and_then_timed(quick, capsys, tmp_path):
     assert seqlab("conv", "--shape", "b=1", "t=9", "d=4", "--backward", "--rounds", "2", "--json", str(tmp_path / "found.json")) == 0
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found["platform"] == "cpu" and found["jax"] == jax.__version__ and found["device"] == timing.device()
+    assert found["platform"] == "cpu" and found["jax"] == jax.__version__ and found["device"] == device()
     forward, both = found["cases"]
     assert (forward["gradients"], both["gradients"], both["truth"]) == (False, True, "reference in float64")
     assert forward["bytes"] == 4 * (2 * 9 * 4 + 4 * 4 + 4 + 3 * 4)  # x, y, weight, bias and the final state

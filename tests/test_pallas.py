@@ -19,7 +19,7 @@ from helpers import assert_close, random
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 
-from seqlab.kernels import pallas
+from seqlab.kernels import blocks, pallas
 from seqlab.kernels.attention.specs import Spec as Attention
 from seqlab.kernels.conv.specs import Spec as Conv
 from seqlab.kernels.linear_attention.specs import Spec as Linear
@@ -28,10 +28,11 @@ from seqlab.kernels.scan.specs import Spec as Scan
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """An op's kernels: block sizes for its tests, the specs of `make test`, and a call of more elements than an int32 counts: a spec, and
-    what its extents are to be replaced by."""
+    """An op's kernels: block sizes for its tests, what else bounds its blocks from below, the specs of `make test`, and a call of more
+    elements than an int32 counts: a spec, and what its extents are to be replaced by."""
 
-    blocks: dict[str, Any]
+    blocks: dict[str, int]
+    bounds: dict[str, int]
     quick: tuple[str, ...]
     huge: tuple[Any, dict[int, int]]
     also: dict[str, Any] = dataclasses.field(default_factory=dict)  # specs beside those of the op
@@ -39,7 +40,8 @@ class Case:
 
 CASES = {
     "conv": Case(
-        {"_STEPS": 16, "_CHANNELS": 4},
+        {"steps": 16, "channels": 4},
+        {},
         ("tiny",),
         (Conv(2, 17, 5, 4, reset=True), {2: 3, 17: 2**20, 5: 1024}),
         {
@@ -49,13 +51,15 @@ CASES = {
         },
     ),
     "scan": Case(
-        {"_STEPS": 8, "_CHANNELS": 2, "_UNIT": 2, "_STATES": 4},
+        {"channels": 2},
+        {"_STEPS": 8, "_UNIT": 2, "_STATES": 4},
         ("tiny",),
         (Scan(2, 17, 640, 4, reset=True), {2: 3, 17: 2**20, 640: 1024}),
         {"tiny": Scan(1, 13, 4, 3, reset=True, valid=True), "wide": Scan(1, 12, 10, 3, dtype="bfloat16"), "states": Scan(1, 12, 2, 9)},
     ),
     "attention": Case(
-        {"_TILE": 16, "_WIDE": 16, "_UNIT": 8},
+        {"tile": 16},
+        {"_UNIT": 8},
         ("tiny", "tiny_packed"),
         (Attention(2, 17, 19, h=8, g=4, k=128, v=128), {2: 3, 17: 2**20, 19: 2**20}),
         {
@@ -66,7 +70,8 @@ CASES = {
         },
     ),
     "linear_attention": Case(
-        {"_STEPS": 8, "_LEAST": 4},
+        {"steps": 8},
+        {"_LEAST": 4},
         ("tiny",),
         (Linear(2, 17, 9, 128, 64, g=3, decay="head", beta="head"), {2: 32, 17: 2**20}),
         {
@@ -99,9 +104,13 @@ def public(op):
 
 def shrink(op, name, monkeypatch):
     """Small blocks for a test, less small ones for a call of many tiles."""
-    module = importlib.import_module(f"seqlab.kernels.{op}.pallas_tpu")
-    for key, value in CASES[op].blocks.items():
-        monkeypatch.setattr(module, key, 4 * value if "tiled" in name else value)
+    module, times = importlib.import_module(f"seqlab.kernels.{op}.pallas_tpu"), 4 if "tiled" in name else 1
+    for key, value in CASES[op].bounds.items():
+        monkeypatch.setattr(module, key, times * value)
+    for kernel, table in blocks.TABLE.items():
+        if kernel.startswith(f"{op}/pallas_tpu/"):
+            small = {key: times * value for key, value in CASES[op].blocks.items()}
+            monkeypatch.setitem(blocks.TABLE, kernel, {blocks.ANY: {blocks.WIDEST: table[blocks.ANY][blocks.WIDEST] | small}})
 
 
 def make(op, spec):

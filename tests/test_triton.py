@@ -170,7 +170,7 @@ def test_conv_counts_beyond_two_billion_elements():
     from seqlab.kernels.conv import triton_gpu, triton_kernels
 
     t, d, w = 1 << 21, 1 << 10, 2
-    cut = triton_gpu.blocks(t, d, w)
+    cut = triton_gpu.blocks(t, d, w, 2)
     x, y = np.zeros((1, t, d), ml_dtypes.bfloat16), np.zeros((1, t, d), ml_dtypes.bfloat16)  # pages that nobody touches take no memory
     x[0, -2:, -3:] = [[1, 2, 3], [4, 5, 6]]
     small = [np.ones(shape, np.float32) for shape in ((w, d), (d,), (1, w - 1, d), (1,))]
@@ -221,14 +221,14 @@ def test_scan_counts_beyond_two_billion_elements():
     from seqlab.kernels.scan import triton_gpu, triton_kernels
 
     b, t, e, n = 1 << 15, 32, 1 << 12, 1
-    cut = triton_gpu.blocks("forward", t, e, None)
+    cut = triton_gpu.blocks(t, e, 2, None)
     u, y = np.zeros((b, t, e), ml_dtypes.bfloat16), np.zeros((b, t, e), ml_dtypes.bfloat16)
     delta = u  # steps of length 0 keep the state
     state, states = np.zeros((b, n, e), np.float32), np.zeros((b, 2, n, e), np.float32)
     state[-1, 0, -1] = 7
     A, B = np.zeros((n, e), np.float32), np.ones((b, t, n), np.float32)
-    constants = {"T": t, "E": e, "N": n, "RESET": False, "BT": cut.steps, "BE": cut.channels}
-    grid = (e // cut.channels, b, 1)
+    constants = {"T": t, "E": e, "N": n, "RESET": False, "BT": cut.steps, "BE": cut.channels[0]}
+    grid = (e // cut.channels[0], b, 1)
     arrays = [u, delta, A, B, B, state, B, y, states]
     triton_cpu.interpret_in_place(triton_kernels.forward, arrays, grid, constants, (grid[0] - 1, b - 1, 0))
     assert y[-1, :, -1].tolist() == [7] * t and states[-1, 1, 0, -1] == 7

@@ -20,9 +20,8 @@ from jax.experimental import pallas as pl
 from seqlab.kernels import pallas
 from seqlab.kernels.attention.reference import visible
 from seqlab.kernels.attention.xla import Places, Rule, _ends, _needed, _positions
+from seqlab.kernels.blocks import find
 
-_TILE = 512  # queries or keys at most: the logits take a MiB of float32, and a few of these fit beside everything else
-_WIDE = 256  # the same where heads are wider than the lanes
 _UNIT = pallas.LANES  # tiles are multiples of it: rows of a tile become lanes of another
 
 
@@ -313,7 +312,7 @@ def _tile(grid: Grid, tiles: int, b: Any, own: Any, n: Any, tables: tuple[Any, A
 def _plan(rule: Rule, q: Array, k: Array, v: Array, sink: Array | None, places: Places) -> tuple[Grid, Ranges, list[tuple[int, Ranges]]]:
     """The grid, the ranges of keys by tile of queries, and those of queries by tile of keys, part after part."""
     t, s, width = q.shape[1], k.shape[1], max(q.shape[3], v.shape[3])
-    most = _TILE if width <= pallas.LANES else _WIDE
+    most = find("attention/pallas_tpu/tile", k.dtype.itemsize, width)["tile"]
     if rule.window is not None:
         most = min(most, max(pallas.up(rule.window, _UNIT), _UNIT))
     rows, keys = (pallas.up(pl.cdiv(size, max(pl.cdiv(size, most), 1)) or 1, _UNIT) for size in (t, s))

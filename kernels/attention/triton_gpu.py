@@ -9,42 +9,27 @@ import jax.numpy as jnp
 from seqlab.kernels import triton
 from seqlab.kernels.attention import xla
 from seqlab.kernels.attention.xla import Places, Rule
+from seqlab.kernels.blocks import find
 
 
 class Blocks(NamedTuple):
-    """Rows and keys of a tile, and what Triton is asked for. Three products in TF32 are as good as one in float32."""
+    """Rows and keys of a tile, and what Triton is asked for."""
 
     rows: int
     keys: int
     warps: int
     stages: int
-    precision: str = "tf32x3"
+    precision: str
 
 
-# By kernel, by bytes of a number, and by the width of keys and values up to which an entry serves. In float32 the tensor cores need so many
-# registers for wide heads that plain arithmetic is left.
-BLOCKS = {
-    "forward": {
-        2: {64: Blocks(128, 64, 4, 3), 128: Blocks(128, 64, 8, 2), 256: Blocks(64, 64, 8, 2)},
-        4: {32: Blocks(64, 64, 4, 2), 64: Blocks(128, 64, 8, 1), 128: Blocks(32, 16, 8, 1, "ieee"), 256: Blocks(32, 16, 8, 1, "ieee")},
-    },
-    "backward_keys": {
-        2: {64: Blocks(64, 64, 4, 2), 128: Blocks(32, 64, 8, 2), 256: Blocks(64, 32, 8, 1)},
-        4: {64: Blocks(32, 32, 8, 1), 128: Blocks(16, 16, 4, 1, "ieee"), 256: Blocks(16, 16, 8, 1, "ieee")},
-    },
-    "backward_queries": {
-        2: {64: Blocks(64, 64, 4, 2), 128: Blocks(64, 64, 8, 2), 256: Blocks(32, 32, 8, 1)},
-        4: {64: Blocks(16, 32, 4, 1), 128: Blocks(32, 16, 8, 1, "ieee"), 256: Blocks(16, 16, 8, 1, "ieee")},
-    },
-}
-WIDEST = 256
+WIDEST = 256  # of every table
 SPLIT_KEYS = 512  # a split of the keys that is shorter costs more to merge than it saves
 SPLIT_PROGRAMS = 256  # about two for every multiprocessor
 
 
 def blocks(kind: str, rows: int, keys: int, width: int, itemsize: int) -> Blocks:
     """The tile for `rows` packed rows and `keys` keys of `width` numbers; those of products have 16 at least, and 64 suit the hardware."""
-    found = next(found for most, found in BLOCKS[kind][itemsize].items() if width <= most)
+    found = Blocks(**find(f"attention/triton_gpu/{kind}", itemsize, width))
     few = 16 if rows <= 16 else triton.power(rows, 64)
     return found._replace(rows=min(found.rows, few), keys=min(found.keys, triton.power(keys, 16)))
 

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from seqlab.kernels import pallas
+from seqlab.kernels.blocks import find
 from seqlab.kernels.conv import xla
-
-_STEPS, _CHANNELS = 512, 512  # of a block: one MiB of float32, a fair load for the memory, and ten of them fit
 
 
 def conv(x, weight, bias, initial_state, reset, valid):
@@ -27,7 +26,7 @@ def conv(x, weight, bias, initial_state, reset, valid):
 @jax.custom_vjp
 def _conv(x, weight, bias, state, past):
     (b, t, d), w, kept = x.shape, len(weight), _kept(state)
-    steps, lanes = pallas.block(t, _STEPS), pallas.block(d, _CHANNELS)
+    steps, lanes = _block(x)
     timed = pl.BlockSpec((None, steps, lanes), lambda b, d, t: (b, t, d))
     arrays = [x, weight, bias[None], _padded(state, kept)]
     specs = [
@@ -82,7 +81,7 @@ def _conv_fwd(x, weight, bias, state, past):
 def _conv_bwd(residuals, dy):
     x, weight, bias, state, past = residuals
     (b, t, d), w, kept = x.shape, len(weight), _kept(state)
-    steps, lanes = pallas.block(t, _STEPS), pallas.block(d, _CHANNELS)
+    steps, lanes = _block(x)
     last, rows = pl.cdiv(t, steps) - 1, pallas.up(steps, 8) + 2 * kept
     timed = pl.BlockSpec((None, steps, lanes), lambda d, b, t: (b, last - t, d))
     once = pl.BlockSpec((None, kept, lanes), lambda d, b, t: (b, 0, d))
@@ -156,6 +155,12 @@ def _backward_kernel(time, x, dy, weight, state, *rest):
     @pl.when(step == pl.num_programs(2) - 1)
     def _():
         dstate[...] = passed_back(0, state[...].astype(jnp.float32), 1).astype(dstate.dtype)
+
+
+def _block(x):
+    """Steps and channels of a block of x [b, t, d]."""
+    found = find("conv/pallas_tpu/tile", x.dtype.itemsize, x.shape[2])
+    return pallas.block(x.shape[1], found["steps"]), pallas.block(x.shape[2], found["channels"])
 
 
 def _kept(state):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from seqlab.kernels import triton
+from seqlab.kernels.blocks import find
 from seqlab.state import mask_steps
 
 
@@ -21,15 +22,12 @@ class Blocks(NamedTuple):
     warps: int
 
 
-BLOCKS = {"narrow": Blocks(32, 32, 256, 4), "wide": Blocks(16, 128, 256, 4)}
-
-
 MOST_TAPS = 8  # the loop over them is unrolled
 
 
-def blocks(t: int, d: int, w: int) -> Blocks:
-    """The tile for a call: wide rows are read 256 bytes at a time, many taps leave fewer registers, short sequences need fewer steps."""
-    found = BLOCKS["wide" if d > 64 else "narrow"]
+def blocks(t: int, d: int, w: int, itemsize: int) -> Blocks:
+    """The tile for a call: many taps leave fewer registers, short sequences need fewer steps."""
+    found = Blocks(**find("conv/triton_gpu/tile", itemsize, d))
     steps = min(found.steps if w <= 4 else found.steps // 2, triton.power(t))
     return found._replace(steps=steps, stretch=min(found.stretch, triton.power(t, steps)))
 
@@ -86,7 +84,7 @@ def _conv(x, weight, bias, state, maps):
     from seqlab.kernels.conv import triton_kernels as kernels
 
     (b, t, d), w = x.shape, weight.shape[0]
-    cut = blocks(t, d, w)
+    cut = blocks(t, d, w, x.dtype.itemsize)
     constants = {"T": t, "D": d, "W": w, "GIVEN": maps is not None, "BT": cut.steps, "BD": cut.channels}
     arrays = (x, weight, bias, state if w > 1 else x, x if maps is None else maps.source)
     grid = (triton.blocks(t, cut.steps), triton.blocks(d, cut.channels), b)
@@ -112,7 +110,7 @@ def _backward(residuals, cotangents):
 
     (x, weight, bias, state, maps), (dy, dend) = residuals, cotangents
     (b, t, d), w = x.shape, weight.shape[0]
-    cut = blocks(t, d, w)
+    cut = blocks(t, d, w, x.dtype.itemsize)
     kept, stretches = w - 1, triton.blocks(t + w - 1, cut.stretch)
     constants = {"T": t, "D": d, "W": w, "WP": triton.power(w), "GIVEN": maps is not None}
     constants |= {"ROWS": cut.stretch, "BT": cut.steps, "BD": cut.channels}

@@ -17,10 +17,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from seqlab.kernels import pallas
+from seqlab.kernels.blocks import find
 
-_CHUNK = {"plain": 128, "delta": 64, "channel": 64, "value": 16}  # steps by kind, see `_kind`
-_STEPS = 512  # of a block
-_STEPS_WIDE = 128  # the same where heads are wider than the lanes: the vector memory of a v4 has 16 MiB
 _LEAST = 16  # steps of a chunk, whatever is asked for: the rows of a tile of bfloat16
 _EXACT = jax.lax.Precision.HIGHEST
 _FLOOR = -128.0  # exp of less is 0 in float32, and minus infinity times 0 would not be
@@ -48,9 +46,9 @@ def linear_attention(q, k, v, decay, beta, initial_state, reset, *, scale, chunk
     pallas.require(q, k, v, decay, beta, initial_state)
     kinds = [None if x is None else "head" if x.shape[-1] == 1 else wide for x, wide in ((decay, "channel"), (beta, "value"))]
     time, heads = v.shape[1], v.shape[2] // q.shape[2]
-    size = min(max(chunk or _CHUNK[_kind(*kinds)], _LEAST), 128, max(pl.next_power_of_2(time), _LEAST))
-    steps = _STEPS if max(k.shape[-1], v.shape[-1]) <= pallas.LANES else _STEPS_WIDE
-    chunks = min(max(steps // size, 1), pl.cdiv(time, size))
+    found = find(f"linear_attention/pallas_tpu/{_kind(*kinds)}", k.dtype.itemsize, max(k.shape[-1], v.shape[-1]))
+    size = min(max(chunk or found["chunk"], _LEAST), 128, max(pl.next_power_of_2(time), _LEAST))
+    chunks = min(max(found["steps"] // size, 1), pl.cdiv(time, size))
     narrow = all(x.dtype == jnp.bfloat16 for x in (q, k, v))
     config = Config(scale, size, chunks, heads, *kinds, reset is not None, jax.lax.Precision.DEFAULT if narrow else _EXACT)
     out, state = _attend(config, (q, k, v, decay, beta), initial_state, reset)

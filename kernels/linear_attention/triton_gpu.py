@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from seqlab.kernels import triton
+from seqlab.kernels.blocks import find, widest
 from seqlab.kernels.linear_attention import xla
 from seqlab.kernels.linear_attention.xla import Config, _inverse, _set_apart, _where
 
@@ -25,20 +26,15 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# By whether products are to be those of float32 (of three in TF32), and by the width of keys up to which an entry serves.
-BLOCKS = {
-    False: {64: Blocks(64, 64, 4, 2), 128: Blocks(64, 32, 4, 2), 256: Blocks(32, 16, 4, 1)},
-    True: {64: Blocks(64, 32, 4, 1), 128: Blocks(32, 16, 8, 1)},
-}
 BUDGET = 1 << 26  # elements of one array [b, block, h, k]
 
 
 def blocks(exact: bool, keys: int, values: int) -> Blocks:
-    """The tile for heads of so many keys and values; NotImplementedError if there is none."""
-    table = BLOCKS[exact]
-    if keys > max(table):
-        raise NotImplementedError(f"kernels for keys of up to {max(table)} exist in this precision, got k={keys}")
-    found = next(found for most, found in table.items() if keys <= most)
+    """The tile for heads of so many keys and values, where products are to be those of float32 or not; NotImplementedError if none."""
+    place = "linear_attention/triton_gpu/carry", 4 if exact else 2
+    if keys > widest(*place):
+        raise NotImplementedError(f"kernels for keys of up to {widest(*place)} exist in this precision, got k={keys}")
+    found = Blocks(**find(*place, keys))
     return found._replace(values=min(found.values, triton.power(values, 16)))
 
 
@@ -52,7 +48,7 @@ def linear_attention(q, k, v, decay, beta, initial_state, reset, *, scale, chunk
     exact = v.dtype == jnp.float32
     most = blocks(exact, k.shape[-1], v.shape[-1]).steps
     channels = decay is not None and decay.shape[-1] > 1
-    size = min(chunk or (xla.default_chunk(decay, beta) if channels else most), most)
+    size = min(chunk or (xla.default_chunk(k, decay, beta) if channels else most), most)
     with jax.default_matmul_precision("highest" if exact else "default"):
         return xla.in_blocks((q, k, v, decay, beta, reset), initial_state, BUDGET, Config(scale, size, 0, _CARRIES[exact]))
 

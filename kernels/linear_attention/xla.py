@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from seqlab.kernels.blocks import find
 from seqlab.kernels.linear_attention.reference import step
 
 # Elements of one array [b, block, h, k]. On a CPU a block must stay in the second cache (measured: blocks four times larger take half as
@@ -36,7 +37,7 @@ def linear_attention(q, k, v, decay, beta, initial_state, reset, *, scale, chunk
         arrays = (x if x is None else x[:, 0] for x in (q, k, v, decay, beta, reset))
         final_state, out = step(initial_state, *(x if x is None or x.dtype == bool else x.astype(dtype) for x in arrays), scale=scale)
         return out[:, None].astype(v.dtype), final_state
-    size = chunk if chunk is not None else default_chunk(decay, beta)
+    size = chunk if chunk is not None else default_chunk(k, decay, beta)
     budget = _BLOCK.get(jax.default_backend(), _BLOCK_ELSEWHERE)
     return in_blocks((q, k, v, decay, beta, reset), initial_state, budget, Config(scale, size, 0))
 
@@ -56,11 +57,11 @@ def in_blocks(arrays, initial_state, budget, config):
     return out[:, :time], final_state
 
 
-def default_chunk(decay, beta):
-    """Rows of a chunk, by kind: the triangular solve and the decay of channels cost more than they save in longer ones."""
-    if beta is not None and beta.shape[-1] > 1:
-        return 16
-    return 32 if beta is not None or (decay is not None and decay.shape[-1] > 1) else 64
+def default_chunk(k, decay, beta):
+    """Rows of a chunk, by kind."""
+    wide = [x is not None and x.shape[-1] > 1 for x in (decay, beta)]
+    kind = "value" if wide[1] else "channel" if wide[0] else "plain" if beta is None else "delta"
+    return find(f"linear_attention/xla/{kind}", k.dtype.itemsize, k.shape[-1])["chunk"]
 
 
 class Config(NamedTuple):

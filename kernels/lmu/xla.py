@@ -17,11 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from seqlab.kernels.blocks import find
 from seqlab.kernels.lmu import reference
 from seqlab.kernels.lmu.reference import HIGHEST
 from seqlab.state import mask_steps
-
-_CHUNK = 32
 
 
 def lmu(u, A, B, initial_state, reset, valid, *, chunk=None):
@@ -32,15 +31,16 @@ def lmu(u, A, B, initial_state, reset, valid, *, chunk=None):
         flags = (None if x is None else x[:, 0] for x in (reset, valid))
         state, m = reference.step(state, constant(A, u.dtype), constant(B, u.dtype), u[:, 0], *flags)
         return m[:, None], state
+    size = min(chunk or find("lmu/xla/chunk", u.dtype.itemsize, B.shape[0])["steps"], time)
     if valid is None:
-        m = _chunks(u, A, B, state, reset, min(chunk or _CHUNK, time))
+        m = _chunks(u, A, B, state, reset, size)
         return m, m[:, -1]
     count = jnp.sum(valid, axis=1, keepdims=True)
     place = jnp.where(valid, jnp.cumsum(valid, axis=1) - 1, count + jnp.cumsum(~valid, axis=1) - 1)
     order = jnp.argsort(place, axis=1)
     u = jnp.take_along_axis(mask_steps(u, valid), order[..., None], axis=1)
     reset = None if reset is None else jnp.take_along_axis(reset, order, axis=1)
-    m = _chunks(u, A, B, state, reset, min(chunk or _CHUNK, time))
+    m = _chunks(u, A, B, state, reset, size)
     last = jnp.take_along_axis(m, jnp.maximum(count - 1, 0)[..., None, None], axis=1)[:, 0]
     state = jnp.where(count[..., None] > 0, last, state)
     return mask_steps(jnp.take_along_axis(m, place[..., None, None], axis=1), valid), state

@@ -16,9 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from seqlab.kernels import pallas
+from seqlab.kernels.blocks import find
 
 _STEPS = 128  # of a block of time: as many as there are lanes, which hold B and C
-_CHANNELS = 512  # of a block, at most
 _STATE = 2**14  # elements of the state of a block: 16 registers of 64; the states of a block of time take 8 MiB
 _STATES = 128  # n of one call: states do not meet before y, so that more of them are several calls
 _UNIT = pallas.LANES  # blocks of channels have multiples of so many
@@ -29,15 +29,17 @@ def scan(u, delta, A, B, C, initial_state, reset, *, chunk=None):
     """`y, final_state`; see `xla.scan` for the arguments. `chunk` changes nothing here."""
     pallas.require(u, delta, A, B, C, initial_state)
     e, n = A.shape
-    if _width(e, min(n, _STATES)) is None:  # no block divides the channels: channels of zeros do nothing
+    lanes = _width(e, min(n, _STATES))
+    if lanes is None:  # no block divides the channels: channels of zeros do nothing
         more = pallas.up(e, _UNIT) - e
         u, delta = (jnp.pad(x, ((0, 0), (0, 0), (0, more))) for x in (u, delta))
         A, initial_state = jnp.pad(A, ((0, more), (0, 0))), jnp.pad(initial_state, ((0, 0), (0, more), (0, 0)))
+        lanes = _width(e + more, min(n, _STATES))
     ys, states = [], []
     for start in range(0, n, _STATES):
         part = slice(start, start + _STATES)
         state = jnp.swapaxes(initial_state[..., part], 1, 2)
-        y, state = _scan(u.dtype if n <= _STATES else jnp.float32, u, delta, A[:, part], B[..., part], C[..., part], state, reset)
+        y, state = _scan(lanes, u.dtype if n <= _STATES else jnp.float32, u, delta, A[:, part], B[..., part], C[..., part], state, reset)
         ys.append(y)
         states.append(jnp.swapaxes(state, 1, 2))
     return sum(ys[1:], ys[0])[..., :e].astype(u.dtype), jnp.concatenate(states, axis=-1)[:, :e]
@@ -45,25 +47,26 @@ def scan(u, delta, A, B, C, initial_state, reset, *, chunk=None):
 
 def _width(e, n):
     """The channels of a block: all where they are few, else as many as divide them, or None."""
-    most = max(_UNIT, min(_CHANNELS, _STATE // n // _UNIT * _UNIT))
+    channels = find("scan/pallas_tpu/block", 4, e)["channels"]  # in vector memory everything is float32
+    most = max(_UNIT, min(channels, _STATE // n // _UNIT * _UNIT))
     return e if e <= most else next((size for size in range(most, 0, -_UNIT) if e % size == 0), None)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(dtype, u, delta, A, B, C, h, reset):
-    y, state = _forward(False, dtype, u, delta, A, B, C, h, reset)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _scan(lanes, dtype, u, delta, A, B, C, h, reset):
+    y, state = _forward(False, lanes, dtype, u, delta, A, B, C, h, reset)
     return y, state
 
 
-def _scan_fwd(dtype, u, delta, A, B, C, h, reset):
-    y, state, starts = _forward(True, dtype, u, delta, A, B, C, h, reset)
+def _scan_fwd(lanes, dtype, u, delta, A, B, C, h, reset):
+    y, state, starts = _forward(True, lanes, dtype, u, delta, A, B, C, h, reset)
     return (y, state), (u, delta, A, B, C, reset, starts)
 
 
-def _forward(save, dtype, u, delta, A, B, C, h, reset):
+def _forward(save, lanes, dtype, u, delta, A, B, C, h, reset):
     """y, the final state and, to `save`, the states before the blocks of time [b, blocks, n, e]."""
     (b, t, e), n = u.shape, A.shape[1]
-    steps, lanes, blocks = pallas.block(t, _STEPS), _width(e, n), pl.cdiv(t, _STEPS)
+    steps, blocks = pallas.block(t, _STEPS), pl.cdiv(t, _STEPS)
     rows = pallas.vector((pallas.up(steps, _GROUP), lanes))
     timed, columns, once, flags = _specs(n, steps, lanes, lambda i: i)
     return pallas.call(
@@ -161,11 +164,11 @@ def _update(h, A, size, x, b):
     return jnp.exp(size * A) * h + x * b
 
 
-def _scan_bwd(dtype, residuals, cotangents):
+def _scan_bwd(lanes, dtype, residuals, cotangents):
     u, delta, A, B, C, reset, starts = residuals
     dy, g = cotangents
     (b, t, e), n, blocks = u.shape, A.shape[1], starts.shape[1]
-    steps, lanes = pallas.block(t, _STEPS), _width(e, n)
+    steps = pallas.block(t, _STEPS)
     timed, columns, once, flags = _specs(n, steps, lanes, lambda i: blocks - 1 - i)
     start = pl.BlockSpec((None, None, n, lanes), lambda b, e, t: (b, blocks - 1 - t, 0, e))
     part = pl.BlockSpec((None, None, n, _STEPS), lambda b, e, t: (b, e, 0, blocks - 1 - t))

@@ -18,9 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.lax import fori_loop
 
+from seqlab.kernels.blocks import find
 from seqlab.kernels.scan import reference
-
-_CHUNK = 64  # steps. The states kept, t / 64 of them, then take n / 64 of the memory of u
 
 
 def scan(u, delta, A, B, C, initial_state, reset, *, chunk=None):
@@ -28,7 +27,8 @@ def scan(u, delta, A, B, C, initial_state, reset, *, chunk=None):
     if u.shape[1] == 1:  # decoding: a handful of elementwise operations, no loop
         h, y = reference.step(initial_state, A.astype(initial_state.dtype), *_at((u, delta, B, C, reset), 0, initial_state.dtype))
         return y[:, None].astype(u.dtype), h
-    y, h = _scan(chunk or _CHUNK, u, delta, A, B, C, jnp.swapaxes(initial_state, 1, 2), reset)
+    size = chunk or find("scan/xla/chunk", u.dtype.itemsize, u.shape[2])["steps"]
+    y, h = _scan(size, u, delta, A, B, C, jnp.swapaxes(initial_state, 1, 2), reset)
     return y, jnp.swapaxes(h, 1, 2)
 
 

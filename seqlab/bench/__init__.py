@@ -18,6 +18,7 @@ import numpy as np
 from seqlab import __version__, report
 from seqlab.bench import cases, peers, timing
 from seqlab.bench.cases import Case
+from seqlab.kernels.blocks import device
 from seqlab.kernels.dispatch import check_name
 
 _ROUGH = 0.05  # a peer that differs by more computes something else
@@ -235,7 +236,7 @@ def record(outcome: Outcome) -> dict[str, Any]:
 
 def about() -> dict[str, str]:
     """What figures depend on besides the code."""
-    return {"device": timing.device(), "platform": jax.default_backend(), "jax": jax.__version__, "seqlab": __version__}
+    return {"device": device(), "platform": jax.default_backend(), "jax": jax.__version__, "seqlab": __version__}
 
 
 def write(file: pathlib.Path, content: dict[str, Any]) -> None:

@@ -3,7 +3,9 @@
 import pathlib
 
 from seqlab import bench, report
+from seqlab.bench import tune
 from seqlab.bench.cases import Case
+from seqlab.kernels.blocks import WIDEST
 
 
 def show(planned: bench.Plan, rounds: int, file: pathlib.Path | None) -> int:
@@ -16,6 +18,23 @@ def show(planned: bench.Plan, rounds: int, file: pathlib.Path | None) -> int:
     if file is not None:
         bench.write(file, {**about, "cases": [bench.record(outcome) for outcome in outcomes]})
     return sum(bool(result.wrong) for outcome in outcomes for result in outcome.results)
+
+
+def show_tuning(planned: bench.Plan, rounds: int, file: pathlib.Path) -> None:
+    """Tune, print what is found, and write it into `file`, which `seqlab.use_blocks` reads."""
+    about, found = bench.about(), []
+    print(f"{about['device']}, JAX {about['jax']} on {about['platform']}, seqlab {about['seqlab']}")
+    for each in tune.tune(planned, rounds):
+        sizes = " ".join(f"{name}={value}" for name, value in each.row.blocks.items())
+        kernel, size, width = each.row.place
+        reach = f"{f'{size} bytes' if size else 'any number'}, {'any width' if width == WIDEST else f'up to {width} wide'}"
+        print(f"\n{each.case.title}\n  {kernel} ({reach}): {sizes}")
+        times = f"{_time(each.seconds)}, {_time(each.before)} before"
+        tried = sum(trial.seconds is not None for trial in each.trials)
+        print(f"  {times}; {tried} other sizes tried, {len(each.trials) - tried} left out", flush=True)
+        found.append(tune.record(each))
+        bench.write(file, {**about, "rows": found})
+    print(f"\nwith seqlab.use_blocks({str(file)!r}), or SEQLAB_BLOCKS={file} in the environment, kernels take these")
 
 
 def as_text(outcome: bench.Outcome) -> str:

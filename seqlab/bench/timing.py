@@ -1,8 +1,6 @@
 """Time on the device: loops of calls inside of one program, contestants in turn, and what this machine can do at most."""
 
 import math
-import os
-import pathlib
 import statistics
 import time
 from collections.abc import Callable
@@ -30,17 +28,6 @@ class Ceilings(NamedTuple):
 
     bytes: float
     flops: float
-
-
-def device() -> str:
-    """The device that JAX uses, by a name that is the same on the same kind of machine only."""
-    kind = jax.devices()[0].device_kind
-    if jax.default_backend() != "cpu":
-        return kind
-    described = pathlib.Path("/proc/cpuinfo")
-    lines = described.read_text().splitlines() if described.is_file() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), kind)
-    return f"{os.cpu_count()} cores of {model}"
 
 
 def compiled(function: Callable[[Any], Any], arguments: Any) -> Program:

@@ -1,0 +1,205 @@
+"""Block sizes as data: into what the kernels cut a call, by kernel, bytes of a number, and width of heads (or channels).
+
+`TABLE` holds what is built in. What `seqlab bench OP --tune` has found to be faster on a device goes before it, from a file:
+
+    with seqlab.use_blocks("blocks.json"):      for a block of code
+    SEQLAB_BLOCKS=blocks.json seqlab train ...  for a process; read whenever a kernel is traced
+
+Sizes here are upper limits: every kernel shortens them for calls that are shorter, see `blocks` of its module.
+"""
+
+import contextlib
+import contextvars
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from seqlab.kernels.dispatch import check_name
+
+ANY, WIDEST = 0, 2**31 - 1  # numbers of any size, and any width
+
+
+class Row(NamedTuple):
+    """The blocks of a kernel, named op/implementation/kernel, for numbers of so many bytes and widths up to `width`."""
+
+    kernel: str
+    bytes: int
+    width: int
+    blocks: dict[str, Any]
+
+    @property
+    def place(self) -> tuple[str, int, int]:
+        return self[:3]
+
+
+def _tile(rows: int, keys: int, warps: int, stages: int, precision: str = "tf32x3") -> dict[str, Any]:
+    return {"rows": rows, "keys": keys, "warps": warps, "stages": stages, "precision": precision}
+
+
+def _chunks(steps: int, values: int, warps: int, stages: int) -> dict[str, Any]:
+    return {"steps": steps, "values": values, "warps": warps, "stages": stages}
+
+
+def _everywhere(**blocks: int) -> dict[int, dict[int, dict[str, Any]]]:
+    return {ANY: {WIDEST: blocks}}
+
+
+# By kernel, by bytes of a number, and by the width up to which an entry serves.
+TABLE: dict[str, dict[int, dict[int, dict[str, Any]]]] = {
+    # Rows and keys of a tile. Three products in TF32 are as good as one in float32; for wide heads in float32 the tensor cores need so
+    # many registers that plain arithmetic is left.
+    "attention/triton_gpu/forward": {
+        2: {64: _tile(128, 64, 4, 3), 128: _tile(128, 64, 8, 2), 256: _tile(64, 64, 8, 2)},
+        4: {32: _tile(64, 64, 4, 2), 64: _tile(128, 64, 8, 1), 128: _tile(32, 16, 8, 1, "ieee"), 256: _tile(32, 16, 8, 1, "ieee")},
+    },
+    "attention/triton_gpu/backward_keys": {
+        2: {64: _tile(64, 64, 4, 2), 128: _tile(32, 64, 8, 2), 256: _tile(64, 32, 8, 1)},
+        4: {64: _tile(32, 32, 8, 1), 128: _tile(16, 16, 4, 1, "ieee"), 256: _tile(16, 16, 8, 1, "ieee")},
+    },
+    "attention/triton_gpu/backward_queries": {
+        2: {64: _tile(64, 64, 4, 2), 128: _tile(64, 64, 8, 2), 256: _tile(32, 32, 8, 1)},
+        4: {64: _tile(16, 32, 4, 1), 128: _tile(32, 16, 8, 1, "ieee"), 256: _tile(16, 16, 8, 1, "ieee")},
+    },
+    # Queries or keys: the logits of a tile take a MiB of float32, and a few of these fit beside everything else.
+    "attention/pallas_tpu/tile": {ANY: {128: {"tile": 512}, WIDEST: {"tile": 256}}},
+    # Wide rows are read 256 bytes at a time; `stretch` steps share one partial sum of the weights' gradient.
+    "conv/triton_gpu/tile": {
+        ANY: {
+            64: {"steps": 32, "channels": 32, "stretch": 256, "warps": 4},
+            WIDEST: {"steps": 16, "channels": 128, "stretch": 256, "warps": 4},
+        }
+    },
+    # One MiB of float32, a fair load for the memory, and ten of them fit.
+    "conv/pallas_tpu/tile": _everywhere(steps=512, channels=512),
+    # A state is kept a tile, so long tiles need less memory and short ones fewer registers. Both directions use the same steps.
+    "scan/triton_gpu/forward": _everywhere(steps=64, channels=16, warps=4),
+    "scan/triton_gpu/backward": _everywhere(channels=16, warps=4),
+    "scan/pallas_tpu/block": _everywhere(channels=512),
+    # The states kept, t / 64 of them, then take n / 64 of the memory of u.
+    "scan/xla/chunk": _everywhere(steps=64),
+    # By kind: the triangular solve and the decay of channels cost more than they save in longer ones.
+    "linear_attention/xla/plain": _everywhere(chunk=64),
+    "linear_attention/xla/delta": _everywhere(chunk=32),
+    "linear_attention/xla/channel": _everywhere(chunk=32),
+    "linear_attention/xla/value": _everywhere(chunk=16),
+    # Steps of a chunk, values of a program, whose state [k, values] is in registers.
+    "linear_attention/triton_gpu/carry": {
+        2: {64: _chunks(64, 64, 4, 2), 128: _chunks(64, 32, 4, 2), 256: _chunks(32, 16, 4, 1)},
+        4: {64: _chunks(64, 32, 4, 1), 128: _chunks(32, 16, 8, 1)},
+    },
+    # Steps of a chunk and of a block, in which heads wider than the lanes leave less room: the vector memory of a v4 has 16 MiB.
+    **{
+        f"linear_attention/pallas_tpu/{kind}": {ANY: {128: {"chunk": chunk, "steps": 512}, WIDEST: {"chunk": chunk, "steps": 128}}}
+        for kind, chunk in (("plain", 128), ("delta", 64), ("channel", 64), ("value", 16))
+    },
+    "lmu/xla/chunk": _everywhere(steps=32),
+}
+
+
+class _Rows:
+    """Rows that go before the table; an object of its own every time, so that jax.jit traces anew under it."""
+
+    def __init__(self, rows: Sequence[Row]):
+        self.blocks = {row.place: row.blocks for row in rows}
+
+
+_chosen = jax.make_user_context(default_value=None)
+_asked: contextvars.ContextVar[dict[tuple[str, int, int], Row] | None] = contextvars.ContextVar("seqlab_blocks", default=None)
+
+
+def find(kernel: str, itemsize: int, width: int) -> dict[str, Any]:
+    """The blocks of a kernel for numbers of `itemsize` bytes and a width of at most `widest(kernel, itemsize)`."""
+    table = TABLE[kernel]
+    size = itemsize if itemsize in table else ANY
+    most = next(most for most in table[size] if width <= most)
+    place = (kernel, size, most)
+    blocks = table[size][most] | _rows().blocks.get(place, {})
+    asked = _asked.get()
+    if asked is not None:
+        asked[place] = Row(*place, blocks)
+    return blocks
+
+
+def widest(kernel: str, itemsize: int) -> int:
+    """The width of heads up to which there are blocks."""
+    table = TABLE[kernel]
+    return max(table[itemsize if itemsize in table else ANY])
+
+
+def asked_by(function: Callable[..., Any], *args: Any) -> list[Row]:
+    """The rows that a call takes its blocks from, in order. It is traced, not run."""
+    found: dict[tuple[str, int, int], Row] = {}
+    token = _asked.set(found)
+    try:
+        with _chosen(_Rows([Row(*place, blocks) for place, blocks in _rows().blocks.items()])):
+            jax.eval_shape(function, *args)
+    finally:
+        _asked.reset(token)
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def use_blocks(source: str | os.PathLike | Sequence[Row]) -> Iterator[None]:
+    """Within the block kernels take the block sizes of a file that `seqlab bench OP --tune FILE` has written, or of rows.
+
+    Functions compiled by `jax.jit` outside the block are traced anew inside. Raises ValueError for a file that was written on another
+    device, and for rows of no kernel, with the nearest there is.
+    """
+    rows = _Rows(load(source) if isinstance(source, str | os.PathLike) else [_checked(row, "use_blocks") for row in source])
+    with _chosen(rows):
+        yield
+
+
+def load(path: str | os.PathLike) -> list[Row]:
+    """The rows of a file for this device."""
+    content = json.loads(pathlib.Path(path).read_text())
+    if not isinstance(content, dict) or not {"device", "rows"} <= content.keys():
+        raise ValueError(f"{path}: expected what `seqlab bench OP --tune FILE` writes, an object with device and rows")
+    if content["device"] != device():
+        raise ValueError(f"{path} was measured on {content['device']}, and this is {device()}: `seqlab bench OP --tune` measures here")
+    return [_checked(Row(*(row[name] for name in Row._fields)), os.fspath(path)) for row in content["rows"]]
+
+
+def _checked(row: Row, source: str) -> Row:
+    """The row, if the table has its place and the built-in blocks the same fields."""
+    check_name(row.kernel, tuple(TABLE), f"{source}: kernel")
+    own = TABLE[row.kernel].get(row.bytes, {}).get(row.width)
+    if own is None:
+        places = [f"bytes={size} width={width}" for size, widths in TABLE[row.kernel].items() for width in widths]
+        raise ValueError(f"{source}: {row.kernel} has rows for {', '.join(places)}, got bytes={row.bytes} width={row.width}")
+    for name, value in row.blocks.items():
+        check_name(name, tuple(own), f"{source}: block size of {row.kernel}")
+        if type(value) is not type(own[name]) or (isinstance(value, int) and value < 1):
+            raise ValueError(f"{source}: {row.kernel} {name}: got {value!r}, expected something like {own[name]!r}")
+    return row
+
+
+def device() -> str:
+    """The device that JAX uses, by a name that is the same on the same kind of machine only."""
+    kind = jax.devices()[0].device_kind
+    if jax.default_backend() != "cpu":
+        return kind
+    described = pathlib.Path("/proc/cpuinfo")
+    lines = described.read_text().splitlines() if described.is_file() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), kind)
+    return f"{os.cpu_count()} cores of {model}"
+
+
+def _rows() -> _Rows:
+    if _chosen.value is not None:
+        return _chosen.value
+    path = os.environ.get("SEQLAB_BLOCKS")
+    return _of_file(path, os.stat(path).st_mtime_ns) if path else _NONE
+
+
+@functools.lru_cache(maxsize=8)
+def _of_file(path: str, written: int) -> _Rows:
+    return _Rows(load(path))
+
+
+_NONE = _Rows([])
