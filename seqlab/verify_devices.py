@@ -8,7 +8,7 @@ XLA_FLAGS=--xla_force_host_platform_device_count=8.
 
 import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ _GATHER = re.compile(r"= \(?((?:f|bf)\d+\[[\d,]+\])[^=]*? all-gather(?:-start)?\
 
 def verify_devices(
     mixer: Mixer,
-    devices: int | None = None,
+    devices: int | Sequence[int] | None = None,
     *,
     inputs: Array | None = None,
     length: int = 29,
@@ -38,7 +38,7 @@ def verify_devices(
     bound: float | None = None,
     seed: int = 0,
 ) -> Report:
-    """Check C5 on `mixer` with time split over `devices`, all that there are by default, and report.
+    """Check C5 on `mixer` with time split over `devices`, all that there are by default, and report; over several numbers of them, in turn.
 
     Compared with one device are outputs and gradients of the parallel form, on plain sequences and on packed and padded ones, and outputs
     and state of two chunks one after the other (chunked prefill). Whether in training devices come to hold the whole sequence is said
@@ -49,23 +49,23 @@ def verify_devices(
       ValueError: fewer than two devices, or more than there are.
     """
     available = jax.devices()
-    devices = len(available) if devices is None else devices
-    if not 2 <= devices <= len(available):
-        raise ValueError(f"devices must be at least 2 and at most the {len(available)} that there are, got {devices}")
-    mesh = make_mesh(data=1, sequence=devices, devices=available[:devices])
+    numbers = np.atleast_1d(len(available) if devices is None else devices).tolist()
+    if not numbers or not all(2 <= number <= len(available) for number in numbers):
+        raise ValueError(f"devices must be at least 2 and at most the {len(available)} that there are, got {devices!r}")
+    meshes = [make_mesh(data=1, sequence=number, devices=available[:number]) for number in numbers]
     dtype = dtype or getattr(mixer, "dtype", None) or "float32"
     causal = getattr(mixer, "causal", True)
     with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext(), jax.default_matmul_precision("highest"):
         subject = subject_of(mixer, inputs, (batch, length), dtype, BOUNDS[dtype] if bound is None else bound, seed)
         flags, checks = _flags(subject.inputs.shape[:2], seed), []
         if thorough:
-            checks.append(_spread(subject, mesh))
+            checks += [_spread(subject, mesh) for mesh in meshes]
         if thorough or not causal:
-            checks += _compared("plain", subject, mesh, _parallel(subject, gradients), None, None)
+            checks += _compared("plain", subject, meshes, _parallel(subject, gradients), None, None)
         if causal:
-            checks += _compared("packed", subject, mesh, _parallel(subject, gradients), *flags)
+            checks += _compared("packed", subject, meshes, _parallel(subject, gradients), *flags)
         if thorough and causal:
-            checks += _compared("packed, in two chunks", subject, mesh, _two_chunks(subject), *flags)
+            checks += _compared("packed, in two chunks", subject, meshes, _two_chunks(subject), *flags)
         size = state_bytes(mixer, 1, subject.inputs.dtype if subject.inputs.ndim == 3 else dtype)
     return Report(type(mixer).__name__, dtype, subject.inputs.shape[1], size, tuple(checks))
 
@@ -98,13 +98,15 @@ def _two_chunks(subject: Subject) -> Callable[..., dict[str, Any]]:
     return chunks
 
 
-def _compared(name: str, subject: Subject, mesh: Mesh, program: Callable[..., dict[str, Any]], *flags: Array | None) -> list[Check]:
-    program, arguments = jax.jit(program, compiler_options=compiler_options(mesh)), (subject.params, subject.inputs, *flags)
-    expected = program(*arguments)
-    with jax.set_mesh(mesh):
-        actual = program(*arguments)
-    slack = {"gradients": GRADIENT_SLACK}
-    return [compare("C5", f"{name}: {what}", subject, actual[what], value, slack.get(what, 1.0)) for what, value in expected.items()]
+def _compared(name: str, subject: Subject, meshes: list[Mesh], program: Callable[..., dict[str, Any]], *flags: Array | None) -> list[Check]:
+    program, arguments = jax.jit(program, compiler_options=compiler_options(meshes[0])), (subject.params, subject.inputs, *flags)
+    expected, slack, checks = program(*arguments), {"gradients": GRADIENT_SLACK}, []
+    for mesh in meshes:
+        with jax.set_mesh(mesh):
+            actual = program(*arguments)
+        for what, value in expected.items():
+            checks.append(compare("C5", f"{mesh.size} devices, {name}: {what}", subject, actual[what], value, slack.get(what, 1.0)))
+    return checks
 
 
 def _spread(subject: Subject, mesh: Mesh) -> Check:
@@ -115,7 +117,7 @@ def _spread(subject: Subject, mesh: Mesh) -> Check:
     with jax.set_mesh(mesh):
         program = jax.jit(lambda *arguments: _parallel(subject, True)(*arguments)["gradients"][0])
         found = gathers(program.lower(subject.params, x, None, None).compile().as_text(), shape[1])
-    return Check("C5", "no device holds the whole sequence", None if found else True, note=", ".join(found[:3]))
+    return Check("C5", f"{mesh.size} devices, none holds the whole sequence", None if found else True, note=", ".join(found[:3]))
 
 
 def gathers(program: str, time: int) -> list[str]:
