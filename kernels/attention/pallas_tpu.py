@@ -18,6 +18,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from seqlab.kernels import pallas
+from seqlab.kernels.attention import merge
 from seqlab.kernels.attention.reference import visible
 from seqlab.kernels.attention.xla import Places, Rule, _ends, _needed, _positions
 from seqlab.kernels.blocks import find
@@ -68,6 +69,8 @@ def attention_gradient(q, k, v, out, lse, dout, dlse, *, causal, window, sinks, 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(rule: Rule, q: Array, k: Array, v: Array, sink: Array | None, places: Places) -> tuple[Array, Array]:
+    if q.shape[1] == 1 and k.shape[1]:
+        return _one_query(rule, q, k, v, sink, places)
     grid, by_queries, _ = _plan(rule, q, k, v, sink, places)
     (b, t, h, width), values, tiles = q.shape, v.shape[3], grid.tiles[0]
     (of_q, of_k, of_v, of_out, of_row), extra, extra_specs = _query_blocks(grid, h // k.shape[2], width, values, places)
@@ -85,6 +88,24 @@ def _attend(rule: Rule, q: Array, k: Array, v: Array, sink: Array | None, places
         tables=by_queries[:2],
     )
     return jnp.swapaxes(out[:, :, :t], 1, 2), jnp.swapaxes(lse[:, :, 0, :t], 1, 2)
+
+
+def _one_query(rule: Rule, q: Array, k: Array, v: Array, sink: Array | None, places: Places) -> tuple[Array, Array]:
+    """Decoding, by the kernel for it: the queries that share a head of keys are the rows of one tile, and keys stored with heads before
+    slots are read as they lie; the transposition of those passed has been undone."""
+    from seqlab.kernels.decode_attention.pallas_tpu import decode_attention
+
+    (b, _, h, _), s = q.shape, k.shape[1]
+    query, key = _positions(places, 1, s)
+    keep = visible(query, places.q_segments, key, places.kv_segments, causal=rule.causal, window=rule.window, sinks=rule.sinks)
+    heads_first = (x.swapaxes(1, 2) for x in (k, v))
+    found = decode_attention(q[:, 0], *heads_first, jnp.broadcast_to(keep, (b, s)), softcap=rule.softcap, scale=rule.scale)
+    out, lse = (x[:, None] for x in found)
+    if sink is None:
+        return out, lse
+    z = jnp.broadcast_to(sink.astype(jnp.float32), (b, 1, h))
+    z = z if places.q_segments is None else jnp.where((places.q_segments == 0)[:, :, None], -jnp.inf, z)
+    return merge(out, lse, jnp.zeros_like(out), z)
 
 
 def _query_blocks(grid: Grid, heads: int, width: int, values: int, places: Places) -> tuple[list[pl.BlockSpec], list[Array], list[Any]]:
