@@ -22,6 +22,8 @@ from jax.experimental.pallas import tpu as pltpu
 from seqlab.kernels import blocks, pallas
 from seqlab.kernels.attention.specs import Spec as Attention
 from seqlab.kernels.conv.specs import Spec as Conv
+from seqlab.kernels.decode_attention import Coded
+from seqlab.kernels.decode_attention.specs import Spec as Decode
 from seqlab.kernels.linear_attention.specs import Spec as Linear
 from seqlab.kernels.scan.specs import Spec as Scan
 
@@ -36,6 +38,7 @@ class Case:
     quick: tuple[str, ...]
     huge: tuple[Any, dict[int, int]]
     also: dict[str, Any] = dataclasses.field(default_factory=dict)  # specs beside those of the op
+    forward_only: bool = False
 
 
 CASES = {
@@ -68,6 +71,20 @@ CASES = {
             "heads_of_256": Attention(1, 20, 20, h=2, k=256, v=256),
             "tiny_packed": Attention(1, 27, 27, h=2, places="packed"),
         },
+    ),
+    "decode_attention": Case(
+        {},
+        {"_TILE": 16, "_UNIT": 8},
+        ("tiny", "tiny_numbers"),
+        (Decode(2, 640, 8, 8, 128, 128, 8), {2: 64, 640: 2**20, 20: 2**15}),
+        {
+            "tiny": Decode(1, 112, 3, 1, 16, 8, 4, group=2, channels=4, filled=(91,), softcap=2.0),
+            "tiny_numbers": Decode(3, 45, 4, 2, 5, 3, None, group=4, filled=(45, 0, 12)),
+            "cores_share_a_row": Decode(1, 144, 2, 1, 32, 32, 2, group=2),
+            "int8_bfloat16": Decode(2, 256, 4, 2, 64, 128, 8, group=16, dtype="bfloat16"),
+            "int2_bfloat16": Decode(2, 256, 4, 2, 128, 64, 2, group=16, dtype="bfloat16"),
+        },
+        forward_only=True,
     ),
     "linear_attention": Case(
         {"steps": 8},
@@ -124,7 +141,8 @@ def make(op, spec):
     if hasattr(spec, "chunk"):
         call["chunk"] = spec.chunk
     options = {name: x for name, x in call.items() if name in STATIC}
-    floats = {name: x for name, x in call.items() if name not in options and jnp.issubdtype(x.dtype, jnp.floating)}
+    arrays = {name: x for name, x in call.items() if name not in options and not isinstance(x, Coded)}
+    floats = {name: x for name, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating)}
     return floats, {name: x for name, x in call.items() if name not in floats and name not in options}, options
 
 
@@ -145,7 +163,10 @@ def program(op, options, implementation):
     """The results of a call, and its gradients by name for the given cotangents."""
 
     def forward_and_backward(floats, others, cotangents):
-        results, pull = jax.vjp(lambda floats: public(op)(**floats, **others, **options, implementation=implementation), floats)
+        function = functools.partial(public(op), **others, **options, implementation=implementation)
+        if CASES[op].forward_only:
+            return function(**floats), {}
+        results, pull = jax.vjp(lambda floats: function(**floats), floats)
         return results, pull(cotangents)[0]
 
     return forward_and_backward
@@ -163,14 +184,15 @@ def truth(op, floats, others, options, cotangents):
         return jax.tree.map(np.asarray, jax.jit(program(op, options, "reference"))(wide[0], others, wide[1]))
 
 
-def check(actual, expected, name, keys):
+def check(actual, expected, name, keys, coded=False):
     """As near as the dtypes allow. float32: sums of some hundred terms. bfloat16, which rounds by 2**-8: one rounding of the result,
-    and in attention, whose products have rounded factors, sums over `keys` of independent errors, which grow with the root."""
+    and in attention, whose products have rounded factors, sums over `keys` of independent errors, which grow with the root. Keys that are
+    `coded` become bfloat16 before their product: logits err by a rounding, and their log-sum-exp, in float32, by no more."""
     for tolerance, kind, a, e in zip((2e-5, 1e-4), ("value", "gradient"), actual, expected, strict=False):
         for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(e), strict=True):
             dead = np.isneginf(y)  # the log-sum-exp of no keys
             np.testing.assert_array_equal(np.isneginf(x), dead)
-            rounding = 2.0**-8 * (1 + keys**0.5) if x.dtype == jnp.bfloat16 else 0.0
+            rounding = 2.0**-8 * (1 + keys**0.5) if x.dtype == jnp.bfloat16 else 2.0**-8 * coded
             x, y = (np.where(dead, 0, np.asarray(z, np.float64)) for z in (x, y))
             assert_close(x, y, rounding + tolerance, f"{name} {kind} {jax.tree_util.keystr(path)}")
 
@@ -185,8 +207,10 @@ def test_interpreted_values_gradients_and_states_are_those_of_float64(op, name, 
     with pallas.interpreted(pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores)):
         results = jax.block_until_ready(jax.jit(program(op, options, "pallas_tpu"))(floats, others, cotangents))
     assert "RACE" not in capfd.readouterr().out  # an error in newer versions of JAX
-    assert {key: x.dtype for key, x in results[1].items()} == {key: x.dtype for key, x in floats.items()}
-    check(results, truth(op, floats, others, options, cotangents), f"{op} {name}", floats["k"].shape[1] if op == "attention" else 0)
+    assert {key: x.dtype for key, x in results[1].items()} == {name: x.dtype for name, x in floats.items() if not CASES[op].forward_only}
+    keys = {"attention": lambda: floats["k"].shape[1], "decode_attention": lambda: others["visible"].shape[1]}.get(op, lambda: 0)()
+    coded = isinstance(others.get("k"), Coded) and floats["q"].dtype == jnp.bfloat16
+    check(results, truth(op, floats, others, options, cotangents), f"{op} {name}", keys, coded)
 
 
 def lowered(op, spec, extents=None, device=None):
@@ -211,7 +235,7 @@ def test_kernels_lower_for_a_tpu(op, name):
 @pytest.mark.parametrize("op", CASES)
 def test_arrays_may_have_more_elements_than_an_int32_counts(op):
     text = lowered(op, *CASES[op].huge).as_text()
-    shapes = [[int(size) for size in shape.split("x")[:-1]] for shape in re.findall(r"tensor<([\dx]+x)(?:f32|bf16)>", text)]
+    shapes = [[int(size) for size in shape.split("x")[:-1]] for shape in re.findall(r"tensor<([\dx]+x)(?:f32|bf16|ui32)>", text)]
     assert max(np.prod(shape, dtype=np.int64) for shape in shapes) > 2**31
     assert "tpu_custom_call" in text
 
@@ -249,16 +273,20 @@ def test_elsewhere_a_kernel_declines_and_says_why():
 
 @pytest.mark.parametrize("op", [pytest.param(op, marks=[pytest.mark.slow] * (op != "attention")) for op in CASES])
 def test_rows_may_lie_on_several_devices(op):
-    """Lowered inside of shard_map, parameters on every device, differentiated."""
+    """Lowered inside of shard_map, parameters on every device, differentiated where there are gradients."""
     floats, others, options = make(op, specs(op)["tiny"])
     everywhere, rows = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("data")
     places = {name: everywhere if name in ("weight", "bias", "A", "sink_logits") else rows for name in (*floats, *others)}
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
     function = functools.partial(public(op), **options, implementation="pallas_tpu")
     sharded = jax.shard_map(lambda call: function(**call), mesh=mesh, in_specs=(places,), out_specs=rows)
-    gradient = jax.jit(jax.grad(lambda floats: sum(jnp.sum(x) for x in sharded({**floats, **others}))))
+
+    def total(floats):
+        return sum(jnp.sum(x) for x in sharded({**floats, **others}))
+
+    run = jax.jit(total if CASES[op].forward_only else jax.grad(total))
     with pallas.lowering():
-        assert "tpu_custom_call" in gradient.trace(floats).lower(lowering_platforms=("tpu",)).as_text()
+        assert "tpu_custom_call" in run.trace(floats).lower(lowering_platforms=("tpu",)).as_text()
 
 
 @pytest.mark.slow
