@@ -45,6 +45,10 @@ def _chunks(steps: int, values: int, warps: int, stages: int) -> dict[str, Any]:
     return {"steps": steps, "values": values, "warps": warps, "stages": stages}
 
 
+def _slots(keys: int, warps: int) -> dict[str, Any]:
+    return {"keys": keys, "warps": warps, "stages": 2}
+
+
 def _everywhere(**blocks: int) -> dict[int, dict[int, dict[str, Any]]]:
     return {ANY: {WIDEST: blocks}}
 
@@ -67,6 +71,11 @@ TABLE: dict[str, dict[int, dict[int, dict[str, Any]]]] = {
     },
     # Queries or keys: the logits of a tile take a MiB of float32, and a few of these fit beside everything else.
     "attention/pallas_tpu/tile": {ANY: {128: {"tile": 512}, WIDEST: {"tile": 256}}},
+    # Slots of a tile, in codes of one group of keys at most.
+    "decode_attention/triton_gpu/codes": {2: {256: _slots(64, 4)}, 4: {256: _slots(32, 8)}},
+    "decode_attention/triton_gpu/numbers": {2: {256: _slots(64, 4)}, 4: {128: _slots(32, 8), 256: _slots(16, 8)}},
+    # Few megabytes of numbers, and copies that are worth their start.
+    "decode_attention/pallas_tpu/tile": _everywhere(tile=2048),
     # Wide rows are read 256 bytes at a time; `stretch` steps share one partial sum of the weights' gradient.
     "conv/triton_gpu/tile": {
         ANY: {

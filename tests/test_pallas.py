@@ -73,8 +73,8 @@ CASES = {
         },
     ),
     "decode_attention": Case(
-        {},
-        {"_TILE": 16, "_UNIT": 8},
+        {"tile": 16},
+        {"_UNIT": 8},
         ("tiny", "tiny_numbers"),
         (Decode(2, 640, 8, 8, 128, 128, 8), {2: 64, 640: 2**20, 20: 2**15}),
         {

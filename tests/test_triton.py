@@ -439,8 +439,8 @@ def of_shapes(spec):
 @pytest.mark.parametrize("bits", some((2, 4, 8, None), [4]))
 @pytest.mark.parametrize("dtype", some(("bfloat16", "float32"), ["bfloat16"]))
 def test_decode_attention_fits(bits, dtype):
-    for width in (64, 128, 256) if dtype == "bfloat16" else (64, 128):
-        fits(of_shapes(decode_specs.Spec(1, 1024, 32, 8, width, width, bits, dtype=dtype)))
+    for width, group in ((64, 32), (128, 16), (128, 128), (256, 32)):
+        fits(of_shapes(decode_specs.Spec(1, 1024, 32, 8, width, width, bits, group=group, dtype=dtype)))
 
 
 def test_decode_attention_counts_beyond_two_billion_words():
@@ -453,7 +453,7 @@ def test_decode_attention_counts_beyond_two_billion_words():
     v_scale[0, -1, :, -1], words[0, -1, :, -1] = 1, 0x11111111
     visible = np.zeros((1, s), np.int8)
     visible[0, -1] = 1
-    constants = {"ROWS": 1, "S": s, "H": g, "G": g, "K": width, "V": width, "BITS": 4, "BN": 128, "V_GROUP": width}
+    constants = {"ROWS": 1, "S": s, "H": g, "G": g, "K": width, "V": width, "BITS": 4, "BN": 128, "K_GROUP": 128, "V_GROUP": width}
     constants |= {"SOFTCAP": 0.0, "SCALE": 1.0, "SPLITS": 1 << 14, "PRECISION": "ieee", "KP": width, "VP": width, "BM": 16}
     out, lse = np.zeros((1 << 14, 1, g, width), np.float32), np.zeros((1 << 14, 1, g), np.float32)
     first, count = np.zeros(1, np.int32), np.full(1, s // 128, np.int32)

@@ -23,8 +23,8 @@ from jax.experimental import pallas as pl
 
 from seqlab.kernels import pallas
 from seqlab.kernels.attention import merge
+from seqlab.kernels.blocks import find
 
-_TILE = 2048  # slots: few megabytes of numbers, and copies that are worth their start
 _UNIT = pallas.LANES  # tiles are multiples of it
 
 
@@ -54,7 +54,7 @@ def decode_attention(q, k, v, visible, *, softcap, scale):
     bits = bits_of(k, width) if coded else None
     values = 32 * v.words.shape[2] // bits if coded else v.shape[3]
     steps = s // k.scale.shape[2] if coded else 1
-    slots = _slots(s, steps)
+    slots = _slots(s, steps, find("decode_attention/pallas_tpu/tile", q.dtype.itemsize, max(width, values))["tile"])
     tiles = pl.cdiv(s, slots)
     splits = min(2, tiles) if b * g % 2 else 1
     cut = Cut(pallas.up(h // g, pallas.ROWS), values, slots, splits, bits, steps, softcap, scale)
@@ -77,10 +77,10 @@ def decode_attention(q, k, v, visible, *, softcap, scale):
     return out[:, :, : h // g].reshape(b, h, values).astype(q.dtype), lse[:, :, : h // g].reshape(b, h)
 
 
-def _slots(s: int, steps: int) -> int:
-    """The slots of a tile, which holds whole groups of keys, eight or all of them."""
+def _slots(s: int, steps: int, most: int) -> int:
+    """The slots of a tile, which holds whole groups of keys, a multiple of eight or all of them."""
     unit = math.lcm(_UNIT, 8 * steps)
-    slots = max(unit, _TILE // unit * unit)
+    slots = max(unit, most // unit * unit)
     return pallas.up(s, _UNIT) if s <= slots else slots
 
 

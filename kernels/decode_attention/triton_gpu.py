@@ -4,15 +4,13 @@ Of a cache only what is seen is read: each program of a row takes an equal share
 visible (LeanAttention), so that neither a short row nor an empty end of a cache leaves some without work.
 """
 
+import math
+
 import jax.numpy as jnp
 
 from seqlab.kernels import triton
 from seqlab.kernels.attention.triton_gpu import merged, splits_of
-
-GROUPS = (16, 32, 64, 128)  # steps that share a scale are a tile
-# Warps by the bytes of a number of the query, and by the width of heads up to which an entry serves; and how many numbers are a tile.
-WARPS = {2: {256: 4}, 4: {128: 8}}
-TILES = {2: 64, 4: 32}
+from seqlab.kernels.blocks import find, widest
 
 
 def decode_attention(q, k, v, visible, *, softcap, scale):
@@ -23,13 +21,19 @@ def decode_attention(q, k, v, visible, *, softcap, scale):
     coded, (b, h, width), s = isinstance(k, Coded), q.shape, visible.shape[1]
     k, v = (k, v) if coded else ((k.astype(q.dtype), q, q), (v.astype(q.dtype), q, q))
     triton.require(q, *k, *v)
-    g, table = k[0].shape[1], WARPS[q.dtype.itemsize]
+    g, name = k[0].shape[1], f"decode_attention/triton_gpu/{'codes' if coded else 'numbers'}"
     bits = bits_of(k, width) if coded else 0
     values = v.words.shape[2] * 32 // bits if coded else v[0].shape[3]
-    tile = s // k.scale.shape[2] if coded else TILES[q.dtype.itemsize]
-    if tile not in GROUPS or max(width, values) > max(table):
-        most = f"heads of up to {max(table)} in {q.dtype}"
-        raise NotImplementedError(f"kernels for groups of {GROUPS} steps and {most} exist, got {tile} and {width}, {values}")
+    most = widest(name, q.dtype.itemsize)
+    if max(width, values) > most:
+        raise NotImplementedError(f"kernels for heads of up to {most} exist, got k={width} and v={values}")
+    if 0 in (b, h, s):
+        raise NotImplementedError("nothing to attend to")
+    cut = find(name, q.dtype.itemsize, max(width, values))
+    group = s // k.scale.shape[2] if coded else cut["keys"]
+    tile = math.gcd(cut["keys"], group)  # within a group all slots have the same scales
+    if tile < 16:
+        raise NotImplementedError(f"kernels for groups of steps that 16 divides exist, got {group}")
     rows = min(64, triton.power(h // g, 16))
     blocks = triton.blocks(h // g, rows)
     splits = splits_of(b * g * blocks, s)
@@ -41,6 +45,7 @@ def decode_attention(q, k, v, visible, *, softcap, scale):
         "K": width,
         "V": values,
         "BITS": bits,
+        "K_GROUP": group,
         "BN": tile,
         "V_GROUP": values // v.scale.shape[2] if coded else values,
         "SOFTCAP": softcap or 0.0,
@@ -53,7 +58,7 @@ def decode_attention(q, k, v, visible, *, softcap, scale):
     }
     arrays = (q, *k, *v, visible.astype(jnp.int8), *seen_tiles(visible, tile))
     shapes = [((splits, b, h, values), jnp.float32), ((splits, b, h), jnp.float32)]
-    warps = next(found for most, found in table.items() if max(width, values) <= most)
-    out, lse = triton.launch(kernels.forward, arrays, shapes, grid=(blocks * splits, g, b), constants=constants, warps=warps, stages=2)
+    options = {"warps": cut["warps"], "stages": cut["stages"]}
+    out, lse = triton.launch(kernels.forward, arrays, shapes, grid=(blocks * splits, g, b), constants=constants, **options)
     out, lse = merged(out, lse)
     return out.astype(q.dtype), lse

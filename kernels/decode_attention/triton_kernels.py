@@ -29,13 +29,13 @@ def _channels(BITS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
 def forward(
     q, k, k_scale, k_least, v, v_scale, v_least, visible, first, count, out, lse,
     ROWS: tl.constexpr, S: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BITS: tl.constexpr,
-    BN: tl.constexpr, V_GROUP: tl.constexpr, SOFTCAP: tl.constexpr, SCALE: tl.constexpr, SPLITS: tl.constexpr,
+    BN: tl.constexpr, K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, SOFTCAP: tl.constexpr, SCALE: tl.constexpr, SPLITS: tl.constexpr,
     PRECISION: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """out [splits, b, h, v] and lse [splits, b, h] over the slots of a split. Program (block of heads and split, group, row of the batch).
 
-    A tile is BN slots: one group of keys, all of which have the same scales, or numbers where BITS is 0. Row b walks count[b] tiles from
-    first[b] on, those that it sees, shared evenly among its splits.
+    A tile is BN slots, of numbers where BITS is 0 and of one group of keys elsewhere, all of which have the same scales. Row b walks
+    count[b] tiles from first[b] on, those that it sees, shared evenly among its splits.
     """
     b, g = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     R: tl.constexpr = H // G
@@ -58,7 +58,7 @@ def forward(
             x = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         else:
             PER: tl.constexpr = 32 // BITS
-            group = (pair * (S // BN) + tile) * K + width
+            group = (pair * (S // K_GROUP) + tile * BN // K_GROUP) * K + width
             scale, least = tl.load(k_scale + group, width < K, 0.0), tl.load(k_least + group, width < K, 0.0)
             codes = _codes(k + pair * (K // PER) * S, tl.arange(0, KP // PER), slot, S, BITS, K // PER, KP)
             key = codes * scale.to(tl.float32)[:, None] + least.to(tl.float32)[:, None]
