@@ -164,3 +164,12 @@ def test_every_op_is_right_here_with_its_peers(op, shape, others, dtype, quick):
         assert [result.wrong for result in outcome.results] == [""] * len(outcome.results), outcome
         assert {result.name for result in outcome.results} >= others | {"xla", "reference"}
         assert all(result.seconds > 0 for result in outcome.results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("time", [40, 600])
+@pytest.mark.parametrize(("op", "shape"), [("attention", ["k=16", "v=16"]), ("conv", ["d=8"]), ("linear_attention", []), ("scan", ["e=8"])])
+def test_interpreted_gradients_in_bfloat16_err_as_the_length_of_their_sums_allows(op, shape, time):
+    words = ["b=1", f"t={time}", *[f"s={time}"] * (op == "attention"), *shape]
+    [outcome] = list(bench.run(bench.plan(op, ["pallas_tpu", "xla"], words, "bfloat16", backward=True, interpret=True), 1))[1:]
+    assert [result.wrong for result in outcome.results] == ["", ""] and all(1e-4 < result.error < 0.02 for result in outcome.results)

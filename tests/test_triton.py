@@ -21,7 +21,7 @@ import test_kernels_scan
 import triton_cpu
 from helpers import assert_close
 
-from seqlab import kernels
+from seqlab import bench, kernels
 from seqlab.bench import cases, timing
 from seqlab.kernels import triton as backend
 from seqlab.kernels.attention import specs as attention_specs
@@ -169,16 +169,27 @@ def test_conv_fits(name):
 def test_conv_counts_beyond_two_billion_elements():
     from seqlab.kernels.conv import triton_gpu, triton_kernels
 
-    t, d, w = 1 << 21, 1 << 10, 2
+    t, d, w = (1 << 21) + 17, 1 << 10, 2
     cut = triton_gpu.blocks(t, d, w, 2)
     x, y = np.zeros((1, t, d), ml_dtypes.bfloat16), np.zeros((1, t, d), ml_dtypes.bfloat16)  # pages that nobody touches take no memory
     x[0, -2:, -3:] = [[1, 2, 3], [4, 5, 6]]
-    small = [np.ones(shape, np.float32) for shape in ((w, d), (d,), (1, w - 1, d), (1,))]
+    weight, bias, state = (np.ones(shape, np.float32) for shape in ((w, d), (d,), (1, w - 1, d)))
     constants = {"T": t, "D": d, "W": w, "GIVEN": False, "BT": cut.steps, "BD": cut.channels}
-    grid = (t // cut.steps, d // cut.channels, 1)
+    grid = (backend.blocks(t, cut.steps), d // cut.channels, 1)
     program = (grid[0] - 1, grid[1] - 1, 0)
-    triton_cpu.interpret_in_place(triton_kernels.forward, [x, *small, y], grid, constants, program)
+    triton_cpu.interpret_in_place(triton_kernels.forward, [x, weight, bias, state, state, y], grid, constants, program)
     assert y[0, -1, -3:].tolist() == [6, 8, 10]
+
+    dy, dx = y, np.zeros(x.shape, x.dtype)
+    dy[0, -2, -3:], weight[0] = 1, 10  # an input gets something from its own output and from the next, or from the state in which it ends
+    stretches = backend.blocks(t + w - 1, cut.stretch)
+    dstate, dweight, dbias = (np.zeros(shape, np.float32) for shape in ((1, w - 1, d), (1, stretches, w, d), (1, stretches, d)))
+    constants |= {"WP": w, "ROWS": cut.stretch}
+    arrays = [x, weight, state, state, dy, state, dx, dstate, dweight, dbias]
+    program = (stretches - 1, grid[1] - 1, 0)
+    triton_cpu.interpret_in_place(triton_kernels.backward, arrays, (stretches, *grid[1:]), constants, program)
+    assert dx[0, -2:, -3:].tolist() == [[61, 81, 101], [7, 9, 11]]
+    assert dweight[0, -1, :, -3:].tolist() == [[6, 16, 30], [25, 42, 63]] and dbias[0, -1, -3:].tolist() == [7, 9, 11]
 
 
 # --- scan
@@ -232,6 +243,27 @@ def test_scan_counts_beyond_two_billion_elements():
     arrays = [u, delta, A, B, B, state, B, y, states]
     triton_cpu.interpret_in_place(triton_kernels.forward, arrays, grid, constants, (grid[0] - 1, b - 1, 0))
     assert y[-1, :, -1].tolist() == [7] * t and states[-1, 1, 0, -1] == 7
+
+
+def test_the_gradient_of_scan_counts_beyond_two_billion_elements():
+    from seqlab.kernels.scan import triton_gpu, triton_kernels
+
+    b, t, e, n = 1 << 14, 33, (1 << 12) + 16, 16
+    cut = triton_gpu.blocks(t, e, 2, t)
+    parts, tiles = e // cut.channels[1], backend.blocks(t, cut.steps)
+    u, delta, dy, du, ddelta = (np.zeros((b, t, e), ml_dtypes.bfloat16) for _ in range(5))
+    states, dA = np.zeros((b, tiles + 1, n, e), np.float32), np.zeros((b, tiles, n, e), np.float32)
+    dB, dC = np.zeros((parts, b, t, n), np.float32), np.zeros((parts, b, t, n), np.float32)
+    assert min(x.size for x in (u, states, dB)) > 2**31
+    A, B, C = np.full((n, e), -0.5, np.float32), np.zeros((b, t, n), np.float32), np.zeros((b, t, n), np.float32)
+    dend, carry = np.zeros((b, n, e), np.float32), np.zeros((b, 2, n, e), np.float32)
+    # Steps of length 0 keep the last of the states, 7, which two gradients reach: 3 from its end and 1 from the last output.
+    states[-1, :tiles, -1, -1], u[-1, -1, -1], B[-1, -1, -1], C[-1, -1, -1], dy[-1, -1, -1], dend[-1, -1, -1] = 7, 2, 1, 1, 1, 3
+    constants = {"ROWS": b, "T": t, "E": e, "N": n, "RESET": False, "BT": cut.steps, "BE": cut.channels[1]}
+    arrays = [u, delta, A, B, C, u, states, dy, dend, du, ddelta, dA, dB, dC, carry]
+    triton_cpu.interpret_in_place(triton_kernels.backward, arrays, (parts, b, 1), constants, (parts - 1, b - 1, 0))
+    assert carry[-1, 0, -1, -1] == 4 and dC[-1, -1, -1, -1] == 7 and ddelta[-1, -1, -1] == 4 * 2 - 0.5 * 4 * 7
+    assert ddelta[-1, -2, -1] == -0.5 * 4 * 7 and not dB[-1, -1].any() and not du[-1, :, -1].any()
 
 
 # --- attention
@@ -354,6 +386,26 @@ def test_attention_counts_beyond_two_billion_elements():
     np.testing.assert_allclose(lse[0, 0, 0, -1], width + np.log(2), rtol=1e-6)
 
 
+def test_the_gradient_of_attention_counts_beyond_two_billion_elements():
+    """Every query sees its own key and nothing else: P is 1, and dP that of the last is 2."""
+    from seqlab.kernels.attention import triton_gpu, triton_kernels
+
+    t, g, width = (1 << 21) + 17, 16, 64
+    x, *results = (np.zeros((1, t, g, width), ml_dtypes.bfloat16) for _ in range(4))  # q, k, v and dout are the same numbers
+    x[0, -1, -1] = 0.25
+    lse, d = np.zeros((1, t, g), np.float32), np.zeros((1, t, g), np.float32)
+    lse[0, -1, -1], d[0, -1, -1] = width / 16, width / 16 - 2
+    rule, places = triton_gpu.Rule(True, 1, 0, None, 1.0), triton_gpu.Places(None, None, None, None)
+    for kernel, outputs in ((triton_kernels.backward_keys, results[:2]), (triton_kernels.backward_queries, results[2:])):
+        cut = triton_gpu.blocks(kernel.fn.__name__, t, t, width, 2)
+        tiles = backend.blocks(t, cut.keys if len(outputs) == 2 else cut.rows)
+        constants = triton_gpu._constants(rule, x, x, x, places, cut)
+        last = tiles - 1 if len(outputs) == 2 else 0  # rows are walked from the last
+        triton_cpu.interpret_in_place(kernel, [x] * 4 + [lse, d, *[x] * 5, *outputs], (tiles, g, 1), constants, (last, g - 1, 0))
+    for result, expected in zip(results, (2 * 0.25, 0.25, 2 * 0.25), strict=True):
+        assert result[0, -1, -1].tolist() == [expected] * width and not result[0, -2, -1].any()
+
+
 # --- linear attention
 
 PER_HEAD = [name for name, spec in linear_specs.SPECS.items() if spec.beta != "value"]
@@ -404,9 +456,9 @@ def test_linear_attention_fits(name):
 def test_linear_attention_counts_beyond_two_billion_elements():
     from seqlab.kernels.linear_attention import triton_kernels
 
-    n, heads, size = 2, 1 << 14, 256  # two chunks of states of 2^30 elements
+    n, heads, size = 2, (1 << 15) + 1, 256
     state, final = np.zeros((heads, size, size), np.float32), np.zeros((heads, size, size), np.float32)
-    states = np.zeros((n, heads, size, size), np.float32)
+    states = np.zeros((n, heads, size, size), np.float16)  # shorter than they are, to be less than the memory of a small machine
     U, write = np.zeros((n, heads, 1, size), np.float32), np.zeros((n, heads, 1, size), np.float32)
     state[-1, -1, -1], U[:, -1, 0, -1], write[:, -1, 0, -1] = 1, 2, 3
     constants = {"CHUNKS": n, "HEADS": heads, "C": 1, "K": size, "V": size, "SHARE": 1, "SHARE_KEEP": 1, "KEEP": 0, "DELTA": False}
@@ -414,6 +466,21 @@ def test_linear_attention_counts_beyond_two_billion_elements():
     arrays = [state, U, write, state, state, states, final, final]
     triton_cpu.interpret_in_place(triton_kernels.forward, arrays, (heads, 16, 1), constants, (heads - 1, 15, 0))
     assert [*states[:, -1, -1, -1], final[-1, -1, -1]] == [1, 7, 13]
+
+
+def test_the_gradient_of_linear_attention_counts_beyond_two_billion_elements():
+    from seqlab.kernels.linear_attention import triton_kernels
+
+    n, heads, size = 2, (1 << 15) + 1, 256
+    states, after = np.zeros((n, heads, size, size), np.float16), np.zeros((n, heads, size, size), np.float16)
+    write, du, dU = (np.zeros((n, heads, 1, size), np.float32) for _ in range(3))
+    dfinal, dinitial = np.zeros((heads, size, size), np.float32), np.zeros((heads, size, size), np.float32)
+    dfinal[-1, -1, -1], write[:, -1, 0, -1], states[:, -1, -1, -1] = 1, 3, [2, 4]
+    constants = {"CHUNKS": n, "HEADS": heads, "C": 1, "K": size, "V": size, "SHARE": 1, "SHARE_KEEP": 1, "KEEP": 0, "DELTA": False}
+    constants |= {"RESET": False, "PRECISION": "tf32", "CP": 16, "KP": size, "BV": 16}
+    arrays = [states, write, states, states, states, du, dfinal, after, dU, dinitial]  # the states are their own gradients
+    triton_cpu.interpret_in_place(triton_kernels.backward, arrays, (heads, size // 16, 1), constants, (heads - 1, size // 16 - 1, 0))
+    assert after[:, -1, -1, -1].tolist() == [5, 1] and dinitial[-1, -1, -1] == 7 and dU[:, -1, 0, -1].tolist() == [15, 3]
 
 
 # --- decode_attention
@@ -460,6 +527,27 @@ def test_decode_attention_counts_beyond_two_billion_words():
     arrays = [q, words, k_scale, k_scale, words, v_scale, v_scale, visible, first, count, out, lse]
     triton_cpu.interpret_in_place(triton_kernels.forward, arrays, (1 << 14, g, 1), constants, ((1 << 14) - 1, g - 1, 0))
     assert out[-1, 0, -1].tolist() == [2] * width and lse[-1, 0, -1] == 0
+
+
+# --- lengths
+
+SHORT = {
+    "attention": ["b=1", "h=2", "g=1", "k=16", "v=16"],
+    "conv": ["b=2", "d=5"],
+    "linear_attention": ["gated_delta", "b=1", "h=2", "k=8", "v=8"],
+    "scan": ["b=1", "e=5", "n=2"],
+}
+LENGTHS = [pytest.param(op, t, marks=[] if t == 20 and op != "attention" else pytest.mark.slow) for op in SHORT for t in (20, 300)]
+
+
+@pytest.mark.parametrize(("op", "time"), LENGTHS)
+def test_gradients_in_bfloat16_err_as_the_length_of_their_sums_allows(op, time, interpreted):
+    words = [*SHORT[op], f"t={time}", *[f"s={time}"] * (op == "attention")]
+    [(name, spec)] = cases.chosen_shapes(cases.op_named(op), words).items()
+    case = cases.make(cases.op_named(op), name, spec, "bfloat16", gradients=True)
+    found = jax.jit(case.timed("triton_gpu"))((case.arguments, case.cotangents()))
+    error, wrong = bench.parity(case, found, bench.truth(case)[1])
+    assert not wrong and 1e-4 < error < 0.02  # that of a number in bfloat16, and four of those in a row
 
 
 # --- what is run on a GPU

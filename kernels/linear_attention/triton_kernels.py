@@ -89,14 +89,17 @@ def backward(
     head = tl.program_id(0).to(tl.int64)
     step, channel, value = tl.arange(0, CP), tl.arange(0, KP), tl.program_id(1) * BV + tl.arange(0, BV)
     LAST: tl.constexpr = CHUNKS - 1
-    states += LAST * (HEADS * K * V)
-    dstates += LAST * (HEADS * K * V)
-    after += LAST * (HEADS * K * V)
-    du += LAST * (HEADS * C * V)
-    dU += LAST * (HEADS * C * V)
-    write += LAST * (HEADS // SHARE * C * K)
-    read += LAST * (HEADS // SHARE * C * K)
-    keep += LAST * (HEADS // SHARE_KEEP * KEEP)
+    # Triton takes a number between 2^31 and 2^32 for unsigned, the negative of which is none.
+    state_chunk, value_chunk = tl.full((), HEADS * K * V, tl.int64), tl.full((), HEADS * C * V, tl.int64)
+    key_chunk, keep_chunk = tl.full((), HEADS // SHARE * C * K, tl.int64), tl.full((), HEADS // SHARE_KEEP * KEEP, tl.int64)
+    states += LAST * state_chunk
+    dstates += LAST * state_chunk
+    after += LAST * state_chunk
+    du += LAST * value_chunk
+    dU += LAST * value_chunk
+    write += LAST * key_chunk
+    read += LAST * key_chunk
+    keep += LAST * keep_chunk
     grad = _tile(dfinal, head, channel, value, K, V)
     for _ in range(CHUNKS):
         a = _keep(keep, head // SHARE_KEEP, channel, K, KEEP)
@@ -114,12 +117,12 @@ def backward(
         if RESET:
             grad = tl.where(finite, grad, 0.0)
         grad += _tile(dstates, head, channel, value, K, V)
-        states -= HEADS * K * V
-        dstates -= HEADS * K * V
-        after -= HEADS * K * V
-        du -= HEADS * C * V
-        dU -= HEADS * C * V
-        write -= HEADS // SHARE * C * K
-        read -= HEADS // SHARE * C * K
-        keep -= HEADS // SHARE_KEEP * KEEP
+        states -= state_chunk
+        dstates -= state_chunk
+        after -= state_chunk
+        du -= value_chunk
+        dU -= value_chunk
+        write -= key_chunk
+        read -= key_chunk
+        keep -= keep_chunk
     _put(dinitial, head, channel, value, grad, K, V)
