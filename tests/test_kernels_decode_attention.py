@@ -6,10 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from helpers import assert_close, assert_identical, random
 
+from seqlab import use_implementation
+from seqlab.kernels import pallas
 from seqlab.kernels.decode_attention import Coded, codes_of, decode_attention, words_of
 from seqlab.kernels.decode_attention.specs import SPECS, Spec, inputs
+from seqlab.models import Attention
+from seqlab.models.cache import parse_cache
 from seqlab.models.cache.quantize import dequantize, quantize
 
 SOME = ("int8", "int2", "odd_widths", "nothing_seen", "bfloat16", "numbers", "numbers_bfloat16")  # others take the same ways
@@ -81,6 +86,27 @@ def test_hidden_slots_do_nothing():
     dirty = arguments["v"]._replace(scale=jnp.where(hidden[:, None, None, :], jnp.nan, arguments["v"].scale))
     run = jax.jit(lambda arguments: decode_attention(**arguments))
     assert_identical(run({**arguments, "v": dirty}), run(arguments))
+
+
+@pytest.mark.parametrize("name", ["pallas_tpu", "triton_gpu"])
+@pytest.mark.parametrize(
+    "cache",
+    ["sinks(2)+window(40)+int4(group=16, residual=16)", pytest.param("full(64)+int8(group=16, residual=32)", marks=pytest.mark.slow)],
+)
+def test_a_stream_goes_through_the_kernels(cache, name, monkeypatch):
+    """Rows of uneven lengths, one of them so short that none of it is coded, one that has ended: as by XLA, outputs and state."""
+    if name == "triton_gpu":
+        triton_cpu = pytest.importorskip("triton_cpu")
+    mixer = Attention(64, heads=4, kv_heads=2, cache=parse_cache(cache), rngs=nnx.Rngs(0))
+    x, valid = random(3, 4, 55, 64), jnp.arange(55) < jnp.asarray([[54], [9], [37], [0]])
+    _, state = jax.jit(mixer)(x, mixer.init_state(4), None, valid)
+    going = jnp.asarray([[True], [True], [True], [False]])
+    step = jax.jit(lambda x, state: mixer(x, state, None, going))
+    expected = step(x[:, 54:], state)
+    with triton_cpu.interpreted(monkeypatch) if name == "triton_gpu" else pallas.interpreted(), use_implementation(name):
+        found = step(x[:, 54:], state)
+    assert_close(found[0], expected[0], 1e-5)
+    assert_identical(found[1], expected[1])
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,8 @@ class Quantized:
     """KIVI: what a query sees of the step u behind the sinks, standing at step t: the key exactly from the last multiple of `residual` up
     to t on, the value exactly where u >= t - residual, both coded in `bits` otherwise. Sinks are always exact.
 
-    Every query sees what it would see step by step, so the law holds, and a prompt may be cut anywhere.
+    Every query sees what it would see step by step, so the law holds, and a prompt may be cut anywhere. A call of one step leaves codes
+    to `kernels.decode_attention`, which makes numbers of them as it reads them; longer calls make numbers of all that is stored first.
 
     Args:
       capacity: steps that the cache holds; None with a window.
