@@ -12,9 +12,13 @@ def decode_attention(q, k, v, visible, *, softcap, scale):
     from seqlab.kernels.decode_attention import Coded
 
     wide, (b, h, width) = accumulator(q.dtype), q.shape
-    coded = isinstance(k, Coded)
+    coded, see = isinstance(k, Coded), visible[:, None, None]
+    if coded:  # 0 * NaN is NaN: what is hidden becomes 0, as long as it is few numbers
+        v = v._replace(scale=jnp.where(see, v.scale, 0), least=jnp.where(see, v.least, 0))
+    else:
+        v = jnp.where(see.swapaxes(2, 3), v, jnp.zeros((), v.dtype))
     k, v = of_numbers(q, k, v, wide if coded else k.dtype)
-    g, see = k.shape[1], visible[:, None, None]
+    g = k.shape[1]
     q_groups = q.reshape(b, g, h // g, width).astype(wide if coded else q.dtype)
     x = jnp.einsum("bgrk,bgsk->bgrs", q_groups, k, preferred_element_type=wide) * scale
     x = x if softcap is None else softcap * jnp.tanh(x / softcap)
@@ -23,7 +27,6 @@ def decode_attention(q, k, v, visible, *, softcap, scale):
     p = jnp.exp(x - top)
     total = p.sum(-1)
     some = jnp.where(total == 0, 1, total)
-    clean = jnp.where(see.swapaxes(2, 3), v, jnp.zeros((), v.dtype))  # 0 * NaN is NaN
-    out = jnp.einsum("bgrs,bgsv->bgrv", p.astype(v.dtype), clean, preferred_element_type=wide) / some[..., None]
+    out = jnp.einsum("bgrs,bgsv->bgrv", p.astype(v.dtype), v, preferred_element_type=wide) / some[..., None]
     lse = jnp.where(total == 0, -jnp.inf, top[..., 0] + jnp.log(some))
     return out.reshape(b, h, -1).astype(q.dtype), lse.reshape(b, h)
