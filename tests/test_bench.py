@@ -164,6 +164,8 @@ def test_every_op_is_right_here_with_its_peers(op, shape, others, dtype, quick):
         assert [result.wrong for result in outcome.results] == [""] * len(outcome.results), outcome
         assert {result.name for result in outcome.results} >= others | {"xla", "reference"}
         assert all(result.seconds > 0 for result in outcome.results)
+        shares = {row["name"]: row.get("copy_share", 0.0) > 0 for row in bench.record(outcome)["contestants"]}
+        assert shares == {name: name != "a cache of numbers" for name in shares}  # which moves more than the case
 
 
 @pytest.mark.slow

@@ -214,7 +214,8 @@ def record(outcome: Outcome) -> dict[str, Any]:
         row = result._asdict()
         if result.seconds and most:
             rate, speed = case.bytes / result.seconds, case.flops / result.seconds
-            row |= {"bytes_per_second": rate, "copy_share": rate / most.bytes}
+            if result.name not in peers.OTHER_BYTES:
+                row |= {"bytes_per_second": rate, "copy_share": rate / most.bytes}
             row |= {"flops_per_second": speed, "product_share": speed / most.flops}
             row["ratio"] = result.seconds / first if first else None
         rows.append(row)

@@ -192,6 +192,7 @@ _FLA = {
     ("head", "head"): ("gated_delta_rule", "chunk_gated_delta_rule", _QKV | {"decay": "g", "beta": "beta"}),
     ("channel", "head"): ("kda", "chunk_kda", _QKV | {"decay": "g", "beta": "beta"}),
 }
+OTHER_BYTES = ("a cache of numbers",)  # peers that move more than the case, of which they have no share then
 _EVERYWHERE = {
     "attention": {"jax.nn.dot_product_attention": _jax_attention("xla"), "PyTorch SDPA": _in_torch(_sdpa, ("q", "k", "v"), "torch")},
     "conv": {"lax.conv_general_dilated": _jax_conv},

@@ -65,7 +65,7 @@ def _cells(case: Case, rows: list[dict]) -> list[list[str]]:
             continue
         ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}x"
         error = "-" if row["error"] is None else f"{row['error']:.1e}"
-        shares = f"{row['copy_share']:.0%}", f"{row['product_share']:.0%}"
+        shares = [f"{row[share]:.0%}" if share in row else "-" for share in ("copy_share", "product_share")]
         cells.append([row["name"], error, _time(row["seconds"]), *shares, ratio, f"{row['compile_seconds']:.1f} s"])
     return cells
 
