@@ -88,10 +88,12 @@ def test_hidden_slots_do_nothing():
     assert_identical(run({**arguments, "v": dirty}), run(arguments))
 
 
+OTHERS = ("full(64)+int8(group=16, residual=32)", "full(64)+int2(group=16, residual=16)", "full(64)", "sinks(2)+window(30)+in_place")
+
+
 @pytest.mark.parametrize("name", ["pallas_tpu", "triton_gpu"])
 @pytest.mark.parametrize(
-    "cache",
-    ["sinks(2)+window(40)+int4(group=16, residual=16)", pytest.param("full(64)+int8(group=16, residual=32)", marks=pytest.mark.slow)],
+    "cache", ["sinks(2)+window(40)+int4(group=16, residual=16)", *(pytest.param(cache, marks=pytest.mark.slow) for cache in OTHERS)]
 )
 def test_a_stream_goes_through_the_kernels(cache, name, monkeypatch):
     """Rows of uneven lengths, one of them so short that none of it is coded, one that has ended: as by XLA, outputs and state."""
