@@ -26,8 +26,8 @@ from seqlab.models.images import (
     metaformer,
     poolformer,
 )
-from seqlab.models.images.parts import depthwise
-from seqlab.models.stochastic import DropPath
+from seqlab.models.images.convolution import depthwise
+from seqlab.models.stochastic import DropPath, draw
 from seqlab.module import count_params, params_of, statistics_of
 from seqlab.weights import convert, published_names
 
@@ -180,6 +180,16 @@ def test_stochastic_depth_drops_whole_rows_in_training_only():
     again = DropPath(0.4, rngs=nnx.Rngs(0))
     again.train()
     assert_identical(np.asarray(again(x)), first)
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.1, 0.7, 0.01])
+def test_dropout_keeps_what_it_should_at_rates_of_8_16_and_32_bits(rate):
+    keep = np.asarray(draw(jax.random.key(0), rate, (500, 203)))
+    assert keep.shape == (500, 203)
+    assert abs(keep.mean() - (1 - rate)) < 5 * np.sqrt(rate * (1 - rate) / keep.size)
+    for other in (keep[:, 1:], keep[:, 2:], keep[:, 4:]):  # neighbours come of one word, and know nothing of each other
+        same = keep[:, : other.shape[1]] & other
+        assert abs(same.mean() - (1 - rate) ** 2) < 0.006
 
 
 def test_rates_grow_with_depth_and_keys_are_no_weights():

@@ -1,10 +1,11 @@
-"""WaveMix: published sizes, transposed convolutions against JAX's own, maps of any size, statistics in training."""
+"""WaveMix: published sizes, convolutions and transposed ones against JAX's own, maps of any size, statistics in training."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from helpers import abstract, assert_close, random
@@ -12,7 +13,6 @@ from helpers import abstract, assert_close, random
 from seqlab import merge, split
 from seqlab.kernels.dwt import dwt
 from seqlab.models.images import (
-    ConvTranspose,
     ImageToMap,
     ParallelWaveMixing,
     PatchStem,
@@ -22,6 +22,7 @@ from seqlab.models.images import (
     wave_backbone,
     wavemix,
 )
+from seqlab.models.images.convolution import convolve, convolve_transposed
 from seqlab.models.images.wavemix import packed
 from seqlab.module import count_params, params_of, statistics_of
 from seqlab.sharding import MeshSizes
@@ -48,18 +49,55 @@ def test_the_parameters_of_published_models(millions):
     assert f"{count / 1e6:.2f}" == millions
 
 
-@pytest.mark.parametrize("kernel, stride, padding", [(4, 2, 1), (10, 8, 1), (3, 2, 0), (2, 3, 0)])
-def test_a_transposed_convolution_is_the_pullback_of_a_convolution(kernel, stride, padding):
-    part, x = ConvTranspose(3, 5, kernel, stride=stride, padding=padding, rngs=nnx.Rngs(0)), random(1, 2, 4, 3, 3)
-    part.bias[...] = jnp.zeros((5,))
-    y = part(x)
-    assert y.shape == (2, *((n - 1) * stride - 2 * padding + kernel for n in (4, 3)), 5)
+def pulled(function, x, weight):
+    """What a function of a map and filters gives, and its gradients for a cotangent that is always the same."""
 
-    def conv(y):
-        weight = part.weight[...].transpose(0, 1, 3, 2)  # [h, w, out, in]
-        return jax.lax.conv_general_dilated(y, weight, (stride,) * 2, ((padding,) * 2,) * 2, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    @jax.jit
+    def run(x, weight):
+        y, pull = jax.vjp(function, x, weight)
+        return y, pull(random(2, *y.shape))
 
-    assert_close(y, jax.vjp(conv, jnp.zeros_like(y))[1](x)[0], 1e-5)
+    return run(x, weight)
+
+
+@pytest.mark.parametrize(
+    "kernel, stride, padding, channels", [(3, 1, 1, (3, 5)), (3, 2, 1, (3, 5)), (7, 4, 2, (3, 4)), (3, 1, 0, (96, 96)), (3, 2, 1, (96, 96))]
+)
+def test_a_convolution_and_its_gradients_are_those_of_jax(kernel, stride, padding, channels):
+    """Sides of 8 and 7: with a stride some places at the end are in no window, and others only with their beginning."""
+    x, weight = random(0, 2, 8, 7, channels[0]), random(1, kernel, kernel, *channels)
+
+    def plain(x, weight):
+        return jax.lax.conv_general_dilated(x, weight, (stride,) * 2, ((padding,) * 2,) * 2, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    assert_close(pulled(lambda x, weight: convolve(x, weight, stride, padding), x, weight), pulled(plain, x, weight), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "kernel, stride, padding, channels",
+    [
+        (4, 2, 1, (3, 5)),
+        (4, 2, 1, (96, 96)),
+        (10, 8, 1, (3, 5)),
+        (3, 2, 0, (3, 5)),
+        (2, 3, 0, (3, 5)),
+        (6, 2, 2, (3, 5)),
+        (6, 4, 1, (96, 96)),
+    ],
+)
+def test_a_transposed_convolution_is_the_pullback_of_a_convolution(kernel, stride, padding, channels):
+    x, weight = random(0, 2, 4, 3, channels[0]), random(1, kernel, kernel, *channels)
+    sides = ((n - 1) * stride - 2 * padding + kernel for n in (4, 3))
+    zero = jnp.zeros((2, *sides, channels[1]))
+
+    def conv(y, weight):
+        names = ("NHWC", "HWOI", "NHWC")
+        return jax.lax.conv_general_dilated(y, weight, (stride,) * 2, ((padding,) * 2,) * 2, dimension_numbers=names)
+
+    def pullback(x, weight):
+        return jax.vjp(lambda y: conv(y, weight), zero)[1](x)[0]
+
+    assert_close(pulled(lambda x, weight: convolve_transposed(x, weight, stride, padding), x, weight), pulled(pullback, x, weight), 1e-5)
 
 
 def test_maps_of_any_size_come_back_in_their_size():
@@ -106,8 +144,6 @@ def test_heads_double_the_resolution():
 
 def test_a_training_step_measures_statistics_and_draws_anew_whatever_the_accumulation():
     """Norms see every part of a batch, keys move on, and neither is learnt; a second run from the same state is the same run."""
-    import optax
-
     static, params = split(small())
     statistics = statistics_of(static)
     assert {name.rpartition(".")[2] for name in statistics} == {"running_mean", "running_var", "key"}

@@ -5,17 +5,15 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
 from seqlab.models.batch_norm import BatchNorm
-from seqlab.models.layers import Factory, matmul, positive
+from seqlab.models.images.convolution import Map, convolve, convolve_transposed, depthwise, grouped
+from seqlab.models.layers import Factory, positive
 from seqlab.module import Module
 from seqlab.shapes import Steps, accumulator
 from seqlab.state import State
-
-Map = Float[Array, "b h w d"]
 
 
 class ImageMixer(Module):
@@ -71,52 +69,11 @@ class Conv(Module):
         same = weight.shape[2] == 1 and x.shape[3] == weight.shape[3] and self.stride == 1 and 2 * self.padding + 1 == weight.shape[0]
         if same and jax.default_backend() == "cpu":  # XLA's own is a hundred times slower there
             y = depthwise(x, weight[:, :, 0])
+        elif self.groups == 1:
+            y = convolve(x, weight, self.stride, self.padding)
         else:
-            y = jax.lax.conv_general_dilated(
-                x,
-                weight,
-                (self.stride,) * 2,
-                ((self.padding,) * 2,) * 2,
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                feature_group_count=self.groups,
-            )
+            y = grouped(x, weight, self.stride, self.padding, self.groups)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
-
-
-@jax.custom_vjp
-def depthwise(x: Map, weight: Float[Array, "p q d"]) -> Map:
-    """Every channel convolved by its own odd filter, over zeros beyond the border: sums of shifted products, which a CPU is quick at."""
-    (_, height, width, _), (rows, columns, _) = x.shape, weight.shape
-    padded = _bordered(x, weight).astype(accumulator(x.dtype))
-
-    def row(p: int, total: Array) -> Array:  # a loop over rows of the filter: a program of all products would take long to compile
-        window = jax.lax.dynamic_slice_in_dim(padded, p, height, 1)
-        return total + sum(window[:, :, q : q + width] * weight[p, q] for q in range(columns))
-
-    return jax.lax.fori_loop(0, rows, row, jnp.zeros_like(padded, shape=x.shape)).astype(x.dtype)
-
-
-def _bordered(x: Map, weight: Float[Array, "p q d"]) -> Map:
-    rows, columns = (size // 2 for size in weight.shape[:2])
-    return jnp.pad(x, [(0, 0), (rows, rows), (columns, columns), (0, 0)])
-
-
-def _depthwise_bwd(residuals: tuple[Map, Array], dy: Map) -> tuple[Map, Array]:
-    x, weight = residuals
-    (b, height, width, d), (rows, columns, _) = x.shape, weight.shape
-    wide = accumulator(x.dtype)
-    padded, dy_wide = _bordered(x, weight).astype(wide), dy.astype(wide)
-
-    def place(n: int, total: Array) -> Array:  # place by place: a reduction over all of them at once would not fuse with its products
-        i, j = n // width, n % width
-        window = jax.lax.dynamic_slice(padded, (0, i, j, 0), (b, rows, columns, d))
-        return total + window * jax.lax.dynamic_slice(dy_wide, (0, i, j, 0), (b, 1, 1, d))
-
-    dweight = jax.lax.fori_loop(0, height * width, place, jnp.zeros((b, rows, columns, d), wide)).sum(0)
-    return depthwise(dy, weight[::-1, ::-1]), dweight.astype(weight.dtype)
-
-
-depthwise.defvjp(lambda x, weight: (depthwise(x, weight), (x, weight)), _depthwise_bwd)
 
 
 class ConvTranspose(Module):
@@ -124,8 +81,7 @@ class ConvTranspose(Module):
 
         y[stride i + p - padding] += W[p] x[i]        for both axes; a side of n becomes (n - 1) stride - 2 padding + kernel
 
-    One matrix product makes all that is spread, and sums of shifted parts put it in place: no product is with a zero, as it would be in a
-    convolution of the map with zeros between its places.
+    It is the gradient of a convolution from outputs to inputs with the same weights, stride and padding.
     """
 
     torch_layout: ClassVar = {"weight": "[in, out, h, w]"}
@@ -135,30 +91,11 @@ class ConvTranspose(Module):
         bound = 1 / math.sqrt(kernel * kernel * outputs)  # PyTorch's fan in of transposed weights
         self.weight = nnx.Param(jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound))
         self.bias = nnx.Param(jax.random.uniform(rngs.params(), (outputs,), minval=-bound, maxval=bound))
-        self.kernel, self.stride, self.padding = kernel, positive("stride", stride), padding
+        self.stride, self.padding = positive("stride", stride), padding
 
     def __call__(self, x: Map) -> Float[Array, "b i j o"]:
-        y = matmul(x, rearrange(self.weight[...].astype(x.dtype), "p q d o -> d (p q o)"))
-        y = rearrange(y, "b i j (p q o) -> b i p j q o", p=self.kernel, q=self.kernel)
-        y = self._overlapped(self._overlapped(y, 3), 1)
+        y = convolve_transposed(x, self.weight[...].astype(x.dtype), self.stride, self.padding)
         return y + self.bias[...].astype(x.dtype)
-
-    def _overlapped(self, y: Array, axis: int) -> Array:
-        """Axes (i, p) of places and what they spread, joined into one of places."""
-        n, stride = y.shape[axis], self.stride
-        parts = -(-self.kernel // stride)  # into how many neighbouring cells of `stride` places one place reaches
-        padding = [(0, 0)] * y.ndim
-        padding[axis + 1] = (0, parts * stride - self.kernel)
-        y = jnp.pad(y, padding)
-        total = 0
-        for a in range(parts):
-            part = jax.lax.slice_in_dim(y, a * stride, (a + 1) * stride, axis=axis + 1)
-            ends = [(0, 0)] * y.ndim
-            ends[axis] = (a, parts - 1 - a)
-            total = total + jnp.pad(part, ends)
-        total = total.reshape(*y.shape[:axis], (n + parts - 1) * stride, *y.shape[axis + 2 :])
-        size = (n - 1) * stride - 2 * self.padding + self.kernel
-        return jax.lax.slice_in_dim(total, self.padding, self.padding + size, axis=axis)
 
 
 def batch_normed(norm: BatchNorm, x: Map) -> Map:
