@@ -166,12 +166,14 @@ def use_blocks(source: str | os.PathLike | Sequence[Row]) -> Iterator[None]:
 
 def load(path: str | os.PathLike) -> list[Row]:
     """The rows of a file for this device."""
-    content = json.loads(pathlib.Path(path).read_text())
-    if not isinstance(content, dict) or not {"device", "rows"} <= content.keys():
-        raise ValueError(f"{path}: expected what `seqlab bench OP --tune FILE` writes, an object with device and rows")
-    if content["device"] != device():
-        raise ValueError(f"{path} was measured on {content['device']}, and this is {device()}: `seqlab bench OP --tune` measures here")
-    return [_checked(Row(*(row[name] for name in Row._fields)), os.fspath(path)) for row in content["rows"]]
+    try:
+        content = json.loads(pathlib.Path(path).read_text())
+        measured, rows = content["device"], [Row(*(row[name] for name in Row._fields)) for row in content["rows"]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: expected what `seqlab bench OP --tune FILE` writes, got {type(error).__name__}: {error}") from None
+    if measured != device():
+        raise ValueError(f"{path} was measured on {measured}, and this is {device()}: `seqlab bench OP --tune` measures here")
+    return [_checked(row, os.fspath(path)) for row in rows]
 
 
 def _checked(row: Row, source: str) -> Row:

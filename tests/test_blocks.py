@@ -89,6 +89,15 @@ def test_a_file_that_is_not_for_this_device_or_no_kernel_is_refused(content, mes
         pass
 
 
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"rows": []}', '{"device": "", "rows": [{"kernel": "scan/xla/chunk"}]}', '{"device": "", "rows": 3}']
+)
+def test_a_file_that_the_tuner_has_not_written_is_refused(text, tmp_path):
+    (tmp_path / "blocks.json").write_text(text)
+    with pytest.raises(ValueError, match=r"blocks.json: expected what `seqlab bench OP --tune FILE` writes, got \w+Error: "):
+        blocks.load(tmp_path / "blocks.json")
+
+
 def test_the_environment_names_a_file_for_a_process(tmp_path, monkeypatch):
     row = Row("scan/xla/chunk", ANY, WIDEST, {"steps": 16})
     monkeypatch.setenv("SEQLAB_BLOCKS", str(written(tmp_path / "blocks.json", [row])))
