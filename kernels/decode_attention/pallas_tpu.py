@@ -67,7 +67,9 @@ def decode_attention(q, k, v, visible, *, softcap, scale):
         [((b, g, splits, cut.rows, values), jnp.float32), ((b, g, splits, cut.rows, pallas.LANES), jnp.float32)],
         grid=(b, g, splits, pl.cdiv(tiles, splits)),
         in_specs=_blocks(cut, queries, arrays),
-        out_specs=[pl.BlockSpec((None, None, None, cut.rows, n), lambda b, g, i, n, *_: (b, g, i, 0, 0)) for n in (values, pallas.LANES)],
+        out_specs=[
+            pl.BlockSpec((None, None, None, cut.rows, size), lambda b, g, i, n, *_: (b, g, i, 0, 0)) for size in (values, pallas.LANES)
+        ],
         scratch=_scratch(cut, v if coded else None),
         parallel=3,
         tables=(first, count),
