@@ -19,18 +19,17 @@ class Draws(nnx.BatchStat):
 def draw(key: jax.Array, rate: float, shape: tuple[int, ...]) -> Bool[Array, "*b"]:
     """Which entries are kept, each with probability 1 - rate.
 
-    A random word of 32 bits costs more than all else about an entry: it serves four entries, or two, where 8 or 16 bits say the rate to a
-    ten-thousandth, as they do most.
+    A random word of 32 bits costs more than all else about an entry: it serves as many entries as have room for a rate that is right to a
+    ten-thousandth, 32 at a rate of a half, two at most others.
     """
-    for bits in (8, 16, 32):
+    for bits in (1, 2, 4, 8, 16, 32):
         dropped = round(rate * 2**bits)
         if abs(dropped / 2**bits - rate) <= 1e-4 * min(rate, 1 - rate):
             break
     *rows, size = shape
-    entries = 32 // bits
-    words = jax.random.bits(key, (*rows, -(-size // entries)))
-    parts = jax.lax.bitcast_convert_type(words, f"uint{bits}").reshape(*rows, words.shape[-1] * entries)
-    return parts[..., :size] >= dropped
+    words = jax.random.bits(key, (*rows, -(-size * bits // 32)))
+    parts = (words[..., None] >> jnp.arange(0, 32, bits, dtype=jnp.uint32)) & jnp.uint32(2**bits - 1)
+    return parts.reshape(*rows, words.shape[-1] * (32 // bits))[..., :size] >= jnp.uint32(dropped)
 
 
 class Dropout(Module):

@@ -182,8 +182,8 @@ def test_stochastic_depth_drops_whole_rows_in_training_only():
     assert_identical(np.asarray(again(x)), first)
 
 
-@pytest.mark.parametrize("rate", [0.5, 0.1, 0.7, 0.01])
-def test_dropout_keeps_what_it_should_at_rates_of_8_16_and_32_bits(rate):
+@pytest.mark.parametrize("rate", [0.5, 0.25, 0.1, 0.999])
+def test_dropout_keeps_what_it_should_whatever_bits_say_the_rate(rate):
     keep = np.asarray(draw(jax.random.key(0), rate, (500, 203)))
     assert keep.shape == (500, 203)
     assert abs(keep.mean() - (1 - rate)) < 5 * np.sqrt(rate * (1 - rate) / keep.size)
