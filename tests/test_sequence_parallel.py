@@ -143,7 +143,16 @@ def test_running_counts():
 # --- mixers and models
 
 COUNTS = (2, 4, 8)
-STACKS = ("mamba_mixer_stack", "lmuformer", "lmuformer_causal", "streaming_tsm2")  # of parts that are there themselves
+# Of every kind of exchange one on all of them; the others on one each, in turn; stacks of parts that are there themselves on two.
+KINDS = ("attention_gqa_norm", "window", "mamba", "gated_linear", "delta", "lmu", "lmu_cell", "pooling", "wavelets")
+STACKS = ("mamba_mixer_stack", "lmuformer", "lmuformer_causal")
+LONG = (
+    "lmuformer_spiking",
+    "lmuformer_spiking_causal",
+    "streaming_tsm2",
+)  # stacks that compile for a quarter of a minute: slow tests alone
+QUICK = [name for name in zoo.MIXERS if name not in LONG]
+IN_TURN = {name: (COUNTS[i % 3],) for i, name in enumerate(QUICK)} | dict.fromkeys(KINDS, COUNTS) | dict.fromkeys(STACKS, (2,))
 
 
 def checked(name, devices, **options):
@@ -152,9 +161,9 @@ def checked(name, devices, **options):
     verify_devices(zoo.mixer(name) if name in zoo.MIXERS else zoo.model(name), devices, dtype=dtype, **options).raise_for_failure()
 
 
-@pytest.mark.parametrize("name", [name for name in zoo.MIXERS if not name.startswith("lmuformer_spiking")] + ["lmuformer_spiking_mixer"])
+@pytest.mark.parametrize("name", QUICK)
 def test_every_mixer_over_devices(name):
-    checked(name, COUNTS[:1] if name in STACKS else COUNTS, thorough=False)
+    checked(name, IN_TURN[name], thorough=False)
 
 
 def test_a_hybrid_over_devices_in_training_and_chunked_prefill():

@@ -38,6 +38,7 @@ VARIANTS = (
         "lm_attention",
         "lm_mamba",
         "lm_gated_linear",
+        "lm_hybrid_scanned",
         "sequence_hybrid",
     ),
 )

@@ -162,9 +162,14 @@ def distinct(draw: Callable[[int], Int[np.ndarray, "n t"]], count: int) -> Int[n
     Raises ValueError where there are not enough of them to be found.
     """
     found: dict[bytes, np.ndarray] = {}
+    in_vain = 0  # drawn since the last new one
     for _ in range(100):
-        for row in draw(count - len(found)):
+        before, missing = len(found), count - len(found)
+        for row in draw(missing):
             found.setdefault(row.tobytes(), row)
         if len(found) == count:
             return np.stack(list(found.values()))
+        in_vain = 0 if len(found) > before else in_vain + missing
+        if in_vain >= 10_000:
+            break
     raise ValueError(f"examples: only {len(found)} different ones were found of {count}; ask for fewer, or for longer ones")
