@@ -150,7 +150,7 @@ LONG = (
     "lmuformer_spiking",
     "lmuformer_spiking_causal",
     "streaming_tsm2",
-)  # stacks that compile for a quarter of a minute: slow tests alone
+)  # long to compile: slow tests alone
 QUICK = [name for name in zoo.MIXERS if name not in LONG]
 IN_TURN = {name: (COUNTS[i % 3],) for i, name in enumerate(QUICK)} | dict.fromkeys(KINDS, COUNTS) | dict.fromkeys(STACKS, (2,))
 
