@@ -146,11 +146,7 @@ COUNTS = (2, 4, 8)
 # Of every kind of exchange one on all of them; the others on one each, in turn; stacks of parts that are there themselves on two.
 KINDS = ("attention_gqa_norm", "window", "mamba", "gated_linear", "delta", "lmu", "lmu_cell", "pooling", "wavelets")
 STACKS = ("mamba_mixer_stack", "lmuformer", "lmuformer_causal")
-LONG = (
-    "lmuformer_spiking",
-    "lmuformer_spiking_causal",
-    "streaming_tsm2",
-)  # long to compile: slow tests alone
+LONG = ("lmuformer_spiking", "lmuformer_spiking_causal", "streaming_tsm2")  # to compile: slow tests alone
 QUICK = [name for name in zoo.MIXERS if name not in LONG]
 IN_TURN = {name: (COUNTS[i % 3],) for i, name in enumerate(QUICK)} | dict.fromkeys(KINDS, COUNTS) | dict.fromkeys(STACKS, (2,))
 
