@@ -18,8 +18,8 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from seqlab.kernels import pallas
-from seqlab.kernels.attention import merge
 from seqlab.kernels.attention.reference import visible
+from seqlab.kernels.attention.ring import with_sink
 from seqlab.kernels.attention.xla import Places, Rule, _ends, _needed, _positions
 from seqlab.kernels.blocks import find
 
@@ -95,17 +95,13 @@ def _one_query(rule: Rule, q: Array, k: Array, v: Array, sink: Array | None, pla
     slots are read as they lie; the transposition of those passed has been undone."""
     from seqlab.kernels.decode_attention.pallas_tpu import decode_attention
 
-    (b, _, h, _), s = q.shape, k.shape[1]
+    b, s = len(q), k.shape[1]
     query, key = _positions(places, 1, s)
     keep = visible(query, places.q_segments, key, places.kv_segments, causal=rule.causal, window=rule.window, sinks=rule.sinks)
     heads_first = (x.swapaxes(1, 2) for x in (k, v))
     found = decode_attention(q[:, 0], *heads_first, jnp.broadcast_to(keep, (b, s)), softcap=rule.softcap, scale=rule.scale)
     out, lse = (x[:, None] for x in found)
-    if sink is None:
-        return out, lse
-    z = jnp.broadcast_to(sink.astype(jnp.float32), (b, 1, h))
-    z = z if places.q_segments is None else jnp.where((places.q_segments == 0)[:, :, None], -jnp.inf, z)
-    return merge(out, lse, jnp.zeros_like(out), z)
+    return (out, lse) if sink is None else with_sink(out, lse, sink, places.q_segments)
 
 
 def _query_blocks(grid: Grid, heads: int, width: int, values: int, places: Places) -> tuple[list[pl.BlockSpec], list[Array], list[Any]]:

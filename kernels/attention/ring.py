@@ -110,10 +110,10 @@ def ring(op: Op, gradient: Op, q, k, v, *, q_positions, kv_positions, q_segments
 
     keys = (k, v, kv_positions, kv_segments)
     (out, lse), _ = sequence_parallel.split(stretch, ((q, q_positions, q_segments), keys), (), multiple)
-    return (out, lse) if sink_logits is None else _with_sink(out, lse, sink_logits, q_segments)
+    return (out, lse) if sink_logits is None else with_sink(out, lse, sink_logits, q_segments)
 
 
-def _with_sink(out: Array, lse: Array, sink: Array, segments: Array | None) -> tuple[Array, Array]:
+def with_sink(out: Array, lse: Array, sink: Array, segments: Array | None) -> tuple[Array, Array]:
     """A logit for no key, once all keys have been counted."""
     z = jnp.broadcast_to(sink.astype(lse.dtype), lse.shape)
     z = z if segments is None else jnp.where((segments == 0)[..., None], -jnp.inf, z)

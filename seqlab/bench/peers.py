@@ -73,7 +73,7 @@ def _numbers(case: Case, cotangents: Any) -> Program:
         raise NotImplementedError("the cache holds numbers already")
     arguments = dict(case.arguments)
     arguments["k"], arguments["v"] = of_numbers(arguments["q"], arguments["k"], arguments["v"], arguments["q"].dtype)
-    return repeated(lambda a: decode_attention(**a, **case.options, implementation=("triton_gpu", "xla")), arguments)
+    return repeated(lambda a: decode_attention(**a, **case.options, implementation=("pallas_tpu", "triton_gpu", "xla")), arguments)
 
 
 # --- in PyTorch
