@@ -13,4 +13,6 @@ from seqlab.train.tasks import Digits
 
 def base() -> fdl.Config:
     model = fdl.Partial(SequenceModel, inputs=1, outputs=10, dim=64, depth=2, mixers=(parts.mamba(),))
-    return parts.task_run(model, fdl.Config(Digits), peak=3e-3, steps=600, batch_size=64, validation_windows=360)
+    return parts.task_run(
+        model, fdl.Config(Digits), peak=3e-3, steps=600, batch_size=64, validation_windows=360
+    )

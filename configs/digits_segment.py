@@ -17,4 +17,6 @@ def base() -> fdl.Config:
     backbone = fdl.Partial(wave_backbone, dim=48, depth=4, mixer=mixer, stem=stem, inputs=1)
     model = fdl.Partial(ImageToMap, outputs=11, backbone=backbone, widths=(24,))
     data = fdl.Config(DigitScenes, task="segment")
-    return parts.image_run(model, data, loss=class_loss, metric=mean_iou, steps=600, batch_size=32, validation_windows=200)
+    return parts.image_run(
+        model, data, loss=class_loss, metric=mean_iou, steps=600, batch_size=32, validation_windows=200
+    )

@@ -17,4 +17,6 @@ def base() -> fdl.Config:
     backbone = fdl.Partial(wave_backbone, dim=32, depth=3, mixer=mixer, stem=stem, inputs=1)
     model = fdl.Partial(ImageToMap, outputs=1, backbone=backbone, widths=(16,))
     data = fdl.Config(DigitScenes, task="upscale")
-    return parts.image_run(model, data, loss=picture_loss, metric=psnr, steps=600, batch_size=32, validation_windows=200)
+    return parts.image_run(
+        model, data, loss=picture_loss, metric=psnr, steps=600, batch_size=32, validation_windows=200
+    )

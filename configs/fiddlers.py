@@ -1,4 +1,5 @@
-"""Variations of any config, one verb each; they change a config in place. `seqlab train lm_mamba --fiddler "longer(4)"` applies them."""
+"""Variations of any config, one verb each; they change a config in place. `seqlab train lm_mamba --fiddler
+"longer(4)"` applies them."""
 
 from typing import Any
 
@@ -32,7 +33,8 @@ def tiny(cfg: fdl.Config) -> None:
 
 
 def mixer(cfg: fdl.Config, name: str, **options: Any) -> None:
-    """Another mixer in every layer, by its name in `seqlab list`: "mamba", or with options mixer("mamba", state_size=4)."""
+    """Another mixer in every layer, by its name in `seqlab list`: "mamba", or with options mixer("mamba",
+    state_size=4)."""
     cls = named(name)
     known = fields(cls)
     if "cache" in known and "cache" not in options:  # what a window holds is what has to be remembered
@@ -54,7 +56,8 @@ def bf16(cfg: fdl.Config) -> None:
 
 
 def remat(cfg: fdl.Config) -> None:
-    """Keep the blocks' inputs alone for the backward pass and compute the rest again: less memory, a third more time."""
+    """Keep the blocks' inputs alone for the backward pass and compute the rest again: less memory, a third
+    more time."""
     cfg.model.remat = "block"
 
 

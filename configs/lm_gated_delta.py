@@ -1,4 +1,5 @@
-"""Gated DeltaNet, a byte language model: a matrix memory a head that forgets, and replaces what a key already holds.
+"""Gated DeltaNet, a byte language model: a matrix memory a head that forgets, and replaces what a key already
+holds.
 
 Command: seqlab train lm_gated_delta
 """

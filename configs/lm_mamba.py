@@ -9,4 +9,6 @@ from seqlab.configs import parts
 
 
 def base() -> fdl.Config:
-    return parts.language_run(parts.byte_model(160, 6, parts.mamba(), channel_mixer=None), steps=600, batch_size=16)
+    return parts.language_run(
+        parts.byte_model(160, 6, parts.mamba(), channel_mixer=None), steps=600, batch_size=16
+    )

@@ -1,8 +1,18 @@
-"""Blocks that many configs share. Modules are `fdl.Partial` (the model builds them, layer by layer), values are `fdl.Config`."""
+"""Blocks that many configs share. Modules are `fdl.Partial` (the model builds them, layer by layer), values
+are `fdl.Config`."""
 
 import fiddle as fdl
 
-from seqlab.models import Attention, Full, GatedDeltaNet, GatedLinearAttention, LanguageModel, Mamba, Mamba2, Window
+from seqlab.models import (
+    Attention,
+    Full,
+    GatedDeltaNet,
+    GatedLinearAttention,
+    LanguageModel,
+    Mamba,
+    Mamba2,
+    Window,
+)
 from seqlab.train.augment import GEOMETRIC, Augment
 from seqlab.train.experiment import Experiment
 from seqlab.train.images import DigitImages
@@ -15,8 +25,11 @@ from seqlab.train.vision import class_loss, top1
 BYTES = 256  # the vocabulary of the byte tokenizer
 
 
-def language_run(model: fdl.Partial, *, length: int = 256, lead: bool = False, peak: float = 3e-3, **run: int) -> fdl.Config:
-    """A byte language model trained on the sources of the Python standard library; `run` are fields of `Experiment`."""
+def language_run(
+    model: fdl.Partial, *, length: int = 256, lead: bool = False, peak: float = 3e-3, **run: int
+) -> fdl.Config:
+    """A byte language model trained on the sources of the Python standard library; `run` are fields of
+    `Experiment`."""
     data = fdl.Config(Text, length=length, lead=lead)
     return fdl.Config(Experiment, model=model, data=data, optimizer=fdl.Partial(adamw, peak=peak), **run)
 
@@ -33,22 +46,43 @@ def task_run(model: fdl.Partial, data: fdl.Config, *, peak: float = 3e-3, **run:
 
 
 def image_run(
-    model: fdl.Partial, data: fdl.Config, *, metric: Loss = top1, loss: Loss | fdl.Partial | None = None, peak: float = 3e-3, **run: int
+    model: fdl.Partial,
+    data: fdl.Config,
+    *,
+    metric: Loss = top1,
+    loss: Loss | fdl.Partial | None = None,
+    peak: float = 3e-3,
+    **run: int,
 ) -> fdl.Config:
-    """A model of images, judged by its accuracy unless told otherwise; what is judged is the average of its parameters."""
+    """A model of images, judged by its accuracy unless told otherwise; what is judged is the average of its
+    parameters."""
     optimizer = fdl.Partial(adamw, peak=peak, b2=0.999, weight_decay=0.05, average=0.98)
     loss = fdl.Partial(class_loss, smoothing=0.1) if loss is None else loss
-    return fdl.Config(Experiment, model=model, data=data, optimizer=optimizer, loss=loss, metric=metric, **run)
+    return fdl.Config(
+        Experiment, model=model, data=data, optimizer=optimizer, loss=loss, metric=metric, **run
+    )
 
 
 def digit_images() -> fdl.Config:
     """scikit-learn's digits, moved by up to a place and turned, sheared or shifted once."""
-    return fdl.Config(DigitImages, augment=fdl.Config(Augment, shift=1, operations=1, magnitude=5.0, names=GEOMETRIC))
+    return fdl.Config(
+        DigitImages, augment=fdl.Config(Augment, shift=1, operations=1, magnitude=5.0, names=GEOMETRIC)
+    )
 
 
-def token_model(vocab_size: int, dim: int, depth: int, *mixers: fdl.Partial, **options: object) -> fdl.Partial:
-    """A model over a task's tokens; without channel mixers unless `options` name one: what is asked is what a mixer remembers."""
-    return fdl.Partial(LanguageModel, vocab_size=vocab_size, dim=dim, depth=depth, mixers=mixers, **({"channel_mixer": None} | options))
+def token_model(
+    vocab_size: int, dim: int, depth: int, *mixers: fdl.Partial, **options: object
+) -> fdl.Partial:
+    """A model over a task's tokens; without channel mixers unless `options` name one: what is asked is what a
+    mixer remembers."""
+    return fdl.Partial(
+        LanguageModel,
+        vocab_size=vocab_size,
+        dim=dim,
+        depth=depth,
+        mixers=mixers,
+        **({"channel_mixer": None} | options),
+    )
 
 
 def attention(capacity: int, heads: int = 4, **options: object) -> fdl.Partial:
@@ -72,7 +106,8 @@ def mamba(state_size: int = 16) -> fdl.Partial:
 
 
 def mamba2(head_dim: int = 32, state_size: int = 64) -> fdl.Partial:
-    """The state-space mixer with a decay a head; heads and state smaller than published, for models of this size."""
+    """The state-space mixer with a decay a head; heads and state smaller than published, for models of this
+    size."""
     return fdl.Partial(Mamba2, head_dim=head_dim, state_size=state_size)
 
 

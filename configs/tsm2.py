@@ -1,8 +1,9 @@
 """TSM2 on the weekly carbon dioxide of Mauna Loa: what the next 24 weeks bring, from the last 48.
 
 Command: seqlab train tsm2        (the series comes with statsmodels: pip install statsmodels)
-Half a minute on two CPU cores, validation MSE 0.0027 in scaled units. On the test split 0.0032, where the best linear forecaster with
-this window has 0.0047 and the last value 0.083 (pytest tests/test_science_forecast.py -s).
+Half a minute on two CPU cores, validation MSE 0.0027 in scaled units. On the test split 0.0032, where the
+best linear forecaster with this window has 0.0047 and the last value 0.083 (pytest
+tests/test_science_forecast.py -s).
 """
 
 import fiddle as fdl

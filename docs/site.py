@@ -1,4 +1,5 @@
-"""What mkdocs is told beyond mkdocs.yml: the order of the pages, and that the house's own papers belong to the site.
+"""What mkdocs is told beyond mkdocs.yml: the order of the pages, and that the house's own papers belong to
+the site.
 
 Pages are found, not listed: a page that is added appears by itself, under its first heading.
 """

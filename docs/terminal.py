@@ -1,6 +1,8 @@
-"""Runs commands and draws what a terminal shows, as an SVG that needs nobody: docs/terminal.svg is the demo's.
+"""Runs commands and draws what a terminal shows, as an SVG that needs nobody: docs/terminal.svg is the
+demo's.
 
-python docs/terminal.py docs/terminal.svg "seqlab stream runs/demo --prompt 'class ' --max-tokens 400 --temperature 0.7"
+python docs/terminal.py docs/terminal.svg "seqlab stream runs/demo --prompt 'class ' --max-tokens 400
+--temperature 0.7"
 """
 
 import html
@@ -28,7 +30,10 @@ def picture(shown: list[str]) -> str:
         f'<text x="16" y="{48 + i * HEIGHT:g}" fill="{"#7ee787" if line.startswith("$ ") else "#d1d7e0"}">{html.escape(line)}</text>'
         for i, line in enumerate(shown)
     )
-    dots = "".join(f'<circle cx="{20 + 18 * i}" cy="16" r="5" fill="{fill}"/>' for i, fill in enumerate(("#f47067", "#daaa3f", "#57ab5a")))
+    dots = "".join(
+        f'<circle cx="{20 + 18 * i}" cy="16" r="5" fill="{fill}"/>'
+        for i, fill in enumerate(("#f47067", "#daaa3f", "#57ab5a"))
+    )
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">',

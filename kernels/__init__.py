@@ -17,12 +17,14 @@ One folder an op. In each:
     pallas_tpu, triton_gpu    where they exist: for calls that they are made for; they decline others
     specs          named shapes for tests and benchmarks
 
-`dispatch` chooses. `implementation=None` takes the first in the platform's order of preference that does not decline; it always
-succeeds. `implementation="xla"` takes that one or raises, `("triton_gpu", "xla")` the first that there is and that does not decline:
-kernels for accelerators are asked for so until they have been run on one. `seqlab.use_implementation(name)` sets the name for a block of
-code, and `seqlab.explain(function, *args)` tells which implementations a call would use and why those preferred to them declined.
+`dispatch` chooses. `implementation=None` takes the first in the platform's order of preference that does not
+decline; it always succeeds. `implementation="xla"` takes that one or raises, `("triton_gpu", "xla")` the
+first that there is and that does not decline: kernels for accelerators are asked for so until they have been
+run on one. `seqlab.use_implementation(name)` sets the name for a block of code, and `seqlab.explain(function,
+*args)` tells which implementations a call would use and why those preferred to them declined.
 
-A folder and its op share a name. `seqlab.kernels.attention` is always the function, loaded when it is first used; what else a folder
+A folder and its op share a name. `seqlab.kernels.attention` is always the function, loaded when it is first
+used; what else a folder
 holds is imported from it: `from seqlab.kernels.attention import merge`.
 """
 
@@ -31,13 +33,25 @@ import sys
 import types
 
 if not __name__.startswith("seqlab."):
-    raise ImportError("import seqlab.kernels, not kernels: two copies of one module would hold two sets of classes")
+    raise ImportError(
+        "import seqlab.kernels, not kernels: two copies of one module would hold two sets of classes"
+    )
 
-__all__ = ["attention", "block_attention", "conv", "decode_attention", "dwt", "linear_attention", "lmu", "scan"]
+__all__ = [
+    "attention",
+    "block_attention",
+    "conv",
+    "decode_attention",
+    "dwt",
+    "linear_attention",
+    "lmu",
+    "scan",
+]
 
 
 class _Kernels(types.ModuleType):
-    """The import system binds a loaded folder to its name here, at a time that depends on who imports what: bind its op instead."""
+    """The import system binds a loaded folder to its name here, at a time that depends on who imports what:
+    bind its op instead."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in __all__ and isinstance(value, types.ModuleType):

@@ -1,11 +1,14 @@
-"""Block sizes as data: into what the kernels cut a call, by kernel, bytes of a number, and width of heads (or channels).
+"""Block sizes as data: into what the kernels cut a call, by kernel, bytes of a number, and width of heads (or
+channels).
 
-`TABLE` holds what is built in. What `seqlab bench OP --tune` has found to be faster on a device goes before it, from a file:
+`TABLE` holds what is built in. What `seqlab bench OP --tune` has found to be faster on a device goes before
+it, from a file:
 
     with seqlab.use_blocks("blocks.json"):      for a block of code
     SEQLAB_BLOCKS=blocks.json seqlab train ...  for a process; read whenever a kernel is traced
 
-Sizes here are upper limits: every kernel shortens them for calls that are shorter, see `blocks` of its module.
+Sizes here are upper limits: every kernel shortens them for calls that are shorter, see `blocks` of its
+module.
 """
 
 import contextlib
@@ -25,7 +28,8 @@ ANY, WIDEST = 0, 2**31 - 1  # numbers of any size, and any width
 
 
 class Row(NamedTuple):
-    """The blocks of a kernel, named op/implementation/kernel, for numbers of so many bytes and widths up to `width`."""
+    """The blocks of a kernel, named op/implementation/kernel, for numbers of so many bytes and widths up to
+    `width`."""
 
     kernel: str
     bytes: int
@@ -55,11 +59,16 @@ def _everywhere(**blocks: int) -> dict[int, dict[int, dict[str, Any]]]:
 
 # By kernel, by bytes of a number, and by the width up to which an entry serves.
 TABLE: dict[str, dict[int, dict[int, dict[str, Any]]]] = {
-    # Rows and keys of a tile. Three products in TF32 are as good as one in float32; for wide heads in float32 the tensor cores need so
-    # many registers that plain arithmetic is left.
+    # Rows and keys of a tile. Three products in TF32 are as good as one in float32; for wide heads in float32
+    # the tensor cores need so many registers that plain arithmetic is left.
     "attention/triton_gpu/forward": {
         2: {64: _tile(128, 64, 4, 3), 128: _tile(128, 64, 8, 2), 256: _tile(64, 64, 8, 2)},
-        4: {32: _tile(64, 64, 4, 2), 64: _tile(128, 64, 8, 1), 128: _tile(32, 16, 8, 1, "ieee"), 256: _tile(32, 16, 8, 1, "ieee")},
+        4: {
+            32: _tile(64, 64, 4, 2),
+            64: _tile(128, 64, 8, 1),
+            128: _tile(32, 16, 8, 1, "ieee"),
+            256: _tile(32, 16, 8, 1, "ieee"),
+        },
     },
     "attention/triton_gpu/backward_keys": {
         2: {64: _tile(64, 64, 4, 2), 128: _tile(32, 64, 8, 2), 256: _tile(64, 32, 8, 1)},
@@ -69,11 +78,15 @@ TABLE: dict[str, dict[int, dict[int, dict[str, Any]]]] = {
         2: {64: _tile(64, 64, 4, 2), 128: _tile(64, 64, 8, 2), 256: _tile(32, 32, 8, 1)},
         4: {64: _tile(16, 32, 4, 1), 128: _tile(32, 16, 8, 1, "ieee"), 256: _tile(16, 16, 8, 1, "ieee")},
     },
-    # Queries or keys: the logits of a tile take a MiB of float32, and a few of these fit beside everything else.
+    # Queries or keys: the logits of a tile take a MiB of float32, and a few of these fit beside everything
+    # else.
     "attention/pallas_tpu/tile": {ANY: {128: {"tile": 512}, WIDEST: {"tile": 256}}},
     # Slots of a tile, in codes of one group of keys at most.
     "decode_attention/triton_gpu/codes": {2: {256: _slots(64, 4)}, 4: {256: _slots(32, 8)}},
-    "decode_attention/triton_gpu/numbers": {2: {256: _slots(64, 4)}, 4: {128: _slots(32, 8), 256: _slots(16, 8)}},
+    "decode_attention/triton_gpu/numbers": {
+        2: {256: _slots(64, 4)},
+        4: {128: _slots(32, 8), 256: _slots(16, 8)},
+    },
     # Few megabytes of numbers, and copies that are worth their start.
     "decode_attention/pallas_tpu/tile": _everywhere(tile=2048),
     # Wide rows are read 256 bytes at a time; `stretch` steps share one partial sum of the weights' gradient.
@@ -85,7 +98,8 @@ TABLE: dict[str, dict[int, dict[int, dict[str, Any]]]] = {
     },
     # One MiB of float32, a fair load for the memory, and ten of them fit.
     "conv/pallas_tpu/tile": _everywhere(steps=512, channels=512),
-    # A state is kept a tile, so long tiles need less memory and short ones fewer registers. Both directions use the same steps.
+    # A state is kept a tile, so long tiles need less memory and short ones fewer registers. Both directions
+    # use the same steps.
     "scan/triton_gpu/forward": _everywhere(steps=64, channels=16, warps=4),
     "scan/triton_gpu/backward": _everywhere(channels=16, warps=4),
     "scan/pallas_tpu/block": _everywhere(channels=512),
@@ -101,9 +115,12 @@ TABLE: dict[str, dict[int, dict[int, dict[str, Any]]]] = {
         2: {64: _chunks(64, 64, 4, 2), 128: _chunks(64, 32, 4, 2), 256: _chunks(32, 16, 4, 1)},
         4: {64: _chunks(64, 32, 4, 1), 128: _chunks(32, 16, 8, 1)},
     },
-    # Steps of a chunk and of a block, in which heads wider than the lanes leave less room: the vector memory of a v4 has 16 MiB.
+    # Steps of a chunk and of a block, in which heads wider than the lanes leave less room: the vector memory
+    # of a v4 has 16 MiB.
     **{
-        f"linear_attention/pallas_tpu/{kind}": {ANY: {128: {"chunk": chunk, "steps": 512}, WIDEST: {"chunk": chunk, "steps": 128}}}
+        f"linear_attention/pallas_tpu/{kind}": {
+            ANY: {128: {"chunk": chunk, "steps": 512}, WIDEST: {"chunk": chunk, "steps": 128}}
+        }
         for kind, chunk in (("plain", 128), ("delta", 64), ("channel", 64), ("value", 16))
     },
     "lmu/xla/chunk": _everywhere(steps=32),
@@ -111,18 +128,22 @@ TABLE: dict[str, dict[int, dict[int, dict[str, Any]]]] = {
 
 
 class _Rows:
-    """Rows that go before the table; an object of its own every time, so that jax.jit traces anew under it."""
+    """Rows that go before the table; an object of its own every time, so that jax.jit traces anew under
+    it."""
 
     def __init__(self, rows: Sequence[Row]):
         self.blocks = {row.place: row.blocks for row in rows}
 
 
 _chosen = jax.make_user_context(default_value=None)
-_asked: contextvars.ContextVar[dict[tuple[str, int, int], Row] | None] = contextvars.ContextVar("seqlab_blocks", default=None)
+_asked: contextvars.ContextVar[dict[tuple[str, int, int], Row] | None] = contextvars.ContextVar(
+    "seqlab_blocks", default=None
+)
 
 
 def find(kernel: str, itemsize: int, width: int) -> dict[str, Any]:
-    """The blocks of a kernel for numbers of `itemsize` bytes and a width of at most `widest(kernel, itemsize)`."""
+    """The blocks of a kernel for numbers of `itemsize` bytes and a width of at most `widest(kernel,
+    itemsize)`."""
     table = TABLE[kernel]
     size = itemsize if itemsize in table else ANY
     most = next(most for most in table[size] if width <= most)
@@ -154,12 +175,17 @@ def asked_by(function: Callable[..., Any], *args: Any) -> list[Row]:
 
 @contextlib.contextmanager
 def use_blocks(source: str | os.PathLike | Sequence[Row]) -> Iterator[None]:
-    """Within the block kernels take the block sizes of a file that `seqlab bench OP --tune FILE` has written, or of rows.
+    """Within the block kernels take the block sizes of a file that `seqlab bench OP --tune FILE` has written,
+    or of rows.
 
-    Functions compiled by `jax.jit` outside the block are traced anew inside. Raises ValueError for a file that was written on another
-    device, and for rows of no kernel, with the nearest there is.
+    Functions compiled by `jax.jit` outside the block are traced anew inside. Raises ValueError for a file
+    that was written on another device, and for rows of no kernel, with the nearest there is.
     """
-    rows = _Rows(load(source) if isinstance(source, str | os.PathLike) else [_checked(row, "use_blocks") for row in source])
+    rows = _Rows(
+        load(source)
+        if isinstance(source, str | os.PathLike)
+        else [_checked(row, "use_blocks") for row in source]
+    )
     with _chosen(rows):
         yield
 
@@ -168,11 +194,19 @@ def load(path: str | os.PathLike) -> list[Row]:
     """The rows of a file for this device."""
     try:
         content = json.loads(pathlib.Path(path).read_text())
-        measured, rows = content["device"], [Row(*(row[name] for name in Row._fields)) for row in content["rows"]]
+        measured, rows = (
+            content["device"],
+            [Row(*(row[name] for name in Row._fields)) for row in content["rows"]],
+        )
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: expected what `seqlab bench OP --tune FILE` writes, got {type(error).__name__}: {error}") from None
+        raise ValueError(
+            f"{path}: expected what `seqlab bench OP --tune FILE` writes, got {type(error).__name__}: {error}"
+        ) from None
     if measured != device():
-        raise ValueError(f"{path} was measured on {measured}, and this is {device()}: `seqlab bench OP --tune` measures here")
+        raise ValueError(
+            f"{path} was measured on {measured}, and this is {device()}: `seqlab bench OP --tune` measures "
+            "here"
+        )
     return [_checked(row, os.fspath(path)) for row in rows]
 
 
@@ -181,12 +215,19 @@ def _checked(row: Row, source: str) -> Row:
     check_name(row.kernel, tuple(TABLE), f"{source}: kernel")
     own = TABLE[row.kernel].get(row.bytes, {}).get(row.width)
     if own is None:
-        places = [f"bytes={size} width={width}" for size, widths in TABLE[row.kernel].items() for width in widths]
-        raise ValueError(f"{source}: {row.kernel} has rows for {', '.join(places)}, got bytes={row.bytes} width={row.width}")
+        places = [
+            f"bytes={size} width={width}" for size, widths in TABLE[row.kernel].items() for width in widths
+        ]
+        raise ValueError(
+            f"{source}: {row.kernel} has rows for {', '.join(places)}, got bytes={row.bytes} "
+            f"width={row.width}"
+        )
     for name, value in row.blocks.items():
         check_name(name, tuple(own), f"{source}: block size of {row.kernel}")
         if type(value) is not type(own[name]) or (isinstance(value, int) and value < 1):
-            raise ValueError(f"{source}: {row.kernel} {name}: got {value!r}, expected something like {own[name]!r}")
+            raise ValueError(
+                f"{source}: {row.kernel} {name}: got {value!r}, expected something like {own[name]!r}"
+            )
     return row
 
 

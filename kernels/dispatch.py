@@ -4,9 +4,9 @@
     implementation="name"         that one or an error, never another
     implementation=("a", "b")     the first of these that the op has and that does not decline, or an error
 
-An implementation declines a call by raising `NotImplementedError(reason)`, and in no other way: every other error is a bug and
-surfaces. Implementations are named by module and imported when first chosen, so that nothing of a backend is imported, probed or
-queried before somebody asks for it.
+An implementation declines a call by raising `NotImplementedError(reason)`, and in no other way: every other
+error is a bug and surfaces. Implementations are named by module and imported when first chosen, so that
+nothing of a backend is imported, probed or queried before somebody asks for it.
 """
 
 import contextlib
@@ -21,15 +21,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-# In order of preference on a platform. `reference` is the truth, slow, and only ever chosen by name. Kernels for accelerators are here
-# from the day on which they were run on one: a compiler's error there would come too late to take another.
+# In order of preference on a platform. `reference` is the truth, slow, and only ever chosen by name. Kernels
+# for accelerators are here from the day on which they were run on one: a compiler's error there would come
+# too late to take another.
 _PREFERENCE = {"gpu": ("xla",), "tpu": ("xla",), "cpu": ("xla",)}
 
-# Contexts that jax.jit takes into the keys of its caches: what was traced under one value is traced anew under another.
+# Contexts that jax.jit takes into the keys of its caches: what was traced under one value is traced anew
+# under another.
 _forced = jax.make_user_context(default_value=None)
 _explained = jax.make_user_context(default_value=None)
 
-NAMES = ("reference", "xla", "pallas_tpu", "triton_gpu")  # that an op may have or lack; some have others besides
+NAMES = (
+    "reference",
+    "xla",
+    "pallas_tpu",
+    "triton_gpu",
+)  # that an op may have or lack; some have others besides
 Named = str | tuple[str, ...] | None
 
 _log: contextvars.ContextVar[list["Choice"] | None] = contextvars.ContextVar("seqlab_choices", default=None)
@@ -78,7 +85,10 @@ class Op:
             _record(Choice(self.name, candidate, tuple(declined)))
             return result
         if named is not None:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in declined) or f"{self.name} has {', '.join(self.implementations)}"
+            reasons = (
+                "; ".join(f"{name}: {reason}" for name, reason in declined)
+                or f"{self.name} has {', '.join(self.implementations)}"
+            )
             raise NotImplementedError(f"{self.name}: none of {named} takes this call ({reasons})")
         raise AssertionError(f"{self.name}: the xla implementation declined, which it must not: {declined}")
 
@@ -98,22 +108,27 @@ def check_name(value: str, valid: tuple[str, ...], what: str) -> None:
 
 @contextlib.contextmanager
 def use_implementation(name: Named) -> Iterator[None]:
-    """Within the block every op uses the implementation `name`, or the first of several that it has and that does not decline, where
+    """Within the block every op uses the implementation `name`, or the first of several that it has and that
+    does not decline, where
     the call does not name one itself: `("triton_gpu", "xla")` takes the kernels where there are some.
 
-    Functions compiled by `jax.jit` outside the block are traced anew inside; None restores the choice by platform. An executable made
-    ahead of time (`jitted.lower(...).compile()`) keeps what it was compiled with.
+    Functions compiled by `jax.jit` outside the block are traced anew inside; None restores the choice by
+    platform. An executable made ahead of time (`jitted.lower(...).compile()`) keeps what it was compiled
+    with.
     """
     with _forced(name):
         yield
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Choice]:
-    """Which implementations `function(*args, **kwargs)` would use here, each once, in order. It is traced, not run."""
+    """Which implementations `function(*args, **kwargs)` would use here, each once, in order. It is traced,
+    not run."""
     choices: list[Choice] = []
     token = _log.set(choices)
     try:
-        with _explained(object()):  # a value never seen: jitted functions inside are traced, not remembered, and so tell their choices
+        with _explained(
+            object()
+        ):  # a value never seen: jitted functions inside are traced, not remembered, and so tell their choices
             jax.eval_shape(lambda *a: function(*a, **kwargs), *args)
     finally:
         _log.reset(token)
@@ -127,8 +142,12 @@ def _record(choice: Choice) -> None:
 
 
 def vary_alike(*arrays: Array | None) -> list[Array | None]:
-    """Inside shard_map a loop must end as it starts and a gradient vary as its argument: let all vary over the mesh axes of any."""
+    """Inside shard_map a loop must end as it starts and a gradient vary as its argument: let all vary over
+    the mesh axes of any."""
     zeros = [None if x is None else jnp.zeros_like(x, jnp.float32, shape=()) for x in arrays]
     zero = sum(x for x in zeros if x is not None)
-    fits = [x is None or x.dtype == bool or jax.typeof(own) == jax.typeof(zero) for x, own in zip(arrays, zeros, strict=True)]
+    fits = [
+        x is None or x.dtype == bool or jax.typeof(own) == jax.typeof(zero)
+        for x, own in zip(arrays, zeros, strict=True)
+    ]
     return [x if fit else x + zero.astype(x.dtype) for x, fit in zip(arrays, fits, strict=True)]

@@ -1,8 +1,9 @@
 """What the Triton kernels of all ops share: whether they can run here, and how JAX launches them.
 
-A kernel takes pointers to its inputs, then to its outputs, then constants by name. Everything that is not an array is a constant, sizes
-too: XLA compiles anew for other shapes anyway, and a size that is known decides which masks are needed. An optional input that is absent
-is passed as any other array and a constant says that it is not to be read.
+A kernel takes pointers to its inputs, then to its outputs, then constants by name. Everything that is not an
+array is a constant, sizes
+too: XLA compiles anew for other shapes anyway, and a size that is known decides which masks are needed. An
+optional input that is absent is passed as any other array and a constant says that it is not to be read.
 """
 
 import inspect
@@ -21,7 +22,8 @@ _OLDEST = 8.0  # the compute capability of Ampere, the first with bfloat16 and T
 
 
 def require(*arrays: Array | None) -> None:
-    """Raise NotImplementedError with the reason if kernels cannot run on this machine, or not on these arrays."""
+    """Raise NotImplementedError with the reason if kernels cannot run on this machine, or not on these
+    arrays."""
     available()
     for x in arrays:
         if x is None:
@@ -59,7 +61,8 @@ def launch(
     warps: int = 4,
     stages: int = 2,
 ) -> tuple[Array, ...]:
-    """Run `kernel(*inputs, *outputs, **constants)` on every program of `grid` and return the outputs, given as (shape, dtype)."""
+    """Run `kernel(*inputs, *outputs, **constants)` on every program of `grid` and return the outputs, given
+    as (shape, dtype)."""
     shapes = tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in outputs)
 
     @jax.custom_batching.sequential_vmap

@@ -1,7 +1,9 @@
 """Modules that own parameters and call kernels: mixers, and one backbone that takes them as arguments."""
 
 if not __name__.startswith("seqlab."):
-    raise ImportError("import seqlab.models, not models: two copies of one module would hold two sets of classes")
+    raise ImportError(
+        "import seqlab.models, not models: two copies of one module would hold two sets of classes"
+    )
 
 from seqlab.models.attention import Attention
 from seqlab.models.backbone import Backbone, Block
@@ -10,13 +12,23 @@ from seqlab.models.cache import Full, Window
 from seqlab.models.delta import DeltaNet, GatedDeltaNet, KimiDeltaAttention
 from seqlab.models.language_model import LanguageModel
 from seqlab.models.layers import MLP, Embedding, Identity, LayerNorm, Linear, RMSNorm, ShortConv, SwiGLU
-from seqlab.models.linear_attention import GatedLinearAttention, LinearAttention, Retention, SimpleGatedLinearAttention
+from seqlab.models.linear_attention import (
+    GatedLinearAttention,
+    LinearAttention,
+    Retention,
+    SimpleGatedLinearAttention,
+)
 from seqlab.models.lmu import LMU, RecurrentLMU
 from seqlab.models.lmuformer import LMUFormer, LMUMixer, SpikingLMUMixer
 from seqlab.models.local import CausalPooling, CausalWavelets
 from seqlab.models.mamba import Mamba
 from seqlab.models.mamba2 import Mamba2
-from seqlab.models.mambamixer import GroupedChannelMixer, MambaMixerStack, SelectiveChannelMixer, SelectiveMixer
+from seqlab.models.mambamixer import (
+    GroupedChannelMixer,
+    MambaMixerStack,
+    SelectiveChannelMixer,
+    SelectiveMixer,
+)
 from seqlab.models.sequence_model import SequenceModel
 from seqlab.models.tsm2 import TSM2
 from seqlab.models.tsm2_streaming import StreamingTSM2

@@ -34,7 +34,8 @@ class Policy(Protocol):
 
 
 class KeyConvState(NamedTuple):
-    """`cache`: the state of the policy. `conv` [b, w-1, g * k]: the last keys as they were projected, oldest first."""
+    """`cache`: the state of the policy. `conv` [b, w-1, g * k]: the last keys as they were projected, oldest
+    first."""
 
     cache: State
     conv: Float[Array, "b w-1 d"]
@@ -47,16 +48,19 @@ class Attention(Module):
       dim: model width d.
       heads: query heads h; `kv_heads` (default h) divides it; `head_dim` defaults to d / h.
       cache: which past a query may see and how it is stored: a policy of `seqlab.models.cache`.
-      rotary_base: base of the rotary frequencies; None for no positions at all. `rotary_width`: how many first channels of a head turn.
+      rotary_base: base of the rotary frequencies; None for no positions at all. `rotary_width`: how many
+        first channels of a head turn.
       rotary_scaling: a `RotaryScaling` of these frequencies, for sequences longer than those of training.
       qk_norm: RMSNorm (with `norm_eps`) queries and keys per head before the rotation.
-      key_conv: taps w of a causal depthwise convolution that gathers keys of neighbouring steps before anything else is done to them,
-        k_t + silu(sum_{j < w} w_j k_{t-w+1+j}): mean keys of blocks then tell more (FlashMoBA, arXiv 2511.11571).
-      sink: a logit for no key at all, which takes weight from the others: "zero" (softmax-off-by-one) or "learned", one a head.
+      key_conv: taps w of a causal depthwise convolution that gathers keys of neighbouring steps before
+        anything else is done to them, k_t + silu(sum_{j < w} w_j k_{t-w+1+j}): mean keys of blocks then tell
+        more (FlashMoBA, arXiv 2511.11571).
+      sink: a logit for no key at all, which takes weight from the others: "zero" (softmax-off-by-one) or
+        "learned", one a head.
       bias, out_bias: of the projections into heads, and out of them.
 
-    The state is the policy's: of a full cache two arrays of `kv_heads * head_dim` numbers a stored key, and its position. A `key_conv`
-    adds the last w - 1 keys.
+    The state is the policy's: of a full cache two arrays of `kv_heads * head_dim` numbers a stored key, and
+    its position. A `key_conv` adds the last w - 1 keys.
 
     Pitfalls:
       A full cache ends: beyond its capacity outputs are NaN, never a wrong number. A window goes on for ever.
@@ -99,12 +103,19 @@ class Attention(Module):
             raise ValueError(f"rotary_width must not exceed head_dim={self.head_dim}, got {rotary_width}")
         if sink is not None:
             check_name(sink, ("zero", "learned"), "sink")
-        self.cache, self.rotary_base, self.rotary_scaling, self.sink = cache, rotary_base, rotary_scaling, sink
+        self.cache, self.rotary_base, self.rotary_scaling, self.sink = (
+            cache,
+            rotary_base,
+            rotary_scaling,
+            sink,
+        )
         self.qkv = Linear(dim, (heads + 2 * self.kv_heads) * self.head_dim, bias=bias, rngs=rngs)
         self.out = Linear(heads * self.head_dim, dim, bias=out_bias, scale=out_scale, rngs=rngs)
         self.q_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
-        self.key_conv = None if key_conv is None else ShortConv(self.kv_heads * self.head_dim, width=key_conv, rngs=rngs)
+        self.key_conv = (
+            None if key_conv is None else ShortConv(self.kv_heads * self.head_dim, width=key_conv, rngs=rngs)
+        )
         self.sink_logits = nnx.Param(jnp.zeros((heads,))) if sink == "learned" else None
 
     @property
@@ -126,16 +137,27 @@ class Attention(Module):
         cache = self.cache.init_state(batch, self.kv_heads, self.head_dim, dtype)
         return cache if self.key_conv is None else KeyConvState(cache, self.key_conv.init_state(batch, dtype))
 
-    def __call__(self, x: Activations, state: State | None = None, reset: Steps | None = None, valid: Steps | None = None):
+    def __call__(
+        self,
+        x: Activations,
+        state: State | None = None,
+        reset: Steps | None = None,
+        valid: Steps | None = None,
+    ):
         cache, conv = (state, None) if self.key_conv is None or state is None else state
         q, k, v, conv = self.project(mask_steps(x, valid), conv, reset, valid)
         out, lse, new = self.cache(q, k, v, cache, reset, valid, self.rotary)
         return self.read_out(self.without_sink(out, lse)), (new if conv is None else KeyConvState(new, conv))
 
     def project(
-        self, x: Activations, conv: State | None = None, reset: Steps | None = None, valid: Steps | None = None
+        self,
+        x: Activations,
+        conv: State | None = None,
+        reset: Steps | None = None,
+        valid: Steps | None = None,
     ) -> tuple[Queries, Keys, Values, State | None]:
-        """Queries, keys and values in heads, not yet turned to their positions, and the state of the convolution of keys."""
+        """Queries, keys and values in heads, not yet turned to their positions, and the state of the
+        convolution of keys."""
         qkv = rearrange(self.qkv(x), "b t (h k) -> b t h k", k=self.head_dim)
         q, k, v = jnp.split(qkv, [self.heads, self.heads + self.kv_heads], axis=2)
         if self.key_conv is not None:
@@ -161,12 +183,17 @@ class Attention(Module):
         if self.rotary_width == self.head_dim:
             return rotate(x, positions, self.rotary_base, self.rotary_scaling)
         turned, rest = jnp.split(x, [self.rotary_width], axis=-1)
-        return jnp.concatenate([rotate(turned, positions, self.rotary_base, self.rotary_scaling), rest], axis=-1)
+        return jnp.concatenate(
+            [rotate(turned, positions, self.rotary_base, self.rotary_scaling), rest], axis=-1
+        )
 
     def rewind(self, state: State, steps: Int[Array, " b"]) -> State:
         """The state `steps` steps ago; ValueError where the cache no longer has it."""
         if self.key_conv is not None:
-            raise ValueError(f"steps={jnp.asarray(steps).tolist()} cannot be taken back: key_conv has forgotten the keys before its last")
+            raise ValueError(
+                f"steps={jnp.asarray(steps).tolist()} cannot be taken back: key_conv has forgotten the keys "
+                "before its last"
+            )
         return self.cache.rewind(state, steps)
 
     def with_room(self, state: State, steps: int) -> State:
@@ -179,10 +206,11 @@ class Attention(Module):
 
 
 def with_cache(model: Module, cache: str | Policy | Sequence[Policy]) -> Module:
-    """A copy of `model` whose attention layers have another cache, or each its own where a sequence of policies is given.
+    """A copy of `model` whose attention layers have another cache, or each its own where a sequence of
+    policies is given.
 
-    A string is read by `parse_cache`: "sinks(4)+window(1020)+int4". Raises ValueError where it cannot be, where the model has no
-    attention, or another number of attention layers than there are policies.
+    A string is read by `parse_cache`: "sinks(4)+window(1020)+int4". Raises ValueError where it cannot be,
+    where the model has no attention, or another number of attention layers than there are policies.
     """
     copy = nnx.merge(*nnx.split(model))
     cache = parse_cache(cache) if isinstance(cache, str) else cache
@@ -196,6 +224,7 @@ def with_cache(model: Module, cache: str | Policy | Sequence[Policy]) -> Module:
 
 
 def bytes_per_step(model: Module, dtype: jax.typing.DTypeLike = jnp.float32) -> float:
-    """Bytes that the attention layers of `model` keep for each step that they remember; 0 without attention."""
+    """Bytes that the attention layers of `model` keep for each step that they remember; 0 without
+    attention."""
     layers = [module for _, module in nnx.iter_modules(model) if isinstance(module, Attention)]
     return sum(state_bytes(layer, dtype=dtype) / layer.cache.span for layer in layers)

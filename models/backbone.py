@@ -1,4 +1,5 @@
-"""One backbone for every model: norm, token mixer, norm, channel mixer, repeated (MetaFormer, arXiv 2111.11418).
+"""One backbone for every model: norm, token mixer, norm, channel mixer, repeated (MetaFormer, arXiv
+2111.11418).
 
 Mixers are constructor arguments, so a hybrid is a tuple of them and a new model is never a copied file.
 """
@@ -21,13 +22,15 @@ from seqlab.state import Stacked, State, mask_steps
 
 
 class Block(Module):
-    """x + mixer(norm(x)), then x + channel_mixer(norm(x)); without a channel mixer the first half alone, as in Mamba.
+    """x + mixer(norm(x)), then x + channel_mixer(norm(x)); without a channel mixer the first half alone, as
+    in Mamba.
 
-    Arrays are [b, t, d], or whatever the mixers take: over images [b, h, w, d] this is the block of PoolFormer and its kin, whose options
-    are (arXiv 2111.11418, 2210.13452):
+    Arrays are [b, t, d], or whatever the mixers take: over images [b, h, w, d] this is the block of
+    PoolFormer and its kin, whose options are (arXiv 2111.11418, 2210.13452):
 
     Args:
-      layer_scale, residual_scale: each branch, or the stream that it is added to, times a learnt vector that begins at this value.
+      layer_scale, residual_scale: each branch, or the stream that it is added to, times a learnt vector that
+        begins at this value.
       drop_path: the probability with which a branch is left out in training, row by row (stochastic depth).
     """
 
@@ -48,14 +51,22 @@ class Block(Module):
         self.channel_mixer = None if channel_mixer is None else channel_mixer(dim, rngs=rngs)
         self.layer_scale_1, self.residual_scale_1 = _vector(dim, layer_scale), _vector(dim, residual_scale)
         second = channel_mixer is not None
-        self.layer_scale_2, self.residual_scale_2 = (_vector(dim, value) if second else None for value in (layer_scale, residual_scale))
+        self.layer_scale_2, self.residual_scale_2 = (
+            _vector(dim, value) if second else None for value in (layer_scale, residual_scale)
+        )
         self.drop_path = DropPath(drop_path, rngs=rngs) if drop_path else None
 
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[State, State]:
         channel = () if self.channel_mixer is None else self.channel_mixer.init_state(batch, dtype)
         return self.mixer.init_state(batch, dtype), channel
 
-    def __call__(self, x: Activations, state: State | None = None, reset: Steps | None = None, valid: Steps | None = None):
+    def __call__(
+        self,
+        x: Activations,
+        state: State | None = None,
+        reset: Steps | None = None,
+        valid: Steps | None = None,
+    ):
         mixed, channel = (None, None) if state is None else state
         y, mixed = self.mixer(normed(self.mixer_norm, x, valid), mixed, reset, valid)
         x = self._sum(x, y, self.residual_scale_1, self.layer_scale_1)
@@ -64,12 +75,18 @@ class Block(Module):
             x = self._sum(x, y, self.residual_scale_2, self.layer_scale_2)
         return x, (None if state is None else (mixed, channel))
 
-    def map_states(self, state: tuple[State, State], function: Callable[[Any, State], State]) -> tuple[State, State]:
+    def map_states(
+        self, state: tuple[State, State], function: Callable[[Any, State], State]
+    ) -> tuple[State, State]:
         """`function(mixer, its state)` of both mixers."""
         mixed, channel = state
-        return function(self.mixer, mixed), (() if self.channel_mixer is None else function(self.channel_mixer, channel))
+        return function(self.mixer, mixed), (
+            () if self.channel_mixer is None else function(self.channel_mixer, channel)
+        )
 
-    def _sum(self, x: Activations, y: Activations, stream: nnx.Param | None, branch: nnx.Param | None) -> Activations:
+    def _sum(
+        self, x: Activations, y: Activations, stream: nnx.Param | None, branch: nnx.Param | None
+    ) -> Activations:
         y = y if branch is None else y * branch[...].astype(y.dtype)
         y = y if self.drop_path is None else self.drop_path(y)
         return along_time((x if stream is None else x * stream[...].astype(x.dtype)) + y)
@@ -85,10 +102,10 @@ class Backbone(Module):
     Args:
       mixers: one factory or a tuple of them, taken in turn: layer i gets `mixers[i % len(mixers)]`.
       channel_mixer: a factory, a tuple of them likewise, or None.
-      scan_layers: run the repeats of the pattern by one `lax.scan` over stacked parameters: compile time and program size no longer
-        grow with depth. The same function; `depth` must be a multiple of the pattern.
-      remat: what is kept for the backward pass: "none" keeps every activation, "dots" the blocks' inputs and the products with weights,
-        "block" the blocks' inputs alone; the rest is computed again.
+      scan_layers: run the repeats of the pattern by one `lax.scan` over stacked parameters: compile time and
+        program size no longer grow with depth. The same function; `depth` must be a multiple of the pattern.
+      remat: what is kept for the backward pass: "none" keeps every activation, "dots" the blocks' inputs and
+        the products with weights, "block" the blocks' inputs alone; the rest is computed again.
     """
 
     def __init__(
@@ -111,12 +128,19 @@ class Backbone(Module):
         self.dim, self.depth, self.scan_layers, self.remat = dim, positive("depth", depth), scan_layers, remat
         period = max(len(mixers), len(channels)) if scan_layers else depth
         if scan_layers and depth % period:
-            raise ValueError(f"depth={depth} must be a multiple of the pattern's length {period} where scan_layers is set")
+            raise ValueError(
+                f"depth={depth} must be a multiple of the pattern's length {period} where scan_layers is set"
+            )
 
         def block(i: int) -> Block:
             return Block(dim, mixers[i % len(mixers)], channels[i % len(channels)], norm, rngs=rngs)
 
-        self.blocks = nnx.List([_stack([block(i) for i in range(j, depth, period)]) if scan_layers else block(j) for j in range(period)])
+        self.blocks = nnx.List(
+            [
+                _stack([block(i) for i in range(j, depth, period)]) if scan_layers else block(j)
+                for j in range(period)
+            ]
+        )
         self.norm = norm(dim, rngs=rngs)
 
     @property
@@ -145,9 +169,18 @@ class Backbone(Module):
         if not self.scan_layers:
             return states
         repeats = self.depth // len(self.blocks)
-        return tuple(Stacked(jax.tree.map(lambda leaf: jnp.repeat(leaf[None], repeats, axis=0), state)) for state in states)
+        return tuple(
+            Stacked(jax.tree.map(lambda leaf: jnp.repeat(leaf[None], repeats, axis=0), state))
+            for state in states
+        )
 
-    def __call__(self, x: Activations, state: State | None = None, reset: Steps | None = None, valid: Steps | None = None):
+    def __call__(
+        self,
+        x: Activations,
+        state: State | None = None,
+        reset: Steps | None = None,
+        valid: Steps | None = None,
+    ):
         x = along_time(mask_steps(x, valid))
         if self.scan_layers:
             x, state = self._scanned(x, state, reset, valid)
@@ -160,19 +193,28 @@ class Backbone(Module):
             state = None if state is None else tuple(new)
         return normed(self.norm, x, valid), state
 
-    def map_states(self, state: tuple[State, ...], function: Callable[[Any, State], State]) -> tuple[State, ...]:
-        """`function(mixer, its state)` of every mixer, layer by layer; a ValueError or NotImplementedError of it says in which layer."""
+    def map_states(
+        self, state: tuple[State, ...], function: Callable[[Any, State], State]
+    ) -> tuple[State, ...]:
+        """`function(mixer, its state)` of every mixer, layer by layer; a ValueError or NotImplementedError of
+        it says in which layer."""
         new, period = [], len(self.blocks)
         for j, (block, own) in enumerate(zip(self.blocks, state, strict=True)):
             layers = [own]
             if self.scan_layers:
-                layers = [jax.tree.map(lambda leaf, i=i: leaf[i], own.layers) for i in range(self.depth // period)]
+                layers = [
+                    jax.tree.map(lambda leaf, i=i: leaf[i], own.layers) for i in range(self.depth // period)
+                ]
             for i, layer in enumerate(layers):
                 try:
                     layers[i] = block.map_states(layer, function)
                 except (ValueError, NotImplementedError) as reason:
                     raise type(reason)(f"layer {i * period + j}: {reason}") from reason
-            new.append(Stacked(jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)) if self.scan_layers else layers[0])
+            new.append(
+                Stacked(jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers))
+                if self.scan_layers
+                else layers[0]
+            )
         return tuple(new)
 
     def _call(self, block: Block, *arguments: Any) -> tuple[Activations, State | None]:
@@ -184,7 +226,8 @@ class Backbone(Module):
         return x, state
 
     def _run(self, static: Any) -> Any:
-        """A block as a pure function of its parameters; what it measured in training (BatchNorm) is a result like its state."""
+        """A block as a pure function of its parameters; what it measured in training (BatchNorm) is a result
+        like its state."""
 
         def run(params, x, state, reset, valid):
             block = merge(static, params)
@@ -193,7 +236,10 @@ class Backbone(Module):
 
         if self.remat == "none":
             return run
-        return jax.checkpoint(run, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None)
+        return jax.checkpoint(
+            run,
+            policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None,
+        )
 
     def _scanned(self, x: Activations, state: State | None, reset: Steps | None, valid: Steps | None):
         parts = [split(block) for block in self.blocks]
@@ -217,16 +263,23 @@ class Backbone(Module):
 def _stack(blocks: list[Block]) -> Block:
     """One block whose parameters carry a leading axis of layers."""
     static, _ = split(blocks[0])
-    return merge(static, jax.tree.map(lambda *leaves: jnp.stack(leaves), *(split(block)[1] for block in blocks)))
+    return merge(
+        static, jax.tree.map(lambda *leaves: jnp.stack(leaves), *(split(block)[1] for block in blocks))
+    )
 
 
 def unrolled(backbone: Backbone) -> Backbone:
-    """The same function with one set of parameters a layer: what decoding wants, where slicing stacked parameters would copy them."""
+    """The same function with one set of parameters a layer: what decoding wants, where slicing stacked
+    parameters would copy them."""
     if not backbone.scan_layers:
         return backbone
     repeats = backbone.depth // len(backbone.blocks)
     parts = [split(block) for block in backbone.blocks]
-    blocks = [merge(static, jax.tree.map(lambda leaf, i=i: leaf[i], params)) for i in range(repeats) for static, params in parts]
+    blocks = [
+        merge(static, jax.tree.map(lambda leaf, i=i: leaf[i], params))
+        for i in range(repeats)
+        for static, params in parts
+    ]
     static, params = split(backbone)
     copy = merge(static, params)
     copy.blocks, copy.scan_layers = nnx.List(blocks), False
@@ -234,5 +287,6 @@ def unrolled(backbone: Backbone) -> Backbone:
 
 
 def out_scale(depth: int, halves: int = 2) -> float:
-    """Initial scale of the projections that write into the residual stream, so that its size does not grow with depth (GPT-2's rule)."""
+    """Initial scale of the projections that write into the residual stream, so that its size does not grow
+    with depth (GPT-2's rule)."""
     return 1.0 / (halves * depth) ** 0.5

@@ -16,14 +16,15 @@ Statistics = dict[str, Array]
 class BatchNorm(Module):
     """(x - mean) / sqrt(var + eps) * weight + bias, mean and variance a channel (arXiv 1502.03167).
 
-    In evaluation, which is how a model is born, they are the running statistics: an affine map, so that streaming is exact. In training
-    (`model.train()`, as everywhere in NNX; seqlab's training step does it itself) they are those of the batch, over rows and valid steps:
-    rows are then not independent, a chunk is not the whole, and the law does not hold. Every training call moves the running statistics,
+    In evaluation, which is how a model is born, they are the running statistics: an affine map, so that
+    streaming is exact. In training (`model.train()`, as everywhere in NNX; seqlab's training step does it
+    itself) they are those of the batch, over rows and valid steps: rows are then not independent, a chunk is
+    not the whole, and the law does not hold. Every training call moves the running statistics,
 
         running <- (1 - momentum) running + momentum batch
 
-    with the unbiased variance. They are `nnx.BatchStat`: in the dictionary of parameters by name, saved and loaded like them, but without
-    gradient, update or decay.
+    with the unbiased variance. They are `nnx.BatchStat`: in the dictionary of parameters by name, saved and
+    loaded like them, but without gradient, update or decay.
 
     Args:
       momentum: the weight of the new batch, 0.1 as in PyTorch (Flax calls that 0.9).
@@ -42,7 +43,9 @@ class BatchNorm(Module):
             mean, var = self.running_mean[...].astype(wide.dtype), self.running_var[...].astype(wide.dtype)
         else:
             mean, var = self._measure(wide, valid)
-        y = (wide - mean) * (jax.lax.rsqrt(var + self.eps) * self.weight[...].astype(wide.dtype)) + self.bias[...].astype(wide.dtype)
+        y = (wide - mean) * (jax.lax.rsqrt(var + self.eps) * self.weight[...].astype(wide.dtype)) + self.bias[
+            ...
+        ].astype(wide.dtype)
         return y.astype(x.dtype)
 
     def _measure(self, x: Array, valid: Steps | None) -> tuple[Array, Array]:
@@ -50,9 +53,16 @@ class BatchNorm(Module):
         seen = x.shape[0] * x.shape[1] if valid is None else jnp.sum(valid, dtype=x.dtype)
         count = jnp.maximum(seen, 1)
         mean = jnp.sum(x, axis=(0, 1)) / count
-        centred = mask_steps(x - jax.lax.stop_gradient(mean), valid)  # what is centred sums to zero: var does not move with the mean
-        var = jnp.sum(centred * centred, axis=(0, 1)) / count  # of jnp.square another array would be kept for the gradient
-        for statistic, batch in ((self.running_mean, mean), (self.running_var, var * (count / jnp.maximum(count - 1, 1)))):
+        centred = mask_steps(
+            x - jax.lax.stop_gradient(mean), valid
+        )  # what is centred sums to zero: var does not move with the mean
+        var = (
+            jnp.sum(centred * centred, axis=(0, 1)) / count
+        )  # of jnp.square another array would be kept for the gradient
+        for statistic, batch in (
+            (self.running_mean, mean),
+            (self.running_var, var * (count / jnp.maximum(count - 1, 1))),
+        ):
             old = statistic[...]
             moved = old + self.momentum * (jax.lax.stop_gradient(batch).astype(old.dtype) - old)
             statistic[...] = jnp.where(seen > 0, moved, old)
@@ -60,13 +70,19 @@ class BatchNorm(Module):
 
 
 def normed(norm: nnx.Module, x: Float[Array, "b t d"], valid: Steps | None) -> Float[Array, "b t d"]:
-    """norm(x) for norms of every kind: the one that measures a batch must know which of its steps are there."""
+    """norm(x) for norms of every kind: the one that measures a batch must know which of its steps are
+    there."""
     return norm(x, valid) if isinstance(norm, BatchNorm) else norm(x)
 
 
 def moved_statistics(module: nnx.Module) -> Statistics:
-    """The running statistics of the BatchNorms in `module` that are training, by a name within it; empty for every other model."""
-    return {f"{path}.{name}": getattr(norm, name)[...] for path, norm in _training(module) for name in ("running_mean", "running_var")}
+    """The running statistics of the BatchNorms in `module` that are training, by a name within it; empty for
+    every other model."""
+    return {
+        f"{path}.{name}": getattr(norm, name)[...]
+        for path, norm in _training(module)
+        for name in ("running_mean", "running_var")
+    }
 
 
 def put_statistics(module: nnx.Module, statistics: Statistics) -> None:
@@ -78,4 +94,6 @@ def put_statistics(module: nnx.Module, statistics: Statistics) -> None:
 
 def _training(module: nnx.Module) -> list[tuple[str, BatchNorm]]:
     found = ((".".join(map(str, path)), part) for path, part in nnx.iter_modules(module))
-    return [(path, part) for path, part in found if isinstance(part, BatchNorm) and not part.use_running_average]
+    return [
+        (path, part) for path, part in found if isinstance(part, BatchNorm) and not part.use_running_average
+    ]

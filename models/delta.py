@@ -8,25 +8,39 @@ from flax import nnx
 
 from seqlab.kernels.dispatch import check_name
 from seqlab.models.layers import Linear, divisor, positive, step_size_bias
-from seqlab.models.matrix_memory import FEATURES, LowRank, MatrixMemory, Rule, head_widths, repeat_heads, sum_to_one, unit
+from seqlab.models.matrix_memory import (
+    FEATURES,
+    LowRank,
+    MatrixMemory,
+    Rule,
+    head_widths,
+    repeat_heads,
+    sum_to_one,
+    unit,
+)
 from seqlab.shapes import accumulator
 
 
 class DeltaNet(MatrixMemory):
-    """DeltaNet: S_t = S_{t-1} + β_t k_t (v_t - S_{t-1}ᵀ k_t)ᵀ, unit keys, β = sigmoid(x W) per head (arXiv 2406.06484, 2102.11174).
+    """DeltaNet: S_t = S_{t-1} + β_t k_t (v_t - S_{t-1}ᵀ k_t)ᵀ, unit keys, β = sigmoid(x W) per head (arXiv
+    2406.06484, 2102.11174).
 
-    What is written under a key replaces what was there, so the memory recalls as many pairs as it has key channels.
+    What is written under a key replaces what was there, so the memory recalls as many pairs as it has key
+    channels.
 
     Args:
-      qk_activation: of queries and keys behind the short convolution, "silu", "relu", "elu" (+1) or "identity"; values take silu.
+      qk_activation: of queries and keys behind the short convolution, "silu", "relu", "elu" (+1) or
+        "identity"; values take silu.
       qk_norm: "l2", or "sum" to divide by the sum of the channels.
       use_beta: False writes with β = 1.
-      negative_eigenvalues: β in (0, 2), so that the memory may flip signs and track parity (arXiv 2411.12537).
+      negative_eigenvalues: β in (0, 2), so that the memory may flip signs and track parity (arXiv
+        2411.12537).
       gate: silu gate on the read-out.
 
     Pitfalls:
-      Keys must have unit length and β lie in (0, 2), or I - β k kᵀ expands and the memory grows without bound ("sum" does not promise it).
-      The triangular system of a chunk is solved in float32 whatever the activations are; in bfloat16 it loses the pairs it holds.
+      Keys must have unit length and β lie in (0, 2), or I - β k kᵀ expands and the memory grows without bound
+      ("sum" does not promise it). The triangular system of a chunk is solved in float32 whatever the
+      activations are; in bfloat16 it loses the pairs it holds.
     """
 
     torch_names: ClassVar = MatrixMemory.torch_names | {"beta": "b_proj"}
@@ -53,7 +67,9 @@ class DeltaNet(MatrixMemory):
         check_name(qk_activation, tuple(FEATURES), "qk_activation")
         options = {"conv_width": conv_width, "conv_bias": conv_bias, "activations": (qk_activation, "silu")}
         options |= {"gate": "silu" if gate else None, "norm_eps": norm_eps, "out_scale": out_scale}
-        super().__init__(dim, (heads, heads, heads), head_widths(dim, heads, expand_k, expand_v), **options, rngs=rngs)
+        super().__init__(
+            dim, (heads, heads, heads), head_widths(dim, heads, expand_k, expand_v), **options, rngs=rngs
+        )
         self.beta = Linear(dim, heads, rngs=rngs) if use_beta else None
         self.qk_norm, self.reach = qk_norm, 2.0 if negative_eigenvalues else 1.0
 
@@ -65,12 +81,15 @@ class DeltaNet(MatrixMemory):
 
 
 class GatedDeltaNet(MatrixMemory):
-    """Gated DeltaNet: S_t = a_t (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ, unit keys, a and β per head and step (arXiv 2412.06464).
+    """Gated DeltaNet: S_t = a_t (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ, unit keys, a and β per head and
+    step (arXiv 2412.06464).
 
-    log a = -exp(A_log) softplus(x W_a + dt_bias), β = sigmoid(x W_b). The decay clears the memory, the delta rule replaces single pairs.
+    log a = -exp(A_log) softplus(x W_a + dt_bias), β = sigmoid(x W_b). The decay clears the memory, the delta
+    rule replaces single pairs.
 
     Args:
-      head_dim: key channels of a head; by default 0.75 dim / heads, rounded up to a multiple of 8, for 6 dim^2 parameters.
+      head_dim: key channels of a head; by default 0.75 dim / heads, rounded up to a multiple of 8, for 6
+        dim^2 parameters.
       value_heads: memories; queries and keys are shared by value_heads / heads of them.
       negative_eigenvalues: β in (0, 2) (arXiv 2411.12537).
 
@@ -103,7 +122,10 @@ class GatedDeltaNet(MatrixMemory):
         super().__init__(dim, counts, shape, **options, rngs=rngs)
         self.decay, self.beta = Linear(dim, counts[2], rngs=rngs), Linear(dim, counts[2], rngs=rngs)
         rates = jax.random.uniform(rngs.params(), (counts[2],), minval=1e-4, maxval=16.0)
-        self.A_log, self.dt_bias = nnx.Param(jnp.log(rates)), nnx.Param(step_size_bias(rngs.params(), counts[2]))
+        self.A_log, self.dt_bias = (
+            nnx.Param(jnp.log(rates)),
+            nnx.Param(step_size_bias(rngs.params(), counts[2])),
+        )
         self.reach = 2.0 if negative_eigenvalues else 1.0
 
     def rule(self, x, q, k, v, positions) -> Rule:
@@ -114,13 +136,16 @@ class GatedDeltaNet(MatrixMemory):
 
 
 class KimiDeltaAttention(MatrixMemory):
-    """KDA: the gated delta rule with a decay per key channel, S_t = (I - β_t k_t k_tᵀ) diag(a_t) S_{t-1} + β_t k_t v_tᵀ (arXiv 2510.26692).
+    """KDA: the gated delta rule with a decay per key channel, S_t = (I - β_t k_t k_tᵀ) diag(a_t) S_{t-1} +
+    β_t k_t v_tᵀ (arXiv 2510.26692).
 
-    log a = -exp(A_log) softplus(low-rank(x) + dt_bias), A_log per head and dt_bias per channel; the read-out is normed per head and gated
-    by the sigmoid of another low-rank map. `value_heads` and `negative_eigenvalues` as in `GatedDeltaNet`.
+    log a = -exp(A_log) softplus(low-rank(x) + dt_bias), A_log per head and dt_bias per channel; the read-out
+    is normed per head and gated by the sigmoid of another low-rank map. `value_heads` and
+    `negative_eigenvalues` as in `GatedDeltaNet`.
 
     Pitfalls:
-      A decay per channel rules out one product for all of a chunk; its scores are built by halving, and chunks are shorter.
+      A decay per channel rules out one product for all of a chunk; its scores are built by halving, and
+      chunks are shorter.
     """
 
     torch_names: ClassVar = MatrixMemory.torch_names | {"beta": "b_proj", "decay": "f_proj"}
@@ -142,9 +167,26 @@ class KimiDeltaAttention(MatrixMemory):
     ):
         counts, shape = _value_heads(heads, value_heads, _head_dim(dim, heads, head_dim, 1.0), expand_v)
         gate_map = LowRank(dim, shape[1], counts[2] * shape[1], bias=True, rngs=rngs)
-        options = {"conv_width": conv_width, "conv_bias": conv_bias, "activations": ("silu", "silu"), "gate": "sigmoid"}
-        super().__init__(dim, counts, shape, **options, gate_map=gate_map, norm_eps=norm_eps, out_scale=out_scale, rngs=rngs)
-        self.decay, self.beta = LowRank(dim, shape[1], heads * shape[0], rngs=rngs), Linear(dim, heads, rngs=rngs)
+        options = {
+            "conv_width": conv_width,
+            "conv_bias": conv_bias,
+            "activations": ("silu", "silu"),
+            "gate": "sigmoid",
+        }
+        super().__init__(
+            dim,
+            counts,
+            shape,
+            **options,
+            gate_map=gate_map,
+            norm_eps=norm_eps,
+            out_scale=out_scale,
+            rngs=rngs,
+        )
+        self.decay, self.beta = (
+            LowRank(dim, shape[1], heads * shape[0], rngs=rngs),
+            Linear(dim, heads, rngs=rngs),
+        )
         self.A_log = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (heads,), minval=1.0, maxval=16.0)))
         self.dt_bias = nnx.Param(jnp.zeros((heads * shape[0],)))
         self.reach = 2.0 if negative_eigenvalues else 1.0
@@ -159,14 +201,22 @@ class KimiDeltaAttention(MatrixMemory):
 
 
 def _head_dim(dim: int, heads: int, head_dim: int | None, share: float) -> int:
-    return max(8, -(-int(share * dim) // (8 * positive("heads", heads))) * 8) if head_dim is None else positive("head_dim", head_dim)
+    return (
+        max(8, -(-int(share * dim) // (8 * positive("heads", heads))) * 8)
+        if head_dim is None
+        else positive("head_dim", head_dim)
+    )
 
 
-def _value_heads(heads: int, value_heads: int | None, head_dim: int, expand_v: float) -> tuple[tuple[int, int, int], tuple[int, int]]:
+def _value_heads(
+    heads: int, value_heads: int | None, head_dim: int, expand_v: float
+) -> tuple[tuple[int, int, int], tuple[int, int]]:
     """Counts of query, key and value heads, and the channels of a key and of a value."""
     values = heads if value_heads is None else positive("value_heads", value_heads)
     divisor("heads", heads, "value_heads", values)
     width = head_dim * expand_v
     if width < 1 or width != int(width):
-        raise ValueError(f"expand_v must make a whole number of value channels of head_dim={head_dim}, got {expand_v}")
+        raise ValueError(
+            f"expand_v must make a whole number of value channels of head_dim={head_dim}, got {expand_v}"
+        )
     return (heads, heads, values), (head_dim, int(width))

@@ -1,4 +1,5 @@
-"""DuoAttention: which heads need the whole past? One gate a key/value head, learnt while all weights stand still (arXiv 2410.10819)."""
+"""DuoAttention: which heads need the whole past? One gate a key/value head, learnt while all weights stand
+still (arXiv 2410.10819)."""
 
 from typing import Any, NamedTuple
 
@@ -29,7 +30,9 @@ def gates(model: LanguageModel) -> Gates:
     layers = [block.mixer for block in model.backbone.blocks]
     for i, mixer in enumerate(layers):
         if not isinstance(mixer, Attention):
-            raise ValueError(f"every mixer of model must be an Attention, layer {i} has a {type(mixer).__name__}")
+            raise ValueError(
+                f"every mixer of model must be an Attention, layer {i} has a {type(mixer).__name__}"
+            )
     return jnp.ones((len(layers), layers[0].kv_heads))
 
 
@@ -38,17 +41,21 @@ def two_streams(
 ) -> tuple[Float[Array, "b t d"], Float[Array, "b t d"]]:
     """Features of the model as it is, and of one whose heads are gated, both behind the final norm.
 
-        x_full <- x_full + W_o O_full;   x_duo <- x_duo + W_o (a O_full + (1 - a) O_str),  a = clip(alpha, 0, 1)
+        x_full <- x_full + W_o O_full;   x_duo <- x_duo + W_o (a O_full + (1 - a) O_str),  a = clip(alpha, 0,
+        1)
 
-    O_full attends to the whole past of the full stream, and is a constant to the gates; O_str attends in the duo stream to the first
-    `sinks` keys and the last `window`, the query's own included. Positions are absolute in both.
+    O_full attends to the whole past of the full stream, and is a constant to the gates; O_str attends in the
+    duo stream to the first `sinks` keys and the last `window`, the query's own included. Positions are
+    absolute in both.
     """
     full = duo = model.embedding(tokens).astype(model.dtype)
     for block, gate in zip(model.backbone.blocks, jnp.clip(alpha, 0, 1), strict=True):
         whole = jax.lax.stop_gradient(_heads_of(block, full, {}))
         some = _heads_of(block, duo, {"sinks": sinks, "window": window})
         a = jnp.repeat(gate, block.mixer.heads // block.mixer.kv_heads)[:, None].astype(some.dtype)
-        full, duo = (_rest_of(block, x, heads) for x, heads in ((full, whole), (duo, a * whole + (1 - a) * some)))
+        full, duo = (
+            _rest_of(block, x, heads) for x, heads in ((full, whole), (duo, a * whole + (1 - a) * some))
+        )
     return jax.lax.stop_gradient(model.backbone.norm(full)), model.backbone.norm(duo)
 
 
@@ -62,7 +69,8 @@ def duo_loss(
     window: int,
     weight: float = 0.05,
 ) -> DuoLoss:
-    """What the gates are trained by: the squared distance of the two streams where `labels` is True, and the size of the gates."""
+    """What the gates are trained by: the squared distance of the two streams where `labels` is True, and the
+    size of the gates."""
     full, duo = (x.astype(jnp.float32) for x in two_streams(model, alpha, tokens, sinks=sinks, window=window))
     keep = labels.astype(jnp.float32)
     distill = jnp.sum(jnp.mean(jnp.square(full - duo), axis=-1) * keep) / jnp.maximum(keep.sum(), 1)
@@ -88,7 +96,9 @@ def fit_gates(
 
     def schedule(step):
         fifth = max(steps / 5, 1)
-        return rate * jnp.minimum(1.0, jnp.maximum(jnp.minimum((step + 1) / fifth, (steps - step) / fifth), 0.1))
+        return rate * jnp.minimum(
+            1.0, jnp.maximum(jnp.minimum((step + 1) / fifth, (steps - step) / fifth), 0.1)
+        )
 
     optimizer = optax.adamw(schedule, weight_decay=0.0)
 
@@ -112,12 +122,15 @@ def fit_gates(
 
 
 def retrieval_heads(alpha: Gates, sparsity: float, seed: int = 0) -> list[list[bool]]:
-    """Which heads keep everything: by layer and key/value head. The share `sparsity` of all heads with the smallest gates streams."""
+    """Which heads keep everything: by layer and key/value head. The share `sparsity` of all heads with the
+    smallest gates streams."""
     if not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity must be a share between 0 and 1, got {sparsity}")
     if sparsity in (0, 1):
         return np.full(alpha.shape, sparsity == 0).tolist()
-    noisy = np.asarray(alpha, np.float64) + np.random.default_rng(seed).uniform(0, 1e-6, alpha.shape)  # equal gates are parted at random
+    noisy = np.asarray(alpha, np.float64) + np.random.default_rng(seed).uniform(
+        0, 1e-6, alpha.shape
+    )  # equal gates are parted at random
     return (noisy >= np.quantile(noisy, sparsity)).tolist()
 
 
@@ -125,7 +138,9 @@ def _heads_of(block: Block, x: Float[Array, "b t d"], limits: dict[str, int]) ->
     mixer = block.mixer
     q, k, v, _ = mixer.project(block.mixer_norm(x))
     positions: Int[Array, "b t"] = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-    return mixer.without_sink(*kernels.attention(mixer.rotary(q, positions), mixer.rotary(k, positions), v, **limits))
+    return mixer.without_sink(
+        *kernels.attention(mixer.rotary(q, positions), mixer.rotary(k, positions), v, **limits)
+    )
 
 
 def _rest_of(block: Block, x: Float[Array, "b t d"], heads: Float[Array, "b t h k"]) -> Float[Array, "b t d"]:

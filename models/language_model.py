@@ -15,8 +15,8 @@ class LanguageModel(Model):
     Args:
       mixers, channel_mixer, norm, scan_layers, remat: as in `Backbone`.
       tie_embeddings: read logits out through the embedding (default) or through a matrix of their own.
-      dtype: compute dtype of the activations, "float32", "bfloat16" or "float64"; parameters stay float32 (float64), and so do norms,
-        decays, recurrent states, softmax and logits.
+      dtype: compute dtype of the activations, "float32", "bfloat16" or "float64"; parameters stay float32
+        (float64), and so do norms, decays, recurrent states, softmax and logits.
     """
 
     def __init__(
@@ -37,7 +37,14 @@ class LanguageModel(Model):
         self.vocab_size, self.dtype = vocab_size, check_dtype(dtype)
         self.embedding = Embedding(vocab_size, dim, rngs=rngs)
         self.backbone = Backbone(
-            dim, depth, mixers, channel_mixer=channel_mixer, norm=norm, scan_layers=scan_layers, remat=remat, rngs=rngs
+            dim,
+            depth,
+            mixers,
+            channel_mixer=channel_mixer,
+            norm=norm,
+            scan_layers=scan_layers,
+            remat=remat,
+            rngs=rngs,
         )
         self.head = None if tie_embeddings else Linear(dim, vocab_size, rngs=rngs)
 

@@ -1,7 +1,8 @@
 """The small parts: linear maps, norms, rotary phases, embeddings, short convolutions, channel mixers.
 
-Parameters are float32; a layer casts them to the dtype of its input where it uses them, so one choice at the embedding (`dtype`) sets the
-compute dtype of a whole model. Norms and rotary phases work in float32 (float64 for float64 inputs) whatever that choice is.
+Parameters are float32; a layer casts them to the dtype of its input where it uses them, so one choice at the
+embedding (`dtype`) sets the compute dtype of a whole model. Norms and rotary phases work in float32 (float64
+for float64 inputs) whatever that choice is.
 """
 
 import math
@@ -52,19 +53,29 @@ def positive(name: str, value: int) -> int:
     return int(value)
 
 
-def step_size_bias(key: jax.Array, size: int, low: float = 1e-3, high: float = 0.1, floor: float = 1e-4) -> Float[Array, " d"]:
-    """Biases that make softplus(bias) log-uniform in [low, high]: the step sizes at initialisation (arXiv 2312.00752)."""
+def step_size_bias(
+    key: jax.Array, size: int, low: float = 1e-3, high: float = 0.1, floor: float = 1e-4
+) -> Float[Array, " d"]:
+    """Biases that make softplus(bias) log-uniform in [low, high]: the step sizes at initialisation (arXiv
+    2312.00752)."""
     dt = jnp.exp(jax.random.uniform(key, (size,)) * (math.log(high) - math.log(low)) + math.log(low))
     dt = jnp.maximum(dt, floor)
     return dt + jnp.log(-jnp.expm1(-dt))
 
 
-def matmul(x: Float[Array, "*b i"], weight: Float[Array, "i o"], dtype: jax.typing.DTypeLike | None = None) -> Float[Array, "*b o"]:
-    """x W, accumulated and returned in `dtype`. On a CPU the leading axes are made one: XLA would transpose x for the gradient of W."""
+def matmul(
+    x: Float[Array, "*b i"], weight: Float[Array, "i o"], dtype: jax.typing.DTypeLike | None = None
+) -> Float[Array, "*b o"]:
+    """x W, accumulated and returned in `dtype`. On a CPU the leading axes are made one: XLA would transpose x
+    for the gradient of W."""
     split = x.ndim > 2 and sequence_parallel.parts(x.shape[1]) > 1
-    if split or jax.default_backend() != "cpu":  # there the axes stay apart, since each may be sharded over its own mesh axis
+    if (
+        split or jax.default_backend() != "cpu"
+    ):  # there the axes stay apart, since each may be sharded over its own mesh axis
         return jnp.matmul(x, weight, preferred_element_type=dtype)
-    return jnp.matmul(x.reshape(-1, x.shape[-1]), weight, preferred_element_type=dtype).reshape(*x.shape[:-1], weight.shape[1])
+    return jnp.matmul(x.reshape(-1, x.shape[-1]), weight, preferred_element_type=dtype).reshape(
+        *x.shape[:-1], weight.shape[1]
+    )
 
 
 def divisor(name: str, value: int | None, whole_name: str, whole: int) -> int:
@@ -83,7 +94,9 @@ class Linear(Module):
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool = False, scale: float = 1.0, rngs: nnx.Rngs):
         std = scale / math.sqrt(positive("inputs", inputs))
-        self.weight = nnx.Param(std * jax.random.normal(rngs.params(), (inputs, positive("outputs", outputs))))
+        self.weight = nnx.Param(
+            std * jax.random.normal(rngs.params(), (inputs, positive("outputs", outputs)))
+        )
         self.bias = nnx.Param(jnp.zeros((outputs,))) if bias else None
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
@@ -125,15 +138,22 @@ class LayerNorm(Module):
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         wide = x.astype(accumulator(x.dtype))
         centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        y = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps) * self.weight[...].astype(wide.dtype)
+        y = (
+            centred
+            * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
+            * self.weight[...].astype(wide.dtype)
+        )
         return (y if self.bias is None else y + self.bias[...].astype(wide.dtype)).astype(x.dtype)
 
 
 class Embedding(Module):
-    """Token vectors [vocab, d]. `read_out` is the tied head: one module and a method, never two names for one array."""
+    """Token vectors [vocab, d]. `read_out` is the tied head: one module and a method, never two names for one
+    array."""
 
     def __init__(self, vocab_size: int, dim: int, *, std: float = 0.02, rngs: nnx.Rngs):
-        self.weight = nnx.Param(std * jax.random.normal(rngs.params(), (positive("vocab_size", vocab_size), positive("dim", dim))))
+        self.weight = nnx.Param(
+            std * jax.random.normal(rngs.params(), (positive("vocab_size", vocab_size), positive("dim", dim)))
+        )
 
     def __call__(self, tokens: Tokens) -> Activations:
         return jnp.take(self.weight[...], tokens, axis=0, mode="clip")
@@ -148,11 +168,17 @@ class ShortConv(Module):
 
     torch_layout: ClassVar = {"weight": "[d, 1, w]"}
 
-    def __init__(self, dim: int, *, width: int = 4, bias: bool = False, activation: str | None = "silu", rngs: nnx.Rngs):
+    def __init__(
+        self, dim: int, *, width: int = 4, bias: bool = False, activation: str | None = "silu", rngs: nnx.Rngs
+    ):
         bound = 1 / math.sqrt(positive("width", width))
         self.dim, self.width = dim, width
         self.weight = nnx.Param(jax.random.uniform(rngs.params(), (width, dim), minval=-bound, maxval=bound))
-        self.bias = nnx.Param(jax.random.uniform(rngs.params(), (dim,), minval=-bound, maxval=bound)) if bias else None
+        self.bias = (
+            nnx.Param(jax.random.uniform(rngs.params(), (dim,), minval=-bound, maxval=bound))
+            if bias
+            else None
+        )
         self.activation = activation
         if activation is not None:
             check_name(activation, tuple(ACTIVATIONS), "activation")
@@ -160,10 +186,20 @@ class ShortConv(Module):
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "b w-1 d"]:
         return jnp.zeros((batch, self.width - 1, self.dim), dtype)
 
-    def __call__(self, x: Activations, state: State | None = None, reset: Steps | None = None, valid: Steps | None = None):
+    def __call__(
+        self,
+        x: Activations,
+        state: State | None = None,
+        reset: Steps | None = None,
+        valid: Steps | None = None,
+    ):
         bias = None if self.bias is None else self.bias[...].astype(x.dtype)
-        y, new = kernels.conv(x, self.weight[...].astype(x.dtype), bias, initial_state=state, reset=reset, valid=valid)
-        return (y if self.activation is None else ACTIVATIONS[self.activation](y)), (None if state is None else new)
+        y, new = kernels.conv(
+            x, self.weight[...].astype(x.dtype), bias, initial_state=state, reset=reset, valid=valid
+        )
+        return (y if self.activation is None else ACTIVATIONS[self.activation](y)), (
+            None if state is None else new
+        )
 
 
 class MLP(Module):
@@ -171,10 +207,12 @@ class MLP(Module):
 
     Args:
       expand, hidden: the width inside is `hidden`, by default expand * dim.
-      activation: a name, or a factory of a module with parameters of its own, called as activation(hidden, rngs=rngs).
+      activation: a name, or a factory of a module with parameters of its own, called as activation(hidden,
+        rngs=rngs).
 
     Pitfalls:
-      "gelu" is the exact one, as in the papers; JAX's own default is the tanh approximation, here "gelu_tanh".
+      "gelu" is the exact one, as in the papers; JAX's own default is the tanh approximation, here
+      "gelu_tanh".
     """
 
     causal, lookahead, exact = True, 0, True
@@ -201,13 +239,20 @@ class MLP(Module):
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[()]:
         return ()
 
-    def __call__(self, x: Activations, state: State | None = None, reset: Steps | None = None, valid: Steps | None = None):
+    def __call__(
+        self,
+        x: Activations,
+        state: State | None = None,
+        reset: Steps | None = None,
+        valid: Steps | None = None,
+    ):
         act = ACTIVATIONS[self.activation] if isinstance(self.activation, str) else self.activation
         return self.down(act(self.up(mask_steps(x, valid)))), state
 
 
 class SwiGLU(Module):
-    """Channel mixer: down(silu(gate x) * up x) (Shazeer, arXiv 2002.05202); `hidden` is 8/3 dim, rounded up to a multiple of 64.
+    """Channel mixer: down(silu(gate x) * up x) (Shazeer, arXiv 2002.05202); `hidden` is 8/3 dim, rounded up
+    to a multiple of 64.
 
     Pitfalls:
       Gate and up projection are one matrix here, the gate first; published weights come as two.
@@ -225,7 +270,13 @@ class SwiGLU(Module):
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[()]:
         return ()
 
-    def __call__(self, x: Activations, state: State | None = None, reset: Steps | None = None, valid: Steps | None = None):
+    def __call__(
+        self,
+        x: Activations,
+        state: State | None = None,
+        reset: Steps | None = None,
+        valid: Steps | None = None,
+    ):
         gate, up = jnp.split(self.gate_up(mask_steps(x, valid)), 2, axis=-1)
         return self.down(jax.nn.silu(gate) * up), state
 
@@ -233,8 +284,9 @@ class SwiGLU(Module):
 class RotaryScaling(NamedTuple):
     """How a model trained on short sequences turns slower on long ones: frequencies divided by `factor`.
 
-    With the other three only the slow ones are: those with a period above `original_max_position_embeddings / low_freq_factor`, and
-    in part those down to `/ high_freq_factor` (Llama 3.1, arXiv 2407.21783). Without them all are (linear interpolation, arXiv 2306.15595).
+    With the other three only the slow ones are: those with a period above `original_max_position_embeddings /
+    low_freq_factor`, and in part those down to `/ high_freq_factor` (Llama 3.1, arXiv 2407.21783). Without
+    them all are (linear interpolation, arXiv 2306.15595).
     """
 
     factor: float
@@ -247,21 +299,30 @@ class RotaryScaling(NamedTuple):
         if self.low_freq_factor is None:
             return turns / self.factor
         periods = self.original_max_position_embeddings * turns  # in the length of training
-        kept = np.clip((periods - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0.0, 1.0)
+        kept = np.clip(
+            (periods - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0.0, 1.0
+        )
         return turns * (kept + (1 - kept) / self.factor)
 
 
 def rotary_phases(
-    positions: Num[Array, "b t *a"], width: int, base: float, scaling: RotaryScaling | None = None, sections: tuple[int, ...] | None = None
+    positions: Num[Array, "b t *a"],
+    width: int,
+    base: float,
+    scaling: RotaryScaling | None = None,
+    sections: tuple[int, ...] | None = None,
 ) -> tuple[Float[Array, "b t k/2"], Float[Array, "b t k/2"]]:
     """cos and sin of position * base^(-2i/width), as accurate at step 10^9 as at step 1.
 
-    A float32 angle is off by 0.06 radians after a million steps. Here a frequency is a fraction of a turn with 48 bits, and the product
-    with the position is taken in integers that wrap exactly where the circle does: 32 high bits directly, 16 low bits by halves of the
-    position so that nothing overflows. Of positions between the integers the rest is added in floating point.
+    A float32 angle is off by 0.06 radians after a million steps. Here a frequency is a fraction of a turn
+    with 48 bits, and the product
+    with the position is taken in integers that wrap exactly where the circle does: 32 high bits directly, 16
+    low bits by halves of the position so that nothing overflows. Of positions between the integers the rest
+    is added in floating point.
 
-    `sections` (a_0, a_1, ..) that add up to width/2: positions [b, t, axes], and the first a_0 frequencies turn by the first axis, the next
-    a_1 by the second (time, height and width of a video: Qwen2-VL, arXiv 2409.12191).
+    `sections` (a_0, a_1, ..) that add up to width/2: positions [b, t, axes], and the first a_0 frequencies
+    turn by the first axis, the next a_1 by the second (time, height and width of a video: Qwen2-VL, arXiv
+    2409.12191).
     """
     turns = float(base) ** (-np.arange(0, width, 2, dtype=np.float64) / width) / (2 * np.pi)
     turns = turns if scaling is None else scaling(turns)
@@ -272,7 +333,10 @@ def rotary_phases(
     elif sum(sections) == width // 2 and len(sections) == positions.shape[-1]:
         positions = positions[..., np.repeat(np.arange(len(sections)), sections)]
     else:
-        raise ValueError(f"sections must give each of {positions.shape[-1]} axes its part of {width // 2} frequencies, got {sections}")
+        raise ValueError(
+            f"sections must give each of {positions.shape[-1]} axes its part of {width // 2} frequencies, "
+            f"got {sections}"
+        )
     between = jnp.issubdtype(positions.dtype, jnp.floating)
     step = (jnp.floor(positions) if between else positions).astype(jnp.uint32)
     phase = step * high + (step >> 16) * low + (((step & 0xFFFF) * low) >> 16)
@@ -289,17 +353,23 @@ def rotate(
     scaling: RotaryScaling | None = None,
     sections: tuple[int, ...] | None = None,
 ) -> Float[Array, "b t h k"]:
-    """Rotary position embedding with half-split pairing: channels i and i + k/2 turn together (arXiv 2104.09864); along one axis, or
+    """Rotary position embedding with half-split pairing: channels i and i + k/2 turn together (arXiv
+    2104.09864); along one axis, or
     along several, each in its `sections` of the frequencies: see `rotary_phases`."""
-    cos, sin = (phase[:, :, None, :] for phase in rotary_phases(positions, x.shape[-1], base, scaling, sections))
+    cos, sin = (
+        phase[:, :, None, :] for phase in rotary_phases(positions, x.shape[-1], base, scaling, sections)
+    )
     halves = x.astype(accumulator(x.dtype)).reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
     turned = halves * cos[..., None, :] + halves[..., ::-1, :] * jnp.stack([-sin, sin], axis=-2)
     return turned.reshape(x.shape).astype(x.dtype)
 
 
-def step_by_step(step: Callable[..., tuple[State, Any]], state: State, inputs: Any, *constants: Any) -> tuple[State, Any]:
-    """`state, outputs` of step(state, input, *constants) -> state, output along time, the second axis of every leaf of the inputs; one
-    step is no loop. Arrays that `step` needs at every step are `constants`, not something that it closes over."""
+def step_by_step(
+    step: Callable[..., tuple[State, Any]], state: State, inputs: Any, *constants: Any
+) -> tuple[State, Any]:
+    """`state, outputs` of step(state, input, *constants) -> state, output along time, the second axis of
+    every leaf of the inputs; one step is no loop. Arrays that `step` needs at every step are `constants`, not
+    something that it closes over."""
     if sequence_parallel.parts(jax.tree.leaves(inputs)[0].shape[1]) > 1:
         return _device_by_device(step, state, inputs, constants)
     inputs = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), inputs)
@@ -310,17 +380,24 @@ def step_by_step(step: Callable[..., tuple[State, Any]], state: State, inputs: A
     return state, jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), outputs)
 
 
-def _device_by_device(step: Callable[..., tuple[State, Any]], state: State, inputs: Any, constants: Any) -> tuple[State, Any]:
-    """The same where time is split over devices: any `step` may not be linear, so one begins where the other ends."""
+def _device_by_device(
+    step: Callable[..., tuple[State, Any]], state: State, inputs: Any, constants: Any
+) -> tuple[State, Any]:
+    """The same where time is split over devices: any `step` may not be linear, so one begins where the other
+    ends."""
     leaves, tree = jax.tree.flatten(inputs)
     real = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
-    there = sequence_parallel.all_valid(None, leaves[0].shape)  # the steps that fill up the last stretch are not
+    there = sequence_parallel.all_valid(
+        None, leaves[0].shape
+    )  # the steps that fill up the last stretch are not
 
     def guarded(old: State, now: Any, *constants: Any) -> tuple[State, Any]:
         now, there = now
         new, outputs = step(old, now, *constants)
         if there is not None:
-            new = jax.tree.map(lambda a, b: jnp.where(there.reshape(-1, *(1,) * (a.ndim - 1)), a, b), new, old)
+            new = jax.tree.map(
+                lambda a, b: jnp.where(there.reshape(-1, *(1,) * (a.ndim - 1)), a, b), new, old
+            )
         return new, outputs
 
     def run(state: State, floats: Any, rest: Any) -> tuple[Any, State]:
@@ -332,7 +409,9 @@ def _device_by_device(step: Callable[..., tuple[State, Any]], state: State, inpu
 
     def stretch(timed: Any, whole: Any) -> tuple[Any, State]:
         (leaves, there), (state, constants) = timed, whole
-        numbers, flags = ([leaf for leaf, own in zip(leaves, real, strict=True) if own is kind] for kind in (True, False))
+        numbers, flags = (
+            [leaf for leaf, own in zip(leaves, real, strict=True) if own is kind] for kind in (True, False)
+        )
         return sequence_parallel.relay(run, state, (numbers, constants), (flags, there))
 
     outputs, state = sequence_parallel.split(stretch, (leaves, there), (state, constants))

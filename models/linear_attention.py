@@ -1,4 +1,5 @@
-"""Linear attention without the delta rule: memories that only add, and forget by a constant, a scalar or a gate per channel."""
+"""Linear attention without the delta rule: memories that only add, and forget by a constant, a scalar or a
+gate per channel."""
 
 from typing import ClassVar
 
@@ -28,13 +29,15 @@ _DPFP = 4  # how many products of shifted features DPFP takes
 
 
 class FeatureMap(Module):
-    """Features of queries or keys, one head at a time, shared by all heads; `width` key channels become `features`.
+    """Features of queries or keys, one head at a time, shared by all heads; `width` key channels become
+    `features`.
 
     elementwise_product  (W1 x + b1) * (W2 x + b2)             width
     elu, relu, identity  elu(x) + 1, relu(x), x                 width
     t2r                  relu(W x)                              width      (arXiv 2103.13076)
     hedgehog             softmax of [2 y, -2 y], y = W x + b    2 width    (arXiv 2402.04347)
-    dpfp                 r * roll(r, j), j = 1..4, side by side 8 width    (arXiv 2102.11174), r = [relu(x), -relu(x)] as the
+    dpfp                 r * roll(r, j), j = 1..4, side by side 8 width    (arXiv 2102.11174), r = [relu(x),
+    -relu(x)] as the
                          published layer has it, where the paper has relu(-x)
     """
 
@@ -65,23 +68,30 @@ class FeatureMap(Module):
 
 
 class LinearAttention(MatrixMemory):
-    """Linear attention: S_t = S_{t-1} + φ(k_t) v_tᵀ, o_t = S_tᵀ φ(q_t) / sqrt(f) (Katharopoulos et al., arXiv 2006.16236).
+    """Linear attention: S_t = S_{t-1} + φ(k_t) v_tᵀ, o_t = S_tᵀ φ(q_t) / sqrt(f) (Katharopoulos et al., arXiv
+    2006.16236).
 
     Nothing is forgotten: after many steps the memory holds the sum of all there was.
 
     Args:
       feature_map: φ, see `FeatureMap`; `tie_feature_map` gives queries and keys one.
       kv_heads: keys and values come in that many heads, each shared by heads / kv_heads queries.
-      normalize: divide by φ(q)·Σ φ(k), as softmax does; wants features that are never negative. The sum is one more column of the memory.
+      normalize: divide by φ(q)·Σ φ(k), as softmax does; wants features that are never negative. The sum is
+        one more column of the memory.
       norm_q, norm_k: divide features by their sum (plus 1e-4).
       norm_eps: of the RMS norm of the read-out per head; None for no norm.
 
     Pitfalls:
       Features of both signs make the normaliser cross zero: `normalize` belongs to elu, relu and hedgehog.
-      The memory adds for ever: at equal state it recalls fewer pairs than a delta rule, and long streams drown early tokens.
+      The memory adds for ever: at equal state it recalls fewer pairs than a delta rule, and long streams
+      drown early tokens.
     """
 
-    torch_names: ClassVar = MatrixMemory.torch_names | {"q_map": "feature_map_q", "k_map": "feature_map_k", "norm": "norm"}
+    torch_names: ClassVar = MatrixMemory.torch_names | {
+        "q_map": "feature_map_q",
+        "k_map": "feature_map_k",
+        "norm": "norm",
+    }
 
     def __init__(
         self,
@@ -125,14 +135,17 @@ class LinearAttention(MatrixMemory):
 
 
 class Retention(MatrixMemory):
-    """Multi-scale retention (RetNet): S_t = γ_h S_{t-1} + k_t v_tᵀ with γ_h = 1 - 2^(-5-h), rotary queries and keys (arXiv 2307.08621).
+    """Multi-scale retention (RetNet): S_t = γ_h S_{t-1} + k_t v_tᵀ with γ_h = 1 - 2^(-5-h), rotary queries
+    and keys (arXiv 2307.08621).
 
-    The forgetting is fixed, head h remembers about 2^(5+h) steps. The read-out is normed per head and gated by silu.
-    `conv_width` puts a short causal convolution with silu in front of queries, keys and values (off by default, as published).
+    The forgetting is fixed, head h remembers about 2^(5+h) steps. The read-out is normed per head and gated
+    by silu. `conv_width` puts a short causal convolution with silu in front of queries, keys and values (off
+    by default, as published).
 
     Pitfalls:
-      Positions must go on across chunks, or rotated keys no longer meet their queries; here they are part of the state.
-      1 - γ is 2^-12 for the eighth head: γ in bfloat16 would be 1. It is made in float64 as log1p(-2^(-5-h)).
+      Positions must go on across chunks, or rotated keys no longer meet their queries; here they are part of
+      the state. 1 - γ is 2^-12 for the eighth head: γ in bfloat16 would be 1. It is made in float64 as
+      log1p(-2^(-5-h)).
     """
 
     torch_names: ClassVar = MatrixMemory.torch_names | {"norm": "g_norm_swish_gate"}
@@ -155,7 +168,12 @@ class Retention(MatrixMemory):
         shape, kv = head_widths(dim, heads, expand_k, expand_v), divisor("kv_heads", kv_heads, "heads", heads)
         if shape[0] % 2:
             raise ValueError(f"dim * expand_k / heads must be even for rotary positions, got {shape[0]}")
-        options = {"activations": _with_conv(conv_width), "gate": "silu" if gate else None, "norm_eps": norm_eps, "out_scale": out_scale}
+        options = {
+            "activations": _with_conv(conv_width),
+            "gate": "silu" if gate else None,
+            "norm_eps": norm_eps,
+            "out_scale": out_scale,
+        }
         super().__init__(dim, (heads, kv, kv), shape, conv_width=conv_width, **options, rngs=rngs)
         self.rotary_base = rotary_base
 
@@ -172,9 +190,11 @@ class Retention(MatrixMemory):
 
 
 class SimpleGatedLinearAttention(MatrixMemory):
-    """Linear attention with a scalar gate: S_t = a_t S_{t-1} + k_t v_tᵀ, log a = logsigmoid(x W) / `gate_normalizer` per head and step.
+    """Linear attention with a scalar gate: S_t = a_t S_{t-1} + k_t v_tᵀ, log a = logsigmoid(x W) /
+    `gate_normalizer` per head and step.
 
-    The head-wise form of gated linear attention (arXiv 2312.06635), with a short convolution in front; its memory is that of Mamba-2.
+    The head-wise form of gated linear attention (arXiv 2312.06635), with a short convolution in front; its
+    memory is that of Mamba-2.
 
     Pitfalls:
       A gate that starts near 1 / 2 forgets within a few steps: `gate_normalizer` 16 lets it start at 0.96.
@@ -199,23 +219,29 @@ class SimpleGatedLinearAttention(MatrixMemory):
     ):
         shape, kv = head_widths(dim, heads, expand_k, expand_v), divisor("kv_heads", kv_heads, "heads", heads)
         options = {"conv_width": conv_width, "conv_bias": conv_bias, "activations": _with_conv(conv_width)}
-        super().__init__(dim, (heads, kv, kv), shape, **options, norm_eps=norm_eps, out_scale=out_scale, rngs=rngs)
+        super().__init__(
+            dim, (heads, kv, kv), shape, **options, norm_eps=norm_eps, out_scale=out_scale, rngs=rngs
+        )
         self.decay, self.gate_normalizer = Linear(dim, heads, bias=True, rngs=rngs), gate_normalizer
 
     def rule(self, x, q, k, v, positions) -> Rule:
-        return Rule(q, k, v, jax.nn.log_sigmoid(self.decay(x).astype(accumulator(x.dtype))) / self.gate_normalizer)
+        return Rule(
+            q, k, v, jax.nn.log_sigmoid(self.decay(x).astype(accumulator(x.dtype))) / self.gate_normalizer
+        )
 
 
 class GatedLinearAttention(MatrixMemory):
-    """GLA: S_t = diag(a_t) S_{t-1} + k_t v_tᵀ, o_t = S_tᵀ q_t / sqrt(k), a gate a_t in (0, 1) per key channel (arXiv 2312.06635).
+    """GLA: S_t = diag(a_t) S_{t-1} + k_t v_tᵀ, o_t = S_tᵀ q_t / sqrt(k), a gate a_t in (0, 1) per key channel
+    (arXiv 2312.06635).
 
-    log a = logsigmoid(low-rank projection of x) / `gate_normalizer`, not below `gate_floor` where that is given; the output is
-    RMS-normalised per head, then gated by silu. `conv_width` puts a short causal convolution with silu in front of queries, keys and
-    values (off by default, as published).
+    log a = logsigmoid(low-rank projection of x) / `gate_normalizer`, not below `gate_floor` where that is
+    given; the output is RMS-normalised per head, then gated by silu. `conv_width` puts a short causal
+    convolution with silu in front of queries, keys and values (off by default, as published).
 
     Pitfalls:
-      Inside a chunk decays must be taken as differences of sums, never as exp(b) exp(-b): the second factor overflows under a strong gate.
-      Without a short convolution one layer cannot compare neighbouring tokens; small models learn much slower.
+      Inside a chunk decays must be taken as differences of sums, never as exp(b) exp(-b): the second factor
+      overflows under a strong gate. Without a short convolution one layer cannot compare neighbouring tokens;
+      small models learn much slower.
     """
 
     torch_names: ClassVar = MatrixMemory.torch_names | {"decay": "gk_proj", "norm": "g_norm_swish_gate"}
@@ -240,7 +266,10 @@ class GatedLinearAttention(MatrixMemory):
     ):
         shape, kv = head_widths(dim, heads, expand_k, expand_v), divisor("kv_heads", kv_heads, "heads", heads)
         if gate_floor is not None and not gate_floor <= 0:
-            raise ValueError(f"gate_floor is a bound of the logarithm of the decay and must not be positive, got {gate_floor}")
+            raise ValueError(
+                "gate_floor is a bound of the logarithm of the decay and must not be positive, got "
+                f"{gate_floor}"
+            )
         options = {"conv_width": conv_width, "conv_bias": conv_bias, "activations": _with_conv(conv_width)}
         options |= {"gate": "silu" if gate else None, "norm_eps": norm_eps, "out_scale": out_scale}
         super().__init__(dim, (heads, kv, kv), shape, **options, rngs=rngs)

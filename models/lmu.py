@@ -1,4 +1,5 @@
-"""Legendre memory units (arXiv 2102.11417): a window of the past in a few coefficients, read by a layer or inside a recurrent cell."""
+"""Legendre memory units (arXiv 2102.11417): a window of the past in a few coefficients, read by a layer or
+inside a recurrent cell."""
 
 import math
 from typing import ClassVar, NamedTuple
@@ -17,9 +18,12 @@ from seqlab.shapes import Activations, Steps, accumulator
 from seqlab.state import State, mask_steps
 
 
-def uniform_linear(inputs: int, outputs: int, *, std: float | None = None, kind: type[Linear] = Linear, rngs: nnx.Rngs) -> Linear:
-    """A linear map with a bias as the originals initialise it: weight and bias uniform in ±1/sqrt(inputs), PyTorch's default; with `std`
-    the weight normal of that deviation, cut off at two of them, and the bias zero."""
+def uniform_linear(
+    inputs: int, outputs: int, *, std: float | None = None, kind: type[Linear] = Linear, rngs: nnx.Rngs
+) -> Linear:
+    """A linear map with a bias as the originals initialise it: weight and bias uniform in ±1/sqrt(inputs),
+    PyTorch's default; with `std` the weight normal of that deviation, cut off at two of them, and the bias
+    zero."""
     linear = kind(inputs, outputs, bias=True, rngs=rngs)
     if std is None:
         bound = 1 / math.sqrt(inputs)
@@ -31,12 +35,13 @@ def uniform_linear(inputs: int, outputs: int, *, std: float | None = None, kind:
 
 
 class LMU(Module):
-    """The parallel LMU: the last theta steps of a signal as coefficients of Legendre polynomials, and a layer that reads them.
+    """The parallel LMU: the last theta steps of a signal as coefficients of Legendre polynomials, and a layer
+    that reads them.
 
         u_t = relu(W_u x_t + b_u)          m_t = Ā m_{t-1} + B̄ u_t          h_t = relu(W_h [m_t ; x_t] + b_h)
 
-    No recurrence from h or m into u: that is what lets all steps be computed at once. Ā and B̄ are constants, computed in float64 and not
-    trained. The state is m [b, q, d], float32.
+    No recurrence from h or m into u: that is what lets all steps be computed at once. Ā and B̄ are constants,
+    computed in float64 and not trained. The state is m [b, q, d], float32.
 
     Args:
       order: coefficients d of the memory, for each channel; by default dim.
@@ -47,9 +52,11 @@ class LMU(Module):
       init_std: None for PyTorch's uniform initialisation; else that of a truncated normal.
 
     Pitfalls:
-      With one channel all inputs are mixed into ONE scalar signal: that is the published design, not a simplification.
-      theta belongs to the data: a window much longer than what matters is stored coarsely, a shorter one forgets.
-      bfloat16 products would put errors of 1 to 9 % into the memory: it is kept and updated in float32 whatever the compute dtype.
+      With one channel all inputs are mixed into ONE scalar signal: that is the published design, not a
+      simplification.
+      theta belongs to the data: a window much longer than what matters is stored coarsely, a shorter one
+      forgets. bfloat16 products would put errors of 1 to 9 % into the memory: it is kept and updated in
+      float32 whatever the compute dtype.
     """
 
     causal, lookahead, exact = True, 0, True
@@ -69,21 +76,34 @@ class LMU(Module):
         order = dim if order is None else order
         legendre(order, theta, discretizer)  # refuses what it cannot be
         self.dim, self.order, self.theta, self.discretizer = dim, order, theta, discretizer
-        self.channels, hidden = positive("channels", channels), dim if hidden is None else positive("hidden", hidden)
+        self.channels, hidden = (
+            positive("channels", channels),
+            dim if hidden is None else positive("hidden", hidden),
+        )
         self.W_u = uniform_linear(dim, channels, std=init_std, rngs=rngs)
         self.W_h = uniform_linear(channels * order + dim, hidden, std=init_std, rngs=rngs)
 
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "b q d"]:
         return jnp.zeros((batch, self.channels, self.order), accumulator(dtype))
 
-    def __call__(self, x: Activations, state: State | None = None, reset: Steps | None = None, valid: Steps | None = None):
+    def __call__(
+        self,
+        x: Activations,
+        state: State | None = None,
+        reset: Steps | None = None,
+        valid: Steps | None = None,
+    ):
         x = mask_steps(x, valid)
         m, new = self.memory(jax.nn.relu(self.W_u(x)), state, reset, valid)
         h = jax.nn.relu(self.W_h(jnp.concatenate([m, x], axis=-1)))
         return h, (None if state is None else new)
 
     def memory(
-        self, u: Float[Array, "b t q"], state: State | None = None, reset: Steps | None = None, valid: Steps | None = None
+        self,
+        u: Float[Array, "b t q"],
+        state: State | None = None,
+        reset: Steps | None = None,
+        valid: Steps | None = None,
     ) -> tuple[Float[Array, "b t q*d"], Float[Array, "b q d"]]:
         """The memories of all steps, channel after channel, and the last one."""
         matrices = legendre(self.order, self.theta, self.discretizer)
@@ -99,14 +119,16 @@ class CellState(NamedTuple):
 
 
 class RecurrentLMU(Module):
-    """The LMU cell, in which hidden state and memory drive the memory: one step at a time, there is no parallel form.
+    """The LMU cell, in which hidden state and memory drive the memory: one step at a time, there is no
+    parallel form.
 
         u_t = e_x x_t [+ e_h h_{t-1}] [+ e_m m_{t-1}] [+ e_b]          m_t = Ā m_{t-1} + B̄ u_t
         h_t = tanh(W_m m_t [+ W_x x_t] [+ W_h h_{t-1}] [+ W_b])
 
-    The hidden part reads the memory after its update. By default this is the cell of Voelker, Kajić and Eliasmith ("Legendre Memory
-    Units", NeurIPS 2019): one channel, every connection in brackets, no bias. The switches give the form of keras-lmu, whose defaults
-    are all off; its kernels are ours side by side: kernel = [e_x ; e_h], recurrent_kernel = e_m, hidden kernel = [W_m ; W_x].
+    The hidden part reads the memory after its update. By default this is the cell of Voelker, Kajić and
+    Eliasmith ("Legendre Memory Units", NeurIPS 2019): one channel, every connection in brackets, no bias. The
+    switches give the form of keras-lmu, whose defaults are all off; its kernels are ours side by side: kernel
+    = [e_x ; e_h], recurrent_kernel = e_m, hidden kernel = [W_m ; W_x].
 
     Args:
       order: coefficients d of the memory, for each channel; by default dim.
@@ -115,12 +137,13 @@ class RecurrentLMU(Module):
       channels: signals q that are remembered; m is flattened channel after channel.
       hidden_to_memory, memory_to_memory, input_to_hidden: the connections e_h, e_m and W_x.
       use_bias: e_b; hidden_bias: W_b.
-      cell: "rnn" as above; "dense" without W_h; "none", then h_t = [m_t ; x_t] itself (m_t alone without `input_to_hidden`).
+      cell: "rnn" as above; "dense" without W_h; "none", then h_t = [m_t ; x_t] itself (m_t alone without
+        `input_to_hidden`).
       activation: of the hidden part, "tanh" or one of `seqlab.models.layers.ACTIVATIONS`.
 
     Pitfalls:
-      Training takes as many steps one after another as the sequence has; `LMU` has the same memory without the feedback and does not.
-      All arithmetic of the cell is in float32 whatever the compute dtype.
+      Training takes as many steps one after another as the sequence has; `LMU` has the same memory without
+      the feedback and does not. All arithmetic of the cell is in float32 whatever the compute dtype.
     """
 
     causal, lookahead, exact = True, 0, True
@@ -153,13 +176,17 @@ class RecurrentLMU(Module):
         memory = channels * order
         read = memory + dim * input_to_hidden
         if cell == "none" and hidden not in (None, read):
-            raise ValueError(f"hidden must be {read}, the width of what is read, where cell='none', got {hidden}")
+            raise ValueError(
+                f"hidden must be {read}, the width of what is read, where cell='none', got {hidden}"
+            )
         self.outputs = read if cell == "none" else dim if hidden is None else positive("hidden", hidden)
         self.feeds_back = cell == "rnn" or hidden_to_memory
 
         def encoder(inputs: int) -> nnx.Param:
             bound = math.sqrt(3 / inputs)
-            return nnx.Param(jax.random.uniform(rngs.params(), (inputs, channels), minval=-bound, maxval=bound))
+            return nnx.Param(
+                jax.random.uniform(rngs.params(), (inputs, channels), minval=-bound, maxval=bound)
+            )
 
         def kernel(inputs: int) -> nnx.Param:
             std = math.sqrt(2 / (inputs + self.outputs))  # Xavier
@@ -179,7 +206,13 @@ class RecurrentLMU(Module):
         hidden = jnp.zeros((batch, self.outputs), wide) if self.feeds_back else ()
         return CellState(hidden, jnp.zeros((batch, self.channels, self.order), wide))
 
-    def __call__(self, x: Activations, state: State | None = None, reset: Steps | None = None, valid: Steps | None = None):
+    def __call__(
+        self,
+        x: Activations,
+        state: State | None = None,
+        reset: Steps | None = None,
+        valid: Steps | None = None,
+    ):
         wide = accumulator(x.dtype)
         names = ("e_x", "e_h", "e_m", "e_b", "W_m", "W_x", "W_h", "W_b")
         p = {name: getattr(self, name)[...].astype(wide) for name in names if getattr(self, name) is not None}
@@ -187,11 +220,22 @@ class RecurrentLMU(Module):
         inputs = mask_steps(x, valid).astype(wide)
         # What depends on the inputs alone is one product for all steps.
         driven = inputs if self.cell == "none" else _total(p, W_x=inputs) + p.get("W_b", 0)
-        arrays = (_total(p, e_x=inputs) + p.get("e_b", 0), driven, reset if valid is None or reset is None else reset & valid, valid)
+        arrays = (
+            _total(p, e_x=inputs) + p.get("e_b", 0),
+            driven,
+            reset if valid is None or reset is None else reset & valid,
+            valid,
+        )
 
-        def step(old: CellState, now: tuple[Array, ...], p: dict[str, Array], A: Array, B: Array) -> tuple[CellState, Array]:
+        def step(
+            old: CellState, now: tuple[Array, ...], p: dict[str, Array], A: Array, B: Array
+        ) -> tuple[CellState, Array]:
             u, driven, reset, valid = now
-            h, m = old if reset is None else jax.tree.map(lambda leaf: _where(reset, jnp.zeros_like(leaf), leaf), old)
+            h, m = (
+                old
+                if reset is None
+                else jax.tree.map(lambda leaf: _where(reset, jnp.zeros_like(leaf), leaf), old)
+            )
             u = u + _total(p, e_h=h, e_m=_flat(m))
             m = jnp.matmul(m, A.T, precision=_HIGHEST) + u[:, :, None] * B
             if self.cell == "none":

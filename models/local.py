@@ -1,6 +1,8 @@
-"""Local mixers of sequences: PoolFormer's pooling and WaveMix's wavelets in one dimension, looking back only, so that they stream.
+"""Local mixers of sequences: PoolFormer's pooling and WaveMix's wavelets in one dimension, looking back only,
+so that they stream.
 
-Nobody published these forms: they are what remains of the image mixers (`seqlab.models.images`) under the law.
+Nobody published these forms: they are what remains of the image mixers (`seqlab.models.images`) under the
+law.
 """
 
 import math
@@ -29,7 +31,8 @@ class CausalPooling(Module):
 
         y_t = mean(x_{t-size+1} .. x_t) - x_t
 
-    PoolFormer's mixer in one dimension and without what lies ahead; the current input is taken away because the residual stream adds it.
+    PoolFormer's mixer in one dimension and without what lies ahead; the current input is taken away because
+    the residual stream adds it.
 
     Args:
       size: steps in the mean, the current one included.
@@ -38,7 +41,8 @@ class CausalPooling(Module):
 
     Pitfalls:
       Without the residual stream around it this is another operation: a low pass becomes a high pass.
-      The norm before it must be one of a single step, as RMSNorm is: PoolFormer's own takes statistics of the whole map and cannot stream.
+      The norm before it must be one of a single step, as RMSNorm is: PoolFormer's own takes statistics of the
+      whole map and cannot stream.
       Depth is reach: `depth` layers see depth * (size - 1) steps back, and nothing before.
     """
 
@@ -50,7 +54,13 @@ class CausalPooling(Module):
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> PoolingState:
         return PoolingState(jnp.zeros((batch, self.size - 1, self.dim + 1), dtype))
 
-    def __call__(self, x: Activations, state: State | None = None, reset: Steps | None = None, valid: Steps | None = None):
+    def __call__(
+        self,
+        x: Activations,
+        state: State | None = None,
+        reset: Steps | None = None,
+        valid: Steps | None = None,
+    ):
         x = mask_steps(x, valid)
         counted = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
         window = None if state is None else state.window
@@ -69,11 +79,12 @@ class CausalWavelets(Module):
     """An undecimated Haar transform of what is past, and a perceptron over its bands.
 
         u = reduction(x), r channels;  S_j = the sum of the last 2^j values of u
-        high_j = (2 S_{j-1} - S_j) / 2^{j/2}, j = 1 .. L;  low = S_L / 2^{L/2};  y = down(gelu(up([low, high_1 .. high_L])))
+        high_j = (2 S_{j-1} - S_j) / 2^{j/2}, j = 1 .. L;  low = S_L / 2^{L/2};  y = down(gelu(up([low, high_1
+        .. high_L])))
 
-    WaveMix's mixer in one dimension: high_j is the newer half of 2^j steps minus the older one. The image form halves the resolution
-    level by level, and would have to wait for whole pairs; here every step has its own transform and nothing waits. Inputs before the
-    beginning count as 0.
+    WaveMix's mixer in one dimension: high_j is the newer half of 2^j steps minus the older one. The image
+    form halves the resolution level by level, and would have to wait for whole pairs; here every step has its
+    own transform and nothing waits. Inputs before the beginning count as 0.
 
     Args:
       levels: L; the reach is 2^L steps, the current one included.
@@ -89,7 +100,16 @@ class CausalWavelets(Module):
 
     causal, lookahead, exact = True, 0, True
 
-    def __init__(self, dim: int, *, levels: int = 4, expand: int = 2, reduced: int | None = None, out_scale: float = 1.0, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        dim: int,
+        *,
+        levels: int = 4,
+        expand: int = 2,
+        reduced: int | None = None,
+        out_scale: float = 1.0,
+        rngs: nnx.Rngs,
+    ):
         self.dim, self.levels = positive("dim", dim), positive("levels", levels)
         self.reduced = -(-dim // 4) if reduced is None else positive("reduced", reduced)
         self.reduction = Linear(dim, self.reduced, bias=True, rngs=rngs)
@@ -99,7 +119,13 @@ class CausalWavelets(Module):
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> WaveletState:
         return WaveletState(jnp.zeros((batch, 2**self.levels - 1, self.reduced), dtype))
 
-    def __call__(self, x: Activations, state: State | None = None, reset: Steps | None = None, valid: Steps | None = None):
+    def __call__(
+        self,
+        x: Activations,
+        state: State | None = None,
+        reset: Steps | None = None,
+        valid: Steps | None = None,
+    ):
         u = mask_steps(self.reduction(mask_steps(x, valid)), valid)
         window = None if state is None else state.window
         bands, total = [], u
@@ -116,5 +142,8 @@ class CausalWavelets(Module):
 def window_sum(
     x: Activations, size: int, state: Float[Array, "b w-1 d"] | None, reset: Steps | None, valid: Steps | None
 ) -> tuple[Activations, Float[Array, "b w-1 d"]]:
-    """The sum of the last `size` inputs of every channel, and the last size - 1 inputs: a convolution with ones."""
-    return kernels.conv(x, jnp.ones((size, x.shape[-1]), x.dtype), initial_state=state, reset=reset, valid=valid)
+    """The sum of the last `size` inputs of every channel, and the last size - 1 inputs: a convolution with
+    ones."""
+    return kernels.conv(
+        x, jnp.ones((size, x.shape[-1]), x.dtype), initial_state=state, reset=reset, valid=valid
+    )

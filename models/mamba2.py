@@ -1,4 +1,5 @@
-"""Mamba-2: the state-space model whose decay is one number a head, so that its scan is linear attention (arXiv 2405.21060)."""
+"""Mamba-2: the state-space model whose decay is one number a head, so that its scan is linear attention
+(arXiv 2405.21060)."""
 
 from typing import ClassVar, NamedTuple
 
@@ -16,7 +17,8 @@ from seqlab.state import State, mask_steps
 
 
 class Mamba2State(NamedTuple):
-    """`conv` [b, w-1, e + 2 g n]: the last inputs of the convolution; `ssm` [b, h, n, p]: the recurrent state, float32."""
+    """`conv` [b, w-1, e + 2 g n]: the last inputs of the convolution; `ssm` [b, h, n, p]: the recurrent
+    state, float32."""
 
     conv: Float[Array, "b w-1 d"]
     ssm: Float[Array, "b h n p"]
@@ -37,10 +39,12 @@ class GatedRMSNorm(Module):
 
 
 class Mamba2(Module):
-    """The SSD mixer. Symbols of the paper: E = expand * d inner channels in H heads of P, G groups that share B and C, N = state_size.
+    """The SSD mixer. Symbols of the paper: E = expand * d inner channels in H heads of P, G groups that share
+    B and C, N = state_size.
 
         z, xBC, dt = in_proj(u);  x, B, C = silu(conv(xBC));  Δ = clip(softplus(dt + dt_bias), *dt_limit)
-        S_t = exp(-Δ_t exp(A_log)) S_{t-1} + B_t (Δ_t x_t)ᵀ;  y_t = S_tᵀ C_t + D x_t;  out_proj(norm(y * silu(z)))
+        S_t = exp(-Δ_t exp(A_log)) S_{t-1} + B_t (Δ_t x_t)ᵀ;  y_t = S_tᵀ C_t + D x_t;  out_proj(norm(y *
+        silu(z)))
 
     The limits of the step size hold for a single step as for a chunk (the published step forgets them).
 
@@ -50,8 +54,8 @@ class Mamba2(Module):
       dt_limit: the least and the greatest step size.
 
     Pitfalls:
-      The gate comes before the norm and the norm works on `groups` parts of the channels: only models with several groups show the mistake.
-      Heads share B and C in a row (head // (heads / groups)), not in turn.
+      The gate comes before the norm and the norm works on `groups` parts of the channels: only models with
+      several groups show the mistake. Heads share B and C in a row (head // (heads / groups)), not in turn.
     """
 
     causal, lookahead, exact = True, 0, True
@@ -73,20 +77,29 @@ class Mamba2(Module):
         out_scale: float = 1.0,
         rngs: nnx.Rngs,
     ):
-        self.dim, self.inner, self.state_size = dim, positive("expand", expand) * dim, positive("state_size", state_size)
+        self.dim, self.inner, self.state_size = (
+            dim,
+            positive("expand", expand) * dim,
+            positive("state_size", state_size),
+        )
         if self.inner % positive("head_dim", head_dim):
             raise ValueError(f"head_dim must divide expand * dim = {self.inner}, got {head_dim}")
         low, high = dt_limit
         if not 0 <= low < high:
             raise ValueError(f"dt_limit must be two numbers with 0 <= least < greatest, got {dt_limit}")
-        self.heads, self.groups = self.inner // head_dim, divisor("groups", groups, "heads", self.inner // head_dim)
+        self.heads, self.groups = (
+            self.inner // head_dim,
+            divisor("groups", groups, "heads", self.inner // head_dim),
+        )
         self.dt_limit = (float(low), float(high))
         mixed = self.inner + 2 * groups * state_size
         self.splits = (self.inner, self.inner + mixed)
         self.in_proj = Linear(dim, self.inner + mixed + self.heads, bias=bias, rngs=rngs)  # z | x B C | dt
         self.conv = ShortConv(mixed, width=conv_width, bias=conv_bias, rngs=rngs)
         self.dt_bias = nnx.Param(step_size_bias(rngs.params(), self.heads))
-        self.A_log = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (self.heads,), minval=1.0, maxval=16.0)))
+        self.A_log = nnx.Param(
+            jnp.log(jax.random.uniform(rngs.params(), (self.heads,), minval=1.0, maxval=16.0))
+        )
         self.D = nnx.Param(jnp.ones((self.heads,)))
         self.norm = GatedRMSNorm(self.inner, groups, eps=norm_eps)
         self.out_proj = Linear(self.inner, dim, bias=bias, scale=out_scale, rngs=rngs)
@@ -95,7 +108,13 @@ class Mamba2(Module):
         ssm = jnp.zeros((batch, self.heads, self.state_size, self.inner // self.heads), accumulator(dtype))
         return Mamba2State(self.conv.init_state(batch, dtype), ssm)
 
-    def __call__(self, x: Activations, state: State | None = None, reset: Steps | None = None, valid: Steps | None = None):
+    def __call__(
+        self,
+        x: Activations,
+        state: State | None = None,
+        reset: Steps | None = None,
+        valid: Steps | None = None,
+    ):
         conv, ssm = (None, None) if state is None else state
         z, mixed, dt = jnp.split(self.in_proj(mask_steps(x, valid)), self.splits, axis=-1)
         mixed, conv = self.conv(mixed, conv, reset, valid)
@@ -106,6 +125,8 @@ class Mamba2(Module):
         delta = jnp.clip(jax.nn.softplus(dt.astype(wide) + self.dt_bias[...].astype(wide)), *self.dt_limit)
         decay = -jnp.exp(self.A_log[...].astype(wide)) * delta
         written = (delta[..., None] * values).astype(x.dtype)
-        y, ssm = kernels.linear_attention(C, B, written, decay=decay, scale=1.0, initial_state=ssm, reset=reset, valid=valid)
+        y, ssm = kernels.linear_attention(
+            C, B, written, decay=decay, scale=1.0, initial_state=ssm, reset=reset, valid=valid
+        )
         y = rearrange(y + self.D[...].astype(x.dtype)[:, None] * values, "b t h p -> b t (h p)")
         return self.out_proj(self.norm(y, z)), (None if state is None else Mamba2State(conv, ssm))

@@ -1,4 +1,5 @@
-"""What the linear-attention family shares: projections, short convolution, heads, a matrix memory, a normed and gated read-out.
+"""What the linear-attention family shares: projections, short convolution, heads, a matrix memory, a normed
+and gated read-out.
 
 A member is a class that says how the memory decays and how it is written; see `linear_attention` and `delta`.
 """
@@ -30,7 +31,8 @@ GATES = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
 
 
 class MemoryState(NamedTuple):
-    """`conv` [b, w-1, d]: the short convolution's buffer; `memory` [b, h, k, v], float32; `position` [b]: steps seen. () where unused."""
+    """`conv` [b, w-1, d]: the short convolution's buffer; `memory` [b, h, k, v], float32; `position` [b]:
+    steps seen. () where unused."""
 
     conv: Float[Array, "b w-1 d"] | tuple[()]
     memory: Float[Array, "b h k v"]
@@ -63,10 +65,11 @@ class LowRank(Module):
 class MatrixMemory(Module):
     """The abstract member: `rule` turns projected queries, keys and values into what the memory is given.
 
-        q, k, v = activations(conv(x W)), in heads;   S, o = memory(S, rule(...));   y = (norm(o) * gate(x W_g)) W_o
+        q, k, v = activations(conv(x W)), in heads;   S, o = memory(S, rule(...));   y = (norm(o) * gate(x
+        W_g)) W_o
 
-    Queries, keys and values may come in different numbers of heads, each of which divides the largest, the number of memories: head i of
-    n is repeated for memories i * heads / n and those after it.
+    Queries, keys and values may come in different numbers of heads, each of which divides the largest, the
+    number of memories: head i of n is repeated for memories i * heads / n and those after it.
     """
 
     causal, lookahead, exact = True, 0, True
@@ -93,15 +96,25 @@ class MatrixMemory(Module):
         out_scale: float = 1.0,
         rngs: nnx.Rngs,
     ):
-        """`head_counts`: of queries, keys and values; `head_shape`: key and value channels of a head; `norm_eps` None: no norm."""
+        """`head_counts`: of queries, keys and values; `head_shape`: key and value channels of a head;
+        `norm_eps` None: no norm."""
         for name in activations:
             check_name(name, tuple(FEATURES), "activation")
-        self.dim, self.head_counts, self.head_shape, self.heads = dim, head_counts, head_shape, max(head_counts)
+        self.dim, self.head_counts, self.head_shape, self.heads = (
+            dim,
+            head_counts,
+            head_shape,
+            max(head_counts),
+        )
         widths = [n * width for n, width in zip(head_counts, (head_shape[0], *head_shape), strict=True)]
         values = self.heads * head_shape[1]
         self.splits = (widths[0], widths[0] + widths[1])  # of the joint projection: queries | keys | values
         self.qkv = Linear(dim, sum(widths), rngs=rngs)
-        self.conv = None if conv_width is None else ShortConv(sum(widths), width=conv_width, bias=conv_bias, activation=None, rngs=rngs)
+        self.conv = (
+            None
+            if conv_width is None
+            else ShortConv(sum(widths), width=conv_width, bias=conv_bias, activation=None, rngs=rngs)
+        )
         self.activations, self.gate = activations, gate
         self.out_gate = None if gate is None else gate_map or Linear(dim, values, rngs=rngs)
         self.norm = None if norm_eps is None else RMSNorm(head_shape[1], eps=norm_eps)
@@ -109,7 +122,11 @@ class MatrixMemory(Module):
 
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> MemoryState:
         conv = () if self.conv is None else self.conv.init_state(batch, dtype)
-        return MemoryState(conv, jnp.zeros((batch, self.heads, *self.memory_shape), accumulator(dtype)), self._first_position(batch))
+        return MemoryState(
+            conv,
+            jnp.zeros((batch, self.heads, *self.memory_shape), accumulator(dtype)),
+            self._first_position(batch),
+        )
 
     @property
     def memory_shape(self) -> tuple[int, int]:
@@ -124,20 +141,35 @@ class MatrixMemory(Module):
         """What the memory's answers mean, before the norm."""
         return o
 
-    def __call__(self, x: Activations, state: State | None = None, reset: Steps | None = None, valid: Steps | None = None):
+    def __call__(
+        self,
+        x: Activations,
+        state: State | None = None,
+        reset: Steps | None = None,
+        valid: Steps | None = None,
+    ):
         conv, memory, position = (None, None, 0) if state is None else state
         x = mask_steps(x, valid)
         qkv = self.qkv(x)
         if self.conv is not None:
             qkv, conv = self.conv(qkv, conv, reset, valid)
         q, k, v = jnp.split(qkv, self.splits, axis=-1)
-        q, k, v = FEATURES[self.activations[0]](q), FEATURES[self.activations[0]](k), FEATURES[self.activations[1]](v)
-        q, k, v = (rearrange(y, "b t (h k) -> b t h k", h=h) for y, h in zip((q, k, v), self.head_counts, strict=True))
+        q, k, v = (
+            FEATURES[self.activations[0]](q),
+            FEATURES[self.activations[0]](k),
+            FEATURES[self.activations[1]](v),
+        )
+        q, k, v = (
+            rearrange(y, "b t (h k) -> b t h k", h=h)
+            for y, h in zip((q, k, v), self.head_counts, strict=True)
+        )
         positions, position = self._positions(x.shape[:2], position, reset, valid)
         q, k, v, decay, beta = self.rule(x, q, k, v, positions)
         groups = max(q.shape[2], k.shape[2])
         q, k, v = repeat_heads(q, groups), repeat_heads(k, groups), repeat_heads(v, self.heads)
-        o, memory = kernels.linear_attention(q, k, v, decay=decay, beta=beta, initial_state=memory, reset=reset, valid=valid)
+        o, memory = kernels.linear_attention(
+            q, k, v, decay=decay, beta=beta, initial_state=memory, reset=reset, valid=valid
+        )
         o = self.read(o).astype(x.dtype)
         o = rearrange(o if self.norm is None else self.norm(o), "b t h v -> b t (h v)")
         if self.out_gate is not None:
@@ -147,12 +179,16 @@ class MatrixMemory(Module):
     def _first_position(self, batch: int) -> Array | tuple[()]:
         return ()
 
-    def _positions(self, shape: tuple[int, int], start: Array | int | tuple[()], reset: Steps | None, valid: Steps | None):
+    def _positions(
+        self, shape: tuple[int, int], start: Array | int | tuple[()], reset: Steps | None, valid: Steps | None
+    ):
         """The positions of the steps and of the step after them, where a member keeps them."""
         return None, ()
 
 
-def counted(shape: tuple[int, int], start: Array | int, reset: Steps | None, valid: Steps | None) -> tuple[Array, Array]:
+def counted(
+    shape: tuple[int, int], start: Array | int, reset: Steps | None, valid: Steps | None
+) -> tuple[Array, Array]:
     """Positions [b, t] of the steps in their sequences, and how many steps the last one has seen [b]."""
     if reset is None and valid is None:
         start = jnp.broadcast_to(jnp.asarray(start, jnp.int32), shape[:1])

@@ -1,4 +1,5 @@
-"""Whole models: a way in, the backbone, a way out. What models of tokens and models of numbers share is here, once."""
+"""Whole models: a way in, the backbone, a way out. What models of tokens and models of numbers share is here,
+once."""
 
 import jax
 import numpy as np
@@ -48,36 +49,51 @@ class Model(Module):
         return self.backbone.init_state(batch, self.dtype if dtype is None else dtype)
 
     def __call__(
-        self, inputs: Num[Array, "b t *c"], state: State | None = None, reset: Steps | None = None, valid: Steps | None = None
+        self,
+        inputs: Num[Array, "b t *c"],
+        state: State | None = None,
+        reset: Steps | None = None,
+        valid: Steps | None = None,
     ) -> tuple[Float[Array, "b t o"], State | None]:
         x, state = self.features(inputs, state, reset, valid)
         return self.read_out(x), state
 
     def features(
-        self, inputs: Num[Array, "b t *c"], state: State | None = None, reset: Steps | None = None, valid: Steps | None = None
+        self,
+        inputs: Num[Array, "b t *c"],
+        state: State | None = None,
+        reset: Steps | None = None,
+        valid: Steps | None = None,
     ) -> tuple[Activations, State | None]:
-        """What the outputs are read from: where only some steps' outputs are wanted, `read_out` those of their features."""
+        """What the outputs are read from: where only some steps' outputs are wanted, `read_out` those of
+        their features."""
         return self.backbone(self.embed(inputs, valid), state, reset, valid)
 
     def rewind(self, state: State, steps: int | Int[Array, " b"]) -> State:
-        """The state `steps` steps ago, row by row: going on from it is never having seen them. Looks at the numbers: not for jitted code.
+        """The state `steps` steps ago, row by row: going on from it is never having seen them. Looks at the
+        numbers: not for jitted code.
 
-        Raises ValueError where a cache no longer has what was visible there, NotImplementedError where a mixer keeps a summary of its
-        past and not the steps; both say in which layer, and why.
+        Raises ValueError where a cache no longer has what was visible there, NotImplementedError where a
+        mixer keeps a summary of its past and not the steps; both say in which layer, and why.
         """
 
         def back(mixer: Module, own: State) -> State:
             if not jax.tree.leaves(own) or not np.any(np.asarray(steps)):
                 return own
             if not hasattr(mixer, "rewind"):
-                raise NotImplementedError(f"{type(mixer).__name__} keeps a summary of all steps, from which none can be taken back")
+                raise NotImplementedError(
+                    f"{type(mixer).__name__} keeps a summary of all steps, from which none can be taken back"
+                )
             return mixer.rewind(own, steps)
 
         return self.backbone.map_states(state, back)
 
     def with_room(self, state: State, steps: int) -> State:
-        """`state` with room for sequences of `steps` steps: caches that grow get more slots where theirs are too few, by doubling."""
-        return self.backbone.map_states(state, lambda mixer, own: mixer.with_room(own, steps) if hasattr(mixer, "with_room") else own)
+        """`state` with room for sequences of `steps` steps: caches that grow get more slots where theirs are
+        too few, by doubling."""
+        return self.backbone.map_states(
+            state, lambda mixer, own: mixer.with_room(own, steps) if hasattr(mixer, "with_room") else own
+        )
 
     def unrolled(self) -> "Model":
         """The same model with one set of parameters a layer, for decoding; itself where it is so already."""

@@ -1,4 +1,5 @@
-"""A model of sequences of numbers: signals, pixels, measurements in; classes, values or forecasts out, at every step."""
+"""A model of sequences of numbers: signals, pixels, measurements in; classes, values or forecasts out, at
+every step."""
 
 from flax import nnx
 from jaxtyping import Array, Float
@@ -11,12 +12,14 @@ from seqlab.state import mask_steps
 
 
 class SequenceModel(Model):
-    """Outputs [b, t, outputs] of numbers [b, t, inputs]: a linear map in, a backbone, a linear map out, under the same law.
+    """Outputs [b, t, outputs] of numbers [b, t, inputs]: a linear map in, a backbone, a linear map out, under
+    the same law.
 
     What is known at a step is all that came before: a whole sequence is classified at its last valid step.
 
     Args:
-      inputs, outputs: channels that go in, and numbers (logits of classes, values) that come out at every step.
+      inputs, outputs: channels that go in, and numbers (logits of classes, values) that come out at every
+        step.
       mixers, channel_mixer, norm, scan_layers, remat: as in `Backbone`.
       dtype: compute dtype, as in `LanguageModel`; outputs are float32 at least.
     """
@@ -36,10 +39,21 @@ class SequenceModel(Model):
         remat: str = "none",
         rngs: nnx.Rngs,
     ):
-        self.inputs, self.outputs, self.dtype = positive("inputs", inputs), positive("outputs", outputs), check_dtype(dtype)
+        self.inputs, self.outputs, self.dtype = (
+            positive("inputs", inputs),
+            positive("outputs", outputs),
+            check_dtype(dtype),
+        )
         self.inlet = Linear(inputs, dim, bias=True, rngs=rngs)
         self.backbone = Backbone(
-            dim, depth, mixers, channel_mixer=channel_mixer, norm=norm, scan_layers=scan_layers, remat=remat, rngs=rngs
+            dim,
+            depth,
+            mixers,
+            channel_mixer=channel_mixer,
+            norm=norm,
+            scan_layers=scan_layers,
+            remat=remat,
+            rngs=rngs,
         )
         self.head = Linear(dim, outputs, bias=True, scale=0.1, rngs=rngs)  # small: training begins at a guess
 

@@ -1,4 +1,5 @@
-"""Spiking neurons: leaky integrate-and-fire units that run along time, trained through their spikes by a surrogate gradient."""
+"""Spiking neurons: leaky integrate-and-fire units that run along time, trained through their spikes by a
+surrogate gradient."""
 
 import functools
 from typing import ClassVar
@@ -41,18 +42,22 @@ def lif(
     reset: Steps | None = None,
     valid: Steps | None = None,
 ) -> tuple[Activations, Float[Array, "b t d"]]:
-    """Leaky integrate-and-fire along time: spikes [b, t, d] of 0 and 1 in the dtype of x, membranes after the reset [b, t, d] in float32.
+    """Leaky integrate-and-fire along time: spikes [b, t, d] of 0 and 1 in the dtype of x, membranes after the
+    reset [b, t, d] in float32.
 
-        v <- v + (x_t - (v - rest)) / tau          s_t = 1 if v >= threshold else 0          v <- (1 - s_t) v + s_t rest
+        v <- v + (x_t - (v - rest)) / tau          s_t = 1 if v >= threshold else 0          v <- (1 - s_t) v
+        + s_t rest
 
     Args:
       x: input currents.
       v: membranes before the first step, `rest` by default.
-      rest: where a spike puts the membrane (hard reset). None: a spike takes `threshold` away (soft reset) and the leak is towards 0.
+      rest: where a spike puts the membrane (hard reset). None: a spike takes `threshold` away (soft reset)
+        and the leak is towards 0.
       decay_input: False adds x_t whole, v <- v - (v - rest) / tau + x_t.
       detach_reset: no gradient through s_t where it resets the membrane.
       alpha: slope of the surrogate gradient, see `fire`.
-      reset, valid: as everywhere; an invalid step does not leak, its spikes are 0 and its membrane is that of the step before.
+      reset, valid: as everywhere; an invalid step does not leak, its spikes are 0 and its membrane is that of
+        the step before.
 
     Source: the multi-step LIF node of spikingjelly 0.0.0.0.14, whose defaults these are.
     """
@@ -78,11 +83,13 @@ def lif(
 
 
 class Spike(Module):
-    """BatchNorm, then leaky integrate-and-fire: what stands where a network without spikes has its activation.
+    """BatchNorm, then leaky integrate-and-fire: what stands where a network without spikes has its
+    activation.
 
-    A spike is a threshold: where a membrane comes within rounding of it, another split of the same sequence, another machine or another
-    precision may fire differently, and from there on differ by whole spikes. The arithmetic obeys the law exactly; such near ties are
-    what no reordering of float32 sums can rule out (a membrane within 1e-6 of the threshold, one in a million steps).
+    A spike is a threshold: where a membrane comes within rounding of it, another split of the same sequence,
+    another machine or another precision may fire differently, and from there on differ by whole spikes. The
+    arithmetic obeys the law exactly; such near ties are what no reordering of float32 sums can rule out (a
+    membrane within 1e-6 of the threshold, one in a million steps).
 
     State: the membrane v [b, d], float32.
     """
@@ -97,6 +104,14 @@ class Spike(Module):
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "b d"]:
         return jnp.zeros((batch, self.dim), accumulator(dtype))
 
-    def __call__(self, x: Activations, state: State | None = None, reset: Steps | None = None, valid: Steps | None = None):
-        spikes, v = lif(self.norm(x, valid), state, tau=self.tau, threshold=self.threshold, reset=reset, valid=valid)
+    def __call__(
+        self,
+        x: Activations,
+        state: State | None = None,
+        reset: Steps | None = None,
+        valid: Steps | None = None,
+    ):
+        spikes, v = lif(
+            self.norm(x, valid), state, tau=self.tau, threshold=self.threshold, reset=reset, valid=valid
+        )
         return spikes, (state if state is None or x.shape[1] == 0 else v[:, -1])

@@ -1,7 +1,9 @@
-"""What is random in training: dropout and stochastic depth, as a function of the parameters like everything else.
+"""What is random in training: dropout and stochastic depth, as a function of the parameters like everything
+else.
 
-A module that draws keeps its key among the statistics (`Draws`): every training call uses it up and leaves the next one, so that a step
-is a pure function, and a run that is resumed draws what it would have drawn. In evaluation nothing is drawn.
+A module that draws keeps its key among the statistics (`Draws`): every training call uses it up and leaves
+the next one, so that a step is a pure function, and a run that is resumed draws what it would have drawn. In
+evaluation nothing is drawn.
 """
 
 import jax
@@ -13,14 +15,15 @@ from seqlab.module import Module
 
 
 class Draws(nnx.BatchStat):
-    """The raw key of the next draw: measured by training in a sense, without gradient, update or decay, and no weight to publish."""
+    """The raw key of the next draw: measured by training in a sense, without gradient, update or decay, and
+    no weight to publish."""
 
 
 def draw(key: jax.Array, rate: float, shape: tuple[int, ...]) -> Bool[Array, "*b"]:
     """Which entries are kept, each with probability 1 - rate.
 
-    A random word of 32 bits costs more than all else about an entry: it serves as many entries as have room for a rate that is right to a
-    ten-thousandth, 32 at a rate of a half, two at most others.
+    A random word of 32 bits costs more than all else about an entry: it serves as many entries as have room
+    for a rate that is right to a ten-thousandth, 32 at a rate of a half, two at most others.
     """
     for bits in (1, 2, 4, 8, 16, 32):
         dropped = round(rate * 2**bits)
@@ -33,7 +36,8 @@ def draw(key: jax.Array, rate: float, shape: tuple[int, ...]) -> Bool[Array, "*b
 
 
 class Dropout(Module):
-    """Entries set to zero with probability `rate` in training, the others divided by 1 - rate (arXiv 1207.0580)."""
+    """Entries set to zero with probability `rate` in training, the others divided by 1 - rate (arXiv
+    1207.0580)."""
 
     def __init__(self, rate: float, *, rngs: nnx.Rngs):
         if not 0 <= rate < 1:

@@ -1,11 +1,16 @@
-"""TSM2: forecasting many series at once by selection along time and along variates (arXiv 2403.19888, first version).
+"""TSM2: forecasting many series at once by selection along time and along variates (arXiv 2403.19888, first
+version).
 
-Every variate is cut into patches of P steps, one every S steps; a patch becomes a vector, so there are tokens [b, n, m, d] for n patches
-of m variates. A `MambaMixerStack` mixes them: its token mixer scans the patches of a variate forwards, its channel mixer scans the variates
-of a patch in both directions. The last n tokens of a variate give its forecast, by one linear map that all variates share.
+Every variate is cut into patches of P steps, one every S steps; a patch becomes a vector, so there are tokens
+[b, n, m, d] for n patches
+of m variates. A `MambaMixerStack` mixes them: its token mixer scans the patches of a variate forwards, its
+channel mixer scans the variates of a patch in both directions. The last n tokens of a variate give its
+forecast, by one linear map that all variates share.
 
-`TSM2` is the published form, from a window to a forecast. Its norm takes statistics over time, so it cannot stream. `StreamingTSM2` obeys
-the law: the same layers, with statistics that only look back. Left out: the paper's static and future covariates.
+`TSM2` is the published form, from a window to a forecast. Its norm takes statistics over time, so it cannot
+stream. `StreamingTSM2` obeys
+the law: the same layers, with statistics that only look back. Left out: the paper's static and future
+covariates.
 """
 
 import functools
@@ -31,14 +36,24 @@ EPSILON = 1e-5  # of the variance of a series, as in RevIN
 
 
 class VariateNorm(Module):
-    """(x - mean) / sqrt(var + eps) * scale + bias over all axes of [b, n, m, d] that `over` names, for every other index alone.
+    """(x - mean) / sqrt(var + eps) * scale + bias over all axes of [b, n, m, d] that `over` names, for every
+    other index alone.
 
-    "time" is the paper's 2D norm: statistics over patches and variates together, for every channel of the embedding, and affine weights
-    [n, m] (eps as in TSMixer's code). It needs all n patches at once. "step" takes them over the variates and channels of one patch,
-    with affine weights [m, d], and is what streams.
+    "time" is the paper's 2D norm: statistics over patches and variates together, for every channel of the
+    embedding, and affine weights [n, m] (eps as in TSMixer's code). It needs all n patches at once. "step"
+    takes them over the variates and channels of one patch, with affine weights [m, d], and is what streams.
     """
 
-    def __init__(self, dim: int, *, variates: int, patches: int, over: str, eps: float = 1e-3, rngs: nnx.Rngs | None = None):
+    def __init__(
+        self,
+        dim: int,
+        *,
+        variates: int,
+        patches: int,
+        over: str,
+        eps: float = 1e-3,
+        rngs: nnx.Rngs | None = None,
+    ):
         check_name(over, ("time", "step"), "over")
         shape = (patches, variates) if over == "time" else (variates, dim)
         self.scale, self.bias = nnx.Param(jnp.ones(shape)), nnx.Param(jnp.zeros(shape))
@@ -49,12 +64,16 @@ class VariateNorm(Module):
         axes = (1, 2) if self.over == "time" else (2, 3)
         centred = wide - jnp.mean(wide, axis=axes, keepdims=True)
         y = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=axes, keepdims=True) + self.eps)
-        scale, bias = ((p[..., None] if self.over == "time" else p[...]).astype(wide.dtype) for p in (self.scale, self.bias))
+        scale, bias = (
+            (p[..., None] if self.over == "time" else p[...]).astype(wide.dtype)
+            for p in (self.scale, self.bias)
+        )
         return (y * scale + bias).astype(x.dtype)
 
 
 class TimeMixer(Module):
-    """A causal `SelectiveMixer` along the patches of every variate alone; all variates share its weights. States keep rows first."""
+    """A causal `SelectiveMixer` along the patches of every variate alone; all variates share its weights.
+    States keep rows first."""
 
     causal, lookahead, exact = True, 0, True
 
@@ -66,7 +85,13 @@ class TimeMixer(Module):
         state = self.mixer.init_state(batch * self.variates, dtype)
         return jax.tree.map(lambda leaf: leaf.reshape(batch, self.variates, *leaf.shape[1:]), state)
 
-    def __call__(self, x: VariateTokens, state: State | None = None, reset: Steps | None = None, valid: Steps | None = None):
+    def __call__(
+        self,
+        x: VariateTokens,
+        state: State | None = None,
+        reset: Steps | None = None,
+        valid: Steps | None = None,
+    ):
         m = x.shape[2]
         reset, valid = (None if flag is None else jnp.repeat(flag, m, axis=0) for flag in (reset, valid))
         state = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), state)
@@ -76,7 +101,8 @@ class TimeMixer(Module):
 
 
 class VariateMixer(Module):
-    """A `SelectiveMixer` in both directions along the variates of every patch: pointwise in time, it has no state."""
+    """A `SelectiveMixer` in both directions along the variates of every patch: pointwise in time, it has no
+    state."""
 
     causal, lookahead, exact = True, 0, True
 
@@ -86,7 +112,13 @@ class VariateMixer(Module):
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[()]:
         return ()
 
-    def __call__(self, x: VariateTokens, state: State | None = None, reset: Steps | None = None, valid: Steps | None = None):
+    def __call__(
+        self,
+        x: VariateTokens,
+        state: State | None = None,
+        reset: Steps | None = None,
+        valid: Steps | None = None,
+    ):
         return within_steps(self.mixer, x, valid), state
 
 
@@ -110,12 +142,22 @@ class Forecaster(Module):
         final_sum: bool,
         rngs: nnx.Rngs,
     ):
-        self.variates, self.length, self.horizon = positive("variates", variates), positive("length", length), positive("horizon", horizon)
-        self.patch, self.stride, self.width = positive("patch", patch), positive("stride", stride), positive("dim", dim)
+        self.variates, self.length, self.horizon = (
+            positive("variates", variates),
+            positive("length", length),
+            positive("horizon", horizon),
+        )
+        self.patch, self.stride, self.width = (
+            positive("patch", patch),
+            positive("stride", stride),
+            positive("dim", dim),
+        )
         if patch > length:
             raise ValueError(f"patch must be at most length={length}, got {patch}")
         if stride > patch:
-            raise ValueError(f"stride must be at most patch={patch}, or steps between patches are never read, got {stride}")
+            raise ValueError(
+                f"stride must be at most patch={patch}, or steps between patches are never read, got {stride}"
+            )
         self.patches = (length - patch) // stride + 1
         self.embed = Linear(patch, dim, bias=True, rngs=rngs)
         self.stack = MambaMixerStack(
@@ -131,7 +173,10 @@ class Forecaster(Module):
 
     def check(self, x: Series) -> None:
         if x.ndim != 3 or x.shape[2] != self.variates or not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"x must be a floating-point array [b, t, m] with m = variates = {self.variates}, got {x.dtype}{x.shape}")
+            raise ValueError(
+                f"x must be a floating-point array [b, t, m] with m = variates = {self.variates}, got "
+                f"{x.dtype}{x.shape}"
+            )
 
     def cut(self, x: Series) -> Float[Array, "b n m p"]:
         """All whole patches of x, from its first step on."""
@@ -144,16 +189,19 @@ class Forecaster(Module):
 
 
 class TSM2(Forecaster):
-    """The published form: `model(x)` maps a window [b, length, m] to its forecast [b, horizon, m], and so does `model.forecast(x)`.
+    """The published form: `model(x)` maps a window [b, length, m] to its forecast [b, horizon, m], and so
+    does `model.forecast(x)`.
 
     Args:
       variates, length, horizon: m series, the steps of a window, and the steps to forecast.
-      patch, stride: P and S. n = floor((length - P) / S) + 1 patches; where S does not divide length - P, some steps are not read: the
-        oldest with align="end", the newest with align="start", as frameworks unfold windows.
+      patch, stride: P and S. n = floor((length - P) / S) + 1 patches; where S does not divide length - P,
+        some steps are not read: the oldest with align="end", the newest with align="start", as frameworks
+        unfold windows.
       dim, depth: width of a token, and blocks.
-      mixer: a `SelectiveMixer` with other sizes, called as mixer(dim, rngs=rngs), with bidirectional=True for the variates.
-      reversible: subtract every variate's mean over the window and divide by its deviation, undone on the forecast (RevIN, without its
-        affine map). Not in the paper, but in every forecast of this kind since.
+      mixer: a `SelectiveMixer` with other sizes, called as mixer(dim, rngs=rngs), with bidirectional=True for
+        the variates.
+      reversible: subtract every variate's mean over the window and divide by its deviation, undone on the
+        forecast (RevIN, without its affine map). Not in the paper, but in every forecast of this kind since.
       final_sum: see `MambaMixerStack`; the paper's equations end without it.
 
     Not causal: norm and RevIN look at the whole window.
@@ -183,7 +231,9 @@ class TSM2(Forecaster):
         rngs: nnx.Rngs,
     ):
         sizes = {"patch": patch, "stride": stride, "dim": dim, "depth": depth}
-        super().__init__(variates, length, horizon, **sizes, mixer=mixer, norm="time", final_sum=final_sum, rngs=rngs)
+        super().__init__(
+            variates, length, horizon, **sizes, mixer=mixer, norm="time", final_sum=final_sum, rngs=rngs
+        )
         check_name(align, ("start", "end"), "align")
         self.reversible, self.align = reversible, align
 

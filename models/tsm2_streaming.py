@@ -1,4 +1,5 @@
-"""TSM2 under the law: a forecast at every step of an endless series, from states of constant size (see `tsm2` for the published form)."""
+"""TSM2 under the law: a forecast at every step of an endless series, from states of constant size (see `tsm2`
+for the published form)."""
 
 from typing import NamedTuple
 
@@ -15,7 +16,8 @@ from seqlab.state import State, mask_steps, segments, select_rows
 
 
 class Scale(NamedTuple):
-    """Statistics that look back and forget: the weight of what was seen [b, 1], its mean [b, m] and the sum of its squared deviations."""
+    """Statistics that look back and forget: the weight of what was seen [b, 1], its mean [b, m] and the sum
+    of its squared deviations."""
 
     weight: Float[Array, "b 1"]
     mean: Float[Array, "b m"]
@@ -27,9 +29,10 @@ class Scale(NamedTuple):
 
 
 class StreamingTSM2State(NamedTuple):
-    """`recent` [b, p-1, m]: the steps that the next patch may still need. `seen` [b]: steps of the sequence so far, modulo the stride once
-    its first patch is whole. `tokens` [b, n-1, m, d]: the last outputs of the stack, `count` [b] of them the sequence's own. `forecast`
-    [b, h, m]: the one that holds until the next patch is whole. `scale` is () without RevIN."""
+    """`recent` [b, p-1, m]: the steps that the next patch may still need. `seen` [b]: steps of the sequence
+    so far, modulo the stride once its first patch is whole. `tokens` [b, n-1, m, d]: the last outputs of the
+    stack, `count` [b] of them the sequence's own. `forecast` [b, h, m]: the one that holds until the next
+    patch is whole. `scale` is () without RevIN."""
 
     recent: Float[Array, "b p-1 m"]
     seen: Int[Array, " b"]
@@ -43,18 +46,21 @@ class StreamingTSM2State(NamedTuple):
 class StreamingTSM2(Forecaster):
     """TSM2 whose statistics only look back, so that it forecasts at every step and streams.
 
-    `model(x, state, reset, valid)` maps a chunk [b, t, m] of any length to [b, t, horizon, m]: at every step the forecast made when the
-    latest patch became whole, of the `horizon` steps behind that patch; zeros before the first patch of a sequence. Patches end at steps
-    P, P + S, P + 2 S, ... of a sequence; the state keeps the part of a patch that a chunk ends in.
+    `model(x, state, reset, valid)` maps a chunk [b, t, m] of any length to [b, t, horizon, m]: at every step
+    the forecast made when the latest patch became whole, of the `horizon` steps behind that patch; zeros
+    before the first patch of a sequence. Patches end at steps P, P + S, P + 2 S, ... of a sequence; the state
+    keeps the part of a patch that a chunk ends in.
 
-    `model.forecast(x)` is the forecast [b, horizon, m] of what follows x [b, t, m], t >= P: training's form, the last output of a fresh
-    stream whose patches end where x ends (so the first (t - P) mod S steps are not read).
+    `model.forecast(x)` is the forecast [b, horizon, m] of what follows x [b, t, m], t >= P: training's form,
+    the last output of a fresh stream whose patches end where x ends (so the first (t - P) mod S steps are not
+    read).
 
-    Two things differ from the published form, because it looks ahead: norms take their statistics over the variates and channels of one
-    patch instead of over time, and RevIN, where `reversible`, takes mean and deviation at the end of a patch over the past, with weights
-    that decay by 1 - 1/length a step; a forecast is scaled back by those of its own patch. The head reads the last n tokens, zeros where
-    a sequence has fewer, while the states of the time mixers reach back without end. Arguments are those of `TSM2`; `length` sets n and
-    the memory of RevIN.
+    Two things differ from the published form, because it looks ahead: norms take their statistics over the
+    variates and channels of one patch instead of over time, and RevIN, where `reversible`, takes mean and
+    deviation at the end of a patch over the past, with weights that decay by 1 - 1/length a step; a forecast
+    is scaled back by those of its own patch. The head reads the last n tokens, zeros where a sequence has
+    fewer, while the states of the time mixers reach back without end. Arguments are those of `TSM2`; `length`
+    sets n and the memory of RevIN.
 
     Raises:
       ValueError: an impossible size, or an x of another shape.
@@ -80,7 +86,9 @@ class StreamingTSM2(Forecaster):
         rngs: nnx.Rngs,
     ):
         sizes = {"patch": patch, "stride": stride, "dim": dim, "depth": depth}
-        super().__init__(variates, length, horizon, **sizes, mixer=mixer, norm="step", final_sum=final_sum, rngs=rngs)
+        super().__init__(
+            variates, length, horizon, **sizes, mixer=mixer, norm="step", final_sum=final_sum, rngs=rngs
+        )
         self.reversible = reversible
 
     @property
@@ -121,14 +129,22 @@ class StreamingTSM2(Forecaster):
         y = self.read(tokens)
         return (y * scale.deviation[:, -1:] + scale.mean[:, -1:]).astype(x.dtype) if self.reversible else y
 
-    def __call__(self, x: Series, state: StreamingTSM2State | None = None, reset: Steps | None = None, valid: Steps | None = None):
+    def __call__(
+        self,
+        x: Series,
+        state: StreamingTSM2State | None = None,
+        reset: Steps | None = None,
+        valid: Steps | None = None,
+    ):
         self.check(x)
         batch, time, _ = x.shape
         old = self.init_state(batch, x.dtype) if state is None else state
         if time == 0:
             return jnp.zeros((batch, 0, self.horizon, self.variates), x.dtype), state
         order, kept, total = None, None, jnp.full((batch,), time, jnp.int32)
-        if valid is not None:  # put the valid steps of every row in front: what follows need not know where they stood
+        if (
+            valid is not None
+        ):  # put the valid steps of every row in front: what follows need not know where they stood
             order, total = front(valid), jnp.sum(valid, axis=1, dtype=jnp.int32)
             kept, x = jnp.arange(time) < total[:, None], rows(mask_steps(x, valid), order)
             reset = None if reset is None else rows(reset & valid, order)
@@ -138,7 +154,12 @@ class StreamingTSM2(Forecaster):
         return y, (None if state is None else new)
 
     def _packed(
-        self, x: Series, old: StreamingTSM2State, reset: Steps | None, kept: Steps | None, total: Int[Array, " b"]
+        self,
+        x: Series,
+        old: StreamingTSM2State,
+        reset: Steps | None,
+        kept: Steps | None,
+        total: Int[Array, " b"],
     ) -> tuple[Float[Array, "b t h m"], StreamingTSM2State]:
         """The call for rows whose first `total` steps are valid and whose others are zeros."""
         P, S, n, (batch, time, _) = self.patch, self.stride, self.patches, x.shape
@@ -147,7 +168,8 @@ class StreamingTSM2(Forecaster):
         whole = (age >= P) & ((age - P) % S == 0) & (True if kept is None else kept)
         started = steps.length >= P  # the sequence that goes on has a patch
 
-        # Patches, in at most ceil(t / S) slots, because two are never closer than S steps. Slots without a patch are not valid.
+        # Patches, in at most ceil(t / S) slots, because two are never closer than S steps. Slots without a
+        # patch are not valid.
         slots, patches = front(whole)[:, : -(-time // S)], jnp.sum(whole, axis=1, dtype=jnp.int32)
         there = jnp.arange(slots.shape[1]) < patches[:, None]
         history = jnp.concatenate([old.recent, x], axis=1)
@@ -170,22 +192,32 @@ class StreamingTSM2(Forecaster):
         seen = memory[:, jnp.arange(slots.shape[1])[:, None] + jnp.arange(n)]
         own = jnp.arange(n) >= n - 1 - chain.positions[..., None]
         made = self.read(jnp.where(own[..., None, None], seen, 0))
-        made = (made * at.deviation[:, :, None] + at.mean[:, :, None]).astype(x.dtype) if self.reversible else made
+        made = (
+            (made * at.deviation[:, :, None] + at.mean[:, :, None]).astype(x.dtype)
+            if self.reversible
+            else made
+        )
         latest = jnp.cumsum(whole, axis=1) - 1
-        y = jnp.where((latest >= 0)[..., None, None], rows(made, jnp.maximum(latest, 0)), old.forecast[:, None])
+        y = jnp.where(
+            (latest >= 0)[..., None, None], rows(made, jnp.maximum(latest, 0)), old.forecast[:, None]
+        )
         y = jnp.where((age >= P)[..., None, None], y, 0)
 
         count = jnp.where(started, jnp.minimum(chain.length, n - 1), 0)
         recent = _tail(history, total, steps.length, P - 1)
         seen = jnp.where(started, P + (steps.length - P) % S, steps.length)
         forecast = select_rows(total > 0, last(y, total), old.forecast)
-        return y, StreamingTSM2State(recent, seen, scale, stack, _tail(memory, patches, count, n - 1), count, forecast)
+        return y, StreamingTSM2State(
+            recent, seen, scale, stack, _tail(memory, patches, count, n - 1), count, forecast
+        )
 
 
 def running_scale(x: Series, old: Scale, reset: Steps | None, kept: Steps | None, decay: float) -> Scale:
-    """Mean and squared deviations of every variate over the past of every step [b, t, ...], weighted by decay^(steps ago).
+    """Mean and squared deviations of every variate over the past of every step [b, t, ...], weighted by
+    decay^(steps ago).
 
-    Two stretches of time merge by weight (Chan, Golub and LeVeque 1983), which stays accurate for a series far from 0.
+    Two stretches of time merge by weight (Chan, Golub and LeVeque 1983), which stays accurate for a series
+    far from 0.
     """
     wide = x.astype(accumulator(x.dtype))
     fades = jnp.full((*x.shape[:2], 1), decay, wide.dtype)
@@ -194,7 +226,10 @@ def running_scale(x: Series, old: Scale, reset: Steps | None, kept: Steps | None
     if kept is not None:
         fades, weights = jnp.where(kept[..., None], fades, 1.0), kept[..., None].astype(wide.dtype)
     stretches = (fades, weights, wide, jnp.zeros_like(wide))
-    stretches = tuple(jnp.concatenate([a[:, None], b], axis=1) for a, b in zip((jnp.ones_like(old.weight), *old), stretches, strict=True))
+    stretches = tuple(
+        jnp.concatenate([a[:, None], b], axis=1)
+        for a, b in zip((jnp.ones_like(old.weight), *old), stretches, strict=True)
+    )
 
     def merge(left: tuple[Array, ...], right: tuple[Array, ...]) -> tuple[Array, ...]:
         (fade, weight, mean, squares), (fade_r, weight_r, mean_r, squares_r) = left, right
@@ -222,7 +257,9 @@ def last(x: Float[Array, "b t *d"], total: Int[Array, " b"]) -> Float[Array, "b 
     return rows(x, jnp.maximum(total - 1, 0))
 
 
-def _tail(x: Float[Array, "b s *d"], begin: Int[Array, " b"], own: Int[Array, " b"], size: int) -> Float[Array, "b size *d"]:
+def _tail(
+    x: Float[Array, "b s *d"], begin: Int[Array, " b"], own: Int[Array, " b"], size: int
+) -> Float[Array, "b size *d"]:
     """`size` entries of every row from `begin` on, zeros but for the last `own`, which are its sequence's."""
     keep = jnp.arange(size) >= size - own[:, None]
     return mask_steps(rows(x, begin[:, None] + jnp.arange(size)), keep)

@@ -1,4 +1,5 @@
-"""Where tokens of text and of video stand in time, height and width (Qwen2.5-VL's rule; StreamingVLM, arXiv 2510.09608)."""
+"""Where tokens of text and of video stand in time, height and width (Qwen2.5-VL's rule; StreamingVLM, arXiv
+2510.09608)."""
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -13,10 +14,13 @@ def video_positions(
     seconds_per_grid: float = 1.0,
     tokens_per_second: float = 2.0,
 ) -> Float[np.ndarray, "b t 3"]:
-    """Positions along (time, height, width) for `seqlab.models.layers.rotate` with `sections`, counted anew from the first token.
+    """Positions along (time, height, width) for `seqlab.models.layers.rotate` with `sections`, counted anew
+    from the first token.
 
-    A token of text stands at (p, p, p), one further than the furthest axis of what came before. The tokens of a video that begins there
-    stand at p plus their place: in the grid of merged patches down and across, and in time by seconds_per_grid * tokens_per_second.
+    A token of text stands at (p, p, p), one further than the furthest axis of what came before. The tokens of
+    a video that begins there
+    stand at p plus their place: in the grid of merged patches down and across, and in time by
+    seconds_per_grid * tokens_per_second.
 
     Args:
       tokens: [b, t]; `video_token` stands for each merged patch of a video, in the order time, height, width.
@@ -38,9 +42,14 @@ def video_positions(
             shape = next(shapes, (0, 0, 0))
             size = int(np.prod(shape))
             if not size or (ids[at : at + size] != video_token).any() or at + size > len(ids):
-                raise ValueError(f"grids must account for the video tokens from place {at} of row {row} on, got {grids} with merge={merge}")
+                raise ValueError(
+                    f"grids must account for the video tokens from place {at} of row {row} on, got {grids} "
+                    f"with merge={merge}"
+                )
             place = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1).reshape(size, 3)
-            out[row, at : at + size] = first + place * np.asarray([seconds_per_grid * tokens_per_second, 1, 1], np.float32)
+            out[row, at : at + size] = first + place * np.asarray(
+                [seconds_per_grid * tokens_per_second, 1, 1], np.float32
+            )
             at, first = at + size, out[row, at : at + size].max() + 1
     if next(shapes, None) is not None:
         raise ValueError(f"grids must account for the video tokens, more of them than videos: {grids}")

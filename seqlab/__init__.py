@@ -4,10 +4,11 @@ The mental model is one law. A mixer is a function of a chunk of any length and 
 
     y, state = mixer(x, state, reset=None, valid=None)
 
-and the whole sequence, any split of it into chunks, and one step at a time are the same function. `verify_streaming` checks it on
-any mixer or model; `stream_generate` lives by it.
+and the whole sequence, any split of it into chunks, and one step at a time are the same function.
+`verify_streaming` checks it on any mixer or model; `stream_generate` lives by it.
 
-Importing seqlab imports neither JAX nor any of the heavier libraries: every public name is loaded when it is first used.
+Importing seqlab imports neither JAX nor any of the heavier libraries: every public name is loaded when it is
+first used.
 """
 
 import importlib
@@ -43,8 +44,9 @@ _PUBLIC = {
 
 __all__ = ["__version__", *_PUBLIC]
 
-# The four folders beside this one are seqlab's subpackages. An installed seqlab maps them by name (pyproject.toml); this line lets a
-# bare checkout find them too, and only a checkout: the neighbours of an installed package are other people's.
+# The four folders beside this one are seqlab's subpackages. An installed seqlab maps them by name
+# (pyproject.toml); this line lets a bare checkout find them too, and only a checkout: the neighbours of an
+# installed package are other people's.
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 if (_ROOT / "pyproject.toml").is_file() and str(_ROOT) not in __path__:
     __path__.append(str(_ROOT))

@@ -1,11 +1,13 @@
-"""What a trained model is worth with other memories: quality against bytes of state and speed, policy by policy.
+"""What a trained model is worth with other memories: quality against bytes of state and speed, policy by
+policy.
 
-Perplexity by position on held-out streams, pass keys at several depths, and questions to one shared context, each to a copy of the cache
-(multi-request) or one after the other to the same one (multi-turn), as SCBench asks them (arXiv 2412.10319). An answer counts if the
+Perplexity by position on held-out streams, pass keys at several depths, and questions to one shared context,
+each to a copy of the cache (multi-request) or one after the other to the same one (multi-turn), as SCBench
+asks them (arXiv 2412.10319). An answer counts if the
 likeliest byte is the right one at each of its digits: exactly when greedy decoding writes it.
 
-Every policy's figures lie in a file of their own below the folder, so an interrupted bench goes on where it stopped; cache_bench.json,
-cache_bench.md and cache_bench.png are written anew by every call.
+Every policy's figures lie in a file of their own below the folder, so an interrupted bench goes on where it
+stopped; cache_bench.json, cache_bench.md and cache_bench.png are written anew by every call.
 """
 
 import json
@@ -33,7 +35,18 @@ from seqlab.train.packing import Windows
 from seqlab.train.tasks.passkeys import FRAME, Quiz, digits_of, haystacks, quiz
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-COLUMNS = ("cache", "state bytes", "of the first", "tokens/s", "bits a token", "ppl to {n}", "ppl beyond", "pass key", "requests", "turns")
+COLUMNS = (
+    "cache",
+    "state bytes",
+    "of the first",
+    "tokens/s",
+    "bits a token",
+    "ppl to {n}",
+    "ppl beyond",
+    "pass key",
+    "requests",
+    "turns",
+)
 _CHUNK = 256
 
 
@@ -44,7 +57,8 @@ class BenchError(ValueError):
 class Settings(NamedTuple):
     """What is measured, the same for all policies of a folder.
 
-    `rows` held-out streams of `length` steps, of a model trained on `trained`; contexts of `context` steps: `items` for every depth and
+    `rows` held-out streams of `length` steps, of a model trained on `trained`; contexts of `context` steps:
+    `items` for every depth and
     for the `turns` questions to a shared context. `step`: the checkpoint.
     """
 
@@ -60,8 +74,9 @@ class Settings(NamedTuple):
 class Row(NamedTuple):
     """A policy's figures.
 
-    `nats`, `targets`: mean cross entropy and number of targets by bucket of positions, see `edges`. Shares of right answers:
-    `passkey` by depth, `requests` and `turns` by turn; None where the model does not read bytes. `tokens_per_second`: decoding, one stream.
+    `nats`, `targets`: mean cross entropy and number of targets by bucket of positions, see `edges`. Shares of
+    right answers: `passkey` by depth, `requests` and `turns` by turn; None where the model does not read
+    bytes. `tokens_per_second`: decoding, one stream.
     """
 
     cache: str
@@ -75,7 +90,11 @@ class Row(NamedTuple):
 
     def perplexity(self, buckets: Sequence[bool]) -> float | None:
         """Over the buckets named, None where they are empty."""
-        chosen = [(nats, count) for nats, count, take in zip(self.nats, self.targets, buckets, strict=True) if take and count]
+        chosen = [
+            (nats, count)
+            for nats, count, take in zip(self.nats, self.targets, buckets, strict=True)
+            if take and count
+        ]
         total = sum(count for _, count in chosen)
         return float(np.exp(sum(nats * count for nats, count in chosen) / total)) if total else None
 
@@ -109,12 +128,15 @@ def plan(
     turns: int = 4,
     out: str | os.PathLike[str] | None = None,
 ) -> Plan:
-    """What is to be measured of the run in `workdir`: the caches named, "full(2048),sinks(4)+window(252)+int4", or a choice of them.
+    """What is to be measured of the run in `workdir`: the caches named,
+    "full(2048),sinks(4)+window(252)+int4", or a choice of them.
 
-    `duo(s)` streams the share s of all heads by the gates that were fitted (`seqlab.gates`). Nothing is written.
+    `duo(s)` streams the share s of all heads by the gates that were fitted (`seqlab.gates`). Nothing is
+    written.
 
     Raises:
-      BenchError, ValueError: a cache that cannot be read, does not fit the heads or ends before the streams do; a model without attention
+      BenchError, ValueError: a cache that cannot be read, does not fit the heads or ends before the streams
+      do; a model without attention
         or of other than tokens; too little held-out data; a folder with figures of other settings.
     """
     trained = runs.load(workdir, step)
@@ -129,10 +151,16 @@ def plan(
     experiment = config.build(trained.config)
     streams, window = _held_out(experiment, length, rows)
     context = max(window, (turns + 1) * 2 * (digits_of(experiment.data) + FRAME))
-    settings = Settings(trained.step, window, streams["inputs"].shape[1], streams["inputs"].shape[0], context, items, turns)
+    settings = Settings(
+        trained.step, window, streams["inputs"].shape[1], streams["inputs"].shape[0], context, items, turns
+    )
     fitted = gates.load(workdir, trained.step)
     most = max(settings.length, context)
-    names = report.split_specs(caches) if caches is not None else defaults(layers[0], window, most, fitted is not None)
+    names = (
+        report.split_specs(caches)
+        if caches is not None
+        else defaults(layers[0], window, most, fitted is not None)
+    )
     if len(set(map(report.file_name, names))) < len(names):
         raise BenchError(f"caches: one is there twice in {caches}")
     policies = {name: _policy(name, model, fitted, most) for name in names}
@@ -142,7 +170,8 @@ def plan(
 
 
 def defaults(layer: Attention, trained: int, most: int, duo: bool) -> list[str]:
-    """Everything, its codings, windows of half the trained length (or of the model's own), and DuoAttention where gates were fitted."""
+    """Everything, its codings, windows of half the trained length (or of the model's own), and DuoAttention
+    where gates were fitted."""
     window = layer.cache.window if isinstance(layer.cache, Window) else max(8, trained // 2)
     group = next((g for g in (32, 16, 8, 4) if layer.head_dim % g == 0), layer.head_dim)
     residual = max(group, min(128, trained // 4) // group * group)
@@ -174,14 +203,21 @@ def run(planned: Plan) -> Bench:
             print(f"{name}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
         found.append(Row(**json.loads(file.read_text()) | {"cache": name}))
     bench = Bench(settings, bounds, found)
-    record = {"settings": settings._asdict(), "edges": bounds, "depths": DEPTHS, "rows": [row._asdict() for row in found]}
+    record = {
+        "settings": settings._asdict(),
+        "edges": bounds,
+        "depths": DEPTHS,
+        "rows": [row._asdict() for row in found],
+    }
     report.write(folder / "cache_bench.json", json.dumps(record, indent=1) + "\n")
     report.write(folder / "cache_bench.md", report.as_markdown(as_table(bench)))
     draw(bench, folder / "cache_bench.png")
     return bench
 
 
-def measure(name: str, policy: Any, planned: Plan, bounds: Sequence[int], quizzes: Sequence[Quiz] | None) -> Row:
+def measure(
+    name: str, policy: Any, planned: Plan, bounds: Sequence[int], quizzes: Sequence[Quiz] | None
+) -> Row:
     """All figures of the model under one policy."""
     model = with_cache(planned.trained.model, policy)
     read = _reader(model)
@@ -203,7 +239,8 @@ def measure(name: str, policy: Any, planned: Plan, bounds: Sequence[int], quizze
 
 
 def answered(read: Callable[..., Any], model: Module, asked: Quiz, copies: bool) -> list[float]:
-    """The share of right answers by turn: every question to a copy of the state behind the context, or to the state behind the last answer.
+    """The share of right answers by turn: every question to a copy of the state behind the context, or to the
+    state behind the last answer.
 
     Later questions stand behind the right answers to those before them, as in SCBench.
     """
@@ -212,7 +249,9 @@ def answered(read: Callable[..., Any], model: Module, asked: Quiz, copies: bool)
     for question, answer in zip(asked.questions.swapaxes(0, 1), asked.answers.swapaxes(0, 1), strict=True):
         turn = np.concatenate([question, answer], axis=1)
         _, right, after = read(state, turn, np.roll(turn, -1, axis=1))
-        shares.append(float(right[:, question.shape[1] - 1 : -2].all(axis=1).mean()))  # not the byte that closes the answer
+        shares.append(
+            float(right[:, question.shape[1] - 1 : -2].all(axis=1).mean())
+        )  # not the byte that closes the answer
         state = state if copies else after
     return shares
 
@@ -227,7 +266,8 @@ def edges(settings: Settings) -> list[int]:
 
 
 def as_table(bench: Bench) -> list[list[str]]:
-    """Header and rows as text: bits over all positions, perplexities up to the trained length and beyond, shares of right answers."""
+    """Header and rows as text: bits over all positions, perplexities up to the trained length and beyond,
+    shares of right answers."""
     ends = bench.edges[1:]
     near = [end <= bench.settings.trained for end in ends]
     header = [column.format(n=f"{bench.settings.trained:,}") for column in COLUMNS]
@@ -235,7 +275,10 @@ def as_table(bench: Bench) -> list[list[str]]:
     for row in bench.rows:
         bits = np.log2(row.perplexity([True] * len(near)))
         worth = [bits, row.perplexity(near), row.perplexity([not take for take in near])]
-        shares = [None if found is None else float(np.mean(found)) for found in (row.passkey, row.requests, row.turns)]
+        shares = [
+            None if found is None else float(np.mean(found))
+            for found in (row.passkey, row.requests, row.turns)
+        ]
         cells.append(
             [
                 row.cache,
@@ -253,19 +296,33 @@ def draw(bench: Bench, path: pathlib.Path) -> None:
     """One figure: perplexity by position, and what is still found for the bytes of the state."""
     with report.figure(path, columns=2) as (by_place, by_bytes):
         curves(by_place, bench)
-        found = any(sum([*row.passkey, *row.requests]) for row in bench.rows if row.requests is not None)  # where nothing is, bits say more
+        found = any(
+            sum([*row.passkey, *row.requests]) for row in bench.rows if row.requests is not None
+        )  # where nothing is, bits say more
         for row in bench.rows:
-            worth = np.mean([*row.passkey, *row.requests]) if found else np.log2(row.perplexity([True] * len(row.nats)))
+            worth = (
+                np.mean([*row.passkey, *row.requests])
+                if found
+                else np.log2(row.perplexity([True] * len(row.nats)))
+            )
             by_bytes.plot([row.state_bytes], [worth], "o")
-            by_bytes.annotate(row.cache, (row.state_bytes, worth), xytext=(4, 3), textcoords="offset points", fontsize=6)
+            by_bytes.annotate(
+                row.cache, (row.state_bytes, worth), xytext=(4, 3), textcoords="offset points", fontsize=6
+            )
         by_bytes.set_xscale("log", base=2)
         by_bytes.margins(x=0.3, y=0.15)
-        by_bytes.set(xlabel="state of one stream (bytes)", ylabel="answers right" if found else "bits a token")
+        by_bytes.set(
+            xlabel="state of one stream (bytes)", ylabel="answers right" if found else "bits a token"
+        )
 
 
 def curves(ax: Any, bench: Bench, rows: Sequence[Row] | None = None) -> None:
-    """Perplexity by position, both axes in octaves, and where training ended; of `rows`, which may end earlier, in place of the bench's."""
-    middle = [(begin * end) ** 0.5 if begin else end / 2 for begin, end in zip(bench.edges[:-1], bench.edges[1:], strict=True)]
+    """Perplexity by position, both axes in octaves, and where training ended; of `rows`, which may end
+    earlier, in place of the bench's."""
+    middle = [
+        (begin * end) ** 0.5 if begin else end / 2
+        for begin, end in zip(bench.edges[:-1], bench.edges[1:], strict=True)
+    ]
     for row in bench.rows if rows is None else rows:
         ax.plot(middle[: len(row.nats)], np.exp(row.nats), lw=1.2, label=row.cache)
     ax.axvline(bench.settings.trained, color="grey", lw=0.8, ls=":")
@@ -282,14 +339,20 @@ def _fresh(model: Module, batch: int, steps: int) -> State:
 
 
 def _reader(model: Module) -> Callable[..., tuple[Float[np.ndarray, "b t"], Bool[np.ndarray, "b t"], State]]:
-    """read(state, tokens, targets) -> cross entropies, whether the likeliest token is the target, the state behind."""
+    """read(state, tokens, targets) -> cross entropies, whether the likeliest token is the target, the state
+    behind."""
     static, params = split(model)
 
     @jax.jit
-    def score(params: Any, state: State, tokens: jax.Array, targets: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array, State]:
+    def score(
+        params: Any, state: State, tokens: jax.Array, targets: jax.Array, valid: jax.Array
+    ) -> tuple[jax.Array, jax.Array, State]:
         logits, state = merge(static, params)(tokens, state, None, valid)
         logits = logits.astype(jnp.float32)
-        nats = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        nats = (
+            jax.nn.logsumexp(logits, axis=-1)
+            - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        )
         return nats, jnp.argmax(logits, axis=-1) == targets, state
 
     def read(state: State, tokens: Int[np.ndarray, "b t"], targets: Int[np.ndarray, "b t"] | None = None):
@@ -297,7 +360,9 @@ def _reader(model: Module) -> Callable[..., tuple[Float[np.ndarray, "b t"], Bool
         for arrays in _chunks(tokens, tokens if targets is None else targets):
             nats, right, state = score(params, state, *arrays)
             found.append((np.asarray(nats), np.asarray(right)))
-        nats, right = (np.concatenate(parts, axis=1)[:, : tokens.shape[1]] for parts in zip(*found, strict=True))
+        nats, right = (
+            np.concatenate(parts, axis=1)[:, : tokens.shape[1]] for parts in zip(*found, strict=True)
+        )
         return nats, right, state
 
     return read
@@ -315,10 +380,11 @@ def _chunks(*arrays: Int[np.ndarray, "b t"]) -> Iterator[tuple[np.ndarray, ...]]
 
 
 def _held_out(experiment: Any, length: int | None, rows: int | None) -> tuple[dict[str, np.ndarray], int]:
-    """Streams [b, t] of held-out tokens with their targets and which of these count, and the length of training.
+    """Streams [b, t] of held-out tokens with their targets and which of these count, and the length of
+    training.
 
-    Text goes on from document to document as one stream, which begins as streams do in generation; the examples of a task are streams of
-    their own.
+    Text goes on from document to document as one stream, which begins as streams do in generation; the
+    examples of a task are streams of their own.
     """
     windows = experiment.data.validation()
     first = windows[0]["inputs"]
@@ -326,14 +392,23 @@ def _held_out(experiment: Any, length: int | None, rows: int | None) -> tuple[di
         length, rows = length or 4 * len(first), rows or 8
         stride = (len(windows.stream) - 1) // rows
         if stride < length:
-            raise BenchError(f"{rows} streams of {length:,} steps are more than the {len(windows.stream):,} tokens held out")
-        text = np.stack([windows.stream[i * stride : i * stride + length] for i in range(rows)]).astype(np.int32)
+            raise BenchError(
+                f"{rows} streams of {length:,} steps are more than the {len(windows.stream):,} tokens held "
+                "out"
+            )
+        text = np.stack([windows.stream[i * stride : i * stride + length] for i in range(rows)]).astype(
+            np.int32
+        )
         text = np.concatenate([np.full((rows, 1), experiment.data.tokenizer.bos, np.int32), text], axis=1)
-        return {"inputs": text[:, :-1], "targets": text[:, 1:], "valid": np.ones((rows, length), bool)}, len(first)
+        return {"inputs": text[:, :-1], "targets": text[:, 1:], "valid": np.ones((rows, length), bool)}, len(
+            first
+        )
     if length not in (None, len(first)):
         raise BenchError(f"length: the examples of {experiment.data!r} have {len(first)} steps, got {length}")
     items = [windows[i] for i in range(min(rows or 64, len(windows)))]
-    return {name: np.stack([item[name] for item in items]) for name in ("inputs", "targets", "valid")}, len(first)
+    return {name: np.stack([item[name] for item in items]) for name in ("inputs", "targets", "valid")}, len(
+        first
+    )
 
 
 def _policy(name: str, model: Module, fitted: gates.Gates | None, most: int) -> Any:
@@ -354,18 +429,31 @@ def _check_folder(folder: pathlib.Path, settings: Settings) -> None:
             raise BenchError(f"{folder} holds something else: choose another folder")
         return
     saved = json.loads(file.read_text())
-    lines = [f"\n  {name}: {saved.get(name)} -> {value}" for name, value in settings._asdict().items() if saved.get(name) != value]
+    lines = [
+        f"\n  {name}: {saved.get(name)} -> {value}"
+        for name, value in settings._asdict().items()
+        if saved.get(name) != value
+    ]
     if lines:
         raise BenchError(
-            f"{folder} belongs to another bench (saved -> given):{''.join(lines)}\nchoose another folder, or the same settings"
+            f"{folder} belongs to another bench (saved -> given):{''.join(lines)}\nchoose another folder, "
+            "or the same settings"
         )
 
 
 def _quizzes(planned: Plan) -> list[Quiz] | None:
-    """A context with one key for every depth, and contexts with several; None where tokens are not bytes. The same for all policies."""
-    if not isinstance(planned.trained.tokenizer, ByteTokenizer) or planned.trained.model.vocab_size < ByteTokenizer.vocab_size:
+    """A context with one key for every depth, and contexts with several; None where tokens are not bytes. The
+    same for all policies."""
+    if (
+        not isinstance(planned.trained.tokenizer, ByteTokenizer)
+        or planned.trained.model.vocab_size < ByteTokenizer.vocab_size
+    ):
         return None
-    settings, rng, data = planned.settings, np.random.default_rng(0), config.build(planned.trained.config).data
+    settings, rng, data = (
+        planned.settings,
+        np.random.default_rng(0),
+        config.build(planned.trained.config).data,
+    )
     digits, paths = digits_of(data), getattr(data, "paths", ())
 
     def asked(keys: int, depth: float | None) -> Quiz:

@@ -16,12 +16,14 @@ DIM = 64  # the width at which mixers are compared
 
 
 def catalog() -> dict[str, list[dict[str, Any]]]:
-    """`mixers`, `configs` and `fiddlers`, each a list of plain dictionaries. Nothing is allocated: mixers are built abstractly."""
+    """`mixers`, `configs` and `fiddlers`, each a list of plain dictionaries. Nothing is allocated: mixers are
+    built abstractly."""
     return {"mixers": [_mixer(cls) for cls in mixers()], "configs": _configs(), "fiddlers": _fiddlers()}
 
 
 def mixers() -> list[type]:
-    """The classes of `seqlab.models` that mix: the protocol of `seqlab.Mixer` with a width as first argument."""
+    """The classes of `seqlab.models` that mix: the protocol of `seqlab.Mixer` with a width as first
+    argument."""
     models = importlib.import_module("seqlab.models")
     classes = [getattr(models, name) for name in models.__all__]
     return sorted((cls for cls in classes if _mixes(cls)), key=lambda cls: cls.__name__)
@@ -30,14 +32,23 @@ def mixers() -> list[type]:
 def as_text(content: dict[str, list[dict[str, Any]]], width: int | None = None) -> str:
     """The catalog as tables, lines cut at `width` characters."""
     columns = ("name", "causal", "lookahead", "exact", "state_bytes", "parameters", "source", "summary")
-    lines = [f"Mixers (state of one stream in bytes and parameters at width {DIM})", *_table(content["mixers"], columns)]
+    lines = [
+        f"Mixers (state of one stream in bytes and parameters at width {DIM})",
+        *_table(content["mixers"], columns),
+    ]
     lines += ["", "Configs (seqlab train NAME)", *_table(content["configs"], ("name", "summary"))]
     lines += ["", "Fiddlers (--fiddler NAME)", *_table(content["fiddlers"], ("name", "summary"))]
-    return "\n".join(line if width is None or len(line) <= width else f"{line[: width - 1]}…" for line in lines)
+    return "\n".join(
+        line if width is None or len(line) <= width else f"{line[: width - 1]}…" for line in lines
+    )
 
 
 def _mixes(value: Any) -> bool:
-    if not (inspect.isclass(value) and issubclass(value, nnx.Module) and isinstance(getattr(value, "causal", None), bool)):
+    if not (
+        inspect.isclass(value)
+        and issubclass(value, nnx.Module)
+        and isinstance(getattr(value, "causal", None), bool)
+    ):
         return False
     return next(iter(inspect.signature(value).parameters), None) == "dim"
 
@@ -48,11 +59,20 @@ def _mixer(cls: type) -> dict[str, Any]:
     except TypeError:  # it needs more than a width, and its size depends on that
         mixer, size = cls, {"state_bytes": None, "parameters": None}
     else:
-        size = {"state_bytes": state_bytes(mixer) if mixer.causal else None, "parameters": count_params(mixer)}
+        size = {
+            "state_bytes": state_bytes(mixer) if mixer.causal else None,
+            "parameters": count_params(mixer),
+        }
     contract = {name: _plain(getattr(mixer, name, None)) for name in ("causal", "lookahead", "exact")}
     documents = (cls.__doc__ or "", inspect.getmodule(cls).__doc__ or "")
-    sources = [found.group(1) for text in documents if (found := re.search(r"arXiv[ :](\d{4}\.\d{4,5})", text))]
-    origin = {"source": f"arXiv {sources[0]}" if sources else "", "module": cls.__module__, "summary": _first_line(cls.__doc__)}
+    sources = [
+        found.group(1) for text in documents if (found := re.search(r"arXiv[ :](\d{4}\.\d{4,5})", text))
+    ]
+    origin = {
+        "source": f"arXiv {sources[0]}" if sources else "",
+        "module": cls.__module__,
+        "summary": _summary(cls.__doc__),
+    }
     return {"name": cls.__name__, **contract, **size, **origin}
 
 
@@ -66,7 +86,7 @@ def _configs() -> list[dict[str, Any]]:
     found = []
     for name in config.names():
         text = importlib.util.find_spec(f"seqlab.configs.{name}").loader.get_source(f"seqlab.configs.{name}")
-        found.append({"name": name, "summary": _first_line(ast.get_docstring(ast.parse(text)))})
+        found.append({"name": name, "summary": _summary(ast.get_docstring(ast.parse(text)))})
     return found
 
 
@@ -75,19 +95,33 @@ def _fiddlers() -> list[dict[str, Any]]:
 
     found = []
     for name, function in config.fiddlers().items():
-        arguments = [str(parameter) for parameter in list(inspect.signature(function).parameters.values())[1:]]
-        found.append({"name": f"{name}({', '.join(arguments)})" if arguments else name, "summary": _first_line(function.__doc__)})
+        arguments = [
+            str(parameter) for parameter in list(inspect.signature(function).parameters.values())[1:]
+        ]
+        found.append(
+            {
+                "name": f"{name}({', '.join(arguments)})" if arguments else name,
+                "summary": _summary(function.__doc__),
+            }
+        )
     return found
 
 
-def _first_line(text: str | None) -> str:
-    return (text or "").strip().partition("\n")[0].strip()
+def _summary(text: str | None) -> str:
+    """The first paragraph of a docstring, in one line."""
+    return " ".join((text or "").strip().partition("\n\n")[0].split())
 
 
 def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> list[str]:
-    table = [[column.replace("_", " ") for column in columns], *([_cell(row[column]) for column in columns] for row in rows)]
+    table = [
+        [column.replace("_", " ") for column in columns],
+        *([_cell(row[column]) for column in columns] for row in rows),
+    ]
     widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
-    return ["  " + "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in table]
+    return [
+        "  " + "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+        for line in table
+    ]
 
 
 def _cell(value: bool | int | str | None) -> str:

@@ -1,8 +1,8 @@
 """The command line. It imports nothing heavy before it knows what to do: `seqlab --help` answers at once.
 
-Exit codes: 0 done; 2 for what a user can put right (one line on stderr); 3 where training diverged; 130 and 143 after SIGINT and SIGTERM,
-with a checkpoint saved where training was under way; 1 for a result that `bench` finds wrong, and with a traceback for everything else,
-which is a bug.
+Exit codes: 0 done; 2 for what a user can put right (one line on stderr); 3 where training diverged; 130 and
+143 after SIGINT and SIGTERM, with a checkpoint saved where training was under way; 1 for a result that
+`bench` finds wrong, and with a traceback for everything else, which is a bug.
 """
 
 import argparse
@@ -24,7 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line with `arguments` (those of the process by default); returns the exit code."""
     args = parser().parse_args(arguments)
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does: configs may name modules of the folder one works in
+        sys.path.insert(
+            0, os.getcwd()
+        )  # as `python -m` does: configs may name modules of the folder one works in
     try:
         return args.run(args)
     except KeyboardInterrupt:
@@ -38,13 +40,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _exit_code(error: Exception) -> int | None:
-    """2 for a user's error, 3 for divergence, None for a bug. A ValueError is the user's if seqlab says so; Python says it of bugs too."""
+    """2 for a user's error, 3 for divergence, None for a bug. A ValueError is the user's if seqlab says so;
+    Python says it of bugs too."""
     from seqlab.train.checkpoint import CheckpointError
     from seqlab.train.loop import NonFiniteError
 
     if isinstance(error, NonFiniteError):
         return 3
-    return 2 if isinstance(error, OSError | CheckpointError) or (isinstance(error, ValueError) and _raised_here(error)) else None
+    return (
+        2
+        if isinstance(error, OSError | CheckpointError)
+        or (isinstance(error, ValueError) and _raised_here(error))
+        else None
+    )
 
 
 def _raised_here(error: Exception) -> bool:
@@ -80,7 +88,9 @@ def parser() -> argparse.ArgumentParser:
 def _add_making(commands: Any) -> None:
     """The commands that train."""
     train = commands.add_parser("train", help="train a config, or go on with a run")
-    train.add_argument("config", help="a name (`seqlab list` shows them) or the path of a Python file with base()")
+    train.add_argument(
+        "config", help="a name (`seqlab list` shows them) or the path of a Python file with base()"
+    )
     train.add_argument("--workdir", type=pathlib.Path, metavar="DIR", help="run folder; default runs/CONFIG")
     _add_changes(train)
     train.add_argument(
@@ -92,11 +102,19 @@ def _add_making(commands: Any) -> None:
     )
     train.set_defaults(run=_train)
 
-    comparing = commands.add_parser("compare", help="train configs, or one with several mixers, on one budget; a table and a figure")
+    comparing = commands.add_parser(
+        "compare", help="train configs, or one with several mixers, on one budget; a table and a figure"
+    )
     comparing.add_argument("configs", nargs="+", metavar="config", help="names or paths, as for train")
-    comparing.add_argument("--mixers", metavar="A,B,...", help='each config with each of these, such as "mamba(state_size=4),attention"')
+    comparing.add_argument(
+        "--mixers",
+        metavar="A,B,...",
+        help='each config with each of these, such as "mamba(state_size=4),attention"',
+    )
     comparing.add_argument("--steps", type=int, metavar="N", help="updates of every run")
-    comparing.add_argument("--workdir", type=pathlib.Path, metavar="DIR", help="folder of the runs; default runs/compare_CONFIGS")
+    comparing.add_argument(
+        "--workdir", type=pathlib.Path, metavar="DIR", help="folder of the runs; default runs/compare_CONFIGS"
+    )
     _add_changes(comparing)
     _add_json(comparing)
     comparing.set_defaults(run=_compare)
@@ -105,16 +123,39 @@ def _add_making(commands: Any) -> None:
 def _add_using(commands: Any) -> None:
     """The commands that do something with a trained model."""
     bench = commands.add_parser(
-        "cache-bench", help="what a trained model is worth with other caches, and what they cost; a table and a figure"
+        "cache-bench",
+        help="what a trained model is worth with other caches, and what they cost; a table and a figure",
     )
     _add_run(bench)
-    bench.add_argument("--caches", metavar="A,B,...", help='caches, such as "full(2048),sinks(4)+window(252)+int4,duo(0.75)"')
-    bench.add_argument("--length", type=int, metavar="N", help="steps of the held-out streams; default four times the trained length")
+    bench.add_argument(
+        "--caches", metavar="A,B,...", help='caches, such as "full(2048),sinks(4)+window(252)+int4,duo(0.75)"'
+    )
+    bench.add_argument(
+        "--length",
+        type=int,
+        metavar="N",
+        help="steps of the held-out streams; default four times the trained length",
+    )
     bench.add_argument("--rows", type=int, metavar="N", help="held-out streams")
-    bench.add_argument("--items", type=int, default=16, metavar="N", help="contexts with pass keys, for every depth; default %(default)s")
-    bench.add_argument("--turns", type=int, default=4, metavar="N", help="questions to a shared context; default %(default)s")
-    bench.add_argument("--fit-gates", type=int, metavar="STEPS", help="first fit DuoAttention's gates, kept in the run's folder")
-    bench.add_argument("--out", type=pathlib.Path, metavar="DIR", help="folder of the figures; default WORKDIR/cache_bench")
+    bench.add_argument(
+        "--items",
+        type=int,
+        default=16,
+        metavar="N",
+        help="contexts with pass keys, for every depth; default %(default)s",
+    )
+    bench.add_argument(
+        "--turns", type=int, default=4, metavar="N", help="questions to a shared context; default %(default)s"
+    )
+    bench.add_argument(
+        "--fit-gates",
+        type=int,
+        metavar="STEPS",
+        help="first fit DuoAttention's gates, kept in the run's folder",
+    )
+    bench.add_argument(
+        "--out", type=pathlib.Path, metavar="DIR", help="folder of the figures; default WORKDIR/cache_bench"
+    )
     _add_json(bench)
     bench.set_defaults(run=_cache_bench)
 
@@ -122,36 +163,68 @@ def _add_using(commands: Any) -> None:
     _add_run(stream)
     stream.add_argument("--prompt", default="", metavar="TEXT", help="- reads it from stdin")
     stream.add_argument("--max-tokens", type=int, metavar="N", help="default: no end (Ctrl-C stops)")
-    stream.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 takes the likeliest token; default %(default)s")
-    stream.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
-    stream.add_argument("--top-p", type=float, metavar="P", help="draw from the smallest set of probability P")
-    stream.add_argument("--seed", type=int, default=0)
-    stream.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end after this text; may be given several times")
     stream.add_argument(
-        "--cache", metavar="SPEC", help="what attention remembers instead of what it was trained with, e.g. sinks(4)+window(1020)+int4"
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="0 takes the likeliest token; default %(default)s",
+    )
+    stream.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    stream.add_argument(
+        "--top-p", type=float, metavar="P", help="draw from the smallest set of probability P"
+    )
+    stream.add_argument("--seed", type=int, default=0)
+    stream.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end after this text; may be given several times",
+    )
+    stream.add_argument(
+        "--cache",
+        metavar="SPEC",
+        help="what attention remembers instead of what it was trained with, e.g. sinks(4)+window(1020)+int4",
     )
     stream.set_defaults(run=_stream)
 
-    evaluate = commands.add_parser("eval", help="what a trained model is worth on the held-out data, in the figure of its task")
+    evaluate = commands.add_parser(
+        "eval", help="what a trained model is worth on the held-out data, in the figure of its task"
+    )
     _add_run(evaluate)
     _add_set(evaluate, "change fields of the data, such as data.length=1024")
     _add_json(evaluate)
     evaluate.set_defaults(run=_eval)
 
-    exporting = commands.add_parser("export", help="a trained model for programs without seqlab: safetensors and StableHLO")
-    _add_run(exporting)
-    exporting.add_argument("--out", type=pathlib.Path, metavar="DIR", help="a new folder; default WORKDIR/export")
-    exporting.add_argument(
-        "--chunk", type=int, default=64, metavar="N", help="steps of a prompt that are read at once; default %(default)s"
+    exporting = commands.add_parser(
+        "export", help="a trained model for programs without seqlab: safetensors and StableHLO"
     )
-    exporting.add_argument("--platforms", default="cpu,cuda,tpu", metavar="A,B", help="what it can run on; default %(default)s")
+    _add_run(exporting)
+    exporting.add_argument(
+        "--out", type=pathlib.Path, metavar="DIR", help="a new folder; default WORKDIR/export"
+    )
+    exporting.add_argument(
+        "--chunk",
+        type=int,
+        default=64,
+        metavar="N",
+        help="steps of a prompt that are read at once; default %(default)s",
+    )
+    exporting.add_argument(
+        "--platforms", default="cpu,cuda,tpu", metavar="A,B", help="what it can run on; default %(default)s"
+    )
     exporting.add_argument("--cache", metavar="SPEC", help="what attention remembers, as for stream")
     exporting.set_defaults(run=_export)
 
-    showing = commands.add_parser("show", help="draw what a model of images says of held-out pictures, and its feature maps")
+    showing = commands.add_parser(
+        "show", help="draw what a model of images says of held-out pictures, and its feature maps"
+    )
     _add_run(showing)
     showing.add_argument("--count", type=int, default=6, metavar="N", help="pictures; default %(default)s")
-    showing.add_argument("--output", type=pathlib.Path, metavar="FILE", help="default: show.png in the folder of the run")
+    showing.add_argument(
+        "--output", type=pathlib.Path, metavar="FILE", help="default: show.png in the folder of the run"
+    )
     showing.set_defaults(run=_show)
 
 
@@ -161,30 +234,71 @@ def _add_telling(commands: Any) -> None:
     _add_json(listing)
     listing.set_defaults(run=_list)
 
-    doctor = commands.add_parser("doctor", help="versions, devices, which kernels run here and why the others do not")
+    doctor = commands.add_parser(
+        "doctor", help="versions, devices, which kernels run here and why the others do not"
+    )
     _add_json(doctor)
     doctor.set_defaults(run=_doctor)
 
-    bench = commands.add_parser("bench", help="how fast an op is here beside others that compute the same, once it is right")
+    bench = commands.add_parser(
+        "bench", help="how fast an op is here beside others that compute the same, once it is right"
+    )
     bench.add_argument("op", help="attention, conv, decode_attention, linear_attention, scan, ...")
-    bench.add_argument("--impl", nargs="+", action="extend", default=[], metavar="NAME", help="implementations; default: all that run here")
-    bench.add_argument("--shape", nargs="+", action="extend", default=[], metavar="WORD", help="named shapes, and changes such as t=512")
-    bench.add_argument("--dtype", help="float32, bfloat16 or float16; default: that of the shape, or what the platform is made for")
+    bench.add_argument(
+        "--impl",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="implementations; default: all that run here",
+    )
+    bench.add_argument(
+        "--shape",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="WORD",
+        help="named shapes, and changes such as t=512",
+    )
+    bench.add_argument(
+        "--dtype",
+        help="float32, bfloat16 or float16; default: that of the shape, or what the platform is made for",
+    )
     bench.add_argument("--backward", action="store_true", help="gradients too")
-    bench.add_argument("--interpret", action="store_true", help="simulate the kernels for TPUs: are they right? No times")
-    bench.add_argument("--rounds", type=int, default=5, metavar="N", help="times are medians of so many; default %(default)s")
+    bench.add_argument(
+        "--interpret", action="store_true", help="simulate the kernels for TPUs: are they right? No times"
+    )
+    bench.add_argument(
+        "--rounds", type=int, default=5, metavar="N", help="times are medians of so many; default %(default)s"
+    )
     bench.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write everything there, too")
-    bench.add_argument("--tune", type=pathlib.Path, metavar="FILE", help="find faster block sizes instead, for seqlab.use_blocks(FILE)")
+    bench.add_argument(
+        "--tune",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="find faster block sizes instead, for seqlab.use_blocks(FILE)",
+    )
     bench.set_defaults(run=_bench)
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("workdir", type=pathlib.Path, help="the folder of a run or of a published model, or the id of one at the hub")
+    parser.add_argument(
+        "workdir",
+        type=pathlib.Path,
+        help="the folder of a run or of a published model, or the id of one at the hub",
+    )
     parser.add_argument("--step", type=int, help="a checkpoint; default: the last good one")
 
 
 def _add_changes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--fiddler", nargs="+", action="extend", default=[], metavar="NAME", help='variations, such as tiny or "longer(4)"')
+    parser.add_argument(
+        "--fiddler",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help='variations, such as tiny or "longer(4)"',
+    )
     _add_set(parser, "change fields after the fiddlers, such as model.dim=192")
 
 
@@ -210,7 +324,9 @@ def _train(args: argparse.Namespace) -> int:
         cfg = config.override(cfg, assignment)
     experiment = config.build(cfg)
     workdir = args.workdir or pathlib.Path("runs") / pathlib.Path(args.config).stem
-    if not (workdir / "config.json").exists():  # data that cannot serve are noticed before a folder is made for them
+    if not (
+        workdir / "config.json"
+    ).exists():  # data that cannot serve are noticed before a folder is made for them
         Batches(experiment.data.train(experiment.seed), experiment.batch_size, experiment.seed, 0, 1)
         held_out_batches(experiment)
     processes.first_then_others(lambda: config.prepare(cfg, workdir), f"{workdir} to be prepared")
@@ -224,11 +340,17 @@ def _compare(args: argparse.Namespace) -> int:
     from seqlab import compare, report
 
     candidates = compare.plan(args.configs, args.mixers, args.fiddler, args.steps, args.set)
-    workdir = args.workdir or pathlib.Path("runs") / "_".join(["compare", *(pathlib.Path(name).stem for name in args.configs)])
+    workdir = args.workdir or pathlib.Path("runs") / "_".join(
+        ["compare", *(pathlib.Path(name).stem for name in args.configs)]
+    )
     _enable_compile_cache()
     result = compare.compare(candidates, workdir)
     if result.status == "finished":
-        record = {"workdir": str(workdir), "quality": result.quality._asdict(), "rows": [row._asdict() for row in result.rows]}
+        record = {
+            "workdir": str(workdir),
+            "quality": result.quality._asdict(),
+            "rows": [row._asdict() for row in result.rows],
+        }
         print(json.dumps(record) if args.json else report.as_text(compare.as_table(result)))
         _say(f"{workdir}: compare.json, compare.md, compare.png")
     return _SIGNALS[result.status]
@@ -259,7 +381,9 @@ def _stream(args: argparse.Namespace) -> int:
     _enable_compile_cache()
     run = runs.load(args.workdir, args.step)
     if run.tokenizer is None:
-        raise runs.RunError(f"{args.workdir} is a model of numbers, not of tokens: there is nothing to stream as text")
+        raise runs.RunError(
+            f"{args.workdir} is a model of numbers, not of tokens: there is nothing to stream as text"
+        )
     stream = stream_generate(
         run.model,
         sys.stdin.read() if args.prompt == "-" else args.prompt,
@@ -273,7 +397,10 @@ def _stream(args: argparse.Namespace) -> int:
         cache=args.cache,
     )
     if args.cache:
-        _say(f"cache {args.cache}: {bytes_per_step(with_cache(run.model, args.cache), run.model.dtype):,.1f} bytes a remembered step")
+        _say(
+            f"cache {args.cache}: {bytes_per_step(with_cache(run.model, args.cache), run.model.dtype):,.1f} "
+            "bytes a remembered step"
+        )
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
     code = 0
@@ -287,7 +414,8 @@ def _stream(args: argparse.Namespace) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     stats = stream.stats
     _say(
-        f"\n{stats['tokens']} tokens, {stats['tokens_per_second']:,.0f} tokens/s; {stats['state_bytes']:,} bytes of state; "
+        f"\n{stats['tokens']} tokens, {stats['tokens_per_second']:,.0f} tokens/s; {stats['state_bytes']:,} "
+        "bytes of state; "
         f"{stats['programs']} programs compiled in {stats['compile_seconds']:.1f} s"
     )
     return code
@@ -307,11 +435,19 @@ def _eval(args: argparse.Namespace) -> int:
         raise config.ConfigError(f"the model of a run is what it is, and cannot be set: {fixed[0]}")
     result = runs.evaluate(run.model, config.build(cfg))
     quality = result.quality
-    record = {"workdir": str(args.workdir), "step": run.step, quality.name: result.value, "targets": result.targets}
+    record = {
+        "workdir": str(args.workdir),
+        "step": run.step,
+        quality.name: result.value,
+        "targets": result.targets,
+    }
     if args.json:
         print(json.dumps(record))
     else:
-        print(f"{args.workdir}, step {run.step}: {quality.sentence(result.value)} over {result.targets:,} targets")
+        print(
+            f"{args.workdir}, step {run.step}: {quality.sentence(result.value)} over {result.targets:,} "
+            "targets"
+        )
     return 0
 
 
@@ -387,7 +523,8 @@ def _compile_cache() -> pathlib.Path:
 
 
 def _enable_compile_cache() -> None:
-    """Keep what takes longer than 0.3 s to compile. Only the command line does this: a library leaves JAX's settings alone."""
+    """Keep what takes longer than 0.3 s to compile. Only the command line does this: a library leaves JAX's
+    settings alone."""
     import jax
 
     if not jax.config.jax_compilation_cache_dir:

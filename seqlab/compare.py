@@ -1,8 +1,9 @@
 """Models side by side on one task and one budget: trained one after the other, then one table and one figure.
 
-Every candidate is an ordinary run in its own folder below `workdir`, so what holds for runs holds here: an interrupted comparison goes on
-where it stopped, finished runs are left alone, and any of them can be streamed, evaluated or trained from its folder. Beside the runs lie
-compare.json, compare.md and compare.png, written anew by every call from what the runs have left.
+Every candidate is an ordinary run in its own folder below `workdir`, so what holds for runs holds here: an
+interrupted comparison goes on where it stopped, finished runs are left alone, and any of them can be
+streamed, evaluated or trained from its folder. Beside the runs lie compare.json, compare.md and compare.png,
+written anew by every call from what the runs have left.
 """
 
 import functools
@@ -39,8 +40,8 @@ _STREAMED = 256  # steps by which the speed of streaming is measured
 class Row(NamedTuple):
     """A trained candidate: sizes, speeds (compilation apart), and what it is worth at `step`.
 
-    `state_bytes` and `stream_tokens_per_second` are of one stream, None for a model that cannot stream. A run that diverged has neither
-    speeds nor quality, and `diverged` says what became of it.
+    `state_bytes` and `stream_tokens_per_second` are of one stream, None for a model that cannot stream. A run
+    that diverged has neither speeds nor quality, and `diverged` says what became of it.
     """
 
     name: str
@@ -55,7 +56,8 @@ class Row(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """What was compared: `status` is "finished" or the signal that ended it; `rows` are those of the runs that are finished."""
+    """What was compared: `status` is "finished" or the signal that ended it; `rows` are those of the runs
+    that are finished."""
 
     status: str
     quality: Quality
@@ -69,10 +71,12 @@ def plan(
     steps: int | None = None,
     assignments: Sequence[str] = (),
 ) -> dict[str, fdl.Config]:
-    """The candidates by name: each config, or each with each of `mixers`, "mamba,attention(heads=2)"; the rest is applied to all of them.
+    """The candidates by name: each config, or each with each of `mixers`, "mamba,attention(heads=2)"; the
+    rest is applied to all of them.
 
     Raises:
-      ConfigError: anything that `seqlab train` would refuse; two candidates of one name; data, steps or another part of the budget that
+      ConfigError: anything that `seqlab train` would refuse; two candidates of one name; data, steps or
+      another part of the budget that
         are not the same for all.
     """
     found: dict[str, fdl.Config] = {}
@@ -86,25 +90,34 @@ def plan(
             cfg = functools.reduce(config.override, given, cfg)
             title = stem if spec is None else spec if len(names) == 1 else f"{stem} {spec}"
             if report.file_name(title) in map(report.file_name, found):
-                raise config.ConfigError(f"{title!r} is there twice: every candidate has a folder of its own name")
+                raise config.ConfigError(
+                    f"{title!r} is there twice: every candidate has a folder of its own name"
+                )
             found[title] = cfg
     first, *others = found
     for other in others:
-        lines = [line for line in config.diff(found[first], found[other]) if re.split(r"[.\[:]", line)[0] not in _MAY_DIFFER]
+        lines = [
+            line
+            for line in config.diff(found[first], found[other])
+            if re.split(r"[.\[:]", line)[0] not in _MAY_DIFFER
+        ]
         if lines:
             raise config.ConfigError(
-                f"{first} and {other} cannot be compared, since not only their models differ:" + "".join(f"\n  {line}" for line in lines)
+                f"{first} and {other} cannot be compared, since not only their models differ:"
+                + "".join(f"\n  {line}" for line in lines)
             )
     return found
 
 
 def compare(candidates: dict[str, fdl.Config], workdir: str | os.PathLike[str]) -> Comparison:
-    """Train what is not trained yet, one run after the other, measure all, and write compare.json, compare.md and compare.png.
+    """Train what is not trained yet, one run after the other, measure all, and write compare.json, compare.md
+    and compare.png.
 
     A run that diverges is a row that says so; the others are trained all the same.
 
     Raises:
-      ConfigError, ValueError, OSError: as training would; before anything is trained or made if it is about a config, the data or a folder
+      ConfigError, ValueError, OSError: as training would; before anything is trained or made if it is about a
+      config, the data or a folder
         that belongs to another config.
     """
     workdir = pathlib.Path(workdir)
@@ -137,8 +150,14 @@ def measure(name: str, workdir: pathlib.Path, experiment: Any) -> Row:
     trained = runs.load(workdir)
     logged, key = read_rows(workdir / "metrics.jsonl"), f"validation_{quality_of(experiment.metric).name}"
     worth = {row["step"]: row[key] for row in logged if key in row}
-    value = float(worth[trained.step]) if trained.step in worth else runs.evaluate(trained.model, experiment).value
-    speeds = [row["tokens_per_second"] for row in logged if isinstance(row.get("tokens_per_second"), int | float)]
+    value = (
+        float(worth[trained.step])
+        if trained.step in worth
+        else runs.evaluate(trained.model, experiment).value
+    )
+    speeds = [
+        row["tokens_per_second"] for row in logged if isinstance(row.get("tokens_per_second"), int | float)
+    ]
     streams = getattr(trained.model, "causal", False) and hasattr(trained.model, "init_state")
     return Row(
         name,
@@ -165,7 +184,9 @@ def stream_speed(trained: runs.Run) -> float:
     steps = _STREAMED if capacity is None else max(1, min(_STREAMED, capacity - 1))
     if trained.tokenizer is not None and hasattr(model, "vocab_size"):
         names = numbers(model.vocab_size)  # a model may know more tokens than its task has names for
-        stream = stream_generate(model, [0], max_tokens=steps, temperature=0, tokenizer=names, block=max(1, steps // 8))
+        stream = stream_generate(
+            model, [0], max_tokens=steps, temperature=0, tokenizer=names, block=max(1, steps // 8)
+        )
         for _ in stream:
             pass
         return stream.stats["tokens_per_second"]
@@ -198,7 +219,10 @@ def as_table(comparison: Comparison) -> list[list[str]]:
     cells = [[*COLUMNS, f"{quality.words} ({quality.better} is better)"]]
     for row in comparison.rows:
         sizes = [f"{row.parameters:,}", "-" if row.state_bytes is None else f"{row.state_bytes:,}"]
-        speeds = ["-" if speed is None else f"{speed:,.0f}" for speed in (row.train_tokens_per_second, row.stream_tokens_per_second)]
+        speeds = [
+            "-" if speed is None else f"{speed:,.0f}"
+            for speed in (row.train_tokens_per_second, row.stream_tokens_per_second)
+        ]
         cells.append([row.name, *sizes, *speeds, "diverged" if row.quality is None else f"{row.quality:.4f}"])
     return cells
 
@@ -207,7 +231,9 @@ def _specs(text: str) -> list[str]:
     """The items of "a,b(x=1, y=2)": split at the commas outside parentheses."""
     found = report.split_specs(text)
     if not all(found):
-        raise config.ConfigError(f"mixers: expected names with commas between them, such as mamba,attention(heads=2), got {text!r}")
+        raise config.ConfigError(
+            f"mixers: expected names with commas between them, such as mamba,attention(heads=2), got {text!r}"
+        )
     return found
 
 
@@ -218,11 +244,20 @@ def _fiddler(spec: str) -> str:
 
 
 def _write(comparison: Comparison, experiment: Any, workdir: pathlib.Path) -> None:
-    budget = {name: getattr(experiment, name) for name in ("steps", "batch_size", "seed")} | {"data": repr(experiment.data)}
-    record = {"quality": comparison.quality._asdict(), **budget, "rows": [row._asdict() for row in comparison.rows]}
+    budget = {name: getattr(experiment, name) for name in ("steps", "batch_size", "seed")} | {
+        "data": repr(experiment.data)
+    }
+    record = {
+        "quality": comparison.quality._asdict(),
+        **budget,
+        "rows": [row._asdict() for row in comparison.rows],
+    }
     table = report.as_markdown(as_table(comparison))
     report.write(workdir / "compare.json", json.dumps(record, indent=1) + "\n")
-    report.write(workdir / "compare.md", f"{experiment.steps:,} steps of {experiment.batch_size} on `{experiment.data!r}`\n\n{table}")
+    report.write(
+        workdir / "compare.md",
+        f"{experiment.steps:,} steps of {experiment.batch_size} on `{experiment.data!r}`\n\n{table}",
+    )
     draw(comparison, workdir / "compare.png")
 
 
@@ -231,13 +266,29 @@ def draw(comparison: Comparison, path: pathlib.Path) -> None:
     with report.figure(path, columns=2) as (worth, learning):
         for row in comparison.rows:
             points = [
-                (r["step"], r["loss"]) for r in read_rows(pathlib.Path(row.workdir) / "metrics.jsonl") if isinstance(r.get("loss"), float)
+                (r["step"], r["loss"])
+                for r in read_rows(pathlib.Path(row.workdir) / "metrics.jsonl")
+                if isinstance(r.get("loss"), float)
             ]
-            (line,) = learning.plot(*zip(*points, strict=True), lw=1.2, label=row.name) if points else learning.plot([], [], label=row.name)
+            (line,) = (
+                learning.plot(*zip(*points, strict=True), lw=1.2, label=row.name)
+                if points
+                else learning.plot([], [], label=row.name)
+            )
             if row.state_bytes is not None and row.quality is not None:
                 worth.plot([row.state_bytes], [row.quality], "o", color=line.get_color())
-                worth.annotate(row.name, (row.state_bytes, row.quality), xytext=(6, 4), textcoords="offset points", fontsize=8)
-        worth.set(xlabel="state of one stream (bytes)", ylabel=comparison.quality.words, title=f"{comparison.quality.better} is better")
+                worth.annotate(
+                    row.name,
+                    (row.state_bytes, row.quality),
+                    xytext=(6, 4),
+                    textcoords="offset points",
+                    fontsize=8,
+                )
+        worth.set(
+            xlabel="state of one stream (bytes)",
+            ylabel=comparison.quality.words,
+            title=f"{comparison.quality.better} is better",
+        )
         if any(row.state_bytes for row in comparison.rows):
             worth.set_xscale("log", base=2)
             worth.margins(x=0.3, y=0.15)

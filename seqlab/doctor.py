@@ -1,4 +1,5 @@
-"""What this machine offers: versions, devices, and which kernels run here, tried on small inputs against the reference."""
+"""What this machine offers: versions, devices, and which kernels run here, tried on small inputs against the
+reference."""
 
 import importlib
 import importlib.metadata
@@ -18,7 +19,19 @@ from seqlab import __version__
 from seqlab.kernels.dispatch import Op, explain
 
 PACKAGES = (
-    *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "fiddle", "einops", "jaxtyping", "numpy", "safetensors"),
+    *(
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "grain",
+        "fiddle",
+        "einops",
+        "jaxtyping",
+        "numpy",
+        "safetensors",
+    ),
     *("tensorflow-datasets", "array_record", "tensorboardX", "matplotlib"),
     *("jax-triton", "triton", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu"),
 )
@@ -43,15 +56,27 @@ def report(compile_cache: pathlib.Path) -> dict[str, Any]:
 def as_text(content: dict[str, Any]) -> str:
     """The report as one reads it."""
     devices, cache, disk = content["devices"], content["compile_cache"], content["free_disk"]
-    lines = [f"seqlab {content['seqlab']}, Python {content['python']} ({content['executable']}), {content['system']}", "", "Packages"]
+    lines = [
+        f"seqlab {content['seqlab']}, Python {content['python']} ({content['executable']}), "
+        f"{content['system']}",
+        "",
+        "Packages",
+    ]
     lines += [f"  {name} {version or 'not installed'}" for name, version in content["versions"].items()]
     lines += ["", "Devices"]
-    lines += [f"  none: {devices['error']}"] if "error" in devices else [f"  {count} x {name}" for name, count in devices["kinds"].items()]
+    lines += (
+        [f"  none: {devices['error']}"]
+        if "error" in devices
+        else [f"  {count} x {name}" for name, count in devices["kinds"].items()]
+    )
     lines += ["", "Kernels (largest error against the reference, relative to scale)"]
     for op, implementations in content["kernels"].items():
         for name, found in implementations.items():
             chosen = "  <- chosen here" if found["chosen"] else ""
-            lines.append(f"  {op} {name}: " + (f"runs, {found['error']:.1e}{chosen}" if found["runs"] else f"- {found['reason']}"))
+            lines.append(
+                f"  {op} {name}: "
+                + (f"runs, {found['error']:.1e}{chosen}" if found["runs"] else f"- {found['reason']}")
+            )
     lines += ["", f"Compile cache  {cache['path']} ({cache['bytes'] / 1e6:.1f} MB)"]
     return "\n".join([*lines, f"Free disk      {disk['bytes'] / 1e9:.1f} GB at {disk['path']}"])
 
@@ -59,8 +84,15 @@ def as_text(content: dict[str, Any]) -> str:
 def ops() -> list[Op]:
     """Every op of `seqlab.kernels`, with its implementations."""
     kernels = importlib.import_module("seqlab.kernels")
-    packages = [found.name for found in pkgutil.iter_modules(kernels.__path__, "seqlab.kernels.") if found.ispkg]
-    return [value for name in packages for value in vars(importlib.import_module(name)).values() if isinstance(value, Op)]
+    packages = [
+        found.name for found in pkgutil.iter_modules(kernels.__path__, "seqlab.kernels.") if found.ispkg
+    ]
+    return [
+        value
+        for name in packages
+        for value in vars(importlib.import_module(name)).values()
+        if isinstance(value, Op)
+    ]
 
 
 def _devices() -> dict[str, Any]:
@@ -69,7 +101,10 @@ def _devices() -> dict[str, Any]:
     except RuntimeError as error:
         return {"error": _line(error)}
     kinds = [f"{device.platform} {device.device_kind}" for device in devices]
-    return {"default": devices[0].platform, "kinds": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}}
+    return {
+        "default": devices[0].platform,
+        "kinds": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
+    }
 
 
 def _kernels() -> dict[str, dict[str, Any]]:
@@ -114,7 +149,8 @@ def _size(folder: pathlib.Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
 
 
-# Sizes that the tiles of an accelerator take as they are: what is asked here is whether a kernel runs, not what else it supports.
+# Sizes that the tiles of an accelerator take as they are: what is asked here is whether a kernel runs, not
+# what else it supports.
 _BATCH, _TIME, _HEADS, _WIDTH, _STATE = 1, 128, 2, 128, 16
 
 
@@ -131,7 +167,9 @@ def _attention() -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _block_attention() -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (_heads(0), _heads(1), _heads(2), jnp.zeros((_BATCH, _TIME, _HEADS, 1), jnp.int32)), {"block": _TIME // 4}
+    return (_heads(0), _heads(1), _heads(2), jnp.zeros((_BATCH, _TIME, _HEADS, 1), jnp.int32)), {
+        "block": _TIME // 4
+    }
 
 
 def _conv() -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -142,8 +180,14 @@ def _decode_attention() -> tuple[tuple[Any, ...], dict[str, Any]]:
     from seqlab.kernels.decode_attention import Coded
 
     random, lead = np.random.default_rng(0), (_BATCH, _HEADS)
-    words = [jnp.asarray(random.integers(0, 2**32, size=(*lead, _WIDTH // 8, _TIME), dtype=np.uint32)) for _ in range(2)]
-    groups = [[0.1 * _normal(seed, *lead, *shape) for seed in (1, 2)] for shape in ((_TIME // 32, _WIDTH), (_WIDTH // 32, _TIME))]
+    words = [
+        jnp.asarray(random.integers(0, 2**32, size=(*lead, _WIDTH // 8, _TIME), dtype=np.uint32))
+        for _ in range(2)
+    ]
+    groups = [
+        [0.1 * _normal(seed, *lead, *shape) for seed in (1, 2)]
+        for shape in ((_TIME // 32, _WIDTH), (_WIDTH // 32, _TIME))
+    ]
     k, v = (Coded(codes, *found) for codes, found in zip(words, groups, strict=True))
     return (_normal(3, *lead, _WIDTH), k, v, jnp.ones((_BATCH, _TIME), bool)), {}
 
@@ -169,7 +213,12 @@ def _lmu() -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def _scan() -> tuple[tuple[Any, ...], dict[str, Any]]:
     x, maps = _normal(0, _BATCH, _TIME, _WIDTH), (_normal(seed, _BATCH, _TIME, _STATE) for seed in (1, 2))
-    return (x, jax.nn.softplus(_normal(3, _BATCH, _TIME, _WIDTH)), -jnp.exp(_normal(4, _WIDTH, _STATE)), *maps), {}
+    return (
+        x,
+        jax.nn.softplus(_normal(3, _BATCH, _TIME, _WIDTH)),
+        -jnp.exp(_normal(4, _WIDTH, _STATE)),
+        *maps,
+    ), {}
 
 
 SAMPLES: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {

@@ -8,10 +8,13 @@ A bundle is a folder:
     step.bin                     params, inputs [b, ...], state -> outputs [b, o], state
     manifest.json                what they were made of and for
     run.py                       30 lines that stream with it: jax, numpy and safetensors
-    published/                   config.json and safetensors as transformers reads them, for models of a published family
+    published/                   config.json and safetensors as transformers reads them, for models of a
+    published family
 
-The three functions are serialized `jax.export`s for any number b of rows and every platform of the manifest; the state is a list of
-arrays. A prompt of any length goes through `prefill` in chunks of c steps, the last one padded and masked: the law makes that exact.
+The three functions are serialized `jax.export`s for any number b of rows and every platform of the manifest;
+the state is a list of
+arrays. A prompt of any length goes through `prefill` in chunks of c steps, the last one padded and masked:
+the law makes that exact.
 """
 
 import json
@@ -50,7 +53,8 @@ def bundle(
     about: dict[str, Any] | None = None,
     tokenizer_file: str | os.PathLike[str] | None = None,
 ) -> pathlib.Path:
-    """Write `model` as a bundle into `folder`, which must not exist. The functions are those of the "xla" implementation of every op.
+    """Write `model` as a bundle into `folder`, which must not exist. The functions are those of the "xla"
+    implementation of every op.
 
     Args:
       chunk: steps that `prefill` takes at once.
@@ -67,7 +71,9 @@ def bundle(
         raise FileExistsError(f"{folder} exists: nothing is overwritten")
     functions, described = streaming_functions(model, chunk, platforms)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))  # whole or not at all
+    draft = pathlib.Path(
+        tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)
+    )  # whole or not at all
     try:
         from safetensors.flax import save_file
 
@@ -95,7 +101,8 @@ def bundle(
 def streaming_functions(
     model: Model, chunk: int = 64, platforms: Sequence[str] = PLATFORMS
 ) -> tuple[dict[str, jax_export.Exported], dict[str, Any]]:
-    """`init_state`, `prefill` and `step` of a model, exported for any number of rows, and what the manifest says of them.
+    """`init_state`, `prefill` and `step` of a model, exported for any number of rows, and what the manifest
+    says of them.
 
     Raises:
       ExportError: see `bundle`.
@@ -104,7 +111,9 @@ def streaming_functions(
         raise ExportError(f"chunk must be a positive integer, got {chunk}")
     unknown = sorted(set(platforms) - set(PLATFORMS))
     if unknown or not platforms:
-        raise ExportError(f"platforms: got {', '.join(unknown) or 'none'}, expected some of {', '.join(PLATFORMS)}")
+        raise ExportError(
+            f"platforms: got {', '.join(unknown) or 'none'}, expected some of {', '.join(PLATFORMS)}"
+        )
     if not isinstance(model, Model) or not model.causal:
         raise ExportError(f"{type(model).__name__} has no streaming form, so there is no step to export")
     model = model.unrolled()
@@ -115,7 +124,9 @@ def streaming_functions(
     def init_state(rows: jax.Array) -> list[jax.Array]:
         return jax.tree.leaves(model.init_state(rows.shape[0]))
 
-    def prefill(params: Any, inputs: jax.Array, valid: jax.Array, state: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
+    def prefill(
+        params: Any, inputs: jax.Array, valid: jax.Array, state: list[jax.Array]
+    ) -> tuple[jax.Array, list[jax.Array]]:
         outputs, new = merge(static, params)(inputs, jax.tree.unflatten(tree, state), None, valid)
         return outputs, jax.tree.leaves(new)
 
@@ -138,7 +149,9 @@ def streaming_functions(
             try:
                 functions[name] = jax_export.export(jax.jit(function), platforms=platforms)(*given)
             except (TypeError, ValueError, NotImplementedError, jax.errors.JAXTypeError) as error:
-                raise ExportError(f"{name} cannot be exported for any number of rows: {str(error).splitlines()[0]}") from error
+                raise ExportError(
+                    f"{name} cannot be exported for any number of rows: {str(error).splitlines()[0]}"
+                ) from error
     described = {
         "seqlab": __version__,
         "jax": jax.__version__,

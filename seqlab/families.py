@@ -1,6 +1,8 @@
-"""How published families of models are described in their config.json, and which of our models computes the same.
+"""How published families of models are described in their config.json, and which of our models computes the
+same.
 
-`model_config` reads such a description, `published_config` writes one. What a description asks for and seqlab does not compute is refused.
+`model_config` reads such a description, `published_config` writes one. What a description asks for and seqlab
+does not compute is refused.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,11 +15,19 @@ from seqlab.models import Attention, Full, LanguageModel, Mamba, Mamba2, RMSNorm
 from seqlab.models.layers import RotaryScaling
 
 # The name in config.json -> how the weights are named, a key of `seqlab.weights.ARCHITECTURES`.
-FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "llama", "qwen3": "llama", "mamba": "mamba", "mamba2": "mamba2"}
+FAMILIES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "llama",
+    "qwen3": "llama",
+    "mamba": "mamba",
+    "mamba2": "mamba2",
+}
 
 
 class PretrainedError(ValueError):
-    """A folder that holds no published model, or one of a kind that is not supported; the message says which part."""
+    """A folder that holds no published model, or one of a kind that is not supported; the message says which
+    part."""
 
 
 def model_config(published_config: Mapping[str, Any]) -> fdl.Config:
@@ -45,7 +55,9 @@ def published_config(model: LanguageModel) -> dict[str, Any]:
     blocks, dim = list(model.backbone.blocks), model.backbone.dim
     mixers = [block.mixer for block in blocks]
     kinds = {type(mixer).__name__ for mixer in mixers}
-    if not all(isinstance(norm, RMSNorm) for norm in (model.backbone.norm, *(block.mixer_norm for block in blocks))):
+    if not all(
+        isinstance(norm, RMSNorm) for norm in (model.backbone.norm, *(block.mixer_norm for block in blocks))
+    ):
         raise PretrainedError("norm: published families have RMSNorm")
     common = {
         "vocab_size": model.vocab_size,
@@ -58,7 +70,11 @@ def published_config(model: LanguageModel) -> dict[str, Any]:
     if kinds in ({"Mamba"}, {"Mamba2"}):
         if any(block.channel_mixer is not None for block in blocks):
             raise PretrainedError(f"channel_mixer: the published {kinds.pop()} has none")
-        return common | {"layer_norm_epsilon": blocks[0].mixer_norm.eps} | (_to_mamba if kinds == {"Mamba"} else _to_mamba2)(mixers)
+        return (
+            common
+            | {"layer_norm_epsilon": blocks[0].mixer_norm.eps}
+            | (_to_mamba if kinds == {"Mamba"} else _to_mamba2)(mixers)
+        )
     raise PretrainedError(f"mixers: no published family here is made of {', '.join(sorted(kinds))}")
 
 
@@ -86,19 +102,29 @@ def _from_llama(c: dict[str, Any]) -> fdl.Config:
     )
     mixers = []
     for window in _windows(c):
-        cache = fdl.Config(Full, capacity=c["max_position_embeddings"]) if window is None else fdl.Config(Window, window)
+        cache = (
+            fdl.Config(Full, capacity=c["max_position_embeddings"])
+            if window is None
+            else fdl.Config(Window, window)
+        )
         mixers.append(fdl.copy_with(shared, cache=cache))
     alike = all(mixer == mixers[0] for mixer in mixers)
-    return _language_model(c, mixers[0] if alike else tuple(mixers), fdl.Partial(SwiGLU, hidden=c["intermediate_size"]), eps)
+    return _language_model(
+        c, mixers[0] if alike else tuple(mixers), fdl.Partial(SwiGLU, hidden=c["intermediate_size"]), eps
+    )
 
 
 def _windows(c: dict[str, Any]) -> Iterator[int | None]:
     """The window of every layer, None for the whole past."""
     depth, window = c["num_hidden_layers"], c.get("sliding_window")
-    if c["model_type"] == "llama" or (c["model_type"] != "mistral" and not c.get("use_sliding_window", False)):
+    if c["model_type"] == "llama" or (
+        c["model_type"] != "mistral" and not c.get("use_sliding_window", False)
+    ):
         window = None
     first = 0 if c["model_type"] == "mistral" else c.get("max_window_layers", depth)
-    kinds = c.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(depth)]
+    kinds = c.get("layer_types") or [
+        "sliding_attention" if i >= first else "full_attention" for i in range(depth)
+    ]
     for kind in kinds:
         check_name(kind, ("full_attention", "sliding_attention"), "layer_types")
         yield window if kind == "sliding_attention" else None
@@ -107,7 +133,10 @@ def _windows(c: dict[str, Any]) -> Iterator[int | None]:
 def _rotary(c: dict[str, Any]) -> tuple[float, fdl.Config | None]:
     """Base and scaling of the rotary frequencies, in the form of any version of config.json."""
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    base, kind = rope.get("rope_theta", c.get("rope_theta", 10_000.0)), rope.get("rope_type", rope.get("type", "default"))
+    base, kind = (
+        rope.get("rope_theta", c.get("rope_theta", 10_000.0)),
+        rope.get("rope_type", rope.get("type", "default")),
+    )
     if kind == "default":
         return float(base), None
     if kind == "linear":
@@ -126,10 +155,15 @@ def _to_llama(mixers: Sequence[Attention], blocks: Sequence[Any]) -> dict[str, A
         if not fine:
             raise PretrainedError(f"{name}: no published family has {getattr(first, name)!r}")
     if first.rotary_width != first.head_dim:
-        raise PretrainedError(f"rotary_width: published families turn the whole head, got {first.rotary_width} of {first.head_dim}")
+        raise PretrainedError(
+            f"rotary_width: published families turn the whole head, got {first.rotary_width} of "
+            f"{first.head_dim}"
+        )
     for mixer in mixers:
         if type(mixer.cache) not in (Full, Window) or getattr(mixer.cache, "sinks", 0):
-            raise PretrainedError(f"cache: published families have full caches or plain windows, got {mixer.cache!r}")
+            raise PretrainedError(
+                f"cache: published families have full caches or plain windows, got {mixer.cache!r}"
+            )
     windows = [mixer.cache.window if isinstance(mixer.cache, Window) else None for mixer in mixers]
     biases = (first.qkv.bias is not None, first.out.bias is not None)
     if first.q_norm is not None:
@@ -141,7 +175,9 @@ def _to_llama(mixers: Sequence[Attention], blocks: Sequence[Any]) -> dict[str, A
     else:
         family, fine = "mistral", biases == (False, False) and len(set(windows)) == 1
     if not fine or len(set(windows) - {None}) > 1:
-        raise PretrainedError(f"no published family has biases {biases} of qkv and out with the windows {windows}")
+        raise PretrainedError(
+            f"no published family has biases {biases} of qkv and out with the windows {windows}"
+        )
     scaling = first.rotary_scaling
     rope = {"rope_type": "default", "rope_theta": first.rotary_base}
     if scaling is not None and scaling.low_freq_factor is None:
@@ -150,7 +186,10 @@ def _to_llama(mixers: Sequence[Attention], blocks: Sequence[Any]) -> dict[str, A
         rope |= {"rope_type": "llama3", **scaling._asdict()}
     described = {
         "model_type": family,
-        "architectures": [{"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family] + "ForCausalLM"],
+        "architectures": [
+            {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
+            + "ForCausalLM"
+        ],
         "num_attention_heads": first.heads,
         "num_key_value_heads": first.kv_heads,
         "head_dim": first.head_dim,
@@ -158,7 +197,9 @@ def _to_llama(mixers: Sequence[Attention], blocks: Sequence[Any]) -> dict[str, A
         "hidden_act": "silu",
         "rms_norm_eps": blocks[0].mixer_norm.eps,
         "rope_parameters": rope,
-        "max_position_embeddings": max(mixer.cache.capacity if isinstance(mixer.cache, Full) else mixer.cache.window for mixer in mixers),
+        "max_position_embeddings": max(
+            mixer.cache.capacity if isinstance(mixer.cache, Full) else mixer.cache.window for mixer in mixers
+        ),
     }
     if family in ("llama", "qwen3"):
         described["attention_bias"] = biases[0]

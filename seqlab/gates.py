@@ -1,4 +1,5 @@
-"""DuoAttention for a run: gates fitted to its model on pass keys, kept in its folder, and the caches that they stand for."""
+"""DuoAttention for a run: gates fitted to its model on pass keys, kept in its folder, and the caches that
+they stand for."""
 
 import json
 import os
@@ -20,7 +21,8 @@ FILE = "gates.json"
 
 
 class Gates(NamedTuple):
-    """`alpha` [layers, kv heads] of the checkpoint `step`, fitted against `sinks` and a `window` on contexts of `length` steps."""
+    """`alpha` [layers, kv heads] of the checkpoint `step`, fitted against `sinks` and a `window` on contexts
+    of `length` steps."""
 
     alpha: list[list[float]]
     step: int
@@ -30,15 +32,25 @@ class Gates(NamedTuple):
     steps: int
 
 
-def fit(workdir: str | os.PathLike[str], steps: int, *, sinks: int = 4, window: int | None = None, keys: int = 4, batch: int = 8) -> Gates:
-    """Fit gates to the run in `workdir` by distillation on pass keys in its training text, and keep them as gates.json.
+def fit(
+    workdir: str | os.PathLike[str],
+    steps: int,
+    *,
+    sinks: int = 4,
+    window: int | None = None,
+    keys: int = 4,
+    batch: int = 8,
+) -> Gates:
+    """Fit gates to the run in `workdir` by distillation on pass keys in its training text, and keep them as
+    gates.json.
 
     Gates that are there already are handed back if they were fitted alike.
 
     Args:
       window: what a streaming head sees besides the sinks; an eighth of the trained length by default.
     Raises:
-      ValueError: a model of other than bytes, or with other mixers than attention; gates fitted otherwise are in the folder.
+      ValueError: a model of other than bytes, or with other mixers than attention; gates fitted otherwise are
+      in the folder.
     """
     trained = runs.load(workdir)
     model = trained.model.unrolled() if hasattr(trained.model, "unrolled") else trained.model
@@ -53,15 +65,23 @@ def fit(workdir: str | os.PathLike[str], steps: int, *, sinks: int = 4, window: 
     known = load(workdir, trained.step)
     if known is not None:
         asked = {"sinks": sinks, "window": window, "steps": steps}
-        lines = [f"\n  {name}: {getattr(known, name)} -> {value}" for name, value in asked.items() if getattr(known, name) != value]
+        lines = [
+            f"\n  {name}: {getattr(known, name)} -> {value}"
+            for name, value in asked.items()
+            if getattr(known, name) != value
+        ]
         if lines:
-            raise runs.RunError(f"{file} holds gates that were fitted otherwise (saved -> given):{''.join(lines)}")
+            raise runs.RunError(
+                f"{file} holds gates that were fitted otherwise (saved -> given):{''.join(lines)}"
+            )
         return known
     rng = np.random.default_rng(0)
     hay = haystacks(rng, steps * batch, length - turns, getattr(data, "paths", ()))
     tokens = quiz(rng, hay, keys=keys, digits=digits).joined().reshape(steps, batch, length)
     labels = jnp.broadcast_to(jnp.arange(length) >= length - turns, (batch, length))
-    alpha, _ = fit_gates(model, lambda step: (jnp.asarray(tokens[step]), labels), steps=steps, sinks=sinks, window=window)
+    alpha, _ = fit_gates(
+        model, lambda step: (jnp.asarray(tokens[step]), labels), steps=steps, sinks=sinks, window=window
+    )
     found = Gates(np.asarray(alpha, np.float64).round(6).tolist(), trained.step, sinks, window, length, steps)
     report.write(file, json.dumps(found._asdict(), indent=1) + "\n")
     return found
@@ -82,8 +102,13 @@ def policies(spec: str, fitted: Gates | None, capacity: int) -> list[Any]:
     """
     found = re.fullmatch(r"duo\((\d*\.?\d+)\)", spec)
     if found is None:
-        raise ValueError(f"cache: {spec!r} must be duo(s), s the share of the heads that stream, such as duo(0.75)")
+        raise ValueError(
+            f"cache: {spec!r} must be duo(s), s the share of the heads that stream, such as duo(0.75)"
+        )
     if fitted is None:
-        raise ValueError(f"cache: {spec} needs gates, and none were fitted to this checkpoint: seqlab cache-bench --fit-gates STEPS")
+        raise ValueError(
+            f"cache: {spec} needs gates, and none were fitted to this checkpoint: seqlab cache-bench "
+            "--fit-gates STEPS"
+        )
     heads = retrieval_heads(jnp.asarray(fitted.alpha), float(found.group(1)))
     return [duo(row, capacity=capacity, sinks=fitted.sinks, window=fitted.window) for row in heads]

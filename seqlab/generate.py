@@ -1,8 +1,9 @@
 """Streaming generation: an iterator over tokens that can run for ever in constant memory.
 
-A model is anything that maps tokens and a state to features and logits (`LanguageModel`). Its prompt is read in chunks of a few fixed
-sizes, then tokens are drawn in blocks inside one compiled loop. Whatever the chunks, the blocks or the row of the batch, the
-same prompt and seed give the same tokens, because every one of these is a split of one sequence.
+A model is anything that maps tokens and a state to features and logits (`LanguageModel`). Its prompt is read
+in chunks of a few fixed sizes, then tokens are drawn in blocks inside one compiled loop. Whatever the chunks,
+the blocks or the row of the batch, the same prompt and seed give the same tokens, because every one of these
+is a split of one sequence.
 """
 
 import dataclasses
@@ -24,7 +25,9 @@ from seqlab.tokens import ByteTokenizer, Tokenizer
 
 PREFILL_CHUNKS = (16, 128, 512)
 _BLOCK_LIMIT = 128  # tokens in one dispatch at most
-_BLOCK_SECONDS = 0.03  # blocks grow until they take this long: text keeps appearing, and dispatch is a small share
+_BLOCK_SECONDS = (
+    0.03  # blocks grow until they take this long: text keeps appearing, and dispatch is a small share
+)
 
 Prompt = str | bytes | Sequence[int] | np.ndarray
 
@@ -32,7 +35,8 @@ Prompt = str | bytes | Sequence[int] | np.ndarray
 class StreamState(NamedTuple):
     """Everything needed to go on: rows can be taken, put, forked and saved as those of any state.
 
-    `model`: the model's state after `length` [b] tokens. `logits` [b, v]: of the next one. `seed` [b]: of each row's draws.
+    `model`: the model's state after `length` [b] tokens. `logits` [b, v]: of the next one. `seed` [b]: of
+    each row's draws.
     """
 
     model: State
@@ -42,8 +46,9 @@ class StreamState(NamedTuple):
 
 
 class Token(NamedTuple):
-    """One generated token: `row` of the batch, `index` among the row's generated tokens, the `text` that it completes (may be empty:
-    characters are only given whole), `logprob` under the model, and `finished`: None, "stop", "length" or "capacity"."""
+    """One generated token: `row` of the batch, `index` among the row's generated tokens, the `text` that it
+    completes (may be empty: characters are only given whole), `logprob` under the model, and `finished`:
+    None, "stop", "length" or "capacity"."""
 
     row: int
     index: int
@@ -58,18 +63,26 @@ def stream_state(model: Module, batch: int = 1, seed: int | Sequence[int] = 0) -
     model = _unrolled(model)
     seeds = np.broadcast_to(np.asarray(seed, np.uint32), (batch,))
     return StreamState(
-        model.init_state(batch), jnp.zeros((batch, model.vocab_size), jnp.float32), jnp.asarray(seeds), jnp.zeros((batch,), jnp.int32)
+        model.init_state(batch),
+        jnp.zeros((batch, model.vocab_size), jnp.float32),
+        jnp.asarray(seeds),
+        jnp.zeros((batch,), jnp.int32),
     )
 
 
-def rewind_stream(model: Module, state: StreamState, steps: int | Sequence[int], last: Sequence[int]) -> StreamState:
-    """The stream `steps` tokens ago, each row; `last` [b] is the token that then was the last one. It is read again for its logits.
+def rewind_stream(
+    model: Module, state: StreamState, steps: int | Sequence[int], last: Sequence[int]
+) -> StreamState:
+    """The stream `steps` tokens ago, each row; `last` [b] is the token that then was the last one. It is read
+    again for its logits.
 
     Raises what `Model.rewind` raises, and ValueError where a stream would be left without a token.
     """
     model, last = _unrolled(model), np.asarray(last, np.int32)
     if last.shape != state.length.shape:
-        raise ValueError(f"last must name one token for each of {state.length.shape[0]} rows, got {last.tolist()}")
+        raise ValueError(
+            f"last must name one token for each of {state.length.shape[0]} rows, got {last.tolist()}"
+        )
     if np.any(np.asarray(steps) >= np.asarray(state.length)):
         raise ValueError(f"steps must leave a token of the {state.length.tolist()} in each row, got {steps}")
     steps = jnp.broadcast_to(jnp.asarray(steps, jnp.int32) + 1, last.shape)
@@ -101,31 +114,39 @@ def stream_generate(
             print(token.text, end="", flush=True)
 
     Args:
-      prompt: text, bytes or token ids, or a list of prompts of any lengths, one a row. Text at the start of a stream is preceded by the
-        tokenizer's `bos`. May be empty where `state` is given.
+      prompt: text, bytes or token ids, or a list of prompts of any lengths, one a row. Text at the start of a
+        stream is preceded by the tokenizer's `bos`. May be empty where `state` is given.
       max_tokens: tokens a row; None for no end.
-      temperature: 0 takes the likeliest token; `top_k`, `top_p` restrict the draw to the k likeliest, or to the smallest set of
-        probability p.
-      seed: of the draws. One number serves every row (equal prompts then give equal rows), or one number a row.
+      temperature: 0 takes the likeliest token; `top_k`, `top_p` restrict the draw to the k likeliest, or to
+        the smallest set of probability p.
+      seed: of the draws. One number serves every row (equal prompts then give equal rows), or one number a
+        row.
       state: continue from `Stream.state`; its rows are the batch.
       stop: a row ends after text that ends with one of these.
       tokenizer: bytes by default.
-      cache: what the attention layers remember instead of what they were built with: a policy of `seqlab.models.cache`, one a layer, or
-        words such as "sinks(4)+window(1020)+int4". A `state` that is continued must have been made with the same.
+      cache: what the attention layers remember instead of what they were built with: a policy of
+        `seqlab.models.cache`, one a layer, or words such as "sinks(4)+window(1020)+int4". A `state` that is
+        continued must have been made with the same.
       block: tokens drawn in one dispatch; by default as many as take 30 ms. It changes no token.
       prefill_chunks: the chunk sizes in which prompts are read: each is compiled once.
     Raises:
-      ValueError: an option out of range, a token that the vocabulary lacks, an empty prompt without state, or more tokens than a
+      ValueError: an option out of range, a token that the vocabulary lacks, an empty prompt without state, or
+      more tokens than a
         bounded cache can hold; all before anything is computed.
     """
     sampling = check_sampling(temperature, top_k, top_p)
     for name, value, most in (("max_tokens", max_tokens, 2**31), ("block", block, _BLOCK_LIMIT)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer) or not 1 <= value <= most):
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int | np.integer) or not 1 <= value <= most
+        ):
             raise ValueError(f"{name} must be an integer from 1 to {most}, or None, got {value!r}")
     chunks = tuple(sorted(set(prefill_chunks)))
     if not chunks or chunks[0] < 1 or len(chunks) > 8:
         raise ValueError(f"prefill_chunks must be one to eight positive sizes, got {prefill_chunks!r}")
-    model, tokenizer = _unrolled(model if cache is None else with_cache(model, cache)), tokenizer or ByteTokenizer()
+    model, tokenizer = (
+        _unrolled(model if cache is None else with_cache(model, cache)),
+        tokenizer or ByteTokenizer(),
+    )
     rows = _rows(prompt, tokenizer, model.vocab_size, fresh=state is None)
     if state is None:
         state = stream_state(model, len(rows), _check_seed(seed, len(rows)))
@@ -143,7 +164,8 @@ def stream_generate(
 class Stream(Iterator[Token]):
     """The iterator that `stream_generate` returns: `Token`s, the rows of a batch in turn.
 
-    `state` is the state after exactly the tokens that have been handed out; `stats` says how fast and how large it is.
+    `state` is the state after exactly the tokens that have been handed out; `stats` says how fast and how
+    large it is.
     """
 
     def __init__(self, model, rows, state, sampling, max_tokens, room, stops, tokenizer, block, chunks):
@@ -152,7 +174,9 @@ class Stream(Iterator[Token]):
         self._leaves = tuple(params.values())
         self._before = self._after = state
         self._with_room = getattr(model, "with_room", None)
-        self._left = np.minimum(room, np.iinfo(np.int32).max if max_tokens is None else max_tokens).astype(np.int64)
+        self._left = np.minimum(room, np.iinfo(np.int32).max if max_tokens is None else max_tokens).astype(
+            np.int64
+        )
         self._room, self._fixed_block, self._block = room, block, block or 8
         self._decoders = [tokenizer.decoder() for _ in rows]
         self._eos = getattr(tokenizer, "eos", None)
@@ -169,14 +193,16 @@ class Stream(Iterator[Token]):
 
     @property
     def state(self) -> StreamState:
-        """After the prompt and the tokens handed out so far, and no others: a value to save, fork or continue from."""
+        """After the prompt and the tokens handed out so far, and no others: a value to save, fork or continue
+        from."""
         if self._next >= len(self._pending) and not self._cut:
             return self._after
         return self._programs.decode(self._leaves, self._before, jnp.asarray(self._given, jnp.int32))[0]
 
     @property
     def stats(self) -> dict[str, float]:
-        """Tokens read and made, how fast (compilation apart), bytes of state, compiled programs, tokens a block."""
+        """Tokens read and made, how fast (compilation apart), bytes of state, compiled programs, tokens a
+        block."""
         prefill, decode = self._clock["prefill"], self._clock["decode"]
         return {
             "prompt_tokens": self._prompt_tokens,
@@ -210,7 +236,9 @@ class Stream(Iterator[Token]):
             for row, ids in enumerate(rows):
                 piece = ids[start : start + size]
                 tokens[row, : len(piece)], valid[row, : len(piece)] = piece, True
-            self._after = self._run("prefill", int(valid.sum()), self._grown(self._after, valid.sum(1)), tokens, valid)
+            self._after = self._run(
+                "prefill", int(valid.sum()), self._grown(self._after, valid.sum(1)), tokens, valid
+            )
             start += size
         self._before, self._cut = self._after, False
 
@@ -231,16 +259,22 @@ class Stream(Iterator[Token]):
         self._given[:] = 0
         for step in range(int(limits.max())):
             for row in np.flatnonzero((limits > step) & ~self._done):
-                self._pending.append(self._token(int(row), int(tokens[row, step]), float(logprobs[row, step])))
+                self._pending.append(
+                    self._token(int(row), int(tokens[row, step]), float(logprobs[row, step]))
+                )
                 self._cut |= bool(self._done[row] and step + 1 < limits[row])
         if self._fixed_block is None and limits.max() == self._block:
-            self._block = int(np.clip(self._block * min(2.0, _BLOCK_SECONDS / self._clock["decode"].last), 1, _BLOCK_LIMIT))
+            self._block = int(
+                np.clip(self._block * min(2.0, _BLOCK_SECONDS / self._clock["decode"].last), 1, _BLOCK_LIMIT)
+            )
 
     def _grown(self, state: StreamState, more: np.ndarray) -> StreamState:
         """`state` with room for `more` [b] steps, where the model's caches grow."""
         if self._with_room is None:
             return state
-        return state._replace(model=self._with_room(state.model, int(np.max(np.asarray(state.length) + more))))
+        return state._replace(
+            model=self._with_room(state.model, int(np.max(np.asarray(state.length) + more)))
+        )
 
     def _token(self, row: int, token: int, logprob: float) -> Token:
         index = int(self._made[row])
@@ -250,7 +284,9 @@ class Stream(Iterator[Token]):
         if self._stops:
             tail = self._tails[row] + text.encode()
             finished = "stop" if text and any(stop in tail for stop in self._stops) else None
-            self._tails[row] = tail[-max(map(len, self._stops)) + 1 :] if max(map(len, self._stops)) > 1 else b""
+            self._tails[row] = (
+                tail[-max(map(len, self._stops)) + 1 :] if max(map(len, self._stops)) > 1 else b""
+            )
         if token == self._eos:
             finished = "stop"
         if finished is None and self._left[row] < 1:
@@ -290,7 +326,8 @@ class _Programs(NamedTuple):
 
 @functools.lru_cache(maxsize=32)
 def _programs(static: Static, sampling: Sampling) -> _Programs:
-    """The compiled functions of a model: parameters travel as a flat tuple, the cheapest thing to hand to a jitted function."""
+    """The compiled functions of a model: parameters travel as a flat tuple, the cheapest thing to hand to a
+    jitted function."""
     traced = []
 
     def model(leaves: tuple[Array, ...]) -> Any:
@@ -320,7 +357,9 @@ def _programs(static: Static, sampling: Sampling) -> _Programs:
             return i + 1, state, tokens.at[:, i].set(token), logprobs.at[:, i].set(logprob)
 
         empty = jnp.zeros((batch, _BLOCK_LIMIT), jnp.int32), jnp.zeros((batch, _BLOCK_LIMIT), jnp.float32)
-        _, state, tokens, logprobs = jax.lax.while_loop(lambda carry: carry[0] < jnp.max(limits), step, (0, state, *empty))
+        _, state, tokens, logprobs = jax.lax.while_loop(
+            lambda carry: carry[0] < jnp.max(limits), step, (0, state, *empty)
+        )
         return state, tokens, logprobs
 
     # The old state is not donated: `Stream.state` may have to replay a part of the block from it.
@@ -341,13 +380,19 @@ def _check_seed(seed: int | Sequence[int], rows: int) -> np.ndarray:
         or (seeds < 0).any()
         or (seeds >= 2**32).any()
     ):
-        raise ValueError(f"seed must be one integer in [0, 2**32), or one for each of {rows} rows, got {seed!r}")
+        raise ValueError(
+            f"seed must be one integer in [0, 2**32), or one for each of {rows} rows, got {seed!r}"
+        )
     return seeds.astype(np.uint32)
 
 
 def _rows(prompt: Any, tokenizer: Tokenizer, vocab_size: int, fresh: bool) -> list[np.ndarray]:
     """The prompts as token arrays, one a row, checked against the vocabulary."""
-    one = isinstance(prompt, str | bytes | np.ndarray) or not len(prompt) or isinstance(prompt[0], int | np.integer)
+    one = (
+        isinstance(prompt, str | bytes | np.ndarray)
+        or not len(prompt)
+        or isinstance(prompt[0], int | np.integer)
+    )
     rows = []
     for i, item in enumerate([prompt] if one else prompt):
         if isinstance(item, str | bytes):
@@ -360,7 +405,10 @@ def _rows(prompt: Any, tokenizer: Tokenizer, vocab_size: int, fresh: bool) -> li
             raise ValueError(f"prompt {i} is empty, and there is no state to continue from")
         bad = np.flatnonzero((ids < 0) | (ids >= vocab_size))
         if len(bad):
-            raise ValueError(f"prompt {i}: token {ids[bad[0]]} at place {bad[0]} is not in the model's vocabulary of {vocab_size}")
+            raise ValueError(
+                f"prompt {i}: token {ids[bad[0]]} at place {bad[0]} is not in the model's vocabulary of "
+                f"{vocab_size}"
+            )
         rows.append(ids)
     return rows
 
@@ -374,7 +422,9 @@ def _room(model: Module, state: StreamState, rows: list[np.ndarray], max_tokens:
     if (used + (max_tokens or 0) > capacity).any():
         row = int(np.argmax(used))
         raise ValueError(
-            f"row {row} needs {used[row]} steps for its prompt and {max_tokens or 0} for max_tokens, but the model's full cache "
-            f"holds {capacity}: shorten them, or build the model with a larger Full(capacity) or with a Window"
+            f"row {row} needs {used[row]} steps for its prompt and {max_tokens or 0} for max_tokens, but "
+            "the model's full cache "
+            f"holds {capacity}: shorten them, or build the model with a larger Full(capacity) or with a "
+            "Window"
         )
     return capacity - used

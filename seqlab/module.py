@@ -1,9 +1,11 @@
 """Modules: parameters with names, and nothing else.
 
-A `Module` holds `nnx.Param`s and hyper-parameters. State and caches are arguments and results, never attributes. At the edge of a
-program `split` takes a model apart into a hashable description and one flat dictionary of arrays, `{"backbone.blocks.0.mixer.q.weight":
-array}`; everything that is jitted, sharded, optimised or saved works on that dictionary, and `merge` puts the model together inside the
-jitted function. (Handing modules to `nnx.jit` instead costs 10 to 70 times more per decode step: it walks the objects in Python.)
+A `Module` holds `nnx.Param`s and hyper-parameters. State and caches are arguments and results, never
+attributes. At the edge of a program `split` takes a model apart into a hashable description and one flat
+dictionary of arrays, `{"backbone.blocks.0.mixer.q.weight": array}`; everything that is jitted, sharded,
+optimised or saved works on that dictionary, and `merge` puts the model together inside the jitted function.
+(Handing modules to `nnx.jit` instead costs 10 to 70 times more per decode step: it walks the objects in
+Python.)
 """
 
 import inspect
@@ -19,7 +21,8 @@ Params = dict[str, jax.Array]
 class Module(nnx.Module):
     """Base of every seqlab module: an `nnx.Module` that shows the signature of its constructor.
 
-    NNX hides it behind `(*args, **kwargs)`, so a configuration system accepts misspelt arguments without a word. Constructors take
+    NNX hides it behind `(*args, **kwargs)`, so a configuration system accepts misspelt arguments without a
+    word. Constructors take
     `rngs: nnx.Rngs` by keyword.
     """
 
@@ -30,7 +33,8 @@ class Module(nnx.Module):
 
 
 class Static(NamedTuple):
-    """What remains of a model without its arrays: hashable, so that it can be a static argument of `jax.jit`."""
+    """What remains of a model without its arrays: hashable, so that it can be a static argument of
+    `jax.jit`."""
 
     graph: nnx.GraphDef
     tree: jax.tree_util.PyTreeDef
@@ -53,14 +57,26 @@ def merge(static: Static, params: Params) -> Any:
     """
     if params.keys() != set(static.names):
         missing, extra = set(static.names) - params.keys(), params.keys() - set(static.names)
-        raise KeyError(f"params do not fit the model: missing {sorted(missing)[:5]}, not in the model {sorted(extra)[:5]}")
-    return nnx.merge(static.graph, jax.tree_util.tree_unflatten(static.tree, [params[name] for name in static.names]))
+        raise KeyError(
+            f"params do not fit the model: missing {sorted(missing)[:5]}, not in the model "
+            f"{sorted(extra)[:5]}"
+        )
+    return nnx.merge(
+        static.graph, jax.tree_util.tree_unflatten(static.tree, [params[name] for name in static.names])
+    )
 
 
 def statistics_of(static: Static) -> frozenset[str]:
-    """The names of what training measures and no gradient reaches (`nnx.BatchStat`): running means and variances."""
-    variables = jax.tree.leaves(jax.tree.unflatten(static.tree, static.names), is_leaf=lambda part: isinstance(part, nnx.Variable))
-    return frozenset(name for name, variable in zip(static.names, variables, strict=True) if isinstance(variable, nnx.BatchStat))
+    """The names of what training measures and no gradient reaches (`nnx.BatchStat`): running means and
+    variances."""
+    variables = jax.tree.leaves(
+        jax.tree.unflatten(static.tree, static.names), is_leaf=lambda part: isinstance(part, nnx.Variable)
+    )
+    return frozenset(
+        name
+        for name, variable in zip(static.names, variables, strict=True)
+        if isinstance(variable, nnx.BatchStat)
+    )
 
 
 def params_of(model: nnx.Module) -> Params:
@@ -69,7 +85,8 @@ def params_of(model: nnx.Module) -> Params:
 
 
 def count_params(model_or_params: nnx.Module | Params) -> int:
-    """How many numbers are learnt; abstract models (`nnx.eval_shape`) count too. In a dictionary every array counts."""
+    """How many numbers are learnt; abstract models (`nnx.eval_shape`) count too. In a dictionary every array
+    counts."""
     if isinstance(model_or_params, dict):
         params = model_or_params
     else:

@@ -1,8 +1,8 @@
 """Published models: folders with config.json and safetensors, as Hugging Face writes them, in and out.
 
-`seqlab.load` reads such a folder (or fetches it by its hub id) into a model like any other: it streams with any cache, trains and is
-checked by the same law. `save_pretrained` writes one that transformers reads. What a config asks for and seqlab does not compute is
-refused before any weight is read.
+`seqlab.load` reads such a folder (or fetches it by its hub id) into a model like any other: it streams with
+any cache, trains and is checked by the same law. `save_pretrained` writes one that transformers reads. What a
+config asks for and seqlab does not compute is refused before any weight is read.
 """
 
 import json
@@ -41,7 +41,8 @@ def is_hub_id(name: str) -> bool:
 
 
 def tokenizer_of(folder: pathlib.Path) -> Tokenizer | None:
-    """The tokenizer of tokenizer.json in `folder`, with the first and last token that config.json names; None where there is none."""
+    """The tokenizer of tokenizer.json in `folder`, with the first and last token that config.json names; None
+    where there is none."""
     if not (folder / "tokenizer.json").is_file():
         return None
     described = json.loads((folder / "config.json").read_text())
@@ -54,20 +55,26 @@ def fetch(name: str) -> pathlib.Path:
     """The folder of the hub's model `name`, "organisation/model", from the local cache where it is there.
 
     Raises:
-      PretrainedError: the optional package huggingface_hub is missing, or the model is neither cached nor to be had.
+      PretrainedError: the optional package huggingface_hub is missing, or the model is neither cached nor to
+      be had.
     """
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise PretrainedError(f"{name} is no folder here; for models of the hub: pip install huggingface_hub") from error
+        raise PretrainedError(
+            f"{name} is no folder here; for models of the hub: pip install huggingface_hub"
+        ) from error
     try:
         return pathlib.Path(snapshot_download(name, allow_patterns=list(_FILES)))
     except Exception as error:  # whatever the network layer of the day raises
-        raise PretrainedError(f"{name} is no folder here and cannot be had from the hub ({type(error).__name__}: {error})") from error
+        raise PretrainedError(
+            f"{name} is no folder here and cannot be had from the hub ({type(error).__name__}: {error})"
+        ) from error
 
 
 def load_pretrained(folder: str | os.PathLike[str]) -> tuple[LanguageModel, fdl.Config]:
-    """The model of a folder with its weights, and the config that builds it. Parameters are float32, whatever they were saved in.
+    """The model of a folder with its weights, and the config that builds it. Parameters are float32, whatever
+    they were saved in.
 
     Raises:
       PretrainedError: not a folder of a published model, or of one that is not supported.
@@ -87,9 +94,14 @@ def load_pretrained(folder: str | os.PathLike[str]) -> tuple[LanguageModel, fdl.
 
 
 def save_pretrained(
-    model: LanguageModel, folder: str | os.PathLike[str], *, dtype: str = "float32", shard_bytes: int = 5_000_000_000
+    model: LanguageModel,
+    folder: str | os.PathLike[str],
+    *,
+    dtype: str = "float32",
+    shard_bytes: int = 5_000_000_000,
 ) -> list[pathlib.Path]:
-    """Write `model` as a published model: config.json and safetensors in parts of at most `shard_bytes`. Returns the files.
+    """Write `model` as a published model: config.json and safetensors in parts of at most `shard_bytes`.
+    Returns the files.
 
     Args:
       dtype: what the weights are stored in, "float32", "bfloat16" or "float16".
@@ -105,14 +117,23 @@ def save_pretrained(
     folder = pathlib.Path(folder)
     taken = [path.name for pattern in _FILES[:3] for path in folder.glob(pattern)]
     if taken:
-        raise FileExistsError(f"{folder} holds a model already ({', '.join(sorted(taken)[:3])}): nothing is overwritten")
-    tensors = {name: jnp.asarray(value, dtype) for name, value in published(model, FAMILIES[described["model_type"]]).items()}
+        raise FileExistsError(
+            f"{folder} holds a model already ({', '.join(sorted(taken)[:3])}): nothing is overwritten"
+        )
+    tensors = {
+        name: jnp.asarray(value, dtype)
+        for name, value in published(model, FAMILIES[described["model_type"]]).items()
+    }
     shards = _shards(tensors, shard_bytes)
     folder.mkdir(parents=True, exist_ok=True)
     written, where = [], {}
     for number, shard in enumerate(shards, 1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file(shard, folder / name, metadata={"format": "pt"})  # what transformers asks for, whoever wrote the file
+        name = (
+            "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        )
+        save_file(
+            shard, folder / name, metadata={"format": "pt"}
+        )  # what transformers asks for, whoever wrote the file
         where |= dict.fromkeys(shard, name)
         written.append(folder / name)
     if len(shards) > 1:
@@ -144,7 +165,8 @@ def _read(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _shards(tensors: Mapping[str, Any], limit: int) -> list[dict[str, Any]]:
-    """The tensors in their order, in parts of at most `limit` bytes (a larger tensor is a part of its own)."""
+    """The tensors in their order, in parts of at most `limit` bytes (a larger tensor is a part of its
+    own)."""
     shards: list[dict[str, Any]] = [{}]
     size = 0
     for name, value in tensors.items():

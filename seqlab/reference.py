@@ -1,6 +1,8 @@
-"""The pages of docs/reference, from the code alone: `python -m seqlab.reference docs/reference` writes them all.
+"""The pages of docs/reference, from the code alone: `python -m seqlab.reference docs/reference` writes them
+all.
 
-The command line comes from its parser, Python names from their docstrings, tables from what can be asked of objects. Nothing is
+The command line comes from its parser, Python names from their docstrings, tables from what can be asked of
+objects. Nothing is
 measured: a page is the same on every machine, and a test can hold it to the code.
 """
 
@@ -28,8 +30,20 @@ from seqlab.pages import prose
 from seqlab.state import state_bytes
 
 _CACHES = (
-    *("full(4096)", "full(4096)+grows", "window(1024)", "sinks(4)+window(1020)", "sinks(4)+window(1020)+in_place"),
-    *("full(4096)+int8", "full(4096)+int4", "full(4096)+int2", "sinks(4)+window(1020)+int4", "moba(64, 4)+full(4096)"),
+    *(
+        "full(4096)",
+        "full(4096)+grows",
+        "window(1024)",
+        "sinks(4)+window(1020)",
+        "sinks(4)+window(1020)+in_place",
+    ),
+    *(
+        "full(4096)+int8",
+        "full(4096)+int4",
+        "full(4096)+int2",
+        "sinks(4)+window(1020)+int4",
+        "moba(64, 4)+full(4096)",
+    ),
     "moba(64, 4)+window(1024)",
 )
 
@@ -39,7 +53,9 @@ PAGES = ("cli", "python", "configs", "caches", "support")
 
 def page(name: str) -> str:
     """The text of one of `PAGES`."""
-    write = {"cli": command_line, "python": python, "configs": configs, "caches": caches, "support": support}[name]
+    write = {"cli": command_line, "python": python, "configs": configs, "caches": caches, "support": support}[
+        name
+    ]
     return write().rstrip() + "\n"
 
 
@@ -75,8 +91,12 @@ def command_line() -> str:
 
 def _usage(name: str, parser: argparse.ArgumentParser) -> str:
     words = [_form(action) for action in parser._actions if not action.option_strings]
-    words += [f"[{_form(action)}]" for action in parser._actions if action.option_strings and action.dest != "help"]
-    return textwrap.fill(f"seqlab {name} {' '.join(words)}", 100, subsequent_indent="    ", break_on_hyphens=False)
+    words += [
+        f"[{_form(action)}]" for action in parser._actions if action.option_strings and action.dest != "help"
+    ]
+    return textwrap.fill(
+        f"seqlab {name} {' '.join(words)}", 100, subsequent_indent="    ", break_on_hyphens=False
+    )
 
 
 def _form(action: argparse.Action) -> str:
@@ -91,7 +111,9 @@ def _form(action: argparse.Action) -> str:
 
 def _options(parser: argparse.ArgumentParser) -> str:
     actions = [action for action in parser._actions if action.dest not in ("help", "command")]
-    rows = [(f"`{_form(action)}`", _cell((action.help or "") % {"default": action.default})) for action in actions]
+    rows = [
+        (f"`{_form(action)}`", _cell((action.help or "") % {"default": action.default})) for action in actions
+    ]
     return _table(("argument", ""), rows) if rows else ""
 
 
@@ -104,17 +126,29 @@ def python() -> str:
     mixers = catalog.mixers()
     parts = [
         "# Python",
-        "What `import seqlab` offers, and the parts to build models from. Mixers have [their own pages](../mixers/README.md).",
+        "What `import seqlab` offers, and the parts to build models from. Mixers have [their own "
+        "pages](../mixers/README.md).",
     ]
-    parts += ["## seqlab", *(_entry(getattr(seqlab, name), f"seqlab.{name}") for name in seqlab.__all__ if not name.startswith("__"))]
+    parts += [
+        "## seqlab",
+        *(
+            _entry(getattr(seqlab, name), f"seqlab.{name}")
+            for name in seqlab.__all__
+            if not name.startswith("__")
+        ),
+    ]
     others = [value for name in models.__all__ if (value := getattr(models, name)) not in mixers]
     parts += ["## seqlab.models", *(_entry(value, f"seqlab.models.{value.__name__}") for value in others)]
-    parts += ["## seqlab.kernels", *(_entry(function, f"seqlab.kernels.{name}") for name, function in _functions().items())]
+    parts += [
+        "## seqlab.kernels",
+        *(_entry(function, f"seqlab.kernels.{name}") for name, function in _functions().items()),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
 def _functions() -> dict[str, Callable[..., Any]]:
-    """The public functions of ops by name; an op that only serves another, its gradient for instance, has none."""
+    """The public functions of ops by name; an op that only serves another, its gradient for instance, has
+    none."""
     found = {op.name: getattr(importlib.import_module(op.package), op.name, None) for op in doctor.ops()}
     return {name: function for name, function in found.items() if callable(function)}
 
@@ -166,10 +200,16 @@ def configs() -> str:
         "## Configs",
     ]
     for name in config.names():
-        text = ast.get_docstring(ast.parse(pathlib.Path(importlib.import_module(f"seqlab.configs.{name}").__file__).read_text()))
+        text = ast.get_docstring(
+            ast.parse(pathlib.Path(importlib.import_module(f"seqlab.configs.{name}").__file__).read_text())
+        )
         parts.append(f"### {name}\n\n{prose(text)}")
     rows = [(f"`{entry['name']}`", _cell(entry["summary"])) for entry in catalog.catalog()["fiddlers"]]
-    parts += ["## Fiddlers", "Variations of any config, applied in order: `--fiddler NAME`.", _table(("fiddler", ""), rows)]
+    parts += [
+        "## Fiddlers",
+        "Variations of any config, applied in order: `--fiddler NAME`.",
+        _table(("fiddler", ""), rows),
+    ]
     return "\n\n".join([*parts, "## Fields of a run", _entry(Experiment, Experiment.__name__)])
 
 
@@ -177,7 +217,9 @@ def caches() -> str:
     """What each cache remembers and costs, by its words."""
     rows = []
     named = [(f"`{words}`", parse_cache(words)) for words in _CACHES]
-    named.insert(2, ("`seqlab.models.cache.duo((True, False), capacity=4096)`", duo((True, False), capacity=4096)))
+    named.insert(
+        2, ("`seqlab.models.cache.duo((True, False), capacity=4096)`", duo((True, False), capacity=4096))
+    )
     for words, policy in named:
         mixer = nnx.eval_shape(lambda policy=policy: Attention(128, heads=2, cache=policy, rngs=nnx.Rngs(0)))
         ends = (
@@ -193,15 +235,21 @@ def caches() -> str:
     return "\n\n".join(
         [
             "# Caches",
-            "What attention remembers: in words for `--cache` and `stream_generate(cache=...)`, as a policy in configs and models.",
+            "What attention remembers: in words for `--cache` and `stream_generate(cache=...)`, as a "
+            "policy in configs and models.",
             "## Words",
             prose(parse_cache.__doc__),
             "## Cost",
-            "Of one layer with two heads of 64 channels in float16, one stream, before it grows. All of them obey the law.",
+            "Of one layer with two heads of 64 channels in float16, one stream, before it grows. All of "
+            "them obey the law.",
             _table(head, rows),
-            "Coded caches keep scales beside the codes, and the newest steps exactly, which is why four bits are not a quarter of 16.",
+            "Coded caches keep scales beside the codes, and the newest steps exactly, which is why four "
+            "bits are not a quarter of 16.",
             "## Policies",
-            *(_entry(cls, f"seqlab.models.cache.{cls.__name__}") for cls in dict.fromkeys(type(policy) for _, policy in named)),
+            *(
+                _entry(cls, f"seqlab.models.cache.{cls.__name__}")
+                for cls in dict.fromkeys(type(policy) for _, policy in named)
+            ),
             _entry(duo, "seqlab.models.cache.duo"),
         ]
     )
@@ -213,36 +261,55 @@ def support() -> str:
     for entry, cls in zip(catalog.catalog()["mixers"], catalog.mixers(), strict=True):
         name, back = entry["name"], _word(hasattr(cls, "rewind") or entry["state_bytes"] == 0)
         facts = [_word(entry[key]) for key in ("causal", "lookahead", "exact", "state_bytes", "parameters")]
-        rows.append((f"[{name}](../mixers/{name}.md)", *facts, back if entry["causal"] else "-", entry["source"] or "-"))
+        rows.append(
+            (
+                f"[{name}](../mixers/{name}.md)",
+                *facts,
+                back if entry["causal"] else "-",
+                entry["source"] or "-",
+            )
+        )
     head = ("mixer", "causal", "lookahead", "exact", "state bytes", "parameters", "can be rewound", "source")
     kernels = []
     for op in doctor.ops():
         order = [
-            ", ".join(name for name in dispatch._PREFERENCE[platform] if name in op.implementations) for platform in ("cpu", "gpu", "tpu")
+            ", ".join(name for name in dispatch._PREFERENCE[platform] if name in op.implementations)
+            for platform in ("cpu", "gpu", "tpu")
         ]
         kernels.append((f"`{op.name}`", ", ".join(op.implementations), *order))
     return "\n\n".join(
         [
             "# What supports what",
             "## Mixers",
-            f"At width {catalog.DIM}, one stream in float32; `-` where it depends on arguments that have no default. Every causal mixer "
-            "takes chunks of any length, `reset` and `valid`, and is checked by `pytest tests/test_streaming.py`.",
+            f"At width {catalog.DIM}, one stream in float32; `-` where it depends on arguments that have no "
+            "default. Every causal mixer "
+            "takes chunks of any length, `reset` and `valid`, and is checked by `pytest "
+            "tests/test_streaming.py`.",
             _table(head, rows),
             "## Kernels",
-            "Implementations, and which `implementation=None` takes on each platform: the first that does not decline. "
+            "Implementations, and which `implementation=None` takes on each platform: the first that does "
+            "not decline. "
             "`seqlab doctor` tries them on the machine at hand.",
             _table(("op", "implementations", "on CPU", "on GPU", "on TPU"), kernels),
-            "Each takes every call of its op, values and gradients, `reset`, `valid` and states included, except what it declines with "
-            "`NotImplementedError`: `reference` and `xla` nothing, others what stands in their code, with ... for what is known there.",
+            "Each takes every call of its op, values and gradients, `reset`, `valid` and states included, "
+            "except what it declines with "
+            "`NotImplementedError`: `reference` and `xla` nothing, others what stands in their code, with "
+            "... for what is known there.",
             _table(("op", "implementation", "declines with"), _declined()),
         ]
     )
 
 
 def _declined() -> list[tuple[str, str, str]]:
-    """What implementations raise NotImplementedError with: first what all of a kind share, then what each adds."""
-    pairs = [(f"`{op.name}`", name, f"{op.package}.{name}") for op in doctor.ops() for name in op.implementations]
-    shared = [("all", name, f"seqlab.kernels.{name.partition('_')[0]}") for name in dict.fromkeys(name for _, name, _ in pairs)]
+    """What implementations raise NotImplementedError with: first what all of a kind share, then what each
+    adds."""
+    pairs = [
+        (f"`{op.name}`", name, f"{op.package}.{name}") for op in doctor.ops() for name in op.implementations
+    ]
+    shared = [
+        ("all", name, f"seqlab.kernels.{name.partition('_')[0]}")
+        for name in dict.fromkeys(name for _, name, _ in pairs)
+    ]
     rows = []
     for op, name, module in [*shared, *pairs]:
         found = importlib.util.find_spec(module)
@@ -253,10 +320,21 @@ def _declined() -> list[tuple[str, str, str]]:
 
 def _reasons(source: str) -> list[str]:
     """The messages of the NotImplementedErrors that a source raises."""
-    raised = [node.exc for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
-    texts = [call.args[0] for call in raised if isinstance(call.func, ast.Name) and call.func.id == "NotImplementedError" and call.args]
+    raised = [
+        node.exc
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)
+    ]
+    texts = [
+        call.args[0]
+        for call in raised
+        if isinstance(call.func, ast.Name) and call.func.id == "NotImplementedError" and call.args
+    ]
     parts = [text.values if isinstance(text, ast.JoinedStr) else [text] for text in texts]
-    return ["".join(part.value if isinstance(part, ast.Constant) else "..." for part in message) for message in parts]
+    return [
+        "".join(part.value if isinstance(part, ast.Constant) else "..." for part in message)
+        for message in parts
+    ]
 
 
 def _word(value: bool | int | None) -> str:

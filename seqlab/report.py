@@ -1,4 +1,5 @@
-"""What comparisons leave behind: a table for the terminal and for a page, a figure, files that are replaced whole or not at all."""
+"""What comparisons leave behind: a table for the terminal and for a page, a figure, files that are replaced
+whole or not at all."""
 
 import contextlib
 import os
@@ -14,7 +15,10 @@ def as_text(cells: Cells) -> str:
     """A table for a terminal: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
-        "  ".join(text.rjust(size) if i else text.ljust(size) for i, (text, size) in enumerate(zip(line, widths, strict=True)))
+        "  ".join(
+            text.rjust(size) if i else text.ljust(size)
+            for i, (text, size) in enumerate(zip(line, widths, strict=True))
+        )
         for line in cells
     )
 
@@ -22,7 +26,9 @@ def as_text(cells: Cells) -> str:
 def as_markdown(cells: Cells) -> str:
     """The same for a page."""
     header, *rows = cells
-    return "".join(f"| {' | '.join(line)} |\n" for line in [header, ["---", *["---:"] * (len(header) - 1)], *rows])
+    return "".join(
+        f"| {' | '.join(line)} |\n" for line in [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    )
 
 
 def write(path: pathlib.Path, text: str) -> None:

@@ -19,10 +19,11 @@ class RunError(ValueError):
 
 
 class Run(NamedTuple):
-    """A trained model: `config` is the Fiddle config that built it, `step` the checkpoint that its parameters are from.
+    """A trained model: `config` is the Fiddle config that built it, `step` the checkpoint that its parameters
+    are from.
 
-    Of a published model `config` is that of the model alone and `step` is 0. `tokenizer` is None where the model's inputs are not tokens,
-    and where a published model came without tokenizer.json.
+    Of a published model `config` is that of the model alone and `step` is 0. `tokenizer` is None where the
+    model's inputs are not tokens, and where a published model came without tokenizer.json.
     """
 
     model: Module
@@ -40,8 +41,8 @@ class Evaluation(NamedTuple):
 
 
 def load(workdir: str | os.PathLike[str], step: int | None = None) -> Run:
-    """The model of a run folder, from its last good checkpoint or that of `step`; or a published model (Llama, Mamba, ...) from its folder
-    or, as "organisation/name", from the hub.
+    """The model of a run folder, from its last good checkpoint or that of `step`; or a published model
+    (Llama, Mamba, ...) from its folder or, as "organisation/name", from the hub.
 
     The config of a run is executed: load only what you would run. Published models are data alone.
 
@@ -67,7 +68,13 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Run:
         return Run(model, pretrained.tokenizer_of(workdir), cfg, 0)
     file = workdir / "config.json"
     if not file.is_file():
-        what = "does not exist" if not workdir.exists() else "is not a folder" if not workdir.is_dir() else "holds no config.json"
+        what = (
+            "does not exist"
+            if not workdir.exists()
+            else "is not a folder"
+            if not workdir.is_dir()
+            else "holds no config.json"
+        )
         raise RunError(f"{workdir} is not the folder of a run: it {what}")
     try:
         cfg = config.from_json(file.read_text())
@@ -89,7 +96,8 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Run:
 
 
 def evaluate(model: Module, experiment: Any) -> Evaluation:
-    """The metric of `experiment` for `model` on its held-out windows, the same that its training validates on."""
+    """The metric of `experiment` for `model` on its held-out windows, the same that its training validates
+    on."""
     from seqlab.train.loop import held_out_batches, validate
     from seqlab.train.step import evaluate_step
 

@@ -16,8 +16,11 @@ class Sampling(NamedTuple):
     top_p: float | None = None
 
 
-def draw(logits: Float[Array, "b v"], seed: UInt32[Array, " b"], index: Int[Array, " b"], sampling: Sampling) -> Int[Array, " b"]:
-    """One token a row. A row's draw depends on its seed and place in the sequence alone, not on the batch or the block."""
+def draw(
+    logits: Float[Array, "b v"], seed: UInt32[Array, " b"], index: Int[Array, " b"], sampling: Sampling
+) -> Int[Array, " b"]:
+    """One token a row. A row's draw depends on its seed and place in the sequence alone, not on the batch or
+    the block."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / sampling.temperature
@@ -29,7 +32,9 @@ def draw(logits: Float[Array, "b v"], seed: UInt32[Array, " b"], index: Int[Arra
         before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
         least = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < least, -jnp.inf, logits)
-    noise = jax.vmap(lambda s, i: jax.random.gumbel(jax.random.fold_in(jax.random.key(s), i), logits.shape[1:]))(seed, index)
+    noise = jax.vmap(
+        lambda s, i: jax.random.gumbel(jax.random.fold_in(jax.random.key(s), i), logits.shape[1:])
+    )(seed, index)
     return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
 
 

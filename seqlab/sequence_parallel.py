@@ -1,14 +1,18 @@
-"""Time split over the devices of the mesh axis `sequence` (clause C5 of the law): the same function, 1/N of the memory a device.
+"""Time split over the devices of the mesh axis `sequence` (clause C5 of the law): the same function, 1/N of
+the memory a device.
 
-Models know nothing of it. Under `jax.set_mesh(make_mesh(sequence=8))` arrays [b, t, ...] are global as ever and lie on the devices in
-equal stretches of time; XLA places what acts on single steps, and the operations that mix steps, which are the kernels, take their
-stretches by hand: each calls `split` with what one device does. A stretch of a linear recurrence is an affine map of its state
+Models know nothing of it. Under `jax.set_mesh(make_mesh(sequence=8))` arrays [b, t, ...] are global as ever
+and lie on the devices in equal stretches of time; XLA places what acts on single steps, and the operations
+that mix steps, which are the kernels, take their
+stretches by hand: each calls `split` with what one device does. A stretch of a linear recurrence is an affine
+map of its state
 
     S -> M S + N            (M2, N2) after (M1, N1) = (M2 M1, M2 N1 + N2)
 
-so the state that enters every stretch comes from all before it in log2 N rounds of neighbours' messages, each of the size of a state
-(`carried`; LASP, arXiv 2404.02882, sends it from device to device). A recurrence that is not linear has no such map: there the devices
-work one after the other (`relay`), and only memory is saved. Softmax attention sends its keys around a ring: see `kernels.attention`.
+so the state that enters every stretch comes from all before it in log2 N rounds of neighbours' messages, each
+of the size of a state (`carried`; LASP, arXiv 2404.02882, sends it from device to device). A recurrence that
+is not linear has no such map: there the devices work one after the other (`relay`), and only memory is saved.
+Softmax attention sends its keys around a ring: see `kernels.attention`.
 """
 
 import contextlib
@@ -27,9 +31,15 @@ _within_steps = jax.make_user_context(default_value=False)  # jax.jit takes it i
 
 
 def parts(time: int) -> int:
-    """In how many stretches `time` steps lie here: 1 outside a mesh with the axis, inside `split`, and for fewer steps than devices."""
+    """In how many stretches `time` steps lie here: 1 outside a mesh with the axis, inside `split`, and for
+    fewer steps than devices."""
     mesh = jax.sharding.get_abstract_mesh()
-    if _within_steps.value or mesh.empty or AXIS not in mesh.axis_names or mesh.axis_types[mesh.axis_names.index(AXIS)] != AxisType.Auto:
+    if (
+        _within_steps.value
+        or mesh.empty
+        or AXIS not in mesh.axis_names
+        or mesh.axis_types[mesh.axis_names.index(AXIS)] != AxisType.Auto
+    ):
         return 1
     devices = mesh.shape[AXIS]
     return devices if time >= devices else 1
@@ -42,23 +52,34 @@ def within_steps() -> Iterator[None]:
         yield
 
 
-def split(function: Callable[[Any, Any], tuple[Any, Any]], timed: Any, whole: Any, multiple: int = 1) -> tuple[Any, Any]:
-    """`function(timed, whole)` -> (timed, whole) on every device, with its own stretch of what is timed, [b, t, ...], and all of the rest.
+def split(
+    function: Callable[[Any, Any], tuple[Any, Any]], timed: Any, whole: Any, multiple: int = 1
+) -> tuple[Any, Any]:
+    """`function(timed, whole)` -> (timed, whole) on every device, with its own stretch of what is timed, [b,
+    t, ...], and all of the rest.
 
-    Stretches are of one length, a multiple of `multiple`; what is missing at the end is filled with zeros (False: see `all_valid`), and
+    Stretches are of one length, a multiple of `multiple`; what is missing at the end is filled with zeros
+    (False: see `all_valid`), and
     cut off from the results. Results that are whole must be the same on all devices: see `of_last`.
     """
     time = jax.tree.leaves(timed)[0].shape[1]
     unit = parts(time) * multiple
-    timed = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % unit), *((0, 0),) * (x.ndim - 2))), timed)
+    timed = jax.tree.map(
+        lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % unit), *((0, 0),) * (x.ndim - 2))), timed
+    )
     stretch, everywhere = PartitionSpec(None, AXIS), PartitionSpec()
-    mapped = jax.shard_map(function, in_specs=(stretch, everywhere), out_specs=(stretch, everywhere), axis_names={AXIS})
+    mapped = jax.shard_map(
+        function, in_specs=(stretch, everywhere), out_specs=(stretch, everywhere), axis_names={AXIS}
+    )
     timed, whole = jax.jit(mapped)(timed, whole)
     return jax.tree.map(lambda x: x[:, :time], timed), whole
 
 
-def all_valid(valid: Bool[Array, "b t"] | None, shape: tuple[int, ...], multiple: int = 1) -> Bool[Array, "b t"] | None:
-    """`valid`, or flags that tell the steps [b, t] from those by which `split` fills them up, where it has to."""
+def all_valid(
+    valid: Bool[Array, "b t"] | None, shape: tuple[int, ...], multiple: int = 1
+) -> Bool[Array, "b t"] | None:
+    """`valid`, or flags that tell the steps [b, t] from those by which `split` fills them up, where it has
+    to."""
     return jnp.ones(shape[:2], bool) if valid is None and shape[1] % (parts(shape[1]) * multiple) else valid
 
 
@@ -76,14 +97,16 @@ def count() -> int:
 
 
 def shift(x: Any, by: int = 1, around: bool = False) -> Any:
-    """What the device `by` stretches before this one has; zeros where there is none, unless it goes `around`."""
+    """What the device `by` stretches before this one has; zeros where there is none, unless it goes
+    `around`."""
     n = count()
     pairs = [(i, (i + by) % n) for i in range(n) if around or 0 <= i + by < n]
     return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, AXIS, pairs), x)
 
 
 def before(x: Any, after: Callable[[Any, Any], Any]) -> Any:
-    """All stretches before this one in one, by an associative `after(later, earlier)`, in log2 N rounds; zeros on the first device."""
+    """All stretches before this one in one, by an associative `after(later, earlier)`, in log2 N rounds;
+    zeros on the first device."""
     distance = 1
     while distance < count() - 1:
         joined, enough = after(x, shift(x, distance)), place() >= distance
@@ -106,7 +129,8 @@ def continues(reset: Bool[Array, "b t"] | None, valid: Bool[Array, "b t"] | None
 
 
 class Stretch(NamedTuple):
-    """The affine map of a stretch of time: the state behind it if it begins with none, its `map` M, and where it has one [b]."""
+    """The affine map of a stretch of time: the state behind it if it begins with none, its `map` M, and where
+    it has one [b]."""
 
     end: Array
     map: Any
@@ -121,7 +145,8 @@ def carried(
 ) -> Array:
     """The state [b, ...] that enters this stretch, `initial` (none by default) entering the first.
 
-    `act(M, state)` applies a map, `compose(M2, M1)` is one after another, `act` itself by default. A stretch whose map is None forgets.
+    `act(M, state)` applies a map, `compose(M2, M1)` is one after another, `act` itself by default. A stretch
+    whose map is None forgets.
     """
 
     def kept(stretch: Stretch, state: Array) -> Array:
@@ -131,22 +156,30 @@ def carried(
 
     def after(later: Stretch, earlier: Stretch) -> Stretch:
         goes_on = None if later.goes_on is None else later.goes_on & earlier.goes_on
-        return Stretch(later.end + kept(later, earlier.end), (compose or act)(later.map, earlier.map), goes_on)
+        return Stretch(
+            later.end + kept(later, earlier.end), (compose or act)(later.map, earlier.map), goes_on
+        )
 
     first = place() == 0
     if stretch.map is None:
         start = shift(stretch.end)
     else:
         if initial is not None:
-            stretch = stretch._replace(end=jnp.where(first, stretch.end + kept(stretch, initial), stretch.end))
+            stretch = stretch._replace(
+                end=jnp.where(first, stretch.end + kept(stretch, initial), stretch.end)
+            )
         start = before(stretch, after).end
     return start if initial is None else jnp.where(first, initial, start)
 
 
-def relay(run: Callable[[Any, Any, Any], tuple[Any, Any]], state: Any, floats: Any, rest: Any) -> tuple[Any, Any]:
-    """`run(state, floats, rest)` -> (outputs, state) on one device after the other, each from the state that the one before it ends in.
+def relay(
+    run: Callable[[Any, Any, Any], tuple[Any, Any]], state: Any, floats: Any, rest: Any
+) -> tuple[Any, Any]:
+    """`run(state, floats, rest)` -> (outputs, state) on one device after the other, each from the state that
+    the one before it ends in.
 
-    Floats and states are differentiated, the rest is not. Returns the outputs of every stretch and the state behind the last.
+    Floats and states are differentiated, the rest is not. Returns the outputs of every stretch and the state
+    behind the last.
     """
     state, floats = _varying((state, floats))
     outputs, end = _relay(run, state, floats, rest)
@@ -159,14 +192,17 @@ def _relay(run, state, floats, rest):
 
 
 def _relay_forward(run, state, floats, rest):
-    # The rounds are written out: where several loops sent messages, jaxlib 0.10 on a CPU gave wrong numbers or failed a check in
-    # rendezvous.h. Such loops may run side by side, and all messages have one channel: those of one seem to be taken for another's.
+    # The rounds are written out: where several loops sent messages, jaxlib 0.10 on a CPU gave wrong numbers
+    # or failed a check in rendezvous.h. Such loops may run side by side, and all messages have one channel:
+    # those of one seem to be taken for another's.
     here, start = place(), state
 
     def outcome(start, *_):
         return _varying(run(start, floats, rest))
 
-    outputs, end = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run, state, floats, rest))
+    outputs, end = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run, state, floats, rest)
+    )
     outputs, end = _varying((outputs, end))
     for i in range(count()):
         outputs, end = jax.lax.cond(here == i, outcome, lambda _, *done: done, start, outputs, end)
@@ -185,7 +221,9 @@ def _relay_backward(run, residuals, cotangents):
 
     nothing = d_start, d_floats = jax.tree.map(jnp.zeros_like, (start, floats))
     for i in reversed(range(count())):
-        d_start, d_floats = jax.lax.cond(here == i, lambda d_end, *_: gradients(d_end), lambda _, *done: done, d_end, d_start, d_floats)
+        d_start, d_floats = jax.lax.cond(
+            here == i, lambda d_end, *_: gradients(d_end), lambda _, *done: done, d_end, d_start, d_floats
+        )
         received = jax.tree.map(jnp.add, d_end, shift(d_start, -1))
         d_end = _chosen(here == i - 1, received, d_end)
     return _chosen(here == 0, d_start, nothing[0]), d_floats, None
@@ -195,7 +233,8 @@ _relay.defvjp(_relay_forward, _relay_backward)
 
 
 def _varying(tree: Any) -> Any:
-    """As something of which each device has its own, which is how loops over stretches must begin and what their gradients are."""
+    """As something of which each device has its own, which is how loops over stretches must begin and what
+    their gradients are."""
     zero = 0 * place()
     return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), tree)
 

@@ -1,14 +1,16 @@
 """The axes of seqlab: one letter an axis, the same in signatures, einsums and comments.
 
     b  batch (rows)            t  time, or the length of a chunk        c  the length of an inner chunk
-    d  model width             h  heads                                 g  groups that share something (key/value heads)
+    d  model width             h  heads                                 g  groups that share something
+    (key/value heads)
     k  key width per head      v  value width per head                  e  inner width of a state-space mixer
     n  state size              s  stored keys (a cache), or source time w  window or filter taps
 
-Layout is always `[b, t, h, d]`; images are NHWC. Masks say True = keep. Segment ids count from 1, 0 is padding. Positions count from 0
-within a segment. A window W holds the query and the W-1 keys before it.
+Layout is always `[b, t, h, d]`; images are NHWC. Masks say True = keep. Segment ids count from 1, 0 is
+padding. Positions count from 0 within a segment. A window W holds the query and the W-1 keys before it.
 
-Accumulators (recurrent states, decays, log-sum-exp) are float32, or float64 where the inputs are float64: see `accumulator`.
+Accumulators (recurrent states, decays, log-sum-exp) are float32, or float64 where the inputs are float64: see
+`accumulator`.
 """
 
 import jax

@@ -1,10 +1,11 @@
-"""Where arrays live: a mesh of four axes, and rules from parameter names to placements. On one device all of it is a no-op.
+"""Where arrays live: a mesh of four axes, and rules from parameter names to placements. On one device all of
+it is a no-op.
 
     data      rows of the batch                     fsdp      rows of the batch too, with the parameters split
     tensor    heads and hidden channels             sequence  time
 
-Rules are plain data: the first regular expression that matches a parameter's name says how its axes are split. Axes are `Auto`, so XLA
-propagates placements through everything that no rule names.
+Rules are plain data: the first regular expression that matches a parameter's name says how its axes are
+split. Axes are `Auto`, so XLA propagates placements through everything that no rule names.
 """
 
 import dataclasses
@@ -25,7 +26,8 @@ BATCH = ("data", "fsdp")
 
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 
-# Matrices are [in, out]: those that read the residual stream split their outputs over `tensor`, those that write it split their inputs.
+# Matrices are [in, out]: those that read the residual stream split their outputs over `tensor`, those that
+# write it split their inputs.
 RULES: Rules = (
     (r"embedding\.weight$", ("tensor", "fsdp")),
     (r"(down|out|out_proj|dt_proj)\.weight$", ("tensor", "fsdp")),
@@ -41,7 +43,8 @@ class MeshSizes:
       data, fsdp: rows of the batch; `fsdp` splits the parameters too.
       tensor: heads and hidden channels.
       sequence: time.
-      layout: how attention deals positions out over `sequence`: "contiguous", or "zigzag" or "striped" for equal work under a causal mask.
+      layout: how attention deals positions out over `sequence`: "contiguous", or "zigzag" or "striped" for
+        equal work under a causal mask.
     Raises:
       ValueError: a size that is neither positive nor -1.
     """
@@ -59,21 +62,26 @@ class MeshSizes:
                 raise ValueError(f"{name} must be positive, or -1 for what is left, got {size!r}")
 
     def make(self) -> Mesh | None:
-        """The mesh; None for one device. In a program of one process the devices that are not needed stay idle."""
+        """The mesh; None for one device. In a program of one process the devices that are not needed stay
+        idle."""
         sizes = {name: getattr(self, name) for name in AXES}
         devices, known = jax.devices(), math.prod(size for size in sizes.values() if size != -1)
         if -1 not in sizes.values() and jax.process_count() == 1:
             if known > len(devices):
                 raise ValueError(
                     f"a mesh of {sizes} needs {known} devices, and there are {len(devices)}"
-                    f" (a CPU passes for several under XLA_FLAGS=--xla_force_host_platform_device_count={known})"
+                    " (a CPU passes for several under "
+                    f"XLA_FLAGS=--xla_force_host_platform_device_count={known})"
                 )
             devices = devices[:known]
         return make_mesh(**sizes, devices=devices)
 
 
-def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, devices: Sequence[Any] | None = None) -> Mesh | None:
-    """A mesh of these sizes; one of them may be -1, for all the devices that are left. None where there is one device: nothing to do.
+def make_mesh(
+    *, data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh | None:
+    """A mesh of these sizes; one of them may be -1, for all the devices that are left. None where there is
+    one device: nothing to do.
 
     Raises:
       ValueError: if the sizes do not multiply to the number of devices.
@@ -94,22 +102,28 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int =
         sizes[free[0]] = len(devices) // known
     if len(devices) == 1:
         return None
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
 
 
 def compiler_options(mesh: Mesh | None) -> dict[str, bool] | None:
     """What `jax.jit` and `compile` have to be told of a program on `mesh`.
 
-    On a CPU XLA may run loops side by side that do not need each other, and seems to take the messages of one for another's where both
-    send some (jaxlib 0.10: wrong numbers, or a failed check of `rendezvous.h`). So they are asked to run in order.
+    On a CPU XLA may run loops side by side that do not need each other, and seems to take the messages of one
+    for another's where both send some (jaxlib 0.10: wrong numbers, or a failed check of `rendezvous.h`). So
+    they are asked to run in order.
     """
     if mesh is None or mesh.devices.flat[0].platform != "cpu":
         return None
     return {"xla_cpu_enable_concurrency_optimized_scheduler": False}
 
 
-def param_shardings(params: Params, mesh: Mesh | None, rules: Rules = RULES) -> dict[str, NamedSharding] | None:
-    """The placement of every parameter, by the first rule that matches its name; replicated where none does or a size does not divide.
+def param_shardings(
+    params: Params, mesh: Mesh | None, rules: Rules = RULES
+) -> dict[str, NamedSharding] | None:
+    """The placement of every parameter, by the first rule that matches its name; replicated where none does
+    or a size does not divide.
 
     `params` may be abstract. None where there is no mesh.
     """
@@ -121,13 +135,21 @@ def param_shardings(params: Params, mesh: Mesh | None, rules: Rules = RULES) -> 
 def _spec(name: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> PartitionSpec:
     for pattern, axes in rules:
         if re.search(pattern, name) and len(shape) >= len(axes):
-            axes = (None,) * (len(shape) - len(axes)) + tuple(axes)  # layers stacked for a scan have one axis in front, which stays whole
-            return PartitionSpec(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=True)))
+            axes = (None,) * (len(shape) - len(axes)) + tuple(
+                axes
+            )  # layers stacked for a scan have one axis in front, which stays whole
+            return PartitionSpec(
+                *(
+                    axis if axis and size % mesh.shape[axis] == 0 else None
+                    for axis, size in zip(axes, shape, strict=True)
+                )
+            )
     return PartitionSpec()
 
 
 def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
-    """Ask XLA to place `x` so: one mesh axis, several or None per axis of the array. Outside a mesh (`jax.set_mesh`) it does nothing."""
+    """Ask XLA to place `x` so: one mesh axis, several or None per axis of the array. Outside a mesh
+    (`jax.set_mesh`) it does nothing."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not set(AXES) >= set(mesh.axis_names):
         return x
@@ -135,7 +157,8 @@ def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
 
 
 def along_time(x: Array) -> Array:
-    """Ask XLA to place activations [b, t, ...] as everything that acts on steps wants them: rows over the batch axes, time over `sequence`.
+    """Ask XLA to place activations [b, t, ...] as everything that acts on steps wants them: rows over the
+    batch axes, time over `sequence`.
 
     It does nothing where time is not split.
     """

@@ -1,4 +1,5 @@
-"""What a trained model of images says of pictures it never saw, and what its stages see: `seqlab show WORKDIR` draws it."""
+"""What a trained model of images says of pictures it never saw, and what its stages see: `seqlab show
+WORKDIR` draws it."""
 
 import os
 import pathlib
@@ -13,7 +14,8 @@ from seqlab.runs import RunError, load
 
 
 class Views(NamedTuple):
-    """Held-out pictures [n, h, w, c], what they should be, what the model says (logits, or pictures), and the maps behind its stages."""
+    """Held-out pictures [n, h, w, c], what they should be, what the model says (logits, or pictures), and the
+    maps behind its stages."""
 
     inputs: Float[np.ndarray, "n h w c"]
     targets: Num[np.ndarray, "n *t"]
@@ -37,11 +39,17 @@ def views(model: Any, experiment: Any, count: int) -> Views:
 
 
 def show(
-    workdir: str | os.PathLike[str], *, step: int | None = None, count: int = 6, path: str | os.PathLike[str] | None = None
+    workdir: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    count: int = 6,
+    path: str | os.PathLike[str] | None = None,
 ) -> pathlib.Path:
-    """Draw `count` held-out pictures with the model's answers and feature maps; returns where, `path` or WORKDIR/show.png.
+    """Draw `count` held-out pictures with the model's answers and feature maps; returns where, `path` or
+    WORKDIR/show.png.
 
-    Of a map [i, j, d] the three directions in which it varies most, over all pictures drawn, are its red, green and blue.
+    Of a map [i, j, d] the three directions in which it varies most, over all pictures drawn, are its red,
+    green and blue.
 
     Raises:
       RunError: as `runs.load`, or the model is not one of images.
@@ -54,7 +62,10 @@ def show(
     run = load(workdir, step)
     seen = views(run.model, config.build(run.config), count)
     columns = [("picture", list(map(_as_picture, seen.inputs))), *_answers(seen)]
-    columns += [(f"stage {i}: {y.shape[1]} × {y.shape[2]} × {y.shape[3]}", list(_colours(y))) for i, y in enumerate(seen.maps, 1)]
+    columns += [
+        (f"stage {i}: {y.shape[1]} × {y.shape[2]} × {y.shape[3]}", list(_colours(y)))
+        for i, y in enumerate(seen.maps, 1)
+    ]
     rows = len(seen.inputs)
     figure = Figure(figsize=(1.6 * len(columns), 1.7 * rows + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -66,7 +77,16 @@ def show(
             axes[i, j].set_axis_off()
     if seen.targets.ndim == 1:
         for axis, (said, right) in zip(axes[:, 0], captions(seen), strict=True):
-            axis.text(0.5, -0.02, said, transform=axis.transAxes, ha="center", va="top", fontsize=7, color="green" if right else "red")
+            axis.text(
+                0.5,
+                -0.02,
+                said,
+                transform=axis.transAxes,
+                ha="center",
+                va="top",
+                fontsize=7,
+                color="green" if right else "red",
+            )
     path = pathlib.Path(workdir) / "show.png" if path is None else pathlib.Path(path)
     figure.savefig(path, dpi=130)
     return path
@@ -75,9 +95,13 @@ def show(
 def captions(seen: Views) -> list[tuple[str, bool]]:
     """Of every picture of a class what the model says, how surely, and whether it is right."""
     found = []
-    for share, true in zip(np.asarray(jax.nn.softmax(seen.outputs, axis=-1)), seen.targets.tolist(), strict=True):
+    for share, true in zip(
+        np.asarray(jax.nn.softmax(seen.outputs, axis=-1)), seen.targets.tolist(), strict=True
+    ):
         said = int(share.argmax())
-        found.append((f"{said} at {share[said]:.0%}" + ("" if said == true else f", is {true}"), said == true))
+        found.append(
+            (f"{said} at {share[said]:.0%}" + ("" if said == true else f", is {true}"), said == true)
+        )
     return found
 
 
@@ -100,7 +124,8 @@ def _as_picture(x: Float[np.ndarray, "h w c"]) -> Float[np.ndarray, "h w *c"]:
 
 
 def _colours(y: Float[np.ndarray, "n i j d"]) -> Float[np.ndarray, "n i j 3"]:
-    """Every map as a picture: its three principal components, each scaled to [0, 1] between the outermost hundredths of what was seen."""
+    """Every map as a picture: its three principal components, each scaled to [0, 1] between the outermost
+    hundredths of what was seen."""
     flat = y.reshape(-1, y.shape[-1]).astype(np.float64)
     flat = flat - flat.mean(axis=0)
     _, _, directions = np.linalg.svd(flat, full_matrices=False)

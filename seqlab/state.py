@@ -1,7 +1,8 @@
 """State: the mixer protocol, and what can be done with any state.
 
-A state is a pytree of arrays made by `mixer.init_state`; batch is the first axis of every leaf, except inside `Stacked`, where layers
-come first. Since a state is a plain value, saving, forking and moving rows are operations on pytrees and need nothing from the mixer.
+A state is a pytree of arrays made by `mixer.init_state`; batch is the first axis of every leaf, except inside
+`Stacked`, where layers come first. Since a state is a plain value, saving, forking and moving rows are
+operations on pytrees and need nothing from the mixer.
 """
 
 import json
@@ -26,8 +27,9 @@ T = TypeVar("T")
 class Mixer(Protocol):
     """What every token mixer, channel mixer and model offers.
 
-    `causal`, `lookahead` and `exact` say which clauses of the law can be asked of it: a mixer with `lookahead = n` gives in streaming
-    the output of the full pass n steps late; one with `exact = False` approximates and says why in its docstring.
+    `causal`, `lookahead` and `exact` say which clauses of the law can be asked of it: a mixer with `lookahead
+    = n` gives in streaming the output of the full pass n steps late; one with `exact = False` approximates
+    and says why in its docstring.
     """
 
     causal: bool
@@ -38,9 +40,14 @@ class Mixer(Protocol):
         """The state of `batch` fresh sequences whose activations have `dtype`."""
 
     def __call__(
-        self, x: Activations, state: State | None = None, reset: Steps | None = None, valid: Steps | None = None
+        self,
+        x: Activations,
+        state: State | None = None,
+        reset: Steps | None = None,
+        valid: Steps | None = None,
     ) -> tuple[Activations, State | None]:
-        """Mix a chunk of any length. With `state=None` the sequence starts fresh and None is handed back: the training form."""
+        """Mix a chunk of any length. With `state=None` the sequence starts fresh and None is handed back: the
+        training form."""
 
 
 class Stacked(NamedTuple):
@@ -52,8 +59,9 @@ class Stacked(NamedTuple):
 class Segments(NamedTuple):
     """Where the steps of a chunk stand in their sequences.
 
-    `ids` [b, t]: 1 for the sequence that the state carries, counting up at every reset, 0 for invalid steps. `positions` [b, t]: place
-    within the sequence. `length` [b]: how many steps the last sequence has seen. `last` [b]: its id.
+    `ids` [b, t]: 1 for the sequence that the state carries, counting up at every reset, 0 for invalid steps.
+    `positions` [b, t]: place within the sequence. `length` [b]: how many steps the last sequence has seen.
+    `last` [b]: its id.
     """
 
     ids: Int[Array, "b t"]
@@ -62,15 +70,20 @@ class Segments(NamedTuple):
     last: Int[Array, " b"]
 
 
-def segments(shape: tuple[int, int], start: Int[Array, " b"] | int, reset: Steps | None, valid: Steps | None) -> Segments:
-    """Number the steps of a chunk of `shape` (b, t) whose carried sequence has seen `start` steps. Resets at invalid steps are ignored."""
+def segments(
+    shape: tuple[int, int], start: Int[Array, " b"] | int, reset: Steps | None, valid: Steps | None
+) -> Segments:
+    """Number the steps of a chunk of `shape` (b, t) whose carried sequence has seen `start` steps. Resets at
+    invalid steps are ignored."""
     batch, time = shape
     start = jnp.broadcast_to(jnp.asarray(start, jnp.int32), (batch,))
     keep = jnp.ones(shape, bool) if valid is None else valid
     index = running_sum(keep) - 1  # among the valid steps
     count = index[:, -1] + 1 if time else jnp.zeros((batch,), jnp.int32)
     if reset is None:
-        return Segments(keep.astype(jnp.int32), start[:, None] + index, start + count, jnp.ones((batch,), jnp.int32))
+        return Segments(
+            keep.astype(jnp.int32), start[:, None] + index, start + count, jnp.ones((batch,), jnp.int32)
+        )
     fresh = reset & keep
     ids = 1 + running_sum(fresh)
     origin = running_max(jnp.where(fresh, index, -start[:, None]))
@@ -79,7 +92,8 @@ def segments(shape: tuple[int, int], start: Int[Array, " b"] | int, reset: Steps
 
 
 def mask_steps(x: T, valid: Steps | None) -> T:
-    """`x` [b, t, ...] with exact zeros at invalid steps, whatever they held: neither values nor gradients pass."""
+    """`x` [b, t, ...] with exact zeros at invalid steps, whatever they held: neither values nor gradients
+    pass."""
     if valid is None:
         return x
     return jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
@@ -127,7 +141,8 @@ def _by_row(function: Any, state: T, *others: T) -> T:
 def save_state(state: State, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Write a state to `path` in the safetensors format.
 
-    Raises FileExistsError where the file exists; with `overwrite` it is replaced, once the new one is complete.
+    Raises FileExistsError where the file exists; with `overwrite` it is replaced, once the new one is
+    complete.
     """
     from safetensors.numpy import save_file
 
@@ -141,9 +156,11 @@ def save_state(state: State, path: str | os.PathLike[str], *, overwrite: bool = 
 
 
 def load_state(path: str | os.PathLike[str], like: T) -> T:
-    """Read a state saved by `save_state` into the structure of `like`, a state of the same model or `jax.eval_shape` of one.
+    """Read a state saved by `save_state` into the structure of `like`, a state of the same model or
+    `jax.eval_shape` of one.
 
-    The number of rows may differ. Raises ValueError if a leaf is missing, left over, or has another shape or dtype.
+    The number of rows may differ. Raises ValueError if a leaf is missing, left over, or has another shape or
+    dtype.
     """
     from safetensors import safe_open
 
@@ -158,16 +175,27 @@ def load_state(path: str | os.PathLike[str], like: T) -> T:
     leaves = []
     for name, leaf in named:
         value = jnp.asarray(arrays[name]).astype(dtypes[name])
-        if value.dtype != leaf.dtype or value.ndim != leaf.ndim or sum(a != b for a, b in zip(value.shape, leaf.shape, strict=True)) > 1:
-            raise ValueError(f"{path}: {name} is {value.dtype}{value.shape}, the model has {leaf.dtype}{leaf.shape}")
+        if (
+            value.dtype != leaf.dtype
+            or value.ndim != leaf.ndim
+            or sum(a != b for a, b in zip(value.shape, leaf.shape, strict=True)) > 1
+        ):
+            raise ValueError(
+                f"{path}: {name} is {value.dtype}{value.shape}, the model has {leaf.dtype}{leaf.shape}"
+            )
         leaves.append(value)
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 def _storable(leaf: Array) -> np.ndarray:
     array = np.asarray(leaf)
-    return array.astype(np.float32) if array.dtype == jnp.bfloat16 else array  # exact: bfloat16 is a subset of float32
+    return (
+        array.astype(np.float32) if array.dtype == jnp.bfloat16 else array
+    )  # exact: bfloat16 is a subset of float32
 
 
 def _named_leaves(state: State) -> list[tuple[str, Any]]:
-    return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="."), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    ]

@@ -1,7 +1,9 @@
 """Tokens: text in, integers out, and text back one token at a time.
 
-A tokenizer is anything that satisfies `Tokenizer`; `ByteTokenizer` is the one that needs no files. Text that is streamed must go
-through a decoder, never through `decode` of single tokens: a character may need several tokens, and half a character is not text.
+A tokenizer is anything that satisfies `Tokenizer`; `ByteTokenizer` is the one that needs no files. Text that
+is streamed must go
+through a decoder, never through `decode` of single tokens: a character may need several tokens, and half a
+character is not text.
 """
 
 import codecs
@@ -15,7 +17,8 @@ from jaxtyping import Int
 
 @runtime_checkable
 class TextDecoder(Protocol):
-    """Turns a stream of tokens into text, piece by piece: the pieces joined are `decode` of all the tokens."""
+    """Turns a stream of tokens into text, piece by piece: the pieces joined are `decode` of all the
+    tokens."""
 
     def push(self, token: int) -> str:
         """The text that `token` completes; often empty."""
@@ -26,7 +29,8 @@ class TextDecoder(Protocol):
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What generation and training ask of a tokenizer. `bos` begins every document and so also tells where one ends.
+    """What generation and training ask of a tokenizer. `bos` begins every document and so also tells where
+    one ends.
 
     A tokenizer may have an `eos` too: a row of a stream ends after this token.
     """
@@ -56,7 +60,8 @@ class ByteTokenizer:
         return np.frombuffer(data, np.uint8).astype(np.int32)
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of `tokens`, with U+FFFD in place of bytes that are not UTF-8. Raises ValueError for a token outside 0..255."""
+        """The text of `tokens`, with U+FFFD in place of bytes that are not UTF-8. Raises ValueError for a
+        token outside 0..255."""
         decoder = self.decoder()
         return "".join(map(decoder.push, tokens)) + decoder.finish()
 
@@ -66,13 +71,15 @@ class ByteTokenizer:
 
 
 class ByteDecoder:
-    """Holds back the bytes of a character until it is complete; bytes that cannot become one turn into U+FFFD."""
+    """Holds back the bytes of a character until it is complete; bytes that cannot become one turn into
+    U+FFFD."""
 
     def __init__(self) -> None:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
-        """The text that `token` completes, "" inside a character. Raises ValueError for a token outside 0..255."""
+        """The text that `token` completes, "" inside a character. Raises ValueError for a token outside
+        0..255."""
         value = int(token)
         if not 0 <= value < ByteTokenizer.vocab_size:
             raise ValueError(f"token: got {value}, expected a byte, 0 to 255")
@@ -86,7 +93,8 @@ class ByteDecoder:
 
 
 class FileTokenizer:
-    """The tokenizer of a tokenizer.json, as the `tokenizers` library writes it (an optional package, imported here).
+    """The tokenizer of a tokenizer.json, as the `tokenizers` library writes it (an optional package, imported
+    here).
 
     Args:
       path: the file.
@@ -101,7 +109,9 @@ class FileTokenizer:
         try:
             import tokenizers
         except ImportError as error:
-            raise ImportError(f"reading {path} needs the tokenizers package: pip install tokenizers") from error
+            raise ImportError(
+                f"reading {path} needs the tokenizers package: pip install tokenizers"
+            ) from error
         if not os.path.isfile(path):
             raise FileNotFoundError(f"path: there is no file {path}")
         try:

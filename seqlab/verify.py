@@ -1,4 +1,5 @@
-"""The law, checked: whole = any split into chunks = step by step, for any mixer or model, a user's own included.
+"""The law, checked: whole = any split into chunks = step by step, for any mixer or model, a user's own
+included.
 
 print(seqlab.verify_streaming(MyMixer(64, rngs=nnx.Rngs(0))))
 
@@ -25,15 +26,16 @@ from seqlab.module import Params, Static, merge, split
 from seqlab.shapes import accumulator
 from seqlab.state import Mixer, State, put_rows, state_bytes, take_rows
 
-# Relative to the largest magnitude of what is compared. bfloat16 keeps 8 bits: chunks round their intermediates at other places than the
-# whole does, a few units of 2^-8 through a block.
+# Relative to the largest magnitude of what is compared. bfloat16 keeps 8 bits: chunks round their
+# intermediates at other places than the whole does, a few units of 2^-8 through a block.
 BOUNDS = {"float64": 1e-10, "float32": 2e-5, "bfloat16": 4e-2}
 GRADIENT_SLACK = 5  # a gradient sums over all steps
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One comparison: `error` relative to scale against `bound`; `passed` is None where the mixer exempts itself, `note` says why."""
+    """One comparison: `error` relative to scale against `bound`; `passed` is None where the mixer exempts
+    itself, `note` says why."""
 
     clause: str
     what: str
@@ -44,7 +46,13 @@ class Check:
 
     def __str__(self) -> str:
         mark = {True: "pass", False: "FAIL", None: "-"}[self.passed]
-        figures = "" if self.passed is None else f"{self.error:9.1e} <= {self.bound:.0e}" if self.bound else f"{self.error:9.1e} exact"
+        figures = (
+            ""
+            if self.passed is None
+            else f"{self.error:9.1e} <= {self.bound:.0e}"
+            if self.bound
+            else f"{self.error:9.1e} exact"
+        )
         return f"  {self.clause}  {self.what:<52} {mark:<5}{figures}{'  ' + self.note if self.note else ''}"
 
 
@@ -96,7 +104,8 @@ class Subject:
 
     @functools.cached_property
     def gradients(self) -> Callable[..., tuple[Any, ...]]:
-        """Of a random projection of outputs and final state, with respect to the parameters and, where they are real, the inputs."""
+        """Of a random projection of outputs and final state, with respect to the parameters and, where they
+        are real, the inputs."""
 
         def apply(params, x, state, reset, valid):
             return merge(self.static, params)(x, state, reset, valid)
@@ -108,10 +117,19 @@ class Subject:
 
         return jax.jit(jax.grad(loss, argnums=(0, 1) if _real(self.inputs) else (0,)), static_argnums=3)
 
-    def run(self, x: Array, lengths: Sequence[int] = (), reset: Array | None = None, valid: Array | None = None, state: State = None):
-        """Outputs and final state of `x` in chunks of these lengths (one chunk by default), from a fresh state by default.
+    def run(
+        self,
+        x: Array,
+        lengths: Sequence[int] = (),
+        reset: Array | None = None,
+        valid: Array | None = None,
+        state: State = None,
+    ):
+        """Outputs and final state of `x` in chunks of these lengths (one chunk by default), from a fresh
+        state by default.
 
-        Flags are always given, so that a chunk length costs one compilation, not one for each combination of flags.
+        Flags are always given, so that a chunk length costs one compilation, not one for each combination of
+        flags.
         """
         reset = jnp.zeros(x.shape[:2], bool) if reset is None else reset
         valid = jnp.ones(x.shape[:2], bool) if valid is None else valid
@@ -133,10 +151,10 @@ def verify_streaming(
     """Check the law on `mixer` and report.
 
     Args:
-      mixer: anything with the protocol of `seqlab.Mixer`: a mixer of width `mixer.dim`, or a model of `mixer.vocab_size` tokens
-        or of numbers in `mixer.inputs` channels.
-      inputs: what to run it on, [b, t, d] or tokens [b, t] with b >= 2, t >= 12; random of `batch` and `length` by default. For a window W
-        choose lengths beyond 3 W.
+      mixer: anything with the protocol of `seqlab.Mixer`: a mixer of width `mixer.dim`, or a model of
+        `mixer.vocab_size` tokens or of numbers in `mixer.inputs` channels.
+      inputs: what to run it on, [b, t, d] or tokens [b, t] with b >= 2, t >= 12; random of `batch` and
+        `length` by default. For a window W choose lengths beyond 3 W.
       dtype: "float32", "bfloat16" or "float64"; a model's own compute dtype by default.
       gradients: also compare gradients through the chain of chunks.
       bound: allowed error relative to scale; by default that of `BOUNDS` for the dtype.
@@ -144,29 +162,52 @@ def verify_streaming(
     dtype = dtype or getattr(mixer, "dtype", None) or "float32"
     if dtype not in BOUNDS:
         raise ValueError(f"dtype must be one of {', '.join(BOUNDS)}, got {dtype!r}")
-    # Accelerators may take float32 products in fewer bits by default, which is a property of theirs and not of the mixer.
-    with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext(), jax.default_matmul_precision("highest"):
-        subject = subject_of(mixer, inputs, (batch, length), dtype, BOUNDS[dtype] if bound is None else bound, seed)
+    # Accelerators may take float32 products in fewer bits by default, which is a property of theirs and not
+    # of the mixer.
+    with (
+        jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext(),
+        jax.default_matmul_precision("highest"),
+    ):
+        subject = subject_of(
+            mixer, inputs, (batch, length), dtype, BOUNDS[dtype] if bound is None else bound, seed
+        )
         checks: list[Check] = []
         if not getattr(mixer, "causal", True):
-            checks.append(Check("C1", "chunks = whole", None, note="declares causal = False: only rows are checked"))
+            checks.append(
+                Check("C1", "chunks = whole", None, note="declares causal = False: only rows are checked")
+            )
             checks += _rows_of_whole(subject)
         elif (constant := _constant_state(subject)).passed:
             rng = np.random.default_rng(seed)
-            checks += [constant, *_chunks(subject, rng, gradients), *_padding(subject, rng, gradients), *_resets(subject), *_rows(subject)]
+            checks += [
+                constant,
+                *_chunks(subject, rng, gradients),
+                *_padding(subject, rng, gradients),
+                *_resets(subject),
+                *_rows(subject),
+            ]
         else:
-            checks.append(constant)  # a state that changes its shape cannot be threaded: nothing else can be asked
-        checks.append(Check("C5", "devices = one device", None, note="ask seqlab.verify_devices, where there are several"))
+            checks.append(
+                constant
+            )  # a state that changes its shape cannot be threaded: nothing else can be asked
+        checks.append(
+            Check(
+                "C5", "devices = one device", None, note="ask seqlab.verify_devices, where there are several"
+            )
+        )
         size = state_bytes(mixer, 1, subject.inputs.dtype if subject.inputs.ndim == 3 else dtype)
     checks.sort(key=lambda check: check.clause)
     return Report(type(mixer).__name__, dtype, subject.inputs.shape[1], size, tuple(checks))
 
 
-def subject_of(mixer: Mixer, inputs: Array | None, shape: tuple[int, int], dtype: str, bound: float, seed: int) -> Subject:
+def subject_of(
+    mixer: Mixer, inputs: Array | None, shape: tuple[int, int], dtype: str, bound: float, seed: int
+) -> Subject:
     static, params = split(mixer)
     if dtype == "float64":
         params = {
-            name: jnp.asarray(leaf, jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf for name, leaf in params.items()
+            name: jnp.asarray(leaf, jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+            for name, leaf in params.items()
         }
     if inputs is None:
         rng = np.random.default_rng(seed)
@@ -176,9 +217,13 @@ def subject_of(mixer: Mixer, inputs: Array | None, shape: tuple[int, int], dtype
             width = mixer.inputs if hasattr(mixer, "inputs") else mixer.dim
             inputs = jnp.asarray(rng.normal(size=(*shape, width)), dtype)
     if inputs.ndim not in (2, 3) or inputs.shape[0] < 2 or inputs.shape[1] < 12:
-        raise ValueError(f"inputs must be [b, t] tokens or [b, t, d] with b >= 2 and t >= 12, got shape {inputs.shape}")
+        raise ValueError(
+            f"inputs must be [b, t] tokens or [b, t, d] with b >= 2 and t >= 12, got shape {inputs.shape}"
+        )
     state = functools.partial(mixer.init_state, dtype=dtype)
-    return Subject(static, params, inputs, state, bound, getattr(mixer, "lookahead", 0), getattr(mixer, "exact", True))
+    return Subject(
+        static, params, inputs, state, bound, getattr(mixer, "lookahead", 0), getattr(mixer, "exact", True)
+    )
 
 
 def _chain(apply, params, x, lengths, state, reset, valid):
@@ -194,7 +239,8 @@ def _chain(apply, params, x, lengths, state, reset, valid):
 
 
 def _cut(length: int) -> int:
-    """Where a sequence is cut in two; the other checks reuse the two lengths, because every one is a compilation."""
+    """Where a sequence is cut in two; the other checks reuse the two lengths, because every one is a
+    compilation."""
     return length // 2 - 3
 
 
@@ -215,7 +261,13 @@ def _chunks(subject: Subject, rng: np.random.Generator, gradients: bool) -> list
     plain, _ = subject.apply(subject.params, x, subject.state(x.shape[0]), None, None)
     whole, final = subject.run(x)
     checks = [
-        compare("C1", "streamed whole = parallel form" + f", {n} steps late" * bool(n), subject, whole[:, n:], parallel[:, : time - n]),
+        compare(
+            "C1",
+            "streamed whole = parallel form" + f", {n} steps late" * bool(n),
+            subject,
+            whole[:, n:],
+            parallel[:, : time - n],
+        ),
         compare("C1", "reset and valid all idle = none given", subject, whole, plain),
         Check("C1", "no state in, no state out", none is None),
     ]
@@ -226,16 +278,25 @@ def _chunks(subject: Subject, rng: np.random.Generator, gradients: bool) -> list
         checks.append(compare("C1", f"{name} = whole: final state", subject, state, final))
     if gradients:
         valid = jnp.ones(x.shape[:2], bool)
-        expected, actual = (subject.gradients(subject.params, x, valid, lengths) for lengths in ((time,), splits["two chunks"]))
-        checks.append(compare("C1", "two chunks = whole: gradients", subject, actual, expected, GRADIENT_SLACK))
+        expected, actual = (
+            subject.gradients(subject.params, x, valid, lengths)
+            for lengths in ((time,), splits["two chunks"])
+        )
+        checks.append(
+            compare("C1", "two chunks = whole: gradients", subject, actual, expected, GRADIENT_SLACK)
+        )
     return checks
 
 
 def projected(tree: Any) -> Array:
-    """One number in which every number of `tree` counts, each with a random weight: what gradients are taken of."""
+    """One number in which every number of `tree` counts, each with a random weight: what gradients are taken
+    of."""
     real = [leaf for leaf in jax.tree.leaves(tree) if _real(leaf)]
     weights = [jax.random.normal(jax.random.key(i), leaf.shape) for i, leaf in enumerate(real)]
-    return sum(jnp.sum(leaf.astype(accumulator(leaf.dtype)) * weight) for leaf, weight in zip(real, weights, strict=True))
+    return sum(
+        jnp.sum(leaf.astype(accumulator(leaf.dtype)) * weight)
+        for leaf, weight in zip(real, weights, strict=True)
+    )
 
 
 def _real(leaf: Any) -> bool:
@@ -259,16 +320,33 @@ def _padding(subject: Subject, rng: np.random.Generator, gradients: bool) -> lis
             alone, last = subject.run(x[row : row + 1, here])
             outputs.append((y[row : row + 1, here][:, n:], alone[:, n:]))
             states.append((take_rows(state, [row]), last))
-        checks.append(compare("C2", f"ragged rows padded with NaN on the {side}: outputs", subject, *zip(*outputs, strict=True)))
-        checks.append(compare("C2", f"ragged rows padded with NaN on the {side}: state", subject, *zip(*states, strict=True)))
+        checks.append(
+            compare(
+                "C2",
+                f"ragged rows padded with NaN on the {side}: outputs",
+                subject,
+                *zip(*outputs, strict=True),
+            )
+        )
+        checks.append(
+            compare(
+                "C2", f"ragged rows padded with NaN on the {side}: state", subject, *zip(*states, strict=True)
+            )
+        )
     _, before = subject.run(x)
-    _, after = subject.run(_fill(x, jnp.zeros((batch, time), bool), rng), valid=jnp.zeros((batch, time), bool), state=before)
+    _, after = subject.run(
+        _fill(x, jnp.zeros((batch, time), bool), rng), valid=jnp.zeros((batch, time), bool), state=before
+    )
     checks.append(_identical("C2", "a chunk of padding leaves the state bit-identical", after, before))
     if gradients:
         valid = jnp.asarray(np.arange(time)[None] < lengths[:, None])
         blank = jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 2)), x, 0)
-        clean, dirty = (subject.gradients(subject.params, y, valid, (time,)) for y in (blank, _fill(x, valid, rng)))
-        checks.append(compare("C2", "NaN in the padding leaves gradients alone", subject, dirty, clean, GRADIENT_SLACK))
+        clean, dirty = (
+            subject.gradients(subject.params, y, valid, (time,)) for y in (blank, _fill(x, valid, rng))
+        )
+        checks.append(
+            compare("C2", "NaN in the padding leaves gradients alone", subject, dirty, clean, GRADIENT_SLACK)
+        )
     return checks
 
 
@@ -282,7 +360,14 @@ def _fill(x: Array, valid: Array, rng: np.random.Generator) -> Array:
 def _resets(subject: Subject) -> list[Check]:
     x, n = subject.inputs, subject.lookahead
     if n:
-        return [Check("C3", "packed documents = separate documents", None, note=f"looks {n} steps ahead: a reset would cut its delay line")]
+        return [
+            Check(
+                "C3",
+                "packed documents = separate documents",
+                None,
+                note=f"looks {n} steps ahead: a reset would cut its delay line",
+            )
+        ]
     batch, time = x.shape[:2]
     at = _cut(time)
     flags = np.zeros((batch, time), bool)
@@ -291,12 +376,22 @@ def _resets(subject: Subject) -> list[Check]:
     first, _ = subject.run(x[:, :at])
     second, last = subject.run(x[:, at:])
     checks = [
-        compare("C3", "packed documents = separate documents: outputs", subject, packed, jnp.concatenate([first, second], axis=1)),
+        compare(
+            "C3",
+            "packed documents = separate documents: outputs",
+            subject,
+            packed,
+            jnp.concatenate([first, second], axis=1),
+        ),
         compare("C3", "packed documents = separate documents: state", subject, final, last),
     ]
     _, used = subject.run(x)
-    again, state = subject.run(x[:, at:], reset=jnp.asarray(np.arange(time - at)[None] == 0).repeat(batch, 0), state=used)
-    checks.append(compare("C3", "reset of a used state = a fresh state", subject, (again, state), (second, last)))
+    again, state = subject.run(
+        x[:, at:], reset=jnp.asarray(np.arange(time - at)[None] == 0).repeat(batch, 0), state=used
+    )
+    checks.append(
+        compare("C3", "reset of a used state = a fresh state", subject, (again, state), (second, last))
+    )
     return checks
 
 
@@ -308,7 +403,12 @@ def _constant_state(subject: Subject) -> Check:
     fresh = jax.eval_shape(lambda: subject.state(x.shape[0]))
     _, used = jax.eval_shape(subject.apply, subject.params, x, fresh, None, None)
     same = shapes(fresh) == shapes(used)
-    return Check("C4", "the state keeps its shapes and dtypes", same, note="" if same else f"{shapes(fresh)} became {shapes(used)}")
+    return Check(
+        "C4",
+        "the state keeps its shapes and dtypes",
+        same,
+        note="" if same else f"{shapes(fresh)} became {shapes(used)}",
+    )
 
 
 def _rows(subject: Subject) -> list[Check]:
@@ -321,10 +421,14 @@ def _rows(subject: Subject) -> list[Check]:
     turned = subject.run(x[jnp.asarray(order), half:], state=take_rows(state, order))
     expected = (rest[jnp.asarray(order)], take_rows(final, order))
     alone = subject.run(x[1:2, half:], state=take_rows(state, [1]))
-    swapped, _ = subject.run(x[:, half:].at[0].set(x[1, half:]), state=put_rows(state, [0], take_rows(state, [1])))
+    swapped, _ = subject.run(
+        x[:, half:].at[0].set(x[1, half:]), state=put_rows(state, [0], take_rows(state, [1]))
+    )
     return [
         compare("C6", "rows in another order: outputs and state", subject, turned, expected),
-        compare("C6", "a row taken out = the row in its batch", subject, alone, (rest[1:2], take_rows(final, [1]))),
+        compare(
+            "C6", "a row taken out = the row in its batch", subject, alone, (rest[1:2], take_rows(final, [1]))
+        ),
         _identical("C6", "a row replaced leaves its neighbours bit-identical", swapped[1:], rest[1:]),
         compare("C6", "a forked row continues as the original", subject, swapped[:1], rest[1:2]),
     ]
@@ -337,12 +441,16 @@ def _rows_of_whole(subject: Subject) -> list[Check]:
     return [compare("C6", "a row alone = the row in its batch", subject, alone, y[1:2])]
 
 
-def compare(clause: str, what: str, subject: Subject, actual: Any, expected: Any, slack: float = 1.0) -> Check:
+def compare(
+    clause: str, what: str, subject: Subject, actual: Any, expected: Any, slack: float = 1.0
+) -> Check:
     """Largest error over the leaves, each relative to its own scale; integers must be equal."""
     if not subject.exact and clause == "C1":
         return Check(clause, what, None, note="declares exact = False")
     worst, where = 0.0, ""
-    for (path, e), a in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(actual), strict=True):
+    for (path, e), a in zip(
+        jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(actual), strict=True
+    ):
         if not _real(e):
             error = 0.0 if jnp.array_equal(a, e) else float("inf")
         elif not e.size:
@@ -354,13 +462,24 @@ def compare(clause: str, what: str, subject: Subject, actual: Any, expected: Any
         if error > worst:
             worst, where = error, jax.tree_util.keystr(path)
     bound = subject.bound * slack
-    return Check(clause, what, worst <= bound, worst, bound, "" if worst <= bound else f"at {where or 'output'}")
+    return Check(
+        clause, what, worst <= bound, worst, bound, "" if worst <= bound else f"at {where or 'output'}"
+    )
 
 
 def _identical(clause: str, what: str, actual: Any, expected: Any) -> Check:
     different = [
         jax.tree_util.keystr(path)
-        for (path, e), a in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(actual), strict=True)
+        for (path, e), a in zip(
+            jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(actual), strict=True
+        )
         if not np.array_equal(np.asarray(a), np.asarray(e))
     ]
-    return Check(clause, what, not different, float(len(different)), 0.0, f"changed: {', '.join(different)}" if different else "")
+    return Check(
+        clause,
+        what,
+        not different,
+        float(len(different)),
+        0.0,
+        f"changed: {', '.join(different)}" if different else "",
+    )

@@ -1,4 +1,5 @@
-"""Clause C5 of the law, checked: a sequence split over devices equals one device, for any mixer or model, a user's own included.
+"""Clause C5 of the law, checked: a sequence split over devices equals one device, for any mixer or model, a
+user's own included.
 
 print(seqlab.verify_devices(MyMixer(64, rngs=nnx.Rngs(0)), devices=8))
 
@@ -38,11 +39,14 @@ def verify_devices(
     bound: float | None = None,
     seed: int = 0,
 ) -> Report:
-    """Check C5 on `mixer` with time split over `devices`, all that there are by default, and report; over several numbers of them, in turn.
+    """Check C5 on `mixer` with time split over `devices`, all that there are by default, and report; over
+    several numbers of them, in turn.
 
-    Compared with one device are outputs and gradients of the parallel form, on plain sequences and on packed and padded ones, and outputs
-    and state of two chunks one after the other (chunked prefill). Whether in training devices come to hold the whole sequence is said
-    too: that is correct, but neither fast nor small. Not `thorough`, only the packed parallel form is (the plain one of a mixer that is
+    Compared with one device are outputs and gradients of the parallel form, on plain sequences and on packed
+    and padded ones, and outputs and state of two chunks one after the other (chunked prefill). Whether in
+    training devices come to hold the whole sequence is said
+    too: that is correct, but neither fast nor small. Not `thorough`, only the packed parallel form is (the
+      plain one of a mixer that is
     not causal). `inputs` and the rest as in `verify_streaming`; lengths need not divide.
 
     Raises:
@@ -51,12 +55,19 @@ def verify_devices(
     available = jax.devices()
     numbers = np.atleast_1d(len(available) if devices is None else devices).tolist()
     if not numbers or not all(2 <= number <= len(available) for number in numbers):
-        raise ValueError(f"devices must be at least 2 and at most the {len(available)} that there are, got {devices!r}")
+        raise ValueError(
+            f"devices must be at least 2 and at most the {len(available)} that there are, got {devices!r}"
+        )
     meshes = [make_mesh(data=1, sequence=number, devices=available[:number]) for number in numbers]
     dtype = dtype or getattr(mixer, "dtype", None) or "float32"
     causal = getattr(mixer, "causal", True)
-    with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext(), jax.default_matmul_precision("highest"):
-        subject = subject_of(mixer, inputs, (batch, length), dtype, BOUNDS[dtype] if bound is None else bound, seed)
+    with (
+        jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext(),
+        jax.default_matmul_precision("highest"),
+    ):
+        subject = subject_of(
+            mixer, inputs, (batch, length), dtype, BOUNDS[dtype] if bound is None else bound, seed
+        )
         flags, checks = _flags(subject.inputs.shape[:2], seed), []
         if thorough:
             checks += [_spread(subject, mesh) for mesh in meshes]
@@ -89,7 +100,12 @@ def _two_chunks(subject: Subject) -> Callable[..., dict[str, Any]]:
     """Outputs and state where the second chunk goes on from the state of the first."""
 
     def chunks(params, x, reset, valid):
-        model, state, cut, outputs = merge(subject.static, params), subject.state(len(x)), x.shape[1] // 2 + 1, []
+        model, state, cut, outputs = (
+            merge(subject.static, params),
+            subject.state(len(x)),
+            x.shape[1] // 2 + 1,
+            [],
+        )
         for here in (slice(0, cut), slice(cut, None)):
             y, state = model(along_time(x[:, here]), state, reset[:, here], valid[:, here])
             outputs.append(y)
@@ -98,14 +114,32 @@ def _two_chunks(subject: Subject) -> Callable[..., dict[str, Any]]:
     return chunks
 
 
-def _compared(name: str, subject: Subject, meshes: list[Mesh], program: Callable[..., dict[str, Any]], *flags: Array | None) -> list[Check]:
-    program, arguments = jax.jit(program, compiler_options=compiler_options(meshes[0])), (subject.params, subject.inputs, *flags)
+def _compared(
+    name: str,
+    subject: Subject,
+    meshes: list[Mesh],
+    program: Callable[..., dict[str, Any]],
+    *flags: Array | None,
+) -> list[Check]:
+    program, arguments = (
+        jax.jit(program, compiler_options=compiler_options(meshes[0])),
+        (subject.params, subject.inputs, *flags),
+    )
     expected, slack, checks = program(*arguments), {"gradients": GRADIENT_SLACK}, []
     for mesh in meshes:
         with jax.set_mesh(mesh):
             actual = program(*arguments)
         for what, value in expected.items():
-            checks.append(compare("C5", f"{mesh.size} devices, {name}: {what}", subject, actual[what], value, slack.get(what, 1.0)))
+            checks.append(
+                compare(
+                    "C5",
+                    f"{mesh.size} devices, {name}: {what}",
+                    subject,
+                    actual[what],
+                    value,
+                    slack.get(what, 1.0),
+                )
+            )
     return checks
 
 
@@ -117,12 +151,24 @@ def _spread(subject: Subject, mesh: Mesh) -> Check:
     with jax.set_mesh(mesh):
         program = jax.jit(lambda *arguments: _parallel(subject, True)(*arguments)["gradients"][0])
         found = gathers(program.lower(subject.params, x, None, None).compile().as_text(), shape[1])
-    return Check("C5", f"{mesh.size} devices, none holds the whole sequence", None if found else True, note=", ".join(found[:3]))
+    return Check(
+        "C5",
+        f"{mesh.size} devices, none holds the whole sequence",
+        None if found else True,
+        note=", ".join(found[:3]),
+    )
 
 
 def gathers(program: str, time: int) -> list[str]:
-    """The arrays of numbers in a compiled program that are collected from all devices and have `time` as an axis: shapes, each once."""
-    return sorted({shape for shape in _GATHER.findall(program) if str(time) in re.findall(r"\d+", shape.partition("[")[2])})
+    """The arrays of numbers in a compiled program that are collected from all devices and have `time` as an
+    axis: shapes, each once."""
+    return sorted(
+        {
+            shape
+            for shape in _GATHER.findall(program)
+            if str(time) in re.findall(r"\d+", shape.partition("[")[2])
+        }
+    )
 
 
 def _flags(shape: tuple[int, int], seed: int) -> tuple[Array, Array]:

@@ -1,13 +1,18 @@
-"""Weights under their published names: `convert(model, tensors)` puts a PyTorch state dict into a model, `published(model)` gives one.
+"""Weights under their published names: `convert(model, tensors)` puts a PyTorch state dict into a model,
+`published(model)` gives one.
 
 A module says what its parts are called elsewhere, in attributes that only need to name what differs:
 
-    torch_names: dict[str, str | tuple[str, ...] | list[str]]   our attribute -> the published one ("" = at this level, a tuple = joined
+    torch_names: dict[str, str | tuple[str, ...] | list[str]]   our attribute -> the published one ("" = at
+      this level, a tuple = joined
                                                     outputs, a list = a name for each item of ours)
-    torch_layout: dict[str, str]                    our parameter -> the layout that PyTorch keeps it in, a key of LAYOUTS
-    torch_sizes: dict[str, tuple[int, ...]]         (of the object) our attribute -> outputs of each joined map, where they differ
+    torch_layout: dict[str, str]                    our parameter -> the layout that PyTorch keeps it in, a
+      key of LAYOUTS
+    torch_sizes: dict[str, tuple[int, ...]]         (of the object) our attribute -> outputs of each joined
+      map, where they differ
 
-Names of a whole architecture (how a language model calls its layers) are tables of the same kind by class name, in ARCHITECTURES.
+Names of a whole architecture (how a language model calls its layers) are tables of the same kind by class
+name, in ARCHITECTURES.
 """
 
 import difflib
@@ -32,7 +37,10 @@ LAYOUTS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarra
     "[d, 1, w]": (lambda w: w[:, 0].T, lambda w: w.T[:, None]),  # a depthwise Conv1d
     "[out, in, w]": (lambda w: w.transpose(2, 1, 0), lambda w: w.transpose(2, 1, 0)),  # a Conv1d
     "[out, in, h, w]": (lambda w: w.transpose(2, 3, 1, 0), lambda w: w.transpose(3, 2, 0, 1)),  # a Conv2d
-    "[in, out, h, w]": (lambda w: w.transpose(2, 3, 0, 1), lambda w: w.transpose(2, 3, 0, 1)),  # a ConvTranspose2d
+    "[in, out, h, w]": (
+        lambda w: w.transpose(2, 3, 0, 1),
+        lambda w: w.transpose(2, 3, 0, 1),
+    ),  # a ConvTranspose2d
     "[out, in, 1]": (lambda w: w[..., 0].T, lambda w: w.T[..., None]),  # a Conv1d of width 1 is a linear map
     "[1, d, h, w]": (lambda w: w[0].transpose(1, 2, 0), lambda w: w.transpose(2, 0, 1)[None]),
 }
@@ -73,7 +81,8 @@ _LMUFORMER: dict[str, Names] = {
     "Block": {"mixer": "attn", "channel_mixer": "mlp"},
 }
 
-# The image models of the two MetaFormer papers number the parts of the network one after the other, or by stage.
+# The image models of the two MetaFormer papers number the parts of the network one after the other, or by
+# stage.
 _METABLOCK: dict[str, Names] = {
     "ImageClassifier": {"backbone": ""},
     "Stage": {"blocks": ""},
@@ -82,7 +91,8 @@ _METABLOCK: dict[str, Names] = {
 
 
 def _poolformer(positions: tuple[int, ...] = ()) -> dict[str, Names]:
-    """PoolFormer's names; the stages of `positions` have an embedding of places in front of them, which takes a number too."""
+    """PoolFormer's names; the stages of `positions` have an embedding of places in front of them, which takes
+    a number too."""
     stages, downs, embeddings, number = [], ["patch_embed"], [], 0
     for i in range(4):
         if i in positions:
@@ -95,7 +105,12 @@ def _poolformer(positions: tuple[int, ...] = ()) -> dict[str, Names]:
         "ImagePyramid": {"backbone": "", "norms": ["norm0", "norm2", "norm4", "norm6"]},
         "ImageBackbone": {"downs": downs[:4], "stages": stages, "positions": embeddings},
         "Downsample": {"conv": "proj"},
-        "Block": {"mixer_norm": "norm1", "mixer": "token_mixer", "channel_norm": "norm2", "channel_mixer": "mlp"},
+        "Block": {
+            "mixer_norm": "norm1",
+            "mixer": "token_mixer",
+            "channel_norm": "norm2",
+            "channel_mixer": "mlp",
+        },
     }
 
 
@@ -130,7 +145,8 @@ ARCHITECTURES: dict[str, dict[str, Names]] = {
     "wavemix": _WAVEMIX,
 }
 
-# In state dicts, but not weights: counters, constants of positions and of Legendre memories, and the second name of a tied head.
+# In state dicts, but not weights: counters, constants of positions and of Legendre memories, and the second
+# name of a tied head.
 IGNORED = (r".*\.num_batches_tracked", r".*rotary.*inv_freq", r".*\.lmu\.[ABH]", r"lm_head\.weight")
 
 
@@ -142,7 +158,8 @@ def convert(
     prefix: str = "",
     ignore: tuple[str, ...] = IGNORED,
 ) -> Any:
-    """A copy of `model` with the published weights `tensors` (anything that NumPy can read, by their original names).
+    """A copy of `model` with the published weights `tensors` (anything that NumPy can read, by their original
+    names).
 
     Args:
       architecture: how whole models are named, a key of ARCHITECTURES; modules on their own need none.
@@ -151,7 +168,8 @@ def convert(
 
     Raises:
       KeyError: a tensor is missing (with the nearest name there is).
-      ValueError: a tensor has another shape than the parameter that it fills, or none of the model's parameters uses it.
+      ValueError: a tensor has another shape than the parameter that it fills, or none of the model's
+      parameters uses it.
     """
     if architecture is not None:
         check_name(architecture, tuple(ARCHITECTURES), "architecture")
@@ -168,22 +186,35 @@ def convert(
         parts = [_layed_out(_find(tensors, part, name), part, layout) for part in theirs]
         value = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
         if value.shape != old.shape:
-            raise ValueError(f"{' + '.join(theirs)} has shape {value.shape} in this layout, parameter {name} needs {old.shape}")
+            raise ValueError(
+                f"{' + '.join(theirs)} has shape {value.shape} in this layout, parameter {name} needs "
+                f"{old.shape}"
+            )
         new[name] = jnp.asarray(value, old.dtype)
         used.update(theirs)
-    left = [name for name in tensors if name not in used and not any(re.fullmatch(pattern, name) for pattern in ignore)]
+    left = [
+        name
+        for name in tensors
+        if name not in used and not any(re.fullmatch(pattern, name) for pattern in ignore)
+    ]
     if left:
-        raise ValueError(f"{len(left)} tensors have no place in the model: {', '.join(sorted(left)[:5])}; wrong options or architecture?")
+        raise ValueError(
+            f"{len(left)} tensors have no place in the model: {', '.join(sorted(left)[:5])}; wrong options "
+            "or architecture?"
+        )
     return merge(static, new)
 
 
 def published(model: nnx.Module, architecture: str | None = None) -> dict[str, np.ndarray]:
-    """The weights of `model` under their published names and in PyTorch's layouts: what `convert` takes. A tied head is there once."""
+    """The weights of `model` under their published names and in PyTorch's layouts: what `convert` takes. A
+    tied head is there once."""
     if architecture is not None:
         check_name(architecture, tuple(ARCHITECTURES), "architecture")
     _, params = split(model)
     tensors = {}
-    for ours, theirs, layout, sizes in _walk(model, "", ("",), ARCHITECTURES[architecture] if architecture else {}):
+    for ours, theirs, layout, sizes in _walk(
+        model, "", ("",), ARCHITECTURES[architecture] if architecture else {}
+    ):
         value = np.asarray(params[ours])
         edges = len(theirs) if sizes is None else np.cumsum(sizes)[:-1]
         for name, part in zip(theirs, np.split(value, edges, axis=-1), strict=True):
@@ -193,33 +224,48 @@ def published(model: nnx.Module, architecture: str | None = None) -> dict[str, n
 
 def published_names(model: nnx.Module, architecture: str | None = None) -> dict[str, tuple[str, ...]]:
     """Our parameter name -> the published name, or names where one of our parameters joins several."""
-    return {ours: theirs for ours, theirs, _, _ in _walk(model, "", ("",), ARCHITECTURES[architecture] if architecture else {})}
+    return {
+        ours: theirs
+        for ours, theirs, _, _ in _walk(model, "", ("",), ARCHITECTURES[architecture] if architecture else {})
+    }
 
 
 def _walk(
-    module: nnx.Module, ours: str, theirs: tuple[str, ...], tables: Mapping[str, Names], sizes: tuple[int, ...] | None = None
+    module: nnx.Module,
+    ours: str,
+    theirs: tuple[str, ...],
+    tables: Mapping[str, Names],
+    sizes: tuple[int, ...] | None = None,
 ) -> Iterator[tuple[str, tuple[str, ...], str | None, tuple[int, ...] | None]]:
     """(our name, published names, layout, sizes) of every parameter.
 
-    There are several names where outputs of several published maps are joined; `sizes` says how many are of each, None where all have
-    as many (a module's `torch_sizes` names the others by attribute).
+    There are several names where outputs of several published maps are joined; `sizes` says how many are of
+    each, None where all have as many (a module's `torch_sizes` names the others by attribute).
     """
     cls = type(module)
     names = {**getattr(cls, "torch_names", {}), **tables.get(cls.__name__, {})}
     layouts, all_sizes = getattr(cls, "torch_layout", {}), getattr(module, "torch_sizes", {})
     for attribute, value in vars(module).items():
         listed = names.get(attribute, attribute)
-        joined = tuple(_join(parent, name) for parent in theirs for name in ((listed,) if isinstance(listed, str) else listed))
+        joined = tuple(
+            _join(parent, name)
+            for parent in theirs
+            for name in ((listed,) if isinstance(listed, str) else listed)
+        )
         if isinstance(value, Draws):
             continue
         if isinstance(value, nnx.Variable):
             yield ours + attribute, joined, layouts.get(attribute), sizes
         elif isinstance(value, nnx.List) and isinstance(listed, list):
-            for i, (item, name) in enumerate(zip(value, joined[: len(value)], strict=True)):  # names beyond belong to larger models
+            for i, (item, name) in enumerate(
+                zip(value, joined[: len(value)], strict=True)
+            ):  # names beyond belong to larger models
                 yield from _walk(item, f"{ours}{attribute}.{i}.", (name,), tables)
         elif isinstance(value, nnx.List):
             for i, item in enumerate(value):
-                yield from _walk(item, f"{ours}{attribute}.{i}.", tuple(_join(name, str(i)) for name in joined), tables)
+                yield from _walk(
+                    item, f"{ours}{attribute}.{i}.", tuple(_join(name, str(i)) for name in joined), tables
+                )
         elif isinstance(value, nnx.Module):
             yield from _walk(value, f"{ours}{attribute}.", joined, tables, all_sizes.get(attribute, sizes))
 
@@ -231,7 +277,9 @@ def _join(parent: str, name: str) -> str:
 def _find(tensors: Mapping[str, ArrayLike], name: str, ours: str) -> np.ndarray:
     if name not in tensors:
         near = difflib.get_close_matches(name, tensors, 1)
-        raise KeyError(f"no tensor {name} for parameter {ours}" + (f"; did you mean {near[0]}?" if near else ""))
+        raise KeyError(
+            f"no tensor {name} for parameter {ours}" + (f"; did you mean {near[0]}?" if near else "")
+        )
     return np.asarray(tensors[name])
 
 

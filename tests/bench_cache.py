@@ -1,9 +1,10 @@
-"""A step with sinks and a window beside the same window computed anew for every token (the paper: up to 22.2x, arXiv 2309.17453).
+"""A step with sinks and a window beside the same window computed anew for every token (the paper: up to
+22.2x, arXiv 2309.17453).
 
     python tests/bench_cache.py [--windows 256 512 1024 2048 4096] [--tokens 32] [--rounds 5] [--json FILE]
 
-One stream; every contestant runs to the end of each token before it begins the next one. Ratios are taken within one run, the contestants
-in turn; compilation is left out.
+One stream; every contestant runs to the end of each token before it begins the next one. Ratios are taken
+within one run, the contestants in turn; compilation is left out.
 """
 
 import argparse
@@ -19,7 +20,10 @@ def build(window):
 
     from seqlab.models import Attention, LanguageModel, Window
 
-    policies = {"sinks and window": Window(window - 4, 4), "in place": Window(window - 4, 4, positions="cache")}
+    policies = {
+        "sinks and window": Window(window - 4, 4),
+        "in place": Window(window - 4, 4, positions="cache"),
+    }
     return {
         name: LanguageModel(256, 128, 4, functools.partial(Attention, heads=4, cache=cache), rngs=nnx.Rngs(0))
         for name, cache in policies.items()
@@ -41,7 +45,10 @@ def streamed(model, tokens):
         return jnp.argmax(logits[:, -1:], axis=-1), state
 
     def run():
-        token, state = jnp.zeros((1, 1), jnp.int32), jax.tree.map(jnp.copy, model.init_state(1))  # no array may be donated twice
+        token, state = (
+            jnp.zeros((1, 1), jnp.int32),
+            jax.tree.map(jnp.copy, model.init_state(1)),
+        )  # no array may be donated twice
         for _ in range(tokens):
             token, state = jax.block_until_ready(step(params, token, state))
 
@@ -73,7 +80,9 @@ def recomputed(model, window, tokens):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--windows", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
@@ -87,11 +96,17 @@ def main():
         contestants["recomputed"] = recomputed(models["sinks and window"], window, few), few
         for run, _ in contestants.values():
             run()
-        rounds = [{name: timed(run) / count for name, (run, count) in contestants.items()} for _ in range(args.rounds)]
+        rounds = [
+            {name: timed(run) / count for name, (run, count) in contestants.items()}
+            for _ in range(args.rounds)
+        ]
         seconds = {name: statistics.median(r[name] for r in rounds) for name in contestants}
         ratios = {name: statistics.median(r["recomputed"] / r[name] for r in rounds) for name in models}
         records.append({"window": window, "seconds": seconds, "times": ratios})
-        line = [f"{name} {seconds[name] * 1e3:.2f} ms" + (f" ({ratios[name]:.1f}x)" if name in ratios else "") for name in contestants]
+        line = [
+            f"{name} {seconds[name] * 1e3:.2f} ms" + (f" ({ratios[name]:.1f}x)" if name in ratios else "")
+            for name in contestants
+        ]
         print(f"window {window}: " + ", ".join(line), flush=True)
     if args.json:
         args.json.write_text(json.dumps(records, indent=1) + "\n")

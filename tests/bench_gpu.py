@@ -2,11 +2,13 @@
 
     python tests/bench_gpu.py [--only attention scan ... training] [--quick] [--rounds 5] [--json FILE]
 
-Parity first: every spec of every op, values and gradients, against the definition in float64; an op that fails gets no figures. Then what
-`seqlab bench OP` does, at the shapes that are large enough for such a machine, and for every claim whether it held here: attention beside
-cuDNN and PyTorch, decoding beside the bandwidth of a copy, caches in few bits beside those in bfloat16, the selective scan beside
-mamba-ssm, linear attention beside flash-linear-attention, and a training step beside the one that XLA makes alone. A peer takes part where
-it can be imported. Ends with 1 where something is wrong, claims that do not hold included.
+Parity first: every spec of every op, values and gradients, against the definition in float64; an op that
+fails gets no figures. Then what
+`seqlab bench OP` does, at the shapes that are large enough for such a machine, and for every claim whether it
+held here: attention beside cuDNN and PyTorch, decoding beside the bandwidth of a copy, caches in few bits
+beside those in bfloat16, the selective scan beside mamba-ssm, linear attention beside flash-linear-attention,
+and a training step beside the one that XLA makes alone. A peer takes part where it can be imported. Ends with
+1 where something is wrong, claims that do not hold included.
 """
 
 import argparse
@@ -27,7 +29,8 @@ OPS = ("conv", "scan", "attention", "linear_attention", "decode_attention")
 VALUES, GRADIENTS = 5e-5, 2e-4
 BFLOAT16 = 2.0**-8  # what is handed back was rounded to 8 bits
 
-# How many times our time a peer must take at least; and the share of a copy's bandwidth that decoding must reach.
+# How many times our time a peer must take at least; and the share of a copy's bandwidth that decoding must
+# reach.
 PEERS = {
     ("attention", "cuDNN"): 0.9,
     ("attention", "PyTorch SDPA"): 0.9,
@@ -68,13 +71,18 @@ def parity(op: str, names: tuple[str, ...] | None = None) -> list[str]:
 
 
 def _specs(op: str) -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]]:
-    """(name, run by the kernels, the definition in float64) of every spec; the tests of the op know how to call it."""
+    """(name, run by the kernels, the definition in float64) of every spec; the tests of the op know how to
+    call it."""
     tests = __import__(f"test_kernels_{op}")
     if op == "decode_attention":
         for name, spec in tests.SPECS.items():
             arguments = tests.inputs(spec)
             run = functools.partial(tests.decode_attention, **arguments, implementation=KERNEL)
-            yield name, lambda run=run: (run(), ()), lambda spec=spec, a=arguments: (tests.by_hand(spec, **a), ())
+            yield (
+                name,
+                lambda run=run: (run(), ()),
+                lambda spec=spec, a=arguments: (tests.by_hand(spec, **a), ()),
+            )
         return
     if op == "attention":
         from seqlab.kernels.attention.specs import make
@@ -87,12 +95,15 @@ def _specs(op: str) -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]
     for name, spec in tests.SPECS.items():
         arguments = tests.inputs(spec)
         chunk = {} if op == "conv" else {"chunk": spec.chunk}
-        run = functools.partial(tests.run, arguments, tests.cotangents_of(arguments), implementation=KERNEL, **chunk)
+        run = functools.partial(
+            tests.run, arguments, tests.cotangents_of(arguments), implementation=KERNEL, **chunk
+        )
         yield name, run, functools.partial(tests.truth, name)
 
 
 def difference(found: Any, expected: Any) -> str:
-    """Where values or gradients differ by more than they may, relative to the largest magnitude; nothing if nowhere."""
+    """Where values or gradients differ by more than they may, relative to the largest magnitude; nothing if
+    nowhere."""
     from seqlab.bench import distance
 
     for tolerance, actual, wanted in zip((VALUES, GRADIENTS), found, expected, strict=True):
@@ -134,15 +145,24 @@ def claims(record: dict[str, Any]) -> list[Claim]:
     if decoding:
         return [Claim(title, "share of a copy's bytes/s", first["copy_share"], COPY)]
     rows = [(row, PEERS.get((record["op"], row["name"]))) for row in others]
-    return [Claim(title, f"times as fast as {row['name']}", row["ratio"], wanted) for row, wanted in rows if wanted and row.get("ratio")]
+    return [
+        Claim(title, f"times as fast as {row['name']}", row["ratio"], wanted)
+        for row, wanted in rows
+        if wanted and row.get("ratio")
+    ]
 
 
 def compare(op: str, rounds: int, shape: list[str]) -> tuple[list[dict[str, Any]], int]:
-    """Print what `seqlab bench` finds for an op, forwards and backwards; its records, and how many results are wrong."""
+    """Print what `seqlab bench` finds for an op, forwards and backwards; its records, and how many results
+    are wrong."""
     from seqlab import bench
     from seqlab.bench import cases, show
 
-    planned, records, wrong = bench.plan(op, [KERNEL, "xla"], shape, "bfloat16", op not in cases.FORWARD_ONLY), [], 0
+    planned, records, wrong = (
+        bench.plan(op, [KERNEL, "xla"], shape, "bfloat16", op not in cases.FORWARD_ONLY),
+        [],
+        0,
+    )
     for outcome in bench.run(planned, rounds):
         print(f"\n{show.as_text(outcome)}", flush=True)
         records.append(bench.record(outcome))
@@ -156,11 +176,14 @@ MODELS = ("mamba", "attention")
 
 
 def training(kind: str, rounds: int, quick: bool) -> Claim | str:
-    """A step of a model of 130 million parameters in bfloat16, with the kernels and with XLA alone; or what is wrong with it."""
+    """A step of a model of 130 million parameters in bfloat16, with the kernels and with XLA alone; or what
+    is wrong with it."""
     import seqlab
     from seqlab.bench import timing
 
-    step, arguments = _step(kind, *((64, 2, 2, 32) if quick else (768, 24 if kind == "mamba" else 12, 8, 2048)))
+    step, arguments = _step(
+        kind, *((64, 2, 2, 32) if quick else (768, 24 if kind == "mamba" else 12, 8, 2048))
+    )
     programs = {}
     for name in (KERNEL, "xla"):
         with seqlab.use_implementation((name, "xla")):
@@ -171,11 +194,21 @@ def training(kind: str, rounds: int, quick: bool) -> Claim | str:
         if not abs(a - e) <= 8 * BFLOAT16 * abs(e):
             return f"WRONG: training {kind}: {what} {a:.5f} with the kernels and {e:.5f} with XLA alone"
     times = timing.race({name: program.measure for name, program in programs.items()}, rounds)
-    print(f"\ntraining {kind}: " + ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in times.items()))
-    return Claim(f"training step, {kind} of 130 M", "times as fast as XLA alone", times["xla"] / times[KERNEL], TRAINING)
+    print(
+        f"\ntraining {kind}: "
+        + ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in times.items())
+    )
+    return Claim(
+        f"training step, {kind} of 130 M",
+        "times as fast as XLA alone",
+        times["xla"] / times[KERNEL],
+        TRAINING,
+    )
 
 
-def _step(kind: str, dim: int, depth: int, batch: int, length: int) -> tuple[Callable[..., Any], tuple[Any, Any]]:
+def _step(
+    kind: str, dim: int, depth: int, batch: int, length: int
+) -> tuple[Callable[..., Any], tuple[Any, Any]]:
     from flax import nnx
 
     from seqlab.models import Attention, LanguageModel, Mamba
@@ -183,18 +216,29 @@ def _step(kind: str, dim: int, depth: int, batch: int, length: int) -> tuple[Cal
     from seqlab.train.optim import adamw
     from seqlab.train.step import init_state, next_token_loss, train_step
 
-    options = {"mixers": Mamba, "channel_mixer": None} if kind == "mamba" else {"mixers": functools.partial(Attention, heads=dim // 64)}
+    options = (
+        {"mixers": Mamba, "channel_mixer": None}
+        if kind == "mamba"
+        else {"mixers": functools.partial(Attention, heads=dim // 64)}
+    )
     vocabulary = 50304 if dim == 768 else 256
-    model = LanguageModel(vocabulary, dim, depth, dtype="bfloat16", scan_layers=True, rngs=nnx.Rngs(0), **options)
+    model = LanguageModel(
+        vocabulary, dim, depth, dtype="bfloat16", scan_layers=True, rngs=nnx.Rngs(0), **options
+    )
     static, params = split(model)
     optimizer = adamw(1000, peak=1e-4)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, vocabulary, (batch, length + 1)), jnp.int32)
     inputs = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "valid": jnp.ones((batch, length), bool)}
-    return functools.partial(train_step, static, optimizer, next_token_loss, 1), (init_state(static, params, optimizer), inputs)
+    return functools.partial(train_step, static, optimizer, next_token_loss, 1), (
+        init_state(static, params, optimizer),
+        inputs,
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="*", default=(*OPS, "training"), choices=(*OPS, "training"))
     parser.add_argument("--quick", action="store_true", help="sizes that only show that everything runs")
     parser.add_argument("--rounds", type=int, default=5)
@@ -214,7 +258,12 @@ def main() -> None:
     records, found, bad = [], [], 0
     for op in (op for op in OPS if op in args.only):
         wrong = parity(op)
-        print(f"\n{op}: " + ("all specs are those of float64" if not wrong else "WRONG, so no figures"), *wrong, sep="\n  ", flush=True)
+        print(
+            f"\n{op}: " + ("all specs are those of float64" if not wrong else "WRONG, so no figures"),
+            *wrong,
+            sep="\n  ",
+            flush=True,
+        )
         bad += len(wrong)
         if not wrong:
             more, count = compare(op, args.rounds, QUICK[op] if args.quick else [])

@@ -1,10 +1,13 @@
-"""Training speed on images: a training step here beside the originals' formulation in plain torch on the same CPU.
+"""Training speed on images: a training step here beside the originals' formulation in plain torch on the same
+CPU.
 
-    python tests/bench_images.py --torch-python PATH_OF_A_PYTHON_WITH_TORCH [--rounds 3] [--only poolformer wavemix]
+    python tests/bench_images.py --torch-python PATH_OF_A_PYTHON_WITH_TORCH [--rounds 3] [--only poolformer
+    wavemix]
 
-PoolFormer-S12 and ConvFormer-S18 on 64 × 64 pictures, WaveMix-144/7 (one level, the CIFAR-10 model) on 32 × 32, and a small ViM2 on
-32 × 32 beside its recurrence written step by step. Ratios are taken within one run, the contestants in turn; compilation and warm-up are
-left out on both sides. On a busy machine, where clocks say little, `--busy` gives each side one core and counts its processor time.
+PoolFormer-S12 and ConvFormer-S18 on 64 × 64 pictures, WaveMix-144/7 (one level, the CIFAR-10 model) on 32 ×
+32, and a small ViM2 on 32 × 32 beside its recurrence written step by step. Ratios are taken within one run,
+the contestants in turn; compilation and warm-up are left out on both sides. On a busy machine, where clocks
+say little, `--busy` gives each side one core and counts its processor time.
 """
 
 import argparse
@@ -186,7 +189,9 @@ def model(kind):
     if kind == "poolformer":
         return poolformer("s12", drop_path=0.0, rngs=rngs)
     if kind == "convformer":  # the torch side has the linear head and no residual scales
-        built = baseline((64, 128, 320, 512), (3, 3, 9, 3), SepConv, per_place=True, residual_scale=None, rngs=rngs)
+        built = baseline(
+            (64, 128, 320, 512), (3, 3, 9, 3), SepConv, per_place=True, residual_scale=None, rngs=rngs
+        )
         return ImageClassifier(1000, lambda rngs: built.backbone, norm=LayerNorm, normalise="mean", rngs=rngs)
     if kind == "wavemix":
         mixer = partial(WaveMixing, levels=1, dropout=0.5)
@@ -210,10 +215,16 @@ def prepared(kind):
     static, params = split(built := model(kind))
     optimizer, rng, rows = adamw(1000, peak=1e-4), np.random.default_rng(0), BATCH[kind]
     images = rng.normal(size=(rows, SIDE[kind], SIDE[kind], 3)).astype(np.float32)
-    batch = {"inputs": images, "targets": rng.integers(0, 10, rows).astype(np.int32), "valid": np.ones(rows, bool)}
+    batch = {
+        "inputs": images,
+        "targets": rng.integers(0, 10, rows).astype(np.int32),
+        "valid": np.ones(rows, bool),
+    }
     state = init_state(static, params, optimizer)
     begin = time.perf_counter()
-    step = jax.jit(functools.partial(train_step, static, optimizer, class_loss, 1)).lower(state, batch).compile()
+    step = (
+        jax.jit(functools.partial(train_step, static, optimizer, class_loss, 1)).lower(state, batch).compile()
+    )
     return step, state, batch, time.perf_counter() - begin, count_params(built)
 
 
@@ -236,7 +247,9 @@ def theirs(python, kind, steps, busy):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--torch-python", required=True)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5)
@@ -247,12 +260,18 @@ def main():
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     options = args.steps, args.busy
     for kind in args.only or BATCH:
-        rounds = [(ours(kind, *options), *theirs(args.torch_python, kind, *options)) for _ in range(args.rounds)]
+        rounds = [
+            (ours(kind, *options), *theirs(args.torch_python, kind, *options)) for _ in range(args.rounds)
+        ]
         mine, other = (statistics.median(r[i] for r in rounds) for i in (0, 1))
         ratio = statistics.median(r[0] / r[1] for r in rounds)
         *_, compiling, count = prepared(kind)
         print(f"{kind}: seqlab {mine:.1f} images/s, torch {other:.1f} images/s, {ratio:.2f}x", flush=True)
-        print(f"{kind}: {count:,} parameters here, {rounds[0][2]:,} there; the training step compiled in {compiling:.1f} s", flush=True)
+        print(
+            f"{kind}: {count:,} parameters here, {rounds[0][2]:,} there; the training step compiled in "
+            f"{compiling:.1f} s",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""The longest sequence that can be trained on in a fixed memory, on one device and on eight: python tests/bench_ring.py
+"""The longest sequence that can be trained on in a fixed memory, on one device and on eight: python
+tests/bench_ring.py
 
-Nothing is run: XLA says what the compiled gradient of the loss would hold on each device, what is given and returned included.
+Nothing is run: XLA says what the compiled gradient of the loss would hold on each device, what is given and
+returned included.
 """
 
 import argparse
@@ -26,7 +28,9 @@ MIXERS = {
 
 def bytes_needed(mixer, devices, time, dim=64, depth=4):
     """Bytes of each device for the gradient of the loss of one sequence of `time` tokens."""
-    model = nnx.eval_shape(lambda: LanguageModel(256, dim, depth, MIXERS[mixer], remat="block", rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(
+        lambda: LanguageModel(256, dim, depth, MIXERS[mixer], remat="block", rngs=nnx.Rngs(0))
+    )
     static, params = split(model)
 
     def step(params, batch):
@@ -42,7 +46,12 @@ def bytes_needed(mixer, devices, time, dim=64, depth=4):
         with jax.set_mesh(mesh):
             compiled = jax.jit(step).lower(params, batch).compile()
     memory = compiled.memory_analysis()
-    return memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return (
+        memory.temp_size_in_bytes
+        + memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
 
 
 def longest(mixer, devices, budget, unit=1024):
@@ -58,15 +67,23 @@ def longest(mixer, devices, budget, unit=1024):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", type=float, default=512, metavar="MIB", help="memory of a device; default %(default)s")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--budget", type=float, default=512, metavar="MIB", help="memory of a device; default %(default)s"
+    )
     parser.add_argument("--mixers", nargs="+", default=list(MIXERS), choices=list(MIXERS))
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES)
     for mixer in args.mixers:
         one, several = (longest(mixer, n, args.budget * 2**20) for n in (1, DEVICES))
-        print(f"{mixer:12} 1 device {one:9,} tokens   {DEVICES} devices {several:9,} tokens   {several / one:.2f} times", flush=True)
+        print(
+            f"{mixer:12} 1 device {one:9,} tokens   {DEVICES} devices {several:9,} tokens   "
+            f"{several / one:.2f} times",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Decoding speed: `stream_generate` beside a loop over `nnx.jit`, and beside Hugging Face `generate` on torch, for models of equal size.
+"""Decoding speed: `stream_generate` beside a loop over `nnx.jit`, and beside Hugging Face `generate` on
+torch, for models of equal size.
 
-    python tests/bench_stream.py [--torch-python PATH_OF_A_PYTHON_WITH_TORCH_AND_TRANSFORMERS] [--sizes 2 50] [--rounds 3]
+    python tests/bench_stream.py [--torch-python PATH_OF_A_PYTHON_WITH_TORCH_AND_TRANSFORMERS] [--sizes 2 50]
+    [--rounds 3]
 
 Ratios are taken within one run, the contestants in turn; compilation and warm-up are left out on every side.
 """
@@ -80,13 +82,18 @@ def nnx_loop(model, tokens):
 
 
 def theirs(python, *arguments):
-    # Not from this folder: a folder named `kernels` would be taken for the package that transformers looks for.
+    # Not from this folder: a folder named `kernels` would be taken for the package that transformers looks
+    # for.
     command = [python, "-c", HUGGING_FACE, *map(str, arguments)]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True, cwd="/").stdout.split()[1])
+    return float(
+        subprocess.run(command, capture_output=True, text=True, check=True, cwd="/").stdout.split()[1]
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--torch-python")
     parser.add_argument("--sizes", type=int, nargs="+", default=sorted(SHAPES))
     parser.add_argument("--rounds", type=int, default=3)
@@ -97,12 +104,21 @@ def main():
         *shapes, tokens = SHAPES[size]
         for kind, (width, layers) in zip(("mamba", "llama"), shapes, strict=True):
             model = build(kind, width, layers)
-            contestants = {"seqlab": functools.partial(ours, model, tokens), "nnx.jit": functools.partial(nnx_loop, model, tokens)}
+            contestants = {
+                "seqlab": functools.partial(ours, model, tokens),
+                "nnx.jit": functools.partial(nnx_loop, model, tokens),
+            }
             if args.torch_python:
-                contestants["hugging face"] = functools.partial(theirs, args.torch_python, kind, width, layers, tokens)
+                contestants["hugging face"] = functools.partial(
+                    theirs, args.torch_python, kind, width, layers, tokens
+                )
             rounds = [{name: run() for name, run in contestants.items()} for _ in range(args.rounds)]
             line = [f"{name} {statistics.median(r[name] for r in rounds):,.0f} tok/s" for name in contestants]
-            line += [f"{statistics.median(r['seqlab'] / r[name] for r in rounds):.1f}x {name}" for name in contestants if name != "seqlab"]
+            line += [
+                f"{statistics.median(r['seqlab'] / r[name] for r in rounds):.1f}x {name}"
+                for name in contestants
+                if name != "seqlab"
+            ]
             print(f"{kind} {seqlab.count_params(model) / 1e6:.1f} M: " + ", ".join(line), flush=True)
 
 

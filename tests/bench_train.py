@@ -2,9 +2,9 @@
 
     python tests/bench_train.py --torch-python PATH_OF_A_PYTHON_WITH_TORCH [--rounds 3] [--length 512]
 
-Mamba and the gated delta rule against torch's recurrence written step by step and in chunks, as the reference code of both has them;
-attention against torch's fused `scaled_dot_product_attention`. Ratios are taken within one run, the contestants in turn; compilation
-and warm-up are left out on every side.
+Mamba and the gated delta rule against torch's recurrence written step by step and in chunks, as the reference
+code of both has them; attention against torch's fused `scaled_dot_product_attention`. Ratios are taken within
+one run, the contestants in turn; compilation and warm-up are left out on every side.
 """
 
 import argparse
@@ -181,7 +181,11 @@ def prepared(kind, length):
     batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "valid": np.ones((BATCH, length), bool)}
     state = init_state(static, params, optimizer)
     begin = time.perf_counter()
-    step = jax.jit(functools.partial(train_step, static, optimizer, next_token_loss, 1)).lower(state, batch).compile()
+    step = (
+        jax.jit(functools.partial(train_step, static, optimizer, next_token_loss, 1))
+        .lower(state, batch)
+        .compile()
+    )
     return step, state, batch, time.perf_counter() - begin
 
 
@@ -203,21 +207,35 @@ def theirs(python, kind, length, steps):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--torch-python", required=True)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--only", nargs="*", help="mamba, gated delta, attention")
     args = parser.parse_args()
-    contests = {"mamba": {"steps": 1, "chunks": 3}, "gated delta": {"delta steps": 1, "delta chunks": 3}, "attention": {"attention": 5}}
+    contests = {
+        "mamba": {"steps": 1, "chunks": 3},
+        "gated delta": {"delta steps": 1, "delta chunks": 3},
+        "attention": {"attention": 5},
+    }
     for kind in args.only or contests:
         rivals = contests[kind]
         rounds = []
         for _ in range(args.rounds):
             speed = ours(kind, args.length, 5)
-            rounds.append((speed, {rival: theirs(args.torch_python, rival, args.length, n) for rival, n in rivals.items()}))
+            rounds.append(
+                (
+                    speed,
+                    {rival: theirs(args.torch_python, rival, args.length, n) for rival, n in rivals.items()},
+                )
+            )
         for rival in rivals:
-            mine, other = (statistics.median(values) for values in ([r[0] for r in rounds], [r[1][rival] for r in rounds]))
+            mine, other = (
+                statistics.median(values)
+                for values in ([r[0] for r in rounds], [r[1][rival] for r in rounds])
+            )
             ratio = statistics.median(r[0] / r[1][rival] for r in rounds)
             print(f"{kind}: seqlab {mine:,.0f} tok/s, torch {rival} {other:,.0f} tok/s, {ratio:.1f}x")
         print(f"{kind}: the training step compiled in {prepared(kind, args.length)[3]:.1f} s")

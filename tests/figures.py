@@ -1,10 +1,11 @@
 """What the slow tests of claims measured, kept for docs/science.md.
 
     SEQLAB_FIGURES=docs/figures pytest -m slow tests/test_science_recall.py     measures, asserts and keeps
-    python tests/figures.py                                                     writes the page again from what is kept
+    python tests/figures.py                                                     writes the page again from
+    what is kept
 
-A figure is a JSON file (title, claim, table) and, where there is something to draw, a picture of the same name. Without SEQLAB_FIGURES
-the tests assert and keep nothing.
+A figure is a JSON file (title, claim, table) and, where there is something to draw, a picture of the same
+name. Without SEQLAB_FIGURES the tests assert and keep nothing.
 """
 
 import json
@@ -14,7 +15,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 DOCS = pathlib.Path(__file__).resolve().parent.parent / "docs"
-ORDER = ("recall", "selective_copying", "delay_line", "digits_seen", "forecasting")  # as on the page; others follow by name
+ORDER = (
+    "recall",
+    "selective_copying",
+    "delay_line",
+    "digits_seen",
+    "forecasting",
+)  # as on the page; others follow by name
 
 
 def keep(
@@ -31,7 +38,14 @@ def keep(
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     command = f"pytest -m slow {os.environ['PYTEST_CURRENT_TEST'].partition(' ')[0]}"
-    record = {"title": title, "claim": claim, "command": command, "picture": draw is not None, "header": header, "rows": rows}
+    record = {
+        "title": title,
+        "claim": claim,
+        "command": command,
+        "picture": draw is not None,
+        "header": header,
+        "rows": rows,
+    }
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     if draw is not None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

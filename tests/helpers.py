@@ -9,7 +9,8 @@ from flax import nnx
 
 
 def assert_close(actual, expected, tolerance, name="value"):
-    """Every leaf of `actual` equals that of `expected` within `tolerance` times the largest magnitude of the expected leaf."""
+    """Every leaf of `actual` equals that of `expected` within `tolerance` times the largest magnitude of the
+    expected leaf."""
     flat_actual, tree = jax.tree_util.tree_flatten_with_path(actual)
     flat_expected, expected_tree = jax.tree_util.tree_flatten_with_path(expected)
     assert tree == expected_tree, f"{name}: {tree} is not {expected_tree}"
@@ -20,7 +21,9 @@ def assert_close(actual, expected, tolerance, name="value"):
         assert np.isfinite(a).all() == np.isfinite(e).all(), f"{where}: not finite"
         scale = max(np.abs(e).max(initial=0.0), 1e-6)
         error = np.abs(a - e).max(initial=0.0) / scale
-        assert error <= tolerance, f"{where}: relative error {error:.2e} > {tolerance:.0e} (scale {scale:.3g})"
+        assert error <= tolerance, (
+            f"{where}: relative error {error:.2e} > {tolerance:.0e} (scale {scale:.3g})"
+        )
 
 
 def assert_identical(actual, expected, name="value"):
@@ -29,7 +32,9 @@ def assert_identical(actual, expected, name="value"):
     for path, e in jax.tree_util.tree_leaves_with_path(expected):
         a = dict(jax.tree_util.tree_leaves_with_path(actual))[path]
         assert a.dtype == e.dtype, f"{name}{jax.tree_util.keystr(path)}: {a.dtype} is not {e.dtype}"
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(e), err_msg=f"{name}{jax.tree_util.keystr(path)}")
+        np.testing.assert_array_equal(
+            np.asarray(a), np.asarray(e), err_msg=f"{name}{jax.tree_util.keystr(path)}"
+        )
 
 
 def random(seed, *shape, scale=1.0, dtype=jnp.float32):
@@ -46,8 +51,8 @@ class _NoKeys(nnx.Rngs):
 
 
 def abstract(build):
-    """The module that build(rngs=...) makes, without its numbers. Nothing is drawn: tracing the draws of a large model takes longer than
-    all the rest."""
+    """The module that build(rngs=...) makes, without its numbers. Nothing is drawn: tracing the draws of a
+    large model takes longer than all the rest."""
     blank = {name: lambda key, shape, **bounds: jnp.zeros(shape) for name in ("normal", "uniform")}
     with mock.patch.multiple(jax.random, **blank, key_data=lambda key: key):
         return nnx.eval_shape(lambda: build(rngs=_NoKeys()))

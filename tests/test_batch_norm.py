@@ -1,4 +1,5 @@
-"""BatchNorm: the numbers of the definition, an affine map in evaluation, and statistics that a training step measures but never learns."""
+"""BatchNorm: the numbers of the definition, an affine map in evaluation, and statistics that a training step
+measures but never learns."""
 
 import functools
 
@@ -28,14 +29,18 @@ def test_training_takes_the_moments_of_the_valid_steps_and_moves_the_running_one
     y = norm(jnp.where(valid[..., None], x, jnp.nan), jnp.asarray(valid))
     seen = x[valid].astype(np.float64)
     mean, var = seen.mean(0), seen.var(0)
-    assert_close(np.asarray(y)[valid], (seen - mean) / np.sqrt(var + 1e-5) * before["weight"] + before["bias"], 2e-6)
+    assert_close(
+        np.asarray(y)[valid], (seen - mean) / np.sqrt(var + 1e-5) * before["weight"] + before["bias"], 2e-6
+    )
     assert_close(norm.running_mean[...], 0.9 * before["running_mean"] + 0.1 * mean, 2e-6)
     assert_close(norm.running_var[...], 0.9 * before["running_var"] + 0.1 * seen.var(0, ddof=1), 2e-6)
     after = split(norm)[1]
     norm(jnp.full((3, 7, 4), jnp.nan), jnp.zeros((3, 7), bool))
     assert_identical(split(norm)[1], after, "a batch without a valid step")
     norm.eval()
-    expected = (x - after["running_mean"]) / np.sqrt(after["running_var"] + 1e-5) * before["weight"] + before["bias"]
+    expected = (x - after["running_mean"]) / np.sqrt(after["running_var"] + 1e-5) * before["weight"] + before[
+        "bias"
+    ]
     assert_close(norm(x), expected, 2e-6)
     assert_identical(split(norm)[1], after, "evaluation moves nothing")
 
@@ -83,12 +88,18 @@ def stepped(model, batches, accumulate=1, loss=loss, optimizer=None):
 
 
 def test_statistics_get_no_gradient_no_update_and_no_decay():
-    """With a learning rate of zero and any decay they still move, by exactly their own rule; the optimizer does not know them."""
+    """With a learning rate of zero and any decay they still move, by exactly their own rule; the optimizer
+    does not know them."""
     static, params = split(model())
     names = statistics_of(static)
     assert {name.rsplit(".", 1)[1] for name in names} == {"running_mean", "running_var"} and len(names) == 8
-    first, second = stepped(model(), [batch()], optimizer=optax.chain(optax.add_decayed_weights(0.5), optax.sgd(0.0)))
-    assert_identical({k: v for k, v in second.params.items() if k not in names}, {k: v for k, v in params.items() if k not in names})
+    first, second = stepped(
+        model(), [batch()], optimizer=optax.chain(optax.add_decayed_weights(0.5), optax.sgd(0.0))
+    )
+    assert_identical(
+        {k: v for k, v in second.params.items() if k not in names},
+        {k: v for k, v in params.items() if k not in names},
+    )
     trained = model()
     trained.train()
     loss(trained, batch())
@@ -99,18 +110,34 @@ def test_statistics_get_no_gradient_no_update_and_no_decay():
     assert not any("running" in jax.tree_util.keystr(path) for path, _ in adam)
 
 
-@pytest.mark.parametrize("options", [{"remat": "block"}, {"scan_layers": True}, {"scan_layers": True, "remat": "block"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"remat": "block"}, {"scan_layers": True}, {"scan_layers": True, "remat": "block"}], ids=str
+)
 def test_recomputed_and_scanned_layers_measure_the_same(options):
-    plain, other = stepped(model(), [batch(0), batch(1)])[-1].params, stepped(model(**options), [batch(0), batch(1)])[-1].params
+    plain, other = (
+        stepped(model(), [batch(0), batch(1)])[-1].params,
+        stepped(model(**options), [batch(0), batch(1)])[-1].params,
+    )
     if "scan_layers" in options:
-        joined = {name: jnp.stack([plain[name], plain[name.replace("blocks.0", "blocks.1")]]) for name in plain if "blocks.0" in name}
+        joined = {
+            name: jnp.stack([plain[name], plain[name.replace("blocks.0", "blocks.1")]])
+            for name in plain
+            if "blocks.0" in name
+        }
         plain = joined | {"norm.weight": plain["norm.weight"]}
     assert_close(other, plain, 1e-5)
 
 
 def test_as_the_norm_of_a_backbone_it_measures_valid_steps_alone():
     def measured(rows, valid):
-        stack = Backbone(6, 1, functools.partial(Mixing, normed=False), channel_mixer=None, norm=BatchNorm, rngs=nnx.Rngs(0))
+        stack = Backbone(
+            6,
+            1,
+            functools.partial(Mixing, normed=False),
+            channel_mixer=None,
+            norm=BatchNorm,
+            rngs=nnx.Rngs(0),
+        )
         stack.train()
         stack(rows, None, None, valid)
         return split(stack)[1]
@@ -141,7 +168,8 @@ def test_a_batch_that_is_not_finite_leaves_the_statistics():
 
 
 def test_an_evaluated_model_has_the_statistics_of_training():
-    """Trained at a learning rate of zero on one batch again and again, evaluation becomes the function that was trained."""
+    """Trained at a learning rate of zero on one batch again and again, evaluation becomes the function that
+    was trained."""
     static, _ = split(model())
     data = batch() | {"valid": np.ones((4, 9), bool)}
     final = stepped(model(), [data] * 80, optimizer=optax.sgd(0.0))[-1].params
@@ -154,14 +182,18 @@ def test_an_evaluated_model_has_the_statistics_of_training():
 
 def test_a_model_without_statistics_is_stepped_as_it_always_was():
     """The very same program: nothing is added for models that measure nothing."""
-    static, params = split(Backbone(6, 2, functools.partial(Mixing, normed=False), channel_mixer=None, rngs=nnx.Rngs(0)))
+    static, params = split(
+        Backbone(6, 2, functools.partial(Mixing, normed=False), channel_mixer=None, rngs=nnx.Rngs(0))
+    )
     assert not statistics_of(static)
     optimizer = adamw(10, peak=1e-2, warmup=0)
     state = init_state(static, params, optimizer)
     assert_identical(state.optimizer, optimizer.init(params))
 
     def plain(state, data):
-        (_, count), grads = jax.value_and_grad(lambda p: loss(merge(static, p), data), has_aux=True)(state.params)
+        (_, count), grads = jax.value_and_grad(lambda p: loss(merge(static, p), data), has_aux=True)(
+            state.params
+        )
         grads = jax.tree.map(lambda leaf: leaf / jnp.maximum(count, 1.0), grads)
         updates, _ = optimizer.update(grads, state.optimizer, state.params)
         return optax.apply_updates(state.params, updates)

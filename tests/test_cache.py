@@ -1,4 +1,5 @@
-"""Cache policies: each equals attention under its mask, written down in numpy; what can be taken back and what cannot."""
+"""Cache policies: each equals attention under its mask, written down in numpy; what can be taken back and
+what cannot."""
 
 import functools
 
@@ -28,14 +29,20 @@ def turned(x, position):
     """Half-split rotation in float64: x [h, k] at one position."""
     angle = position * 10_000.0 ** (-np.arange(0, x.shape[-1], 2) / x.shape[-1])
     first, second = np.split(x, 2, axis=-1)
-    return np.concatenate([first * np.cos(angle) - second * np.sin(angle), second * np.cos(angle) + first * np.sin(angle)], axis=-1)
+    return np.concatenate(
+        [first * np.cos(angle) - second * np.sin(angle), second * np.cos(angle) + first * np.sin(angle)],
+        axis=-1,
+    )
 
 
 def streaming_llm(mixer, x, sinks, window):
-    """The definition (arXiv 2309.17453): every query numbers what it still sees from 0 on, keys turned afresh, itself last."""
+    """The definition (arXiv 2309.17453): every query numbers what it still sees from 0 on, keys turned
+    afresh, itself last."""
     p = {name: np.asarray(value, np.float64) for name, value in params_of(mixer).items()}
     h, g, k = mixer.heads, mixer.kv_heads, mixer.head_dim
-    q, key, v = np.split((np.asarray(x, np.float64) @ p["qkv.weight"]).reshape(len(x), h + 2 * g, k), [h, h + g], axis=1)
+    q, key, v = np.split(
+        (np.asarray(x, np.float64) @ p["qkv.weight"]).reshape(len(x), h + 2 * g, k), [h, h + g], axis=1
+    )
     out = []
     for i in range(len(x)):
         seen = [j for j in range(i + 1) if j < sinks or i - j < window]
@@ -66,11 +73,14 @@ def test_positions_in_the_cache_are_those_of_streaming_llm(sinks, sink):
 
 @pytest.mark.parametrize("cache", [Full(8192), Window(8188, 4), Window(8188, 4, positions="cache")], ids=str)
 def test_a_decode_step_copies_no_cache(cache):
-    """Rows that have ended are invalid steps: telling them apart must not touch the keys and values of all others."""
+    """Rows that have ended are invalid steps: telling them apart must not touch the keys and values of all
+    others."""
     mixer = Attention(32, heads=2, cache=cache, rngs=nnx.Rngs(0))
     state = jax.eval_shape(lambda: mixer.init_state(2))
     step = jax.jit(lambda x, state, valid: mixer(x, state, None, valid), donate_argnums=1)
-    compiled_step = step.lower(jax.ShapeDtypeStruct((2, 1, 32), jnp.float32), state, jax.ShapeDtypeStruct((2, 1), bool)).compile()
+    compiled_step = step.lower(
+        jax.ShapeDtypeStruct((2, 1, 32), jnp.float32), state, jax.ShapeDtypeStruct((2, 1), bool)
+    ).compile()
     assert compiled_step.memory_analysis().temp_size_in_bytes < state.k.size * state.k.dtype.itemsize
 
 
@@ -91,7 +101,9 @@ def test_what_is_taken_back_was_never_there(cache):
 def test_what_the_ring_has_overwritten_cannot_be_taken_back():
     mixer = Attention(16, heads=2, cache=Window(W, sinks=2), rngs=nnx.Rngs(0))
     _, state = compiled(mixer)(random(2, 1, 30, 16), mixer.init_state(1))
-    with pytest.raises(ValueError, match=r"steps=3 cannot be taken back: sinks\(2\)\+window\(8\) has overwritten"):
+    with pytest.raises(
+        ValueError, match=r"steps=3 cannot be taken back: sinks\(2\)\+window\(8\) has overwritten"
+    ):
         mixer.rewind(state, 3)
     with pytest.raises(ValueError, match=r"steps must not exceed the steps seen, \[30\] by row, got 31"):
         mixer.rewind(state, 31)
@@ -99,7 +111,9 @@ def test_what_the_ring_has_overwritten_cannot_be_taken_back():
 
 def test_room_can_be_made_before_a_turn():
     """`evict` leaves the sinks and the last keys; places in the cache close up behind it."""
-    mixer = Attention(16, heads=2, cache=Window(12, sinks=2, positions="cache", edge="call"), rngs=nnx.Rngs(0))
+    mixer = Attention(
+        16, heads=2, cache=Window(12, sinks=2, positions="cache", edge="call"), rngs=nnx.Rngs(0)
+    )
     x = random(3, 1, 16, 16)
     call = compiled(mixer)
     _, state = call(x[:, :10], mixer.init_state(1))
@@ -113,8 +127,14 @@ def test_room_can_be_made_before_a_turn():
     [
         (lambda: Window(8, positions="relative"), r"positions.*'relative'"),
         (lambda: Window(8, edge="stpe"), r"edge.*'stpe'.*did you mean 'step'"),
-        (lambda: Attention(16, heads=2, sink="learnt", rngs=nnx.Rngs(0)), r"sink.*'learnt'.*did you mean 'learned'"),
-        (lambda: Attention(16, heads=2, rotary_width=10, rngs=nnx.Rngs(0)), r"rotary_width must not exceed head_dim=8, got 10"),
+        (
+            lambda: Attention(16, heads=2, sink="learnt", rngs=nnx.Rngs(0)),
+            r"sink.*'learnt'.*did you mean 'learned'",
+        ),
+        (
+            lambda: Attention(16, heads=2, rotary_width=10, rngs=nnx.Rngs(0)),
+            r"rotary_width must not exceed head_dim=8, got 10",
+        ),
     ],
 )
 def test_impossible_policies_are_refused(build, words):
@@ -139,20 +159,24 @@ def test_a_share_of_the_heads_streams():
 
 
 def test_gates_fall_where_heads_need_no_past_and_stay_where_they_do():
-    """Window as long as the sequence: streaming costs nothing and the gates fall; a window of one step costs, and they stay higher."""
+    """Window as long as the sequence: streaming costs nothing and the gates fall; a window of one step costs,
+    and they stay higher."""
     model = LanguageModel(11, 16, 2, functools.partial(Attention, heads=2), rngs=nnx.Rngs(1))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 11, (2, 24)))
     labels = jnp.arange(24)[None] >= 12
     labels = jnp.broadcast_to(labels, tokens.shape)
     free, history = fit_gates(model, lambda _: (tokens, labels), steps=40, sinks=1, window=24, rate=0.05)
-    dear, _ = fit_gates(model, lambda _: (tokens, labels), steps=40, sinks=1, window=1, rate=0.05, weight=1e-4)
+    dear, _ = fit_gates(
+        model, lambda _: (tokens, labels), steps=40, sinks=1, window=1, rate=0.05, weight=1e-4
+    )
     assert float(history[0].distill) < 1e-10 and float(free.max()) < 0.3
     assert float(dear.mean()) > 0.8
 
 
 @pytest.mark.parametrize("bits, bound", [(2, 0.9), (4, 0.25), (8, 0.02)])
 def test_a_coded_cache_stays_near_the_exact_one(bits, bound):
-    """A code is off by half a step of its group at most: the error of the output falls with 1 / (2^bits - 1)."""
+    """A code is off by half a step of its group at most: the error of the output falls with 1 / (2^bits -
+    1)."""
     x = random(4, 2, LENGTH, 32)
     exact = Attention(32, heads=2, cache=Full(64), rngs=nnx.Rngs(0))
     coded = with_cache(exact, Quantized(64, bits=bits, group=16, residual=16))
@@ -162,8 +186,11 @@ def test_a_coded_cache_stays_near_the_exact_one(bits, bound):
 
 
 def test_one_step_reads_codes_where_an_implementation_can():
-    """Many steps are attended to at once; one goes through `kernels.decode_attention`, whichever implementation that takes."""
-    mixer = Attention(32, heads=4, kv_heads=2, cache=Quantized(None, 40, 2, bits=4, group=8, residual=8), rngs=nnx.Rngs(0))
+    """Many steps are attended to at once; one goes through `kernels.decode_attention`, whichever
+    implementation that takes."""
+    mixer = Attention(
+        32, heads=4, kv_heads=2, cache=Quantized(None, 40, 2, bits=4, group=8, residual=8), rngs=nnx.Rngs(0)
+    )
     x, call = random(7, 2, 30, 32), compiled(mixer)
     _, state = call(x[:, :29], mixer.init_state(2))
     choices = explain(lambda x, state: mixer(x, state), x[:, 29:], state)
@@ -196,9 +223,13 @@ def test_what_is_coded_cannot_be_taken_back():
     mixer = Attention(16, heads=2, cache=Quantized(32, bits=4, group=8, residual=8), rngs=nnx.Rngs(0))
     x = random(6, 1, 40, 16)
     y, state = compiled(mixer)(x, mixer.init_state(1))
-    with pytest.raises(ValueError, match=r"steps=1 cannot be taken back: full\(32\)\+int4 has coded the steps before them"):
+    with pytest.raises(
+        ValueError, match=r"steps=1 cannot be taken back: full\(32\)\+int4 has coded the steps before them"
+    ):
         mixer.rewind(state, 1)
-    assert np.isfinite(np.asarray(y[:, :32])).all() and np.isnan(np.asarray(y[:, 32:])).all(), "never a wrong number"
+    assert np.isfinite(np.asarray(y[:, :32])).all() and np.isnan(np.asarray(y[:, 32:])).all(), (
+        "never a wrong number"
+    )
 
 
 @pytest.mark.parametrize(
@@ -271,7 +302,12 @@ def test_a_stream_takes_a_cache_by_name():
     def tokens(cache):
         return [token.token for token in stream_generate(model, prompt, cache=cache, **options)]
 
-    assert tokens("full(64)") == tokens(None) == tokens("window(64)") == tokens(with_cache(model, Full(64)).backbone.blocks[0].mixer.cache)
+    assert (
+        tokens("full(64)")
+        == tokens(None)
+        == tokens("window(64)")
+        == tokens(with_cache(model, Full(64)).backbone.blocks[0].mixer.cache)
+    )
     assert tokens("sinks(1)+window(4)") != tokens(None)
     assert bytes_per_step(with_cache(model, "full(64)")) == pytest.approx(2 * (2 * 32 * 4 + 4) + 2 * 4 / 64)
     with pytest.raises(ValueError, match="did you mean 'window'"):

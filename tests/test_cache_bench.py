@@ -1,4 +1,5 @@
-"""`seqlab cache-bench`: figures that can be computed otherwise too, resumable, never mixed up; refused before work."""
+"""`seqlab cache-bench`: figures that can be computed otherwise too, resumable, never mixed up; refused before
+work."""
 
 import json
 import pathlib
@@ -31,7 +32,10 @@ def folder(tmp_path_factory):
         patch.chdir(folder)
         patch.setattr(cli, "_enable_compile_cache", lambda: None)
         changes = ["data.paths=corpus", "data.length=16", "data.lead=True", "model.depth=2"]
-        assert cli.main(["train", "lm_attention", "--fiddler", "tiny", "--set", *changes, "--workdir", "run"]) == 0
+        assert (
+            cli.main(["train", "lm_attention", "--fiddler", "tiny", "--set", *changes, "--workdir", "run"])
+            == 0
+        )
     return folder
 
 
@@ -47,7 +51,11 @@ def test_figures_are_those_of_the_whole_sequence_at_once(capsys, monkeypatch):
     header, *lines = capsys.readouterr().out.splitlines()
     assert header.split()[:3] == ["cache", "state", "bytes"] and "ppl to 16" in header
     record = json.loads(pathlib.Path("run/cache_bench/cache_bench.json").read_text())
-    assert [row["cache"] for row in record["rows"]] == ["full(64)", "sinks(2)+window(8)+in_place", "full(64)+int4(group=8, residual=8)"]
+    assert [row["cache"] for row in record["rows"]] == [
+        "full(64)",
+        "sinks(2)+window(8)+in_place",
+        "full(64)+int4(group=8, residual=8)",
+    ]
     assert record["edges"] == [0, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64]
     planned = cache_bench.plan("run", CACHES, length=64, rows=2, items=3, turns=2)
     tokens, targets = planned.streams["inputs"], planned.streams["targets"]
@@ -56,10 +64,16 @@ def test_figures_are_those_of_the_whole_sequence_at_once(capsys, monkeypatch):
         model = with_cache(seqlab.load("run").model, row["cache"])
         logits = np.asarray(model(jnp.asarray(tokens))[0], np.float64)
         top = logits.max(-1, keepdims=True)
-        nats = (top + np.log(np.exp(logits - top).sum(-1, keepdims=True)) - np.take_along_axis(logits, targets[..., None], 2))[..., 0]
+        nats = (
+            top
+            + np.log(np.exp(logits - top).sum(-1, keepdims=True))
+            - np.take_along_axis(logits, targets[..., None], 2)
+        )[..., 0]
         expected = [nats[:, a:b].mean() for a, b in zip(record["edges"], record["edges"][1:], strict=False)]
         np.testing.assert_allclose(row["nats"], expected, rtol=1e-4)
-        assert row["targets"] == [2 * (b - a) for a, b in zip(record["edges"], record["edges"][1:], strict=False)]
+        assert row["targets"] == [
+            2 * (b - a) for a, b in zip(record["edges"], record["edges"][1:], strict=False)
+        ]
         assert row["state_bytes"] == state_bytes(model) and row["tokens_per_second"] > 0
         assert (len(row["passkey"]), len(row["requests"]), len(row["turns"])) == (5, 2, 2)
         shown = line.removeprefix(row["cache"]).split()
@@ -82,7 +96,10 @@ def test_figures_are_those_of_the_whole_sequence_at_once(capsys, monkeypatch):
 
     # other settings are another folder's
     assert cli.main([*arguments[:-1], "1"]) == 2
-    assert "run/cache_bench belongs to another bench (saved -> given):\n  context: 42 -> 28\n  turns: 2 -> 1" in capsys.readouterr().err
+    assert (
+        "run/cache_bench belongs to another bench (saved -> given):\n  context: 42 -> 28\n  turns: 2 -> 1"
+        in capsys.readouterr().err
+    )
     assert gone.exists()
 
 
@@ -149,11 +166,31 @@ def test_questions_go_to_copies_or_to_one_conversation():
         )
     )
     assert cache_bench.answered(read, Reader(), asked, copies=True) == [1.0, 1.0, 1.0]
-    assert cache_bench.answered(read, Reader(), asked, copies=False) == [1.0, 0.0, 1.0]  # what was asked before is nearer
+    assert cache_bench.answered(read, Reader(), asked, copies=False) == [
+        1.0,
+        0.0,
+        1.0,
+    ]  # what was asked before is nearer
 
 
 def test_gates_are_fitted_once_and_make_a_cache(capsys):
-    assert cli.main(["cache-bench", "run", "--fit-gates", "2", "--caches", "duo(0.5)", "--out", "refused", "--rows", "500"]) == 2
+    assert (
+        cli.main(
+            [
+                "cache-bench",
+                "run",
+                "--fit-gates",
+                "2",
+                "--caches",
+                "duo(0.5)",
+                "--out",
+                "refused",
+                "--rows",
+                "500",
+            ]
+        )
+        == 2
+    )
     fitted = gates.load("run", 4)
     assert (np.shape(fitted.alpha), fitted.sinks, fitted.window, fitted.length) == ((2, 2), 4, 8, 57)
     stamp = pathlib.Path("run/gates.json").stat().st_mtime_ns

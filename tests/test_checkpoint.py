@@ -1,4 +1,5 @@
-"""Checkpoints: what comes back is what went in, bit for bit, or an error; whatever happens to the disk or the process in between."""
+"""Checkpoints: what comes back is what went in, bit for bit, or an error; whatever happens to the disk or the
+process in between."""
 
 import hashlib
 import json
@@ -87,13 +88,25 @@ def test_every_kind_of_leaf_comes_back_bit_for_bit(tmp_path):
             "int8": np.array([-128, 127], np.int8),
             "uint32": np.array([0, 2**32 - 1], np.uint32),
             "bool": np.array([True, False]),
-            "0-d": {"jax": jnp.float32(2.5), "numpy": np.array(7, np.int16), "scalar": np.float64(0.1), "bool": np.bool_(True)},
+            "0-d": {
+                "jax": jnp.float32(2.5),
+                "numpy": np.array(7, np.int16),
+                "scalar": np.float64(0.1),
+                "bool": np.bool_(True),
+            },
             "empty": np.zeros((0, 3), np.float32),
             "transposed": np.arange(6.0).reshape(2, 3).T,
             "strided": np.arange(10)[::-3],
             "big-endian": np.array([1, 2, 3], ">i4"),
         },
-        "python": {"int": 2**70, "float": 0.1, "infinity": float("inf"), "bool": True, "text": "é\n", "nothing": {}},
+        "python": {
+            "int": 2**70,
+            "float": 0.1,
+            "infinity": float("inf"),
+            "bool": True,
+            "text": "é\n",
+            "nothing": {},
+        },
         "dots.and/slashes": {"a": {"b": np.ones(2)}, "a.b": np.zeros(2), "c/d": np.full(2, 5.0)},
     }
     with Checkpoints(tmp_path) as checkpoints:
@@ -126,10 +139,18 @@ def test_the_manifest_has_the_hash_of_every_leaf(saved):
     manifest = json.loads((saved / "2" / "manifest" / "manifest.json").read_text())
     state = state_of(2)
     leaves = {leaf["name"]: leaf for leaf in manifest["leaves"]}
-    assert leaves.keys() == {"step", "params/embed.weight", "params/head.weight", "optimizer/0/mu", "optimizer/0/count"}
+    assert leaves.keys() == {
+        "step",
+        "params/embed.weight",
+        "params/head.weight",
+        "optimizer/0/mu",
+        "optimizer/0/count",
+    }
     embed = leaves["params/embed.weight"]
     assert (embed["shape"], embed["dtype"]) == ([40, 50], "float32")
-    assert embed["sha256"] == hashlib.sha256(np.asarray(state["params"]["embed.weight"]).tobytes()).hexdigest()
+    assert (
+        embed["sha256"] == hashlib.sha256(np.asarray(state["params"]["embed.weight"]).tobytes()).hexdigest()
+    )
     assert leaves["params/head.weight"]["dtype"] == "bfloat16"
 
 
@@ -215,7 +236,9 @@ def test_a_damaged_step_is_named_and_passed_over(saved, damage, caplog):
     assert f"step 3 in {saved} is passed over: leaf " in record.getMessage()
     assert any(leaf in record.getMessage() for leaf in ("params/embed.weight", "optimizer/0/mu"))
     assert len(record.getMessage()) < 700
-    with pytest.raises(CheckpointError, match=rf"step 3 in {saved} is damaged: leaf (params/embed.weight|optimizer/0/mu): "):
+    with pytest.raises(
+        CheckpointError, match=rf"step 3 in {saved} is damaged: leaf (params/embed.weight|optimizer/0/mu): "
+    ):
         Checkpoints(saved).restore(3)
     assert Checkpoints(saved).steps() == [1, 2, 3]  # nothing is deleted for being damaged
 
@@ -263,7 +286,9 @@ def test_without_its_commit_a_step_is_none(saved, caplog):
             Checkpoints(saved).restore(step)
     assert Checkpoints(saved).steps() == [1]
     (saved / "1" / "commit_success.txt").unlink()
-    assert Checkpoints(saved).restore() is None  # a first save that was interrupted must not stop the second start
+    assert (
+        Checkpoints(saved).restore() is None
+    )  # a first save that was interrupted must not stop the second start
 
 
 def test_if_no_step_is_good_each_is_listed(saved):
@@ -306,7 +331,13 @@ def test_a_damaged_step_is_moved_aside_when_its_number_is_saved_again(saved, cap
     assert_state(Checkpoints(saved).restore(2)[1], state_of(22))
     assert_state(Checkpoints(saved).restore()[1], state_of(13))
     names = sorted(path.name for path in saved.iterdir())
-    assert names == ["2", "2.damaged-1", "2.damaged-2", "3", "3.damaged-1"]  # 1 is no longer among the newest two
+    assert names == [
+        "2",
+        "2.damaged-1",
+        "2.damaged-2",
+        "3",
+        "3.damaged-1",
+    ]  # 1 is no longer among the newest two
     with Checkpoints(saved, keep=2) as checkpoints:
         checkpoints.save(4, state_of(4))
     assert sorted(path.name for path in saved.iterdir()) == ["3", "3.damaged-1", "4"]
@@ -317,7 +348,8 @@ def test_a_damaged_step_is_moved_aside_when_its_number_is_saved_again(saved, cap
 
 @pytest.fixture
 def full_disk():
-    """A function after which no file can grow beyond so many bytes; undone at the end of the test, or with None."""
+    """A function after which no file can grow beyond so many bytes; undone at the end of the test, or with
+    None."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit(size):
@@ -337,9 +369,13 @@ in_orbax = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionW
 def test_a_full_disk_is_an_error_and_no_loss(saved, full_disk, size, wait):
     with Checkpoints(saved) as checkpoints:
         full_disk(size)
-        with pytest.raises(CheckpointError, match=rf"step 4 could not be saved to {saved}/4: .*steps 1, 2, 3 are untouched") as error:
+        with pytest.raises(
+            CheckpointError, match=rf"step 4 could not be saved to {saved}/4: .*steps 1, 2, 3 are untouched"
+        ) as error:
             checkpoints.save(4, state_of(4), wait=wait)
-            checkpoints.save(5, state_of(5), wait=wait)  # the error of a save in the background surfaces at the next
+            checkpoints.save(
+                5, state_of(5), wait=wait
+            )  # the error of a save in the background surfaces at the next
         assert len(str(error.value)) < 700
         full_disk(None)
         assert checkpoints.steps() == [1, 2, 3]
@@ -361,7 +397,9 @@ def test_a_failed_save_surfaces_when_closing(saved, full_disk):
 
 def test_a_directory_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(CheckpointError, match=rf"step 1 could not be saved to {tmp_path}/file/run/1: .*no earlier step"):
+    with pytest.raises(
+        CheckpointError, match=rf"step 1 could not be saved to {tmp_path}/file/run/1: .*no earlier step"
+    ):
         Checkpoints(tmp_path / "file" / "run").save(1, {"x": np.ones(2)})
 
 
@@ -375,7 +413,9 @@ checkpoints.save(1, {"x": np.arange(5)}, wait=True)
 checkpoints.save(2, {"x": np.random.default_rng(0).random(8_000_000)})
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, check=False
+    )
     assert done.returncode == -signal.SIGKILL
     assert (tmp_path / "2").is_dir()  # it had begun
     checkpoints = Checkpoints(tmp_path)
@@ -394,9 +434,18 @@ import numpy as np
 from seqlab.train.checkpoint import Checkpoints
 Checkpoints(sys.argv[1]).save(1, {"x": np.random.default_rng(0).random(8_000_000)})
 """
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
     if Checkpoints(tmp_path).steps():
-        np.testing.assert_array_equal(Checkpoints(tmp_path).restore()[1]["x"], np.random.default_rng(0).random(8_000_000))
+        np.testing.assert_array_equal(
+            Checkpoints(tmp_path).restore()[1]["x"], np.random.default_rng(0).random(8_000_000)
+        )
     else:  # since Python 3.12 a program that ends cannot start the threads that Orbax needs
         assert "the program ended before a checkpoint was saved; close() the checkpoints" in done.stderr
         assert Checkpoints(tmp_path).restore() is None
@@ -457,7 +506,9 @@ def test_two_processes_save_and_restore_together(tmp_path):
     commands = [[sys.executable, "-c", PROCESS, tmp_path, port, str(index)] for index in range(2)]
     environment = {**os.environ, "XLA_FLAGS": ""}
     processes = [
-        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         for command in commands
     ]
     try:
@@ -489,7 +540,8 @@ def test_a_state_that_does_not_fit_is_described_in_a_line(saved):
         "50 not in the checkpoint: params/extra.0, params/extra.1, params/extra.10 and 47 more; "
         "1 only in the checkpoint: optimizer/0/mu; "
         "3 of another kind: optimizer/0/count is uint32[], expected a Python int, "
-        "params/embed.weight is float32[40, 50], expected float32[40, 51], params/head.weight is bfloat16[50], expected float32[50]"
+        "params/embed.weight is float32[40, 50], expected float32[40, 51], params/head.weight is "
+        "bfloat16[50], expected float32[50]"
     )
 
 
@@ -521,7 +573,10 @@ def test_from_one_device_to_eight_and_back(tmp_path):
         "b": jnp.asarray(generator.normal(size=(5,)), jnp.bfloat16),
         "c": jnp.arange(16),
     }
-    wanted = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spread[name]) for name, leaf in state.items()}
+    wanted = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spread[name])
+        for name, leaf in state.items()
+    }
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, wait=True)
         _, eight = checkpoints.restore(like=wanted)
@@ -553,7 +608,11 @@ def test_a_dtype_that_jax_would_change_is_an_error(tmp_path):
         ({"a": np.array(["x"])}, TypeError, "a: an array of <U1"),
         ({"a": {0: np.ones(2)}}, TypeError, "a: key 0; the keys of a checkpoint are non-empty strings"),
         ({"a/b": np.ones(2), "a": {"b": np.ones(2)}}, ValueError, "two leaves are named 'a/b'"),
-        ({"a": np.ones(2), "a/b": np.ones(2)}, ValueError, r"leaf \('a/b',\) cannot be stored inside leaf \('a',\)"),
+        (
+            {"a": np.ones(2), "a/b": np.ones(2)},
+            ValueError,
+            r"leaf \('a/b',\) cannot be stored inside leaf \('a',\)",
+        ),
     ],
 )
 def test_what_cannot_be_stored_is_named_before_anything_is_written(tmp_path, state, error, message):

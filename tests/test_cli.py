@@ -19,7 +19,18 @@ from seqlab.train import loop
 from seqlab.train.config import ConfigError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-HEAVY = {"jax", "jaxlib", "flax", "numpy", "fiddle", "optax", "orbax", "grain", "tensorflow_datasets", "matplotlib"}
+HEAVY = {
+    "jax",
+    "jaxlib",
+    "flax",
+    "numpy",
+    "fiddle",
+    "optax",
+    "orbax",
+    "grain",
+    "tensorflow_datasets",
+    "matplotlib",
+}
 
 
 @pytest.fixture
@@ -48,7 +59,12 @@ def train(*arguments):
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
 def test_help_imports_nothing_heavy(arguments):
-    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "seqlab", *arguments], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "seqlab", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert "seqlab" in imported
@@ -82,7 +98,9 @@ def test_a_run_from_training_to_text(folder, monkeypatch, capsys):
     whole, resumed = seqlab.load("whole"), seqlab.load(folder / "runs" / "lm_attention")
     assert whole.step == resumed.step == 6
     for name, leaf in params_of(whole.model).items():
-        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(params_of(resumed.model)[name]), err_msg=name)
+        np.testing.assert_array_equal(
+            np.asarray(leaf), np.asarray(params_of(resumed.model)[name]), err_msg=name
+        )
 
     # the same command again has nothing to do; another config is refused and changes nothing
     assert train(*steps) == 0
@@ -94,7 +112,11 @@ def test_a_run_from_training_to_text(folder, monkeypatch, capsys):
 
     # evaluation gives the number that training logged
     logged = [json.loads(line) for line in pathlib.Path("whole/metrics.jsonl").read_text().splitlines()]
-    logged = {line["step"]: line["validation_bits_per_token"] for line in logged if "validation_bits_per_token" in line}
+    logged = {
+        line["step"]: line["validation_bits_per_token"]
+        for line in logged
+        if "validation_bits_per_token" in line
+    }
     assert cli.main(["eval", "whole", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["step"] == 6
@@ -115,7 +137,9 @@ def test_a_run_from_training_to_text(folder, monkeypatch, capsys):
     assert "programs compiled in" in first.err
     assert cli.main(["stream", "runs/lm_attention", *arguments]) == 0
     assert capsys.readouterr().out == first.out
-    tokens = seqlab.stream_generate(whole.model, "12 13 ", max_tokens=20, seed=3, temperature=1.0, tokenizer=whole.tokenizer)
+    tokens = seqlab.stream_generate(
+        whole.model, "12 13 ", max_tokens=20, seed=3, temperature=1.0, tokenizer=whole.tokenizer
+    )
     assert "".join(token.text for token in tokens) + "\n" == first.out
     assert cli.main(["stream", "whole", "--max-tokens", "0"]) == 2
 
@@ -126,13 +150,21 @@ def test_a_run_from_training_to_text(folder, monkeypatch, capsys):
 def test_an_interrupted_stream_says_how_it_went(folder, monkeypatch, capsys):
     class Stopped:
         def __init__(self):
-            self.stats = {"tokens": 1, "tokens_per_second": 5.0, "state_bytes": 7, "programs": 2, "compile_seconds": 0.5}
+            self.stats = {
+                "tokens": 1,
+                "tokens_per_second": 5.0,
+                "state_bytes": 7,
+                "programs": 2,
+                "compile_seconds": 0.5,
+            }
 
         def __iter__(self):
             yield seqlab.generate.Token(0, 0, 65, "A", 0.0, None)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("seqlab.runs.load", lambda workdir, step: seqlab.runs.Run(None, seqlab.ByteTokenizer(), None, 0))
+    monkeypatch.setattr(
+        "seqlab.runs.load", lambda workdir, step: seqlab.runs.Run(None, seqlab.ByteTokenizer(), None, 0)
+    )
     monkeypatch.setattr("seqlab.generate.stream_generate", lambda *args, **kwargs: Stopped())
     assert cli.main(["stream", "anything"]) == 130
     printed = capsys.readouterr()
@@ -144,11 +176,20 @@ def test_an_interrupted_stream_says_how_it_went(folder, monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["train", "demmo"], "no config 'demmo'; did you mean 'demo'"),
-        (["train", "demo", "--set", "model.dmi=3"], "model.dmi: LanguageModel has no field 'dmi'; did you mean 'dim'"),
-        (["train", "demo", "--set", "model.mixers[1].cache.window=0"], "model.mixers[1].cache: window must be a positive integer"),
+        (
+            ["train", "demo", "--set", "model.dmi=3"],
+            "model.dmi: LanguageModel has no field 'dmi'; did you mean 'dim'",
+        ),
+        (
+            ["train", "demo", "--set", "model.mixers[1].cache.window=0"],
+            "model.mixers[1].cache: window must be a positive integer",
+        ),
         (["train", "demo", "--fiddler", "tinny"], "no fiddler 'tinny'; did you mean 'tiny'"),
         (["train", "demo", "--set", "data.paths=nowhere"], "paths: nowhere does not exist"),
-        (["train", "demo", "--fiddler", "tiny", "--set", "data.paths=corpus", "batch_size=9999"], "too little data"),
+        (
+            ["train", "demo", "--fiddler", "tiny", "--set", "data.paths=corpus", "batch_size=9999"],
+            "too little data",
+        ),
         (["stream", "nowhere"], "nowhere is not the folder of a run: it does not exist"),
         (["stream", "corpus"], "corpus is not the folder of a run: it holds no config.json"),
         (["eval", "corpus/1.txt"], "corpus/1.txt is not the folder of a run: it is not a folder"),
@@ -237,7 +278,9 @@ def test_a_config_may_use_modules_of_the_working_folder(folder, capsys):
     assert train("model.mixers=my_mixers:Mine", "steps=1", "--fiddler", "scan_layers") == 0
     assert type(seqlab.load("runs/lm_attention").model.backbone.blocks[0].mixer).__name__ == "Mine"
     capsys.readouterr()
-    assert cli.main(["stream", "runs/lm_attention", "--max-tokens", "3"]) == 0  # layers that were scanned in training are not in decoding
+    assert (
+        cli.main(["stream", "runs/lm_attention", "--max-tokens", "3"]) == 0
+    )  # layers that were scanned in training are not in decoding
     assert "3 tokens, " in capsys.readouterr().err
     sys.modules.pop("my_mixers")
 
@@ -247,7 +290,16 @@ def test_list(capsys):
     content = json.loads(capsys.readouterr().out)
     mixers = {card["name"]: card for card in content["mixers"]}
     inner, states, rank = 128, 16, 4  # Mamba at width 64
-    parameters = 64 * 2 * inner + inner * (4 + 1) + inner * (rank + 2 * states) + rank * inner + inner + inner * states + inner + inner * 64
+    parameters = (
+        64 * 2 * inner
+        + inner * (4 + 1)
+        + inner * (rank + 2 * states)
+        + rank * inner
+        + inner
+        + inner * states
+        + inner
+        + inner * 64
+    )
     assert mixers["Mamba"] | {"summary": ""} == {
         "name": "Mamba",
         "causal": True,
@@ -264,7 +316,10 @@ def test_list(capsys):
     assert not {"Backbone", "Block", "LanguageModel", "Linear"} & mixers.keys()
     assert all(card["summary"] for cards in content.values() for card in cards)
     configs = {card["name"]: card["summary"] for card in content["configs"]}
-    assert {path.stem for path in (ROOT / "configs").glob("[!_]*.py")} == configs.keys() | {"parts", "fiddlers"}
+    assert {path.stem for path in (ROOT / "configs").glob("[!_]*.py")} == configs.keys() | {
+        "parts",
+        "fiddlers",
+    }
     assert "longer(factor: int = 2)" in {card["name"] for card in content["fiddlers"]}
     assert cli.main(["list"]) == 0
     text = capsys.readouterr().out
@@ -281,7 +336,9 @@ def test_doctor_tries_every_kernel(folder, capsys):
     assert report["devices"] == {"default": "cpu", "kinds": {"cpu cpu": len(jax.devices())}}
     assert report["compile_cache"] == {"path": str(folder / "cache" / "seqlab" / "xla"), "bytes": 0}
     assert report["free_disk"]["bytes"] > 0
-    assert report["kernels"].keys() >= {path.parent.name for path in (ROOT / "kernels").glob("*/reference.py")}
+    assert report["kernels"].keys() >= {
+        path.parent.name for path in (ROOT / "kernels").glob("*/reference.py")
+    }
     for name, implementations in report["kernels"].items():
         assert implementations["reference"]["error"] == 0
         assert implementations["xla"]["chosen"], f"{name}: xla is what runs on a CPU"

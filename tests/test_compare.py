@@ -1,4 +1,5 @@
-"""`seqlab compare`: several models on one task and one budget, resumable, never mixed up; one table and one figure."""
+"""`seqlab compare`: several models on one task and one budget, resumable, never mixed up; one table and one
+figure."""
 
 import json
 import pathlib
@@ -30,7 +31,15 @@ def here(folder, monkeypatch):
 
 def test_mixers_of_one_config_are_trained_and_measured(capsys, monkeypatch):
     # stopped in the second run, then continued by the same command
-    arguments = ["compare", "mqar", "--mixers", "mamba(state_size=2, expand=1),attention(heads=2)", *TINY, "--set", "data.vocab_size=24"]
+    arguments = [
+        "compare",
+        "mqar",
+        "--mixers",
+        "mamba(state_size=2, expand=1),attention(heads=2)",
+        *TINY,
+        "--set",
+        "data.vocab_size=24",
+    ]
     original, stops = compare.run, iter((False, True))
 
     def stopped(experiment, workdir):
@@ -44,7 +53,9 @@ def test_mixers_of_one_config_are_trained_and_measured(capsys, monkeypatch):
     saved = {path: path.stat().st_mtime_ns for path in (first / "checkpoints").rglob("*")}
     assert cli.main(arguments) == 0
     printed = capsys.readouterr()
-    assert {path: path.stat().st_mtime_ns for path in (first / "checkpoints").rglob("*")} == saved, "a finished run is left alone"
+    assert {path: path.stat().st_mtime_ns for path in (first / "checkpoints").rglob("*")} == saved, (
+        "a finished run is left alone"
+    )
     assert "is complete: 4 steps" in printed.err
 
     header, *lines = printed.out.splitlines()
@@ -55,9 +66,15 @@ def test_mixers_of_one_config_are_trained_and_measured(capsys, monkeypatch):
     assert (record["steps"], record["batch_size"]) == (4, 4)
     for row, workdir in zip(record["rows"], (first, "out/attention_heads=2"), strict=True):
         model = seqlab.load(workdir).model
-        assert (row["step"], row["parameters"], row["state_bytes"]) == (4, count_params(model), state_bytes(model))
+        assert (row["step"], row["parameters"], row["state_bytes"]) == (
+            4,
+            count_params(model),
+            state_bytes(model),
+        )
         assert row["train_tokens_per_second"] > 0 and row["stream_tokens_per_second"] > 0
-        logged = [json.loads(line) for line in pathlib.Path(workdir, "metrics.jsonl").read_text().splitlines()]
+        logged = [
+            json.loads(line) for line in pathlib.Path(workdir, "metrics.jsonl").read_text().splitlines()
+        ]
         assert row["quality"] == logged[-1]["validation_accuracy"]
     assert record["rows"][0]["state_bytes"] == 4 * 16 * (2 + 3)
     assert record["rows"][1]["state_bytes"] >= 4 * 2 * 16 * 32, "all keys and values of 32 steps"
@@ -66,7 +83,21 @@ def test_mixers_of_one_config_are_trained_and_measured(capsys, monkeypatch):
 
 
 def test_a_model_of_numbers_is_measured_step_by_step(capsys):
-    assert cli.main(["compare", "digits", "--json", "--fiddler", "tiny", "--set", "steps=2", "model.mixers[0].state_size=2"]) == 0
+    assert (
+        cli.main(
+            [
+                "compare",
+                "digits",
+                "--json",
+                "--fiddler",
+                "tiny",
+                "--set",
+                "steps=2",
+                "model.mixers[0].state_size=2",
+            ]
+        )
+        == 0
+    )
     record = json.loads(capsys.readouterr().out)
     assert record["workdir"] == "runs/compare_digits"
     (row,) = record["rows"]
@@ -80,7 +111,10 @@ def test_a_model_of_numbers_is_measured_step_by_step(capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["mqar", "induction"], "mqar and induction cannot be compared, since not only their models differ:\n  data: "),
+        (
+            ["mqar", "induction"],
+            "mqar and induction cannot be compared, since not only their models differ:\n  data: ",
+        ),
         (["mqar", "mqar"], "'mqar' is there twice"),
         (["mqar", "--mixers", "mambo"], "'mambo' is no module of seqlab.models; did you mean 'Mamba'"),
         (["mqar", "--mixers", "mamba,,attention"], "mixers: expected names with commas between them"),
@@ -97,13 +131,32 @@ def test_what_cannot_be_compared_is_refused_before_work(arguments, message, caps
 
 def test_a_folder_of_another_comparison_is_refused(capsys):
     before = sorted(pathlib.Path("out").rglob("*"))
-    assert cli.main(["compare", "mqar", "--mixers", "swiglu,attention(heads=2)", *TINY, "--set", "data.vocab_size=24", "seed=5"]) == 2
-    assert "out/attention_heads=2 belongs to another config (saved -> given):\n  seed: 0 -> 5" in capsys.readouterr().err
+    assert (
+        cli.main(
+            [
+                "compare",
+                "mqar",
+                "--mixers",
+                "swiglu,attention(heads=2)",
+                *TINY,
+                "--set",
+                "data.vocab_size=24",
+                "seed=5",
+            ]
+        )
+        == 2
+    )
+    assert (
+        "out/attention_heads=2 belongs to another config (saved -> given):\n  seed: 0 -> 5"
+        in capsys.readouterr().err
+    )
     assert sorted(pathlib.Path("out").rglob("*")) == before
 
 
 def test_a_run_that_diverges_is_a_row_that_says_so(folder, monkeypatch):
-    cfgs = compare.plan(["mqar"], "attention(heads=2),mamba(state_size=2, expand=1)", ["tiny"], 4, ["data.vocab_size=24"])
+    cfgs = compare.plan(
+        ["mqar"], "attention(heads=2),mamba(state_size=2, expand=1)", ["tiny"], 4, ["data.vocab_size=24"]
+    )
     original = compare.run
 
     def diverging(experiment, workdir):
@@ -122,9 +175,17 @@ def test_a_run_that_diverges_is_a_row_that_says_so(folder, monkeypatch):
 def test_a_plan_is_configs_and_nothing_more():
     names = list(compare.plan(["lm_mamba", "lm_gated_delta"], fiddlers=["tiny"]))
     assert names == ["lm_mamba", "lm_gated_delta"]
-    both = compare.plan(["lm_mamba", "lm_gated_delta"], "mamba(state_size=4, expand=1),attention", ["width(32)"], 7, ["data.length=64"])
+    both = compare.plan(
+        ["lm_mamba", "lm_gated_delta"],
+        "mamba(state_size=4, expand=1),attention",
+        ["width(32)"],
+        7,
+        ["data.length=64"],
+    )
     assert list(both) == [
-        f"{name} {mixer}" for name in ("lm_mamba", "lm_gated_delta") for mixer in ("mamba(state_size=4, expand=1)", "attention")
+        f"{name} {mixer}"
+        for name in ("lm_mamba", "lm_gated_delta")
+        for mixer in ("mamba(state_size=4, expand=1)", "attention")
     ]
     for cfg in both.values():
         assert (cfg.steps, cfg.data.length, cfg.model.dim) == (7, 64, 32)
@@ -134,7 +195,10 @@ def test_a_plan_is_configs_and_nothing_more():
 
 
 def test_tables():
-    rows = [compare.Row("a", "x/a", 5, 1234, 64, 10.4, 2000.0, 0.5), compare.Row("bcd", "x/bcd", 5, 7, None, 1.0, None, 0.25)]
+    rows = [
+        compare.Row("a", "x/a", 5, 1234, 64, 10.4, 2000.0, 0.5),
+        compare.Row("bcd", "x/bcd", 5, 7, None, 1.0, None, 0.25),
+    ]
     result = compare.Comparison("finished", compare.Quality("mse", "squared error", "lower"), rows)
     assert report.as_text(compare.as_table(result)).splitlines() == [
         "name  parameters  state bytes  train tokens/s  stream tokens/s  squared error (lower is better)",

@@ -1,4 +1,5 @@
-"""Configs: every one is built, saved, shrunk and stepped; what a user can get wrong is refused before work starts."""
+"""Configs: every one is built, saved, shrunk and stepped; what a user can get wrong is refused before work
+starts."""
 
 import dataclasses
 import json
@@ -51,7 +52,9 @@ def test_a_config_is_built_and_survives_json(name):
     assert config.flat(again) == config.flat(cfg)
     assert config.diff(cfg, again) == []
     factories = {"model": None, "optimizer": None, "loss": None}  # equal ones are not the same
-    assert dataclasses.replace(config.build(again), **factories) == dataclasses.replace(experiment, **factories)
+    assert dataclasses.replace(config.build(again), **factories) == dataclasses.replace(
+        experiment, **factories
+    )
     # modules are factories: a Config of a module would be built once, and shared by all layers
     nodes = [cfg]
     while nodes:
@@ -75,13 +78,19 @@ def batch_of(experiment):
 STEPPED = ("demo", "lm_hybrid", "tsm2", "digits", "digits_upscale", "mqar")
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in STEPPED)) for name in NAMES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in STEPPED)) for name in NAMES]
+)
 def test_a_config_is_shrunk_and_stepped_twice(name):
     experiment = config.build(config.fiddle(config.load(name), "tiny"))
     static, params = initialise(experiment)
     optimizer = experiment.optimizer(experiment.steps)
     state = init_state(static, params, optimizer)
-    step = jax.jit(lambda state, batch: train_step(static, optimizer, experiment.loss, experiment.accumulate, state, batch))
+    step = jax.jit(
+        lambda state, batch: train_step(
+            static, optimizer, experiment.loss, experiment.accumulate, state, batch
+        )
+    )
     batch = batch_of(experiment)
     losses = []
     for _ in range(2):
@@ -149,14 +158,20 @@ def test_fiddlers_refuse(cfg, call, message):
         ("model.dtype=bfloat16", ["model.dtype: 'float32' -> 'bfloat16'"]),
         ("model.dtype='bfloat16'", ["model.dtype: 'float32' -> 'bfloat16'"]),
         ("model.tie_embeddings=False", ["model.tie_embeddings: True -> False"]),
-        ("model.channel_mixer.hidden=96", ["model.channel_mixer.hidden: None -> 96"]),  # of a default that the config does not mention
+        (
+            "model.channel_mixer.hidden=96",
+            ["model.channel_mixer.hidden: None -> 96"],
+        ),  # of a default that the config does not mention
         ("data.paths=/some/folder", ["data.paths: () -> ('/some/folder',)"]),
         ("data.paths=[a, b]", ["data.paths: () -> ('a', 'b')"]),
         ("data.paths=2026", ["data.paths: () -> ('2026',)"]),  # a name that looks like a number
         ("model.channel_mixer=None", ["model.channel_mixer: seqlab.models.layers:SwiGLU -> None"]),
         (
             "model.norm=LayerNorm",
-            ["model.norm: seqlab.models.layers:RMSNorm -> seqlab.models.layers:LayerNorm", "model.norm.bias: absent -> True"],
+            [
+                "model.norm: seqlab.models.layers:RMSNorm -> seqlab.models.layers:LayerNorm",
+                "model.norm.bias: absent -> True",
+            ],
         ),
         ("model.norm=seqlab.models.layers:RMSNorm", []),
     ],
@@ -171,7 +186,9 @@ def test_overrides(assignment, lines):
 
 
 def test_a_mixer_can_be_named(cfg):
-    changed = config.override(config.override(cfg, "model.mixers=(Mamba, Attention)"), "model.mixers[0].state_size=4")
+    changed = config.override(
+        config.override(cfg, "model.mixers=(Mamba, Attention)"), "model.mixers[0].state_size=4"
+    )
     model = nnx.eval_shape(lambda: config.build(changed).model(rngs=nnx.Rngs(0)))
     assert [type(block.mixer) for block in model.backbone.blocks][:2] == [Mamba, Attention]
     assert model.backbone.blocks[0].mixer.state_size == 4
@@ -180,9 +197,15 @@ def test_a_mixer_can_be_named(cfg):
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("model.dmi=3", "model.dmi: LanguageModel has no field 'dmi'; did you mean 'dim'.* Valid: vocab_size, dim, depth"),
+        (
+            "model.dmi=3",
+            "model.dmi: LanguageModel has no field 'dmi'; did you mean 'dim'.* Valid: vocab_size, dim, depth",
+        ),
         ("stpes=3", "stpes: Experiment has no field 'stpes'; did you mean 'steps'"),
-        ("model.mixers[0].heds=8", r"model.mixers\[0\].heds: GatedLinearAttention has no field 'heds'; did you mean 'heads'"),
+        (
+            "model.mixers[0].heds=8",
+            r"model.mixers\[0\].heds: GatedLinearAttention has no field 'heds'; did you mean 'heads'",
+        ),
         ("model.rngs=3", "has no field 'rngs'"),
         ("model.mixers[5].heads=8", "model.mixers: got 5, expected an index from 0 to 1"),
         ("model.mixers[x].heads=8", "expected names and indices"),
@@ -214,7 +237,10 @@ def test_overrides_refuse(assignment, message):
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("model.mixers[1].cache.window=0", r"model.mixers\[1\].cache: window must be a positive integer, got 0"),
+        (
+            "model.mixers[1].cache.window=0",
+            r"model.mixers\[1\].cache: window must be a positive integer, got 0",
+        ),
         ("model.mixers[0].heads=5", r"model.mixers\[0\]: heads=5 must divide"),
         ("model.depth=0", "model: depth must be a positive integer, got 0"),
         ("model.dtype=float8", "model: dtype must be 'float32', 'bfloat16' or 'float64', got 'float8'"),
@@ -229,7 +255,9 @@ def test_overrides_refuse(assignment, message):
     ],
 )
 def test_build_refuses_before_work(assignment, message):
-    cfg = parts.language_run(parts.byte_model(128, 2, parts.gated_linear(), parts.window_attention(64)), batch_size=16)
+    cfg = parts.language_run(
+        parts.byte_model(128, 2, parts.gated_linear(), parts.window_attention(64)), batch_size=16
+    )
     with pytest.raises(ConfigError, match=message):
         config.build(config.override(cfg, assignment))
 
@@ -253,15 +281,25 @@ def test_the_mixer_of_any_config_can_be_another():
     blocks = nnx.eval_shape(lambda: mamba.model(rngs=nnx.Rngs(0))).backbone.blocks
     assert [(type(block.mixer), block.mixer.state_size) for block in blocks] == [(Mamba, 4)] * 2
     attention = config.fiddle(cfg, "mixer('Attention', heads=2)")
-    assert attention.model.mixers.cache.capacity == cfg.data.length, "a cache as long as what there is to remember"
+    assert attention.model.mixers.cache.capacity == cfg.data.length, (
+        "a cache as long as what there is to remember"
+    )
     window = config.fiddle(config.load("digits"), "mixer(gated_linear_attention)")
-    assert type(nnx.eval_shape(lambda: config.build(window).model(rngs=nnx.Rngs(0))).backbone.blocks[0].mixer) is GatedLinearAttention
-    assert config.override(cfg, "model.mixers=gated_linear_attention").model.mixers.__fn_or_cls__ is GatedLinearAttention
+    assert (
+        type(nnx.eval_shape(lambda: config.build(window).model(rngs=nnx.Rngs(0))).backbone.blocks[0].mixer)
+        is GatedLinearAttention
+    )
+    assert (
+        config.override(cfg, "model.mixers=gated_linear_attention").model.mixers.__fn_or_cls__
+        is GatedLinearAttention
+    )
 
 
 def test_nothing_is_shared_after_a_change():
     mixer = fdl.Partial(Mamba)
-    cfg = parts.language_run(fdl.Partial(LanguageModel, vocab_size=256, dim=32, depth=2, mixers=(mixer, mixer)))
+    cfg = parts.language_run(
+        fdl.Partial(LanguageModel, vocab_size=256, dim=32, depth=2, mixers=(mixer, mixer))
+    )
     changed = config.override(cfg, "model.mixers[0].state_size=4")
     assert config.diff(cfg, changed) == ["model.mixers[0].state_size: 16 -> 4"]
 
@@ -296,7 +334,9 @@ class Odd:
 
 
 def test_json_holds_tuples_lists_tables_functions_and_classes():
-    inner = fdl.Config(Odd, items=(1, (2.5, "x"), [None, True]), table={"a": (1,), "$b": [2]}, call=json.dumps)
+    inner = fdl.Config(
+        Odd, items=(1, (2.5, "x"), [None, True]), table={"a": (1,), "$b": [2]}, call=json.dumps
+    )
     cfg = fdl.Config(Odd, items=(fdl.Partial(Mamba, expand=3), Window), call=inner)
     again = config.from_json(config.to_json(cfg))
     assert config.flat(again) == config.flat(cfg)
@@ -354,8 +394,14 @@ def test_defaults_that_json_cannot_hold_stay_with_the_code(cfg, tmp_path, monkey
     [
         ("{", "not JSON"),
         ("[]", "not a saved config"),
-        ('{"format": "seqlab.config.1", "config": {"$call": "seqlab.models:Mambo"}}', "'seqlab.models:Mambo' cannot be imported"),
-        ('{"format": "seqlab.config.1", "config": {"$partial": "seqlab.models:Mamba", "x": 1}}', "Mamba has no field 'x' any more"),
+        (
+            '{"format": "seqlab.config.1", "config": {"$call": "seqlab.models:Mambo"}}',
+            "'seqlab.models:Mambo' cannot be imported",
+        ),
+        (
+            '{"format": "seqlab.config.1", "config": {"$partial": "seqlab.models:Mamba", "x": 1}}',
+            "Mamba has no field 'x' any more",
+        ),
         ('{"format": "seqlab.config.1", "config": {"a": 1}}', "expected the name of a constructor"),
     ],
 )
@@ -370,12 +416,15 @@ def test_a_run_folder_belongs_to_one_config(cfg, tmp_path):
     assert (workdir / "config.txt").read_text() == config.flat(cfg)
     before = {path.name: path.read_bytes() for path in workdir.iterdir()}
     assert before.keys() == {"config.json", "config.txt"}
-    config.prepare(config.override(cfg, f"steps={cfg.steps}"), workdir)  # a default written out is the same config
+    config.prepare(
+        config.override(cfg, f"steps={cfg.steps}"), workdir
+    )  # a default written out is the same config
     with pytest.raises(ConfigError) as refusal:
         config.prepare(config.override(config.override(cfg, "model.dim=64"), "seed=7"), workdir)
     assert "\n  model.dim: 128 -> 64\n  seed: 0 -> 7\n" in str(refusal.value)
     assert {path.name: path.read_bytes() for path in workdir.iterdir()} == before
-    # a field that came into being after the run is no difference while it has its default, and is one otherwise
+    # a field that came into being after the run is no difference while it has its default, and is one
+    # otherwise
     saved = json.loads((workdir / "config.json").read_text())
     del saved["config"]["keep"]
     (workdir / "config.json").write_text(json.dumps(saved))
@@ -425,7 +474,10 @@ def test_a_file_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (OWN.format(arguments=", expnad=1"), "own.py, line 11: TypeError: .*unexpected keyword argument 'expnad'"),
+        (
+            OWN.format(arguments=", expnad=1"),
+            "own.py, line 11: TypeError: .*unexpected keyword argument 'expnad'",
+        ),
         ("def base(:", "own.py: SyntaxError"),
         ("import nowhere_at_all", "own.py, line 1: ModuleNotFoundError"),
         ("def basis(): pass", r"own.py: expected a function base\(\)"),
@@ -471,7 +523,10 @@ def test_text_packs_what_it_names(tmp_path):
     (tmp_path / "a.txt").write_text("0123456789" * 20)
     (tmp_path / "b.md").write_text("abcdefghij" * 20)
     text = Text(paths=(str(tmp_path),), length=7)
-    sides = [bytes(np.concatenate([[0], windows.stream[1:]]).astype(np.uint8)) for windows in (text.train(0), text.validation())]
+    sides = [
+        bytes(np.concatenate([[0], windows.stream[1:]]).astype(np.uint8))
+        for windows in (text.train(0), text.validation())
+    ]
     assert sorted(side[1:11] for side in sides) == [b"0123456789", b"abcdefghij"]
     only = Text(paths=(str(tmp_path),), include=("*.txt",), length=7)
     assert b"a" not in bytes(only.train(0).stream) + bytes(only.validation().stream)
@@ -488,12 +543,25 @@ def test_tfds_text_asks_for_what_it_names(monkeypatch):
         return ArraySource([np.arange(1, 9, dtype=np.uint8)])
 
     monkeypatch.setattr("seqlab.train.text.TfdsSource", source)
-    text = TfdsText("wiki40b/en", data_dir="/data", key="body", train_split="train[:95%]", validation_split="train[95%:]", length=4)
+    text = TfdsText(
+        "wiki40b/en",
+        data_dir="/data",
+        key="body",
+        train_split="train[:95%]",
+        validation_split="train[95%:]",
+        length=4,
+    )
     assert text.train(0)[0]["inputs"].tolist() == [0, 1, 2, 3]
     assert text.validation()[0]["targets"].tolist() == [1, 2, 3, 4]
-    assert asked == [("wiki40b/en", "train[:95%]", "body", "/data"), ("wiki40b/en", "train[95%:]", "body", "/data")]
+    assert asked == [
+        ("wiki40b/en", "train[:95%]", "body", "/data"),
+        ("wiki40b/en", "train[95%:]", "body", "/data"),
+    ]
     assert text.tokenizer.vocab_size == 256
-    for arguments, message in (({"name": ""}, "name must be a string"), ({"name": "x", "data_dir": 3}, "data_dir must be a path or None")):
+    for arguments, message in (
+        ({"name": ""}, "name must be a string"),
+        ({"name": "x", "data_dir": 3}, "data_dir must be a path or None"),
+    ):
         with pytest.raises(ValueError, match=message):
             TfdsText(**arguments)
 

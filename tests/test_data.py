@@ -9,7 +9,15 @@ import sys
 import numpy as np
 import pytest
 
-from seqlab.train.data import ArraySource, Batches, DataSource, FileSource, TfdsSource, pack, validation_batches
+from seqlab.train.data import (
+    ArraySource,
+    Batches,
+    DataSource,
+    FileSource,
+    TfdsSource,
+    pack,
+    validation_batches,
+)
 from seqlab.train.text import Text
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -17,7 +25,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def corpus(count, seed=0):
     generator = np.random.default_rng(seed)
-    return [generator.integers(1, 256, size=size, dtype=np.uint8) for size in generator.integers(1, 30, size=count)]
+    return [
+        generator.integers(1, 256, size=size, dtype=np.uint8)
+        for size in generator.integers(1, 30, size=count)
+    ]
 
 
 def write(folder, files):
@@ -108,7 +119,10 @@ def test_every_token_is_predicted_once_and_every_document_begins_with_a_reset(le
     windows = pack(ArraySource(documents), length, seed=3)
     assert windows.stream.dtype == (np.uint8 if dtype == np.uint8 else np.int32)
     items = list(windows)
-    joined = {name: np.concatenate([item[name][item["valid"]] for item in items]) for name in ("inputs", "targets", "reset")}
+    joined = {
+        name: np.concatenate([item[name][item["valid"]] for item in items])
+        for name in ("inputs", "targets", "reset")
+    }
     np.testing.assert_array_equal(joined["inputs"], windows.stream[:-1])
     np.testing.assert_array_equal(joined["targets"], windows.stream[1:])
     assert all(item["valid"].all() for item in items[:-1])
@@ -119,12 +133,22 @@ def test_every_token_is_predicted_once_and_every_document_begins_with_a_reset(le
 
 
 def test_empty_documents_are_left_out_and_another_bos_may_be_named():
-    windows = pack(ArraySource([np.zeros(0, np.uint8), np.array([3], np.uint8), np.zeros(0, np.uint8)]), length=1, seed=0, bos=300)
+    windows = pack(
+        ArraySource([np.zeros(0, np.uint8), np.array([3], np.uint8), np.zeros(0, np.uint8)]),
+        length=1,
+        seed=0,
+        bos=300,
+    )
     assert windows.stream.tolist() == [300, 3]
 
 
 def test_zero_bytes_in_a_document_are_no_resets():
-    assert pack(ArraySource([np.zeros(4, np.uint8)]), length=4, seed=0)[0]["reset"].tolist() == [True, False, False, False]
+    assert pack(ArraySource([np.zeros(4, np.uint8)]), length=4, seed=0)[0]["reset"].tolist() == [
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -134,7 +158,11 @@ def test_zero_bytes_in_a_document_are_no_resets():
         ([np.ones(3)], 1, r"document 0: got float64\(3,\)"),
         ([np.array([1, -1])], 1, "document 0: tokens from -1 to 1, expected 0 to"),
         ([np.array([1, 2**31])], 1, "document 0: tokens from 1 to 2147483648"),
-        ([np.array([1, 2, 3])], 4, "too little data: 1 documents with 4 tokens, and one window of length 4 takes 5"),
+        (
+            [np.array([1, 2, 3])],
+            4,
+            "too little data: 1 documents with 4 tokens, and one window of length 4 takes 5",
+        ),
         ([], 4, "too little data: 0 documents with 0 tokens"),
         ([np.array([1])], 0, "length: got 0"),
     ],
@@ -162,7 +190,18 @@ def test_the_fingerprint_is_that_of_the_windows():
 
 
 def test_folders_are_read_in_order_without_hidden_and_excluded_names(tmp_path):
-    write(tmp_path, {"b.py": "b", "a/z.py": "z", "a/y.txt": "y", ".git/x.py": "x", ".hidden.py": "h", "skip/s.py": "s", "empty.py": ""})
+    write(
+        tmp_path,
+        {
+            "b.py": "b",
+            "a/z.py": "z",
+            "a/y.txt": "y",
+            ".git/x.py": "x",
+            ".hidden.py": "h",
+            "skip/s.py": "s",
+            "empty.py": "",
+        },
+    )
     os.mkfifo(tmp_path / "pipe.py")  # opening it would wait for ever
     source = FileSource(tmp_path, include=("*.py",), exclude=("skip",), validation=0)
     assert texts(source) == ["z", "b"]
@@ -170,7 +209,11 @@ def test_folders_are_read_in_order_without_hidden_and_excluded_names(tmp_path):
     assert source[0].dtype == np.uint8
     assert isinstance(source, DataSource)
     assert texts(FileSource(str(tmp_path), include=("a/*",), validation=0)) == ["y", "z"]
-    assert texts(FileSource([tmp_path / "skip", tmp_path / "a", tmp_path / "a" / "z.py"], validation=0)) == ["s", "y", "z"]
+    assert texts(FileSource([tmp_path / "skip", tmp_path / "a", tmp_path / "a" / "z.py"], validation=0)) == [
+        "s",
+        "y",
+        "z",
+    ]
 
 
 def test_a_file_named_by_itself_needs_no_pattern(tmp_path):
@@ -183,7 +226,9 @@ def test_a_file_named_by_itself_needs_no_pattern(tmp_path):
 
 def test_the_split_parts_the_files_and_does_not_move_when_files_are_added(tmp_path):
     write(tmp_path, {f"{n}.txt": f"text {n}" for n in range(200)})
-    train, validation = (set(texts(FileSource(tmp_path, split, validation=0.1))) for split in ("train", "validation"))
+    train, validation = (
+        set(texts(FileSource(tmp_path, split, validation=0.1))) for split in ("train", "validation")
+    )
     assert train | validation == {f"text {n}" for n in range(200)}
     assert not train & validation
     assert 10 <= len(validation) <= 30
@@ -199,7 +244,9 @@ def test_the_split_parts_the_files_and_does_not_move_when_files_are_added(tmp_pa
 @pytest.mark.parametrize("share", [0.001, 0.999])
 def test_a_small_corpus_leaves_no_side_empty(tmp_path, share):
     write(tmp_path, {"a": "one", "b": "two", "c": "three"})
-    train, validation = (texts(FileSource(tmp_path, split, validation=share)) for split in ("train", "validation"))
+    train, validation = (
+        texts(FileSource(tmp_path, split, validation=share)) for split in ("train", "validation")
+    )
     assert sorted(train + validation) == ["one", "three", "two"]
     assert len(validation) == (1 if share < 0.5 else 2)
 
@@ -208,7 +255,11 @@ def test_the_default_is_the_standard_library():
     train, validation = FileSource(), FileSource(split="validation")
     assert not {*train.files} & {*validation.files}
     files = [*train.files, *validation.files]
-    assert all(path.suffix == ".py" and not {"test", "tests", "idle_test", "site-packages", "turtledemo"} & {*path.parts} for path in files)
+    assert all(
+        path.suffix == ".py"
+        and not {"test", "tests", "idle_test", "site-packages", "turtledemo"} & {*path.parts}
+        for path in files
+    )
     assert pathlib.Path(os.__file__).resolve() in [path.resolve() for path in files]
     assert 0.02 < len(validation) / len(files) < 0.1
     assert sum(path.stat().st_size for path in files) > 5_000_000
@@ -233,7 +284,9 @@ def test_an_unreadable_file_is_named(tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied", str(path))
         return open(path, mode)
 
-    monkeypatch.setattr("seqlab.train.data.open", refuse, raising=False)  # permissions do not stop the root user
+    monkeypatch.setattr(
+        "seqlab.train.data.open", refuse, raising=False
+    )  # permissions do not stop the root user
     with pytest.raises(PermissionError, match=f"{tmp_path}/b.txt"):
         FileSource(tmp_path)
 
@@ -248,7 +301,9 @@ def test_a_file_that_shrinks_is_an_error(tmp_path):
 
 def test_an_empty_corpus_says_where_it_looked(tmp_path):
     write(tmp_path, {"a.txt": "a", "b.py": ""})
-    with pytest.raises(ValueError, match=rf"no data for train: looked in {tmp_path} for \*.py and found 0 files"):
+    with pytest.raises(
+        ValueError, match=rf"no data for train: looked in {tmp_path} for \*.py and found 0 files"
+    ):
         FileSource(tmp_path, include=("*.py",))
     with pytest.raises(ValueError, match=r"no data for validation.*found 1 files.*share 0\)"):
         FileSource(tmp_path, split="validation", validation=0)
@@ -279,7 +334,9 @@ def prepared(tmp_path_factory):
                     "score": tfds.features.Scalar(dtype=np.float32),
                 }
                 # dataset_info_from_configs would take this test's folder for a data set's package
-                return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True)
+                return tfds.core.DatasetInfo(
+                    builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+                )
 
             def _split_generators(self, _):
                 return {"train": self._generate_examples(5), "test": self._generate_examples(2)}
@@ -309,9 +366,13 @@ def test_tfds_text_and_integers(prepared):
 
 def test_tfds_errors_say_what_to_do(prepared, tmp_path, caplog):
     caplog.set_level(logging.ERROR)
-    with pytest.raises(ValueError, match=r"'toy_text' is not in .*tfds.builder\('toy_text', .*file_format='array_record'\)"):
+    with pytest.raises(
+        ValueError, match=r"'toy_text' is not in .*tfds.builder\('toy_text', .*file_format='array_record'\)"
+    ):
         TfdsSource("toy_text", data_dir=tmp_path)
-    with pytest.raises(ValueError, match=r"'mnist' is not prepared in .*tfds.builder\('mnist', .*download_and_prepare\(\)"):
+    with pytest.raises(
+        ValueError, match=r"'mnist' is not prepared in .*tfds.builder\('mnist', .*download_and_prepare\(\)"
+    ):
         TfdsSource("mnist", data_dir=tmp_path)
     assert not [*tmp_path.iterdir()]  # nothing was begun
     with pytest.raises(ValueError, match=r"no feature 'txt', but .*'text'"):
@@ -339,11 +400,17 @@ def test_a_batch_is_rows_of_windows_and_an_epoch_is_all_of_them(windows):
     everything = rows({name: np.stack([item[name] for item in windows]) for name in ("inputs", "targets")})
     batches = Batches(windows, 4, seed=0, process_index=0, process_count=1)
     assert batches[0]["inputs"].shape == (4, 16)
-    assert {name: value.dtype for name, value in batches[0].items()} == {name: value.dtype for name, value in windows[0].items()}
-    four_epochs = [row for step in range(29) for row in rows(batches[step])]  # 29 batches of 4 = 4 epochs of 29
+    assert {name: value.dtype for name, value in batches[0].items()} == {
+        name: value.dtype for name, value in windows[0].items()
+    }
+    four_epochs = [
+        row for step in range(29) for row in rows(batches[step])
+    ]  # 29 batches of 4 = 4 epochs of 29
     assert sorted(four_epochs) == sorted(everything * 4)
     first = np.concatenate([batches[step]["inputs"] for step in range(8)])
-    assert sorted(map(tuple, first[:29].tolist())) == sorted(map(tuple, np.stack([item["inputs"] for item in windows]).tolist()))
+    assert sorted(map(tuple, first[:29].tolist())) == sorted(
+        map(tuple, np.stack([item["inputs"] for item in windows]).tolist())
+    )
 
 
 def test_the_order_depends_on_seed_and_epoch(windows):
@@ -352,7 +419,9 @@ def test_the_order_depends_on_seed_and_epoch(windows):
         return [tuple(batches[step]["inputs"][0]) for step in range(29 * epoch, 29 * (epoch + 1))]
 
     orders = [order(seed, epoch) for seed in (0, 1, 2) for epoch in (0, 1, 2)]
-    assert all(a != b for n, a in enumerate(orders) for b in orders[:n])  # seed 1 does not begin with the second epoch of seed 0
+    assert all(
+        a != b for n, a in enumerate(orders) for b in orders[:n]
+    )  # seed 1 does not begin with the second epoch of seed 0
     assert order(1, 2) == orders[5]
     assert all(sorted(a) == sorted(orders[0]) for a in orders)
 
@@ -394,7 +463,9 @@ def test_a_run_interrupted_twice_sees_what_an_uninterrupted_one_sees(windows):
 def test_too_little_data_and_wrong_numbers(windows):
     with pytest.raises(ValueError, match="too little data: 29 windows, and one batch takes batch_size = 30"):
         Batches(windows, 30, seed=0)
-    with pytest.raises(ValueError, match="batch_size: got 6, expected a positive multiple of the number of processes, 4"):
+    with pytest.raises(
+        ValueError, match="batch_size: got 6, expected a positive multiple of the number of processes, 4"
+    ):
         Batches(windows, 6, seed=0, process_index=0, process_count=4)
     with pytest.raises(ValueError, match="process_index: got 2 of process_count 2"):
         Batches(windows, 6, seed=0, process_index=2, process_count=2)
@@ -430,7 +501,9 @@ def test_validation_is_in_order_finite_and_padded(windows):
     for _ in range(2):  # the same every time
         joined = {name: np.concatenate([batch[name] for batch in batches]) for name in windows[0]}
         for name, value in joined.items():
-            np.testing.assert_array_equal(value[:29], np.stack([item[name] for item in windows]), err_msg=name)
+            np.testing.assert_array_equal(
+                value[:29], np.stack([item[name] for item in windows]), err_msg=name
+            )
             assert not value[29:].any()
     assert all(batch["inputs"].shape == (8, 16) for batch in batches)
     assert len(validation_batches(windows, 8, limit=3)) == 3
@@ -457,4 +530,9 @@ def test_validation_refuses(windows):
 
 def test_importing_it_imports_none_of_the_heavy_packages():
     code = "import sys, seqlab.train.data; print({'grain', 'tensorflow_datasets', 'orbax', 'tensorflow'} & {*sys.modules})"
-    assert subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True).stdout == "set()\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True
+        ).stdout
+        == "set()\n"
+    )

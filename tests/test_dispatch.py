@@ -19,8 +19,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def double(tmp_path, monkeypatch):
-    """An op of a package made for the test: `fast` is preferred here and declines long inputs, `broken` is preferred to it and never
-    loads a call without an error of its own, `xla` and `reference` answer with different numbers."""
+    """An op of a package made for the test: `fast` is preferred here and declines long inputs, `broken` is
+    preferred to it and never loads a call without an error of its own, `xla` and `reference` answer with
+    different numbers."""
     folder = tmp_path / "double_op"
     folder.mkdir()
     bodies = {
@@ -58,7 +59,10 @@ def test_several_names_are_an_order_of_preference(double):
         assert double(jnp.ones(2)).tolist() == [12, 12] and double(jnp.ones(3)).tolist() == [2, 2, 2]
         [choice] = seqlab.explain(double, jnp.ones(3))
         assert str(choice) == "double: xla; fast declined: more than 2 rows"
-    with pytest.raises(NotImplementedError, match=r"double: none of \('triton_gpu', 'fast'\) takes this call \(fast: more than 2 rows\)"):
+    with pytest.raises(
+        NotImplementedError,
+        match=r"double: none of \('triton_gpu', 'fast'\) takes this call \(fast: more than 2 rows\)",
+    ):
         double(jnp.ones(3), implementation=("triton_gpu", "fast"))
     with pytest.raises(ValueError, match=r"got 'fsat', .*; did you mean 'fast'\?"):
         double(jnp.ones(3), implementation=("fsat", "xla"))
@@ -82,9 +86,14 @@ def test_an_unknown_platform_gets_xla(double, monkeypatch):
 
 
 def test_an_unknown_name_is_refused_with_the_nearest(double):
-    with pytest.raises(ValueError, match=r"implementation of double: got 'fats', expected one of .*; did you mean 'fast'\?"):
+    with pytest.raises(
+        ValueError, match=r"implementation of double: got 'fats', expected one of .*; did you mean 'fast'\?"
+    ):
         double(jnp.ones(2), implementation="fats")
-    with seqlab.use_implementation("referense"), pytest.raises(ValueError, match=r"did you mean 'reference'\?"):
+    with (
+        seqlab.use_implementation("referense"),
+        pytest.raises(ValueError, match=r"did you mean 'reference'\?"),
+    ):
         double(jnp.ones(2))
     with pytest.raises(ValueError, match=r"colour: got 'zzz', expected one of 'red', 'green'$"):
         check_name("zzz", ("red", "green"), "colour")
@@ -116,7 +125,9 @@ def test_explain_sees_into_functions_that_were_jitted_and_called_before(double):
     function = jax.jit(lambda x: double(x))
     function(jnp.ones(3))
     for _ in range(2):
-        assert seqlab.explain(function, jnp.ones(3)) == [Choice("double", "xla", (("fast", "more than 2 rows"),))]
+        assert seqlab.explain(function, jnp.ones(3)) == [
+            Choice("double", "xla", (("fast", "more than 2 rows"),))
+        ]
 
 
 def test_use_implementation_holds_within_its_block_and_yields_to_a_name(double):
@@ -158,7 +169,9 @@ def test_attention_declined_by_a_better_implementation_is_still_answered(monkeyp
     monkeypatch.setitem(sys.modules, fake.__name__, fake)
     monkeypatch.setitem(dispatch._PREFERENCE, "cpu", ("triton_gpu", "xla"))
     monkeypatch.setattr(folder, "_op", Op("attention", folder.__name__, ("reference", "xla", "triton_gpu")))
-    np.testing.assert_array_equal(attention(*arguments())[0], attention(*arguments(), implementation="xla")[0])
+    np.testing.assert_array_equal(
+        attention(*arguments())[0], attention(*arguments(), implementation="xla")[0]
+    )
     [choice] = seqlab.explain(attention, *arguments())
     assert str(choice) == "attention: xla; triton_gpu declined: not today"
     with pytest.raises(NotImplementedError, match="not today"):
@@ -169,7 +182,9 @@ def python(code):
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("first", ["import seqlab.kernels.attention", "from seqlab.kernels.attention import merge", "pass"])
+@pytest.mark.parametrize(
+    "first", ["import seqlab.kernels.attention", "from seqlab.kernels.attention import merge", "pass"]
+)
 def test_an_op_is_a_function_however_its_folder_was_imported(first):
     done = python(f"""
 {first}

@@ -1,4 +1,5 @@
-"""The pages of docs/mixers and docs/reference are what the code says: `make docs` writes them. Links lead somewhere."""
+"""The pages of docs/mixers and docs/reference are what the code says: `make docs` writes them. Links lead
+somewhere."""
 
 import pathlib
 import re
@@ -26,7 +27,9 @@ def test_a_page_is_up_to_date_and_says_what_goes_wrong(cls):
 
 
 def test_no_page_is_left_of_a_mixer_that_is_gone():
-    assert {path.stem for path in FOLDER.glob("*.md")} == {cls.__name__ for cls in catalog.mixers()} | {"README"}
+    assert {path.stem for path in FOLDER.glob("*.md")} == {cls.__name__ for cls in catalog.mixers()} | {
+        "README"
+    }
 
 
 @pytest.mark.parametrize("name", reference.PAGES)
@@ -36,11 +39,17 @@ def test_a_page_of_the_reference_is_up_to_date(name):
 
 def anchors(path):
     """Of the headings of a page, as both the code host and the site make them."""
-    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    headings = re.findall(
+        r"^#+ (.*)$",
+        re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.DOTALL | re.MULTILINE),
+        re.MULTILINE,
+    )
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("path", [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")], ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")], ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_links_lead_somewhere(path):
     text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
     for target, anchor in re.findall(r"\]\((?!https?:|mailto:)([^)#\s]*)(?:#([^)]*))?\)", text):

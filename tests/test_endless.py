@@ -18,14 +18,21 @@ def resident():
 
 
 def stream(total, report=lambda line: None):
-    """Stream `total` tokens from a hybrid; (growth of memory after 10,000 tokens, seconds of every tenth of the stream, programs)."""
+    """Stream `total` tokens from a hybrid; (growth of memory after 10,000 tokens, seconds of every tenth of
+    the stream, programs)."""
     from flax import nnx
 
     import seqlab
     from seqlab.models import Attention, GatedLinearAttention, LanguageModel, Mamba, Window
 
     attention = functools.partial(Attention, heads=4, cache=Window(64, sinks=4))
-    model = LanguageModel(256, 64, 3, (Mamba, attention, functools.partial(GatedLinearAttention, conv_width=4)), rngs=nnx.Rngs(0))
+    model = LanguageModel(
+        256,
+        64,
+        3,
+        (Mamba, attention, functools.partial(GatedLinearAttention, conv_width=4)),
+        rngs=nnx.Rngs(0),
+    )
     tokens = seqlab.stream_generate(model, "def ", block=128)
     tenths, begin, settled = [], time.perf_counter(), 0
     warm = max(total // 100, 1)  # compilation is over by then
@@ -37,7 +44,10 @@ def stream(total, report=lambda line: None):
         if count > 0 and count % (total // 10) == 0:
             tenths.append(time.perf_counter() - begin)
             begin = time.perf_counter()
-            report(f"{count:,} tokens, {total // 10 / tenths[-1]:,.0f} tok/s, {(resident() - settled) / 2**20:+.1f} MB since 10,000")
+            report(
+                f"{count:,} tokens, {total // 10 / tenths[-1]:,.0f} tok/s, "
+                f"{(resident() - settled) / 2**20:+.1f} MB since 10,000"
+            )
         if count == total:
             break
     return resident() - settled, tenths, tokens.stats["programs"]
@@ -55,7 +65,8 @@ def main():
     total = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
     growth, tenths, programs = stream(total, report=lambda line: print(line, flush=True))
     print(
-        f"memory {growth / 2**20:+.1f} MB, last tenth / first tenth of the time {tenths[-1] / tenths[0]:.3f}, {programs} programs compiled"
+        f"memory {growth / 2**20:+.1f} MB, last tenth / first tenth of the time "
+        f"{tenths[-1] / tenths[0]:.3f}, {programs} programs compiled"
     )
 
 

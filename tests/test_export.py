@@ -1,4 +1,5 @@
-"""Bundles run in a process that has no seqlab, on numbers of rows never seen before, and give the same bits."""
+"""Bundles run in a process that has no seqlab, on numbers of rows never seen before, and give the same
+bits."""
 
 import functools
 import json
@@ -64,7 +65,11 @@ def here(model, rows, chunk):
 @pytest.mark.parametrize("name", ["lm_hybrid", pytest.param("sequence_hybrid", marks=pytest.mark.slow)])
 def test_a_bundle_gives_the_same_bits_without_seqlab(name, tmp_path):
     model, rng = zoo.model(name), np.random.default_rng(0)
-    rows = rng.integers(0, 31, (3, 13)).astype(np.int32) if name == "lm_hybrid" else rng.normal(size=(3, 13, 3)).astype(np.float32)
+    rows = (
+        rng.integers(0, 31, (3, 13)).astype(np.int32)
+        if name == "lm_hybrid"
+        else rng.normal(size=(3, 13, 3)).astype(np.float32)
+    )
     np.save(tmp_path / "rows.npy", rows)
     folder = bundle(model, tmp_path / "bundle", chunk=8)
     assert {path.name for path in folder.iterdir()} == {
@@ -83,7 +88,9 @@ def test_a_bundle_gives_the_same_bits_without_seqlab(name, tmp_path):
         bundle(model, folder, chunk=8)
 
 
-def test_the_command_line_exports_published_families_as_such_and_the_loader_generates(tmp_path, capsys, monkeypatch):
+def test_the_command_line_exports_published_families_as_such_and_the_loader_generates(
+    tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     source = pathlib.Path(__file__).parent / "pretrained" / "llama"
     assert cli.main(["export", str(source), "--out", "out", "--chunk", "4", "--platforms", "cpu"]) == 0
@@ -91,9 +98,14 @@ def test_the_command_line_exports_published_families_as_such_and_the_loader_gene
     assert json.loads(pathlib.Path("out/published/config.json").read_text())["model_type"] == "llama"
     prompt = [3, 1, 4, 1, 5, 9]
     code = f"import run; print([int(token[0]) for token in run.generate([{prompt}], 5)])"
-    made = subprocess.run([sys.executable, "-c", code], check=True, cwd="out", capture_output=True, text=True).stdout
+    made = subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd="out", capture_output=True, text=True
+    ).stdout
     model = load(source).model
-    expected = [token.token for token in stream_generate(model, prompt, max_tokens=5, temperature=0, tokenizer=numbers(48))]
+    expected = [
+        token.token
+        for token in stream_generate(model, prompt, max_tokens=5, temperature=0, tokenizer=numbers(48))
+    ]
     assert json.loads(made) == expected
     assert cli.main(["export", str(source), "--out", "out", "--platforms", "cpu"]) == 2
     assert "out exists: nothing is overwritten" in capsys.readouterr().err
@@ -104,7 +116,11 @@ def test_the_command_line_exports_published_families_as_such_and_the_loader_gene
     [
         (lambda: TSM2(1, 16, 4, dim=8, depth=1, rngs=nnx.Rngs(0)), {}, "TSM2 has no streaming form"),
         (lambda: zoo.model("lm_mamba"), {"chunk": 0}, "chunk must be a positive integer, got 0"),
-        (lambda: zoo.model("lm_mamba"), {"platforms": ["cpu", "gpu"]}, "platforms: got gpu, expected some of cpu, cuda, tpu"),
+        (
+            lambda: zoo.model("lm_mamba"),
+            {"platforms": ["cpu", "gpu"]},
+            "platforms: got gpu, expected some of cpu, cuda, tpu",
+        ),
     ],
 )
 def test_what_cannot_be_exported_is_refused(model, options, message, tmp_path):
@@ -118,7 +134,11 @@ def test_every_mixer_that_keeps_the_width_exports():
     rows = []
     for name, mixer in zoo.MIXERS.items():
         made = mixer(16, rngs=nnx.Rngs(0))
-        if not made.causal or jax.eval_shape(made, jax.ShapeDtypeStruct((1, 2, 16), np.float32))[0].shape != (1, 2, 16):
+        if not made.causal or jax.eval_shape(made, jax.ShapeDtypeStruct((1, 2, 16), np.float32))[0].shape != (
+            1,
+            2,
+            16,
+        ):
             continue
         model = LanguageModel(31, 16, 1, functools.partial(mixer), channel_mixer=None, rngs=nnx.Rngs(0))
         functions, _ = streaming_functions(model, 8)

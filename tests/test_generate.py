@@ -1,4 +1,5 @@
-"""Streaming generation: the same tokens whatever the block, the chunks or the row; a state that can be kept; honest errors."""
+"""Streaming generation: the same tokens whatever the block, the chunks or the row; a state that can be kept;
+honest errors."""
 
 import functools
 import itertools
@@ -21,7 +22,10 @@ PROMPT = "whole = any split into chunks"
 
 @functools.cache
 def model(vocab_size=256):
-    mixers = (functools.partial(Mamba, state_size=4), functools.partial(Attention, heads=2, cache=Window(16, sinks=2)))
+    mixers = (
+        functools.partial(Mamba, state_size=4),
+        functools.partial(Attention, heads=2, cache=Window(16, sinks=2)),
+    )
     net = LanguageModel(vocab_size, 16, 2, mixers, rngs=nnx.Rngs(0))
     net.embedding.weight[...] *= 20  # sharper than at initialisation, so that draws depend on what was read
     return net
@@ -38,17 +42,23 @@ def expected(temperature):
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 @pytest.mark.parametrize(
-    "options", [{"block": 1}, {"block": 7}, {"block": 64}, {"prefill_chunks": (4,)}, {"prefill_chunks": (5, 64)}], ids=str
+    "options",
+    [{"block": 1}, {"block": 7}, {"block": 64}, {"prefill_chunks": (4,)}, {"prefill_chunks": (5, 64)}],
+    ids=str,
 )
 def test_tokens_do_not_depend_on_blocks_or_chunks(temperature, options):
-    stream = seqlab.stream_generate(model(), PROMPT, max_tokens=40, temperature=temperature, seed=3, **options)
+    stream = seqlab.stream_generate(
+        model(), PROMPT, max_tokens=40, temperature=temperature, seed=3, **options
+    )
     assert tokens(stream) == expected(temperature)
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_tokens_do_not_depend_on_the_row_or_its_neighbours(temperature):
     prompts = ["x", PROMPT * 9, PROMPT, "def f(x):\n"]
-    stream = seqlab.stream_generate(model(), prompts, max_tokens=40, temperature=temperature, seed=[1, 2, 3, 4])
+    stream = seqlab.stream_generate(
+        model(), prompts, max_tokens=40, temperature=temperature, seed=[1, 2, 3, 4]
+    )
     rows = [[token.token for token in group] for group in by_row(stream, 4)]
     assert rows[2] == expected(temperature)
 
@@ -69,7 +79,9 @@ def test_logprobs_are_those_of_the_model():
     stream = list(seqlab.stream_generate(model(), PROMPT, max_tokens=12, seed=5, temperature=0.5))
     logits, _ = model()(jnp.asarray([[0, *PROMPT.encode(), *[token.token for token in stream]]]))
     logprobs = np.asarray(jax.nn.log_softmax(logits))[0, len(PROMPT) :]
-    np.testing.assert_allclose([t.logprob for t in stream], [logprobs[i, t.token] for i, t in enumerate(stream)], atol=1e-4)
+    np.testing.assert_allclose(
+        [t.logprob for t in stream], [logprobs[i, t.token] for i, t in enumerate(stream)], atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("taken", [1, 5, 8, 11])
@@ -123,7 +135,9 @@ def test_text_is_given_in_whole_characters():
 
         def features(self, inputs, state=None, reset=None, valid=None):
             places = state[:, None] + jnp.cumsum(valid, axis=1)
-            return jax.nn.one_hot(jnp.asarray(list(self.data))[(places - 1) % len(self.data)], 256) * 50, places[:, -1]
+            return jax.nn.one_hot(
+                jnp.asarray(list(self.data))[(places - 1) % len(self.data)], 256
+            ) * 50, places[:, -1]
 
         def __call__(self, inputs, state=None, reset=None, valid=None):
             return self.features(inputs, state, reset, valid)
@@ -134,7 +148,11 @@ def test_text_is_given_in_whole_characters():
     made = list(seqlab.stream_generate(Copy(), b"?", max_tokens=len(Copy.data) - 1, temperature=0))
     assert "".join(token.text for token in made) == "né→🙂x"[1:] and "�" not in "".join(t.text for t in made)
     cut = list(seqlab.stream_generate(Copy(), b"?", max_tokens=3, temperature=0))
-    assert [token.text for token in cut] == ["", "é", "�"]  # the end hands out what is left of a broken character
+    assert [token.text for token in cut] == [
+        "",
+        "é",
+        "�",
+    ]  # the end hands out what is left of a broken character
 
 
 def test_two_prompts_of_any_length_cost_a_bounded_number_of_programs():
@@ -161,14 +179,21 @@ def test_draws_follow_the_filtered_distribution():
 
     def frequencies(**options):
         seed = jnp.zeros(4000, jnp.uint32)
-        return np.bincount(np.asarray(draw(jnp.tile(logits, (4000, 1)), seed, index, Sampling(**options))), minlength=5) / 4000
+        return (
+            np.bincount(
+                np.asarray(draw(jnp.tile(logits, (4000, 1)), seed, index, Sampling(**options))), minlength=5
+            )
+            / 4000
+        )
 
     np.testing.assert_allclose(frequencies(), [0.5, 0.2, 0.15, 0.1, 0.05], atol=0.03)
     np.testing.assert_allclose(frequencies(top_k=2), [5 / 7, 2 / 7, 0, 0, 0], atol=0.03)
     np.testing.assert_allclose(frequencies(top_p=0.6), [5 / 7, 2 / 7, 0, 0, 0], atol=0.03)
     np.testing.assert_allclose(frequencies(top_p=0.3), [1, 0, 0, 0, 0])
     np.testing.assert_allclose(
-        frequencies(temperature=0.5)[:2], np.square([0.5, 0.2]) / np.square([0.5, 0.2, 0.15, 0.1, 0.05]).sum(), atol=0.03
+        frequencies(temperature=0.5)[:2],
+        np.square([0.5, 0.2]) / np.square([0.5, 0.2, 0.15, 0.1, 0.05]).sum(),
+        atol=0.03,
     )
     np.testing.assert_allclose(frequencies(temperature=0), [1, 0, 0, 0, 0])
 
@@ -179,7 +204,10 @@ def test_draws_follow_the_filtered_distribution():
         ({"prompt": ""}, None),
         ({"prompt": []}, "empty"),
         ({"prompt": [b"a", []]}, "prompt 1 is empty"),
-        ({"prompt": "abc\xff", "vocab_size": 128}, "token 195 at place 4 is not in the model's vocabulary of 128"),
+        (
+            {"prompt": "abc\xff", "vocab_size": 128},
+            "token 195 at place 4 is not in the model's vocabulary of 128",
+        ),
         ({"prompt": [1, -2]}, "token -2 at place 1"),
         ({"max_tokens": 0}, "max_tokens must be an integer from 1"),
         ({"max_tokens": True}, "max_tokens"),

@@ -33,7 +33,8 @@ from seqlab.weights import convert, published_names
 
 partial = functools.partial
 
-# Millions of parameters as the papers and their repositories print them (arXiv 2111.11418, 2210.13452), and all digits.
+# Millions of parameters as the papers and their repositories print them (arXiv 2111.11418, 2210.13452), and
+# all digits.
 POOLFORMER = {
     "s12": ("11.92", 11_915_176),
     "s24": ("21.39", 21_388_968),
@@ -43,9 +44,16 @@ POOLFORMER = {
 }
 SECOND = {"s12": 11_891_712, "s24": 21_341_464, "s36": 30_791_216, "m36": 56_077_168, "m48": 73_346_056}
 METAFORMER = {
-    **{f"{name}_{size}": (f"{count / 1e6:.0f}", count) for name in ("identityformer", "randformer") for size, count in SECOND.items()},
+    **{
+        f"{name}_{size}": (f"{count / 1e6:.0f}", count)
+        for name in ("identityformer", "randformer")
+        for size, count in SECOND.items()
+    },
     "poolformerv2_s12": ("11.89", SECOND["s12"]),
-    **{f"poolformerv2_{size}": (millions, SECOND[size]) for size, millions in (("s24", "21"), ("s36", "31"), ("m36", "56"), ("m48", "73"))},
+    **{
+        f"poolformerv2_{size}": (millions, SECOND[size])
+        for size, millions in (("s24", "21"), ("s36", "31"), ("m36", "56"), ("m48", "73"))
+    },
     "convformer_s18": ("26.77", 26_774_448),
     "convformer_s36": ("40", 40_012_152),
     "convformer_m36": ("57", 57_051_640),
@@ -59,7 +67,12 @@ METAFORMER = {
 
 def others_slow(names):
     """The smallest and the largest of a kind with every run, the others with the long one."""
-    return [name if name.rpartition("_")[2] in ("s12", "s18", "b36") else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    return [
+        name
+        if name.rpartition("_")[2] in ("s12", "s18", "b36")
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in names
+    ]
 
 
 @pytest.mark.parametrize("size", others_slow(POOLFORMER))
@@ -94,7 +107,9 @@ def test_pooling_is_the_mean_of_the_places_that_there_are():
     expected = np.zeros_like(x)
     for i in range(5):
         for j in range(4):
-            expected[:, i, j] = x[:, max(i - 2, 0) : i + 3, max(j - 2, 0) : j + 3].mean(axis=(1, 2)) - x[:, i, j]
+            expected[:, i, j] = (
+                x[:, max(i - 2, 0) : i + 3, max(j - 2, 0) : j + 3].mean(axis=(1, 2)) - x[:, i, j]
+            )
     assert_close(Pooling(3, size=5)(x)[0], expected, 1e-6)
     one = np.asarray(random(1, 2, 1, 1, 3))
     assert_close(Pooling(3)(one)[0], np.zeros_like(one), 1e-6)
@@ -108,7 +123,9 @@ def test_depthwise_convolutions_are_those_of_lax(kernel):
 
     def slow(x, weight):
         padding, names = [(kernel // 2,) * 2] * 2, ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(x, weight[:, :, None], (1, 1), padding, dimension_numbers=names, feature_group_count=3)
+        return jax.lax.conv_general_dilated(
+            x, weight[:, :, None], (1, 1), padding, dimension_numbers=names, feature_group_count=3
+        )
 
     def run(function):
         y, pull = jax.vjp(function, x, weight)
@@ -140,7 +157,9 @@ def test_maps_of_any_size_halve_from_stage_to_stage():
 def test_a_matrix_over_places_belongs_to_its_resolution(mixer):
     module, x = mixer(4, tokens=6, rngs=nnx.Rngs(0)), random(0, 2, 2, 3, 4)
     matrix = module.matrix[...] if mixer is RandomMixing else module.fc.weight[...].T
-    assert_close(module(x)[0].reshape(2, 6, 4), np.einsum("st,btd->bsd", matrix, np.asarray(x).reshape(2, 6, 4)), 1e-5)
+    assert_close(
+        module(x)[0].reshape(2, 6, 4), np.einsum("st,btd->bsd", matrix, np.asarray(x).reshape(2, 6, 4)), 1e-5
+    )
     if mixer is RandomMixing:
         assert_close(matrix.sum(axis=1), np.ones(6), 1e-6)
     with pytest.raises(ValueError, match="tokens=6 places"):
@@ -150,16 +169,28 @@ def test_a_matrix_over_places_belongs_to_its_resolution(mixer):
 
 
 def test_the_hybrids_of_the_first_paper_find_their_names():
-    """A round trip through the published names: every parameter comes back, from where the original keeps it."""
+    """A round trip through the published names: every parameter comes back, from where the original keeps
+    it."""
     attention = partial(ImageAttention, head_dim=4, bias=True)
-    stages = partial(ImageBackbone, (4, 4, 8, 8), (1, 1, 1, 1), (Pooling, Pooling, Pooling, attention), layer_scale=1.0)
+    stages = partial(
+        ImageBackbone, (4, 4, 8, 8), (1, 1, 1, 1), (Pooling, Pooling, Pooling, attention), layer_scale=1.0
+    )
     model = ImageClassifier(3, partial(stages, positions=(None, None, None, (2, 2))), rngs=nnx.Rngs(0))
     names = published_names(model, "metaformer_pppa")
     assert names["backbone.positions.0.weight"] == ("network.6.pos_embed",)
     assert names["backbone.stages.3.blocks.0.mixer.qkv.weight"] == ("network.7.0.token_mixer.qkv.weight",)
     assert names["backbone.downs.3.conv.bias"] == ("network.5.proj.bias",)
-    back = {1: np.asarray, 2: np.transpose, 3: lambda w: w.transpose(2, 0, 1)[None], 4: lambda w: w.transpose(3, 2, 0, 1)}
-    tensors = {theirs: back[leaf.ndim](np.asarray(leaf)) for name, leaf in params_of(model).items() for theirs in names[name]}
+    back = {
+        1: np.asarray,
+        2: np.transpose,
+        3: lambda w: w.transpose(2, 0, 1)[None],
+        4: lambda w: w.transpose(3, 2, 0, 1),
+    }
+    tensors = {
+        theirs: back[leaf.ndim](np.asarray(leaf))
+        for name, leaf in params_of(model).items()
+        for theirs in names[name]
+    }
     blank = ImageClassifier(3, partial(stages, positions=(None, None, None, (2, 2))), rngs=nnx.Rngs(1))
     assert_identical(params_of(convert(blank, tensors, architecture="metaformer_pppa")), params_of(model))
     assert jax.eval_shape(model, jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)).shape == (1, 3)
@@ -187,14 +218,22 @@ def test_dropout_keeps_what_it_should_whatever_bits_say_the_rate(rate):
     keep = np.asarray(draw(jax.random.key(0), rate, (500, 203)))
     assert keep.shape == (500, 203)
     assert abs(keep.mean() - (1 - rate)) < 5 * np.sqrt(rate * (1 - rate) / keep.size)
-    for other in (keep[:, 1:], keep[:, 2:], keep[:, 4:]):  # neighbours come of one word, and know nothing of each other
+    for other in (
+        keep[:, 1:],
+        keep[:, 2:],
+        keep[:, 4:],
+    ):  # neighbours come of one word, and know nothing of each other
         same = keep[:, : other.shape[1]] & other
         assert abs(same.mean() - (1 - rate) ** 2) < 0.006
 
 
 def test_rates_grow_with_depth_and_keys_are_no_weights():
     model = classifier(drop_path=0.2)
-    rates = [None if block.drop_path is None else block.drop_path.rate for stage in model.backbone.stages for block in stage.blocks]
+    rates = [
+        None if block.drop_path is None else block.drop_path.rate
+        for stage in model.backbone.stages
+        for block in stage.blocks
+    ]
     assert rates == [None, 0.1, 0.2]
     static, params = split(model)
     keys = {name for name in params if name.endswith("drop_path.key")}

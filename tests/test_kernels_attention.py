@@ -1,4 +1,5 @@
-"""Attention: every implementation against a float64 oracle written independently of them, gradients against the float64 reference."""
+"""Attention: every implementation against a float64 oracle written independently of them, gradients against
+the float64 reference."""
 
 import functools
 
@@ -23,7 +24,10 @@ def oracle(call):
     (b, t, h, width), (s, g) = q.shape, k.shape[1:3]
     q_positions = np.asarray(call.get("q_positions", np.tile(np.arange(t) + s - t, (b, 1))))
     kv_positions = np.asarray(call.get("kv_positions", np.tile(np.arange(s), (b, 1))))
-    q_segments, kv_segments = np.asarray(call.get("q_segments", np.ones((b, t)))), np.asarray(call.get("kv_segments", np.ones((b, s))))
+    q_segments, kv_segments = (
+        np.asarray(call.get("q_segments", np.ones((b, t)))),
+        np.asarray(call.get("kv_segments", np.ones((b, s)))),
+    )
     scale = width**-0.5 if call.get("scale") is None else call["scale"]
     out, lse = np.zeros((b, t, h, v.shape[3])), np.full((b, t, h), -np.inf)
     for row, i, head in np.ndindex(b, t, h):
@@ -47,7 +51,10 @@ def oracle(call):
 
 def jitted(function, implementation):
     # The reference is only run once a shape: it compiles in half the time unoptimised.
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0} if implementation == "reference" else None)
+    return jax.jit(
+        function,
+        compiler_options={"xla_backend_optimization_level": 0} if implementation == "reference" else None,
+    )
 
 
 def parted(call):
@@ -59,7 +66,9 @@ def parted(call):
 def values(call, implementation="xla"):
     """(out, lse) of a call, compiled as a whole."""
     arrays, options = parted(call)
-    return jitted(lambda arrays: attention(**arrays, **options, implementation=implementation), implementation)(arrays)
+    return jitted(
+        lambda arrays: attention(**arrays, **options, implementation=implementation), implementation
+    )(arrays)
 
 
 def with_gradients(call, cotangents, implementation):
@@ -68,7 +77,9 @@ def with_gradients(call, cotangents, implementation):
     floats = {name: arrays.pop(name) for name in ARRAYS if name in arrays}
 
     def run(floats, places, cotangents):
-        result, back = jax.vjp(lambda floats: attention(**floats, **places, **options, implementation=implementation), floats)
+        result, back = jax.vjp(
+            lambda floats: attention(**floats, **places, **options, implementation=implementation), floats
+        )
         return result, back(cotangents)[0]
 
     return jitted(run, implementation)(floats, arrays, cotangents)
@@ -76,7 +87,9 @@ def with_gradients(call, cotangents, implementation):
 
 def cotangents_of(call, seed=7):
     b, t, h = call["q"].shape[:3]
-    return random(seed, b, t, h, call["v"].shape[3], dtype=call["q"].dtype), random(seed + 1, b, t, h, dtype=accumulator(call["q"].dtype))
+    return random(seed, b, t, h, call["v"].shape[3], dtype=call["q"].dtype), random(
+        seed + 1, b, t, h, dtype=accumulator(call["q"].dtype)
+    )
 
 
 @functools.cache
@@ -86,7 +99,9 @@ def truth(name):
         call = make(SPECS[name])
         call = {key: x.astype(jnp.float64) if key in ARRAYS else x for key, x in call.items()}
         out, lse = cotangents_of(call)
-        (value, gradients) = with_gradients(call, (out.astype(jnp.float64), lse.astype(jnp.float64)), "reference")
+        (value, gradients) = with_gradients(
+            call, (out.astype(jnp.float64), lse.astype(jnp.float64)), "reference"
+        )
         expected = oracle(call)
         check(value, expected, 1e-12)
     return expected, jax.tree.map(np.asarray, gradients)
@@ -96,10 +111,14 @@ def check(actual, expected, tolerance):
     """Dead rows are dead in both, and all else is close."""
     dead = np.isneginf(expected[1])
     np.testing.assert_array_equal(np.isneginf(actual[1]), dead)
-    assert_close((actual[0], np.where(dead, 0, actual[1])), (expected[0], np.where(dead, 0, expected[1])), tolerance)
+    assert_close(
+        (actual[0], np.where(dead, 0, actual[1])), (expected[0], np.where(dead, 0, expected[1])), tolerance
+    )
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (i % 2)) for i, name in enumerate(SPECS)])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (i % 2)) for i, name in enumerate(SPECS)]
+)
 def test_xla_values_and_gradients(name):
     call = make(SPECS[name])
     value, gradients = with_gradients(call, cotangents_of(call), "xla")
@@ -134,15 +153,21 @@ def test_bfloat16(name, implementation):
 
 
 def test_float64_stays_float64(x64):
-    call = {key: x.astype(jnp.float64) if key in ARRAYS else x for key, x in make(SPECS["window_sinks_tiled"]).items()}
+    call = {
+        key: x.astype(jnp.float64) if key in ARRAYS else x
+        for key, x in make(SPECS["window_sinks_tiled"]).items()
+    }
     value, _ = with_gradients(call, cotangents_of(call), "xla")
     assert value[0].dtype == value[1].dtype == jnp.float64
     check(value, oracle(call), 1e-13)
 
 
 def test_gradients_of_the_reference_are_those_of_the_oracle(x64):
-    """The last link: autodiff of the reference against central differences of the oracle, in a random direction."""
-    call = {key: x.astype(jnp.float64) if key in ARRAYS else x for key, x in make(SPECS["window_sinks"]).items()}
+    """The last link: autodiff of the reference against central differences of the oracle, in a random
+    direction."""
+    call = {
+        key: x.astype(jnp.float64) if key in ARRAYS else x for key, x in make(SPECS["window_sinks"]).items()
+    }
     call |= {"softcap": 1.5, "sink_logits": random(3, 4, dtype=jnp.float64)}
     cotangents = cotangents_of(call)
     _, gradients = with_gradients(call, cotangents, "reference")
@@ -160,7 +185,10 @@ def test_dead_rows_pass_no_gradient_whatever_comes_in(implementation):
     padding = call["q_segments"] == 0
     clean = with_gradients(call, (out, lse), implementation)
     if implementation == "xla":  # the cotangents of log(0) downstream
-        out, lse = jnp.where(padding[..., None, None], jnp.nan, out), jnp.where(padding[..., None], jnp.nan, lse)
+        out, lse = (
+            jnp.where(padding[..., None, None], jnp.nan, out),
+            jnp.where(padding[..., None], jnp.nan, lse),
+        )
     value, gradients = with_gradients(call, (out, lse), implementation)
     assert (value[0][padding] == 0).all() and jnp.isneginf(value[1][padding]).all()
     assert (gradients["q"][padding] == 0).all()
@@ -285,7 +313,10 @@ def test_merge_refuses_shapes_that_do_not_fit():
     out, lse = random(0, 1, 2, 3, 4), random(1, 1, 2, 3)
     with pytest.raises(ValueError, match=r"out_b must have the shape of out_a"):
         merge(out, lse, out[:, :1], lse)
-    with pytest.raises(ValueError, match=r"lse_b must have the shape of out_a without its last axis, \(1, 2, 3\); got \(1, 2\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"lse_b must have the shape of out_a without its last axis, \(1, 2, 3\); got \(1, 2\)",
+    ):
         merge(out, lse, out, lse[..., 0])
 
 
@@ -331,7 +362,9 @@ def test_memory_is_linear_in_time():
         return jax.grad(lambda *x: attention(*x, implementation="xla")[0].sum(), (0, 1, 2))(q, k, v)
 
     short, long = (
-        compiled(gradient, *(jax.ShapeDtypeStruct((1, t, 2, 16), jnp.float32),) * 3).memory_analysis().temp_size_in_bytes
+        compiled(gradient, *(jax.ShapeDtypeStruct((1, t, 2, 16), jnp.float32),) * 3)
+        .memory_analysis()
+        .temp_size_in_bytes
         for t in (4096, 8192)
     )
     assert long < 2.1 * short
@@ -375,7 +408,10 @@ def test_inside_shard_map(name):
 
 def test_under_vmap():
     calls = [make(SPECS["packed_tiled"], seed) for seed in range(2)]
-    arrays, options = jax.tree.map(lambda *x: jnp.stack(x), *(parted(call)[0] for call in calls)), parted(calls[0])[1]
+    arrays, options = (
+        jax.tree.map(lambda *x: jnp.stack(x), *(parted(call)[0] for call in calls)),
+        parted(calls[0])[1],
+    )
     value = jax.jit(jax.vmap(lambda x: attention(**x, **options, implementation="xla")))(arrays)
     assert_close(value, jax.tree.map(lambda *x: jnp.stack(x), *(values(call) for call in calls)), 1e-6)
 
@@ -401,16 +437,43 @@ GOOD = {"q": (2, 5, 4, 8), "k": (2, 7, 2, 8), "v": (2, 7, 2, 6)}
         ({"scale": float("inf")}, r"scale must be a finite number or None .*, got inf"),
         ({"implementation": "xls"}, r"implementation of attention: got 'xls', .* did you mean 'xla'\?"),
         ({"q": (2, 5, 32)}, r"q must be a floating-point array \[b, t, h, k\], got float32\(2, 5, 32\)"),
-        ({"v": jnp.zeros((2, 7, 2, 6), jnp.int32)}, r"v must be a floating-point array \[b, s, g, v\], got int32\(2, 7, 2, 6\)"),
-        ({"k": (3, 7, 2, 8)}, r"k must be \[b, s, g, k\] with b=2 rows and width k=8 > 0 as q \(2, 5, 4, 8\), got \(3, 7, 2, 8\)"),
+        (
+            {"v": jnp.zeros((2, 7, 2, 6), jnp.int32)},
+            r"v must be a floating-point array \[b, s, g, v\], got int32\(2, 7, 2, 6\)",
+        ),
+        (
+            {"k": (3, 7, 2, 8)},
+            r"k must be \[b, s, g, k\] with b=2 rows and width k=8 > 0 as q \(2, 5, 4, 8\), got \(3, 7, 2, 8\)",
+        ),
         ({"k": (2, 7, 2, 6)}, r"k must be .* got \(2, 7, 2, 6\)"),
-        ({"v": (2, 6, 2, 6)}, r"v must begin with the axes of k, \[b, s, g\] = \(2, 7, 2\), got \(2, 6, 2, 6\)"),
-        ({"k": (2, 7, 3, 8), "v": (2, 7, 3, 6)}, r"k must have a number of heads that divides the 4 heads of q, got g=3"),
-        ({"sink_logits": (2,)}, r"sink_logits must be a floating-point array \[h\] = \(4,\), got float32\(2,\)"),
-        ({"q_positions": jnp.zeros((2, 7), jnp.int32)}, r"q_positions must be an integer array of shape \(2, 5\), got int32\(2, 7\)"),
-        ({"kv_positions": (2, 7)}, r"kv_positions must be an integer array of shape \(2, 7\), got float32\(2, 7\)"),
-        ({"q_segments": jnp.zeros((1, 5), jnp.int32)}, r"q_segments must be an integer array of shape \(2, 5\), got int32\(1, 5\)"),
-        ({"kv_segments": jnp.ones((2, 7), bool)}, r"kv_segments must be an integer array of shape \(2, 7\), got bool\(2, 7\)"),
+        (
+            {"v": (2, 6, 2, 6)},
+            r"v must begin with the axes of k, \[b, s, g\] = \(2, 7, 2\), got \(2, 6, 2, 6\)",
+        ),
+        (
+            {"k": (2, 7, 3, 8), "v": (2, 7, 3, 6)},
+            r"k must have a number of heads that divides the 4 heads of q, got g=3",
+        ),
+        (
+            {"sink_logits": (2,)},
+            r"sink_logits must be a floating-point array \[h\] = \(4,\), got float32\(2,\)",
+        ),
+        (
+            {"q_positions": jnp.zeros((2, 7), jnp.int32)},
+            r"q_positions must be an integer array of shape \(2, 5\), got int32\(2, 7\)",
+        ),
+        (
+            {"kv_positions": (2, 7)},
+            r"kv_positions must be an integer array of shape \(2, 7\), got float32\(2, 7\)",
+        ),
+        (
+            {"q_segments": jnp.zeros((1, 5), jnp.int32)},
+            r"q_segments must be an integer array of shape \(2, 5\), got int32\(1, 5\)",
+        ),
+        (
+            {"kv_segments": jnp.ones((2, 7), bool)},
+            r"kv_segments must be an integer array of shape \(2, 7\), got bool\(2, 7\)",
+        ),
     ],
 )
 def test_refusals_name_the_argument_and_its_value(change, message):

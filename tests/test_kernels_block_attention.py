@@ -1,4 +1,5 @@
-"""Attention over chosen blocks: every implementation against the keys of these blocks picked out in float64."""
+"""Attention over chosen blocks: every implementation against the keys of these blocks picked out in
+float64."""
 
 import functools
 
@@ -47,7 +48,9 @@ def truth(name):
     with jax.enable_x64(True):
         call = {key: x.astype(jnp.float64) if key in "qkv" else x for key, x in make(SPECS[name]).items()}
         cotangents = tuple(x.astype(jnp.float64) for x in cotangents_of(call))
-        results, gradients = jax.tree.map(np.asarray, with_gradients(**call, cotangents=cotangents, implementation="reference"))
+        results, gradients = jax.tree.map(
+            np.asarray, with_gradients(**call, cotangents=cotangents, implementation="reference")
+        )
         expected = oracle(**call)
         check(results, expected, 1e-12)
     return expected, gradients
@@ -60,10 +63,14 @@ def cotangents_of(call):
 def check(actual, expected, tolerance):
     dead = np.isneginf(expected[1])
     np.testing.assert_array_equal(np.isneginf(actual[1]), dead)
-    assert_close((actual[0], np.where(dead, 0, actual[1])), (expected[0], np.where(dead, 0, expected[1])), tolerance)
+    assert_close(
+        (actual[0], np.where(dead, 0, actual[1])), (expected[0], np.where(dead, 0, expected[1])), tolerance
+    )
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in VARIANTS)) for name in SPECS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in VARIANTS)) for name in SPECS]
+)
 def test_xla_values_and_gradients(name):
     call = make(SPECS[name])
     results, gradients = with_gradients(**call, cotangents=cotangents_of(call), implementation="xla")
@@ -77,7 +84,9 @@ def test_xla_values_and_gradients(name):
 def test_bfloat16(implementation):
     call = make(SPECS["many_queries"], dtype=jnp.bfloat16)
     out, lse = cotangents_of(call)
-    results, gradients = with_gradients(**call, cotangents=(out.astype(jnp.bfloat16), lse), implementation=implementation)
+    results, gradients = with_gradients(
+        **call, cotangents=(out.astype(jnp.bfloat16), lse), implementation=implementation
+    )
     assert results[0].dtype == jnp.bfloat16 and results[1].dtype == jnp.float32
     assert all(x.dtype == jnp.bfloat16 for x in gradients)
     check(results, oracle(**call), 2e-2)

@@ -29,7 +29,10 @@ def run(arguments, cotangents, function=conv, **options):
 
 
 def cotangents_of(arguments, seed=100):
-    return tuple(random(seed + i, *arguments[key].shape, dtype=arguments[key].dtype) for i, key in enumerate(("x", "initial_state")))
+    return tuple(
+        random(seed + i, *arguments[key].shape, dtype=arguments[key].dtype)
+        for i, key in enumerate(("x", "initial_state"))
+    )
 
 
 def by_hand(x, weight, bias, initial_state, reset, valid):
@@ -44,7 +47,9 @@ def by_hand(x, weight, bias, initial_state, reset, valid):
             if reset is not None and reset[row, i]:
                 past = [np.zeros(d)] * (w - 1)
             past = [*past, np.asarray(x[row, i], np.float64)]
-            y[row, i] = sum(tap * value for tap, value in zip(np.asarray(weight, np.float64), past, strict=True))
+            y[row, i] = sum(
+                tap * value for tap, value in zip(np.asarray(weight, np.float64), past, strict=True)
+            )
             y[row, i] += 0 if bias is None else np.asarray(bias, np.float64)
             past = past[1:]
         states.append(np.reshape(past, (w - 1, d)))
@@ -57,7 +62,8 @@ def truth(name):
     arguments = inputs(SPECS[name])
     with jax.enable_x64(True):
         arguments, cotangents = jax.tree.map(
-            lambda x: np.asarray(x) if x.dtype == bool else np.asarray(x, np.float64), (arguments, cotangents_of(arguments))
+            lambda x: np.asarray(x) if x.dtype == bool else np.asarray(x, np.float64),
+            (arguments, cotangents_of(arguments)),
         )
         return jax.tree.map(np.asarray, run(arguments, cotangents, implementation="reference"))
 
@@ -97,7 +103,10 @@ def in_pieces(splits, *, x, weight, bias, initial_state, reset, valid, **options
     outs, state, start = [], initial_state, 0
     for length in splits:
         part = slice(start, start + length)
-        cut = {name: None if flags is None else flags[:, part] for name, flags in (("reset", reset), ("valid", valid))}
+        cut = {
+            name: None if flags is None else flags[:, part]
+            for name, flags in (("reset", reset), ("valid", valid))
+        }
         y, state = conv(x[:, part], weight, bias, initial_state=state, **cut, **options)
         outs.append(y)
         start += length
@@ -113,7 +122,9 @@ def test_chunks_are_the_whole(implementation, splits):
     arguments = inputs(Spec(3, 8, 5, 4, reset=True, valid=True))
     cotangents = cotangents_of(arguments)
     whole = run(arguments, cotangents, implementation=implementation)
-    pieces = run(arguments, cotangents, function=functools.partial(in_pieces, splits), implementation=implementation)
+    pieces = run(
+        arguments, cotangents, function=functools.partial(in_pieces, splits), implementation=implementation
+    )
     assert_identical(pieces[0][1], whole[0][1], "the state holds inputs")
     assert_close(pieces[0], whole[0], 2e-5, "values")
     assert_close(pieces[1], whole[1], 1e-4, "gradients")
@@ -134,12 +145,20 @@ def test_a_reset_separates_two_calls_whatever_came_before(implementation):
     (y1, _), grads1 = half(slice(0, 6), arguments["initial_state"], zeros)
     (y2, state2), grads2 = half(slice(6, 11), zeros, cotangents[1])
     assert_close((y, state), (jnp.concatenate([y1, y2], axis=1), state2), 2e-5)
-    expected = {"x": jnp.concatenate([grads1["x"], grads2["x"]], axis=1), "initial_state": grads1["initial_state"]}
+    expected = {
+        "x": jnp.concatenate([grads1["x"], grads2["x"]], axis=1),
+        "initial_state": grads1["initial_state"],
+    }
     expected |= {key: grads1[key] + grads2[key] for key in ("weight", "bias")}
     assert_close(grads, expected, 1e-4)
 
     # Two steps after the reset the window still reaches over it, into a NaN.
-    poisoned = {**arguments, "reset": reset, "x": arguments["x"].at[:, 5].set(jnp.nan), "initial_state": zeros + jnp.nan}
+    poisoned = {
+        **arguments,
+        "reset": reset,
+        "x": arguments["x"].at[:, 5].set(jnp.nan),
+        "initial_state": zeros + jnp.nan,
+    }
     (y_after, state_after), grads_after = run(poisoned, cotangents, implementation=implementation)
     assert_identical((y_after[:, 6:], state_after), (y[:, 6:], state), "NaN before the reset")
     assert_identical(grads_after["x"], grads["x"], "NaN before the reset")
@@ -152,7 +171,11 @@ def test_invalid_steps_do_nothing(implementation, time):
     valid = arguments["valid"] = arguments["valid"].at[0].set(False).at[1].set(True)
     cotangents = cotangents_of(arguments)
     run_it = functools.partial(run, implementation=implementation)
-    dirty = {**arguments, "x": jnp.where(valid[:, :, None], arguments["x"], jnp.nan), "reset": arguments["reset"] | ~valid}
+    dirty = {
+        **arguments,
+        "x": jnp.where(valid[:, :, None], arguments["x"], jnp.nan),
+        "reset": arguments["reset"] | ~valid,
+    }
     (y, state), grads = run_it(dirty, (jnp.where(valid[:, :, None], cotangents[0], jnp.nan), cotangents[1]))
     assert_identical(((y, state), grads), run_it(arguments, cotangents), "NaN at invalid steps")
     assert not np.asarray(y)[~np.asarray(valid)].any()
@@ -176,12 +199,16 @@ def test_rows_on_several_devices_are_those_of_one(implementation):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
     rows, everywhere = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
     specs = {key: everywhere if key in ("weight", "bias") else rows for key in arguments}
-    sharded = jax.shard_map(lambda a: conv(**a, implementation=implementation), mesh=mesh, in_specs=(specs,), out_specs=rows)
+    sharded = jax.shard_map(
+        lambda a: conv(**a, implementation=implementation), mesh=mesh, in_specs=(specs,), out_specs=rows
+    )
 
     def gradients(function):
         flags = {key: arguments[key] for key in ("reset", "valid")}
         floats = {key: arguments[key] for key in arguments.keys() - flags.keys()}
-        return jax.jit(jax.grad(lambda floats: sum(jnp.sum(x**2) for x in function({**floats, **flags}))))(floats)
+        return jax.jit(jax.grad(lambda floats: sum(jnp.sum(x**2) for x in function({**floats, **flags}))))(
+            floats
+        )
 
     assert_close(gradients(sharded), gradients(lambda a: conv(**a, implementation="reference")), 1e-4)
 
@@ -193,7 +220,9 @@ def test_decoding_has_no_loop():
 
 def test_a_named_implementation_is_that_one_or_an_error(monkeypatch):
     arguments = inputs(SPECS["one_step"])
-    with pytest.raises(ValueError, match=r"implementation of conv: got 'referense'.*did you mean 'reference'"):
+    with pytest.raises(
+        ValueError, match=r"implementation of conv: got 'referense'.*did you mean 'reference'"
+    ):
         conv(**arguments, implementation="referense")
 
     def declines(*args, **kwargs):
@@ -215,7 +244,10 @@ def test_a_named_implementation_is_that_one_or_an_error(monkeypatch):
         ({"weight": jnp.ones((3, 5))}, r"weight must be \[w, d\] with w >= 1 and d=4"),
         ({"weight": jnp.ones((0, 4))}, r"weight must be \[w, d\] with w >= 1"),
         ({"bias": jnp.ones((3,))}, r"bias must be \[d\] = \(4,\), got \(3,\)"),
-        ({"initial_state": jnp.ones((2, 3, 4))}, r"initial_state must be \[b, w-1, d\] = \(2, 2, 4\), got \(2, 3, 4\)"),
+        (
+            {"initial_state": jnp.ones((2, 3, 4))},
+            r"initial_state must be \[b, w-1, d\] = \(2, 2, 4\), got \(2, 3, 4\)",
+        ),
         ({"reset": jnp.ones((2, 5))}, r"reset must be a boolean array \[b, t\] = \(2, 5\), got float32"),
         ({"valid": jnp.ones((2, 4), bool)}, r"valid must be a boolean array \[b, t\] = \(2, 5\)"),
     ],

@@ -1,4 +1,5 @@
-"""Attention over a cache in few bits: both implementations that run here against numbers and softmax written out in float64."""
+"""Attention over a cache in few bits: both implementations that run here against numbers and softmax written
+out in float64."""
 
 import functools
 
@@ -17,14 +18,24 @@ from seqlab.models import Attention
 from seqlab.models.cache import parse_cache
 from seqlab.models.cache.quantize import dequantize, quantize
 
-SOME = ("int8", "int2", "odd_widths", "nothing_seen", "bfloat16", "numbers", "numbers_bfloat16")  # others take the same ways
+SOME = (
+    "int8",
+    "int2",
+    "odd_widths",
+    "nothing_seen",
+    "bfloat16",
+    "numbers",
+    "numbers_bfloat16",
+)  # others take the same ways
 
 
 def numbers(x, bits, over_steps):
     """The numbers [b, g, s, width] of codes, one after the other."""
     if not isinstance(x, Coded):
         return np.asarray(x, np.float64)
-    words, scale, least = (np.asarray(y).astype(np.uint64 if y.dtype == jnp.uint32 else np.float64) for y in x)
+    words, scale, least = (
+        np.asarray(y).astype(np.uint64 if y.dtype == jnp.uint32 else np.float64) for y in x
+    )
     b, g, _, s = words.shape
     codes = np.stack([words >> np.uint64(bits * i) & np.uint64(2**bits - 1) for i in range(32 // bits)], 2)
     codes = codes.reshape(b, g, -1, s).swapaxes(2, 3).astype(np.float64)
@@ -49,7 +60,9 @@ def by_hand(spec, q, k, v, visible, softcap=None):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-@pytest.mark.parametrize("name", [name if name in SOME else pytest.param(name, marks=pytest.mark.slow) for name in SPECS])
+@pytest.mark.parametrize(
+    "name", [name if name in SOME else pytest.param(name, marks=pytest.mark.slow) for name in SPECS]
+)
 def test_values_are_those_of_the_definition(name, implementation):
     arguments = inputs(SPECS[name])
     options = {"softcap": arguments.pop("softcap", None), "implementation": implementation}
@@ -88,15 +101,25 @@ def test_hidden_slots_do_nothing():
     assert_identical(run({**arguments, "v": dirty}), run(arguments))
 
 
-OTHERS = ("full(64)+int8(group=16, residual=32)", "full(64)+int2(group=16, residual=16)", "full(64)", "sinks(2)+window(30)+in_place")
+OTHERS = (
+    "full(64)+int8(group=16, residual=32)",
+    "full(64)+int2(group=16, residual=16)",
+    "full(64)",
+    "sinks(2)+window(30)+in_place",
+)
 
 
 @pytest.mark.parametrize("name", ["pallas_tpu", "triton_gpu"])
 @pytest.mark.parametrize(
-    "cache", ["sinks(2)+window(40)+int4(group=16, residual=16)", *(pytest.param(cache, marks=pytest.mark.slow) for cache in OTHERS)]
+    "cache",
+    [
+        "sinks(2)+window(40)+int4(group=16, residual=16)",
+        *(pytest.param(cache, marks=pytest.mark.slow) for cache in OTHERS),
+    ],
 )
 def test_a_stream_goes_through_the_kernels(cache, name, monkeypatch):
-    """Rows of uneven lengths, one of them so short that none of it is coded, one that has ended: as by XLA, outputs and state."""
+    """Rows of uneven lengths, one of them so short that none of it is coded, one that has ended: as by XLA,
+    outputs and state."""
     if name == "triton_gpu":
         triton_cpu = pytest.importorskip("triton_cpu")
     mixer = Attention(64, heads=4, kv_heads=2, cache=parse_cache(cache), rngs=nnx.Rngs(0))
@@ -105,7 +128,10 @@ def test_a_stream_goes_through_the_kernels(cache, name, monkeypatch):
     going = jnp.asarray([[True], [True], [True], [False]])
     step = jax.jit(lambda x, state: mixer(x, state, None, going))
     expected = step(x[:, 54:], state)
-    with triton_cpu.interpreted(monkeypatch) if name == "triton_gpu" else pallas.interpreted(), use_implementation(name):
+    with (
+        triton_cpu.interpreted(monkeypatch) if name == "triton_gpu" else pallas.interpreted(),
+        use_implementation(name),
+    ):
         found = step(x[:, 54:], state)
     assert_close(found[0], expected[0], 1e-5)
     assert_identical(found[1], expected[1])
@@ -120,7 +146,10 @@ def test_a_stream_goes_through_the_kernels(cache, name, monkeypatch):
         ({"q": jnp.ones((2, 4, 30))}, "k.words must hold 30 numbers of 2, 4, 8 bits, got 4 words"),
         ({"k": jnp.ones((2, 2, 64, 32))}, "k and v must both be Coded or both arrays, got .* and Coded"),
         ({"softcap": 0}, "softcap must be a number above 0 or None, got 0"),
-        ({"visible": jnp.ones((2, 64))}, r"visible must be a boolean array \[b, s\] = \(2, 64\), got float32"),
+        (
+            {"visible": jnp.ones((2, 64))},
+            r"visible must be a boolean array \[b, s\] = \(2, 64\), got float32",
+        ),
         ({"implementation": "xIa"}, "did you mean 'xla'"),
     ],
 )
@@ -128,5 +157,7 @@ def test_wrong_arguments_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         decode_attention(**{**inputs(Spec(2, 64, 4, 2, 32, 32, 4)), **change})
     wrong = inputs(Spec(2, 64, 4, 2, 32, 32, 4))
-    with pytest.raises(ValueError, match=r"v.scale must be \[b, g, groups, s\] .* divide 32 values, got \(2, 2, 3, 64\)"):
+    with pytest.raises(
+        ValueError, match=r"v.scale must be \[b, g, groups, s\] .* divide 32 values, got \(2, 2, 3, 64\)"
+    ):
         decode_attention(**{**wrong, "v": wrong["v"]._replace(scale=jnp.ones((2, 2, 3, 64)))})

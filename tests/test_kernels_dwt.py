@@ -1,4 +1,5 @@
-"""The Haar transform: both implementations against the definition, exact inverses at any size, energy kept, gradients, what is refused."""
+"""The Haar transform: both implementations against the definition, exact inverses at any size, energy kept,
+gradients, what is refused."""
 
 import functools
 
@@ -46,7 +47,8 @@ def test_the_definition_and_its_inverse(name, implementation):
 
 
 def test_the_inverse_is_the_transpose_and_so_the_gradient():
-    """Of an orthonormal map of even size the pullback is the inverse: in both implementations, and for idwt the other way round."""
+    """Of an orthonormal map of even size the pullback is the inverse: in both implementations, and for idwt
+    the other way round."""
     x = random(0, 2, 4, 8, 3)
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -63,7 +65,11 @@ def test_the_inverse_is_the_transpose_and_so_the_gradient():
 
 def test_what_is_refused():
     x = jnp.ones((1, 4, 6, 2))
-    for bad, message in (((x[0],), r"\[b, h, w, d\]"), ((x.astype(int),), "floating"), ((x, 0), "levels must be")):
+    for bad, message in (
+        ((x[0],), r"\[b, h, w, d\]"),
+        ((x.astype(int),), "floating"),
+        ((x, 0), "levels must be"),
+    ):
         with pytest.raises(ValueError, match=message):
             dwt(*bad)
     low, bands = jnp.ones((1, 1, 2, 2)), [jnp.ones((1, 2, 3, 2, 3)), jnp.ones((1, 1, 2, 2, 3))]

@@ -12,7 +12,10 @@ from seqlab.kernels.linear_attention import linear_attention, reference, xla
 from seqlab.kernels.linear_attention.specs import SPECS, Spec, inputs
 
 IMPLEMENTATIONS = ("reference", "xla")
-HEAVY = (pytest.param("reference", marks=pytest.mark.slow), "xla")  # what others are held to has few ways to be wrong
+HEAVY = (
+    pytest.param("reference", marks=pytest.mark.slow),
+    "xla",
+)  # what others are held to has few ways to be wrong
 FLOATS = ("q", "k", "v", "decay", "beta", "initial_state")
 STEPS = ("q", "k", "v", "decay", "beta", "reset", "valid")  # arguments with an axis of time
 
@@ -37,7 +40,10 @@ def cotangents_of(arguments, seed=100):
 
 def steps_of(arguments, part):
     """`arguments` at some steps of time; a decay without an axis of time stays."""
-    return {name: x[:, part] if name in STEPS and x is not None and x.ndim > 1 else x for name, x in arguments.items()}
+    return {
+        name: x[:, part] if name in STEPS and x is not None and x.ndim > 1 else x
+        for name, x in arguments.items()
+    }
 
 
 def widened(tree):
@@ -54,16 +60,22 @@ def truth(name):
 
 
 @pytest.mark.parametrize("implementation", HEAVY)
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (i % 2)) for i, name in enumerate(SPECS)])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (i % 2)) for i, name in enumerate(SPECS)]
+)
 def test_values_and_gradients_are_those_of_float64(name, implementation):
     arguments = inputs(SPECS[name])
     results = run(arguments, cotangents_of(arguments), implementation=implementation, chunk=SPECS[name].chunk)
     (out, state), grads = results
     assert out.dtype == arguments["v"].dtype and state.dtype == jnp.float32
-    assert {key: x.dtype for key, x in grads.items()} == {key: arguments[key].dtype for key in FLOATS if arguments[key] is not None}
+    assert {key: x.dtype for key, x in grads.items()} == {
+        key: arguments[key].dtype for key in FLOATS if arguments[key] is not None
+    }
     # What is handed back in bfloat16 was rounded once, to 8 bits: by at most 2^-8 of itself.
     for tolerance, actual, expected in zip((2e-5, 1e-4), results, truth(name), strict=True):
-        for (path, a), e in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+        for (path, a), e in zip(
+            jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+        ):
             rounding = 2.0**-8 if a.dtype == jnp.bfloat16 else 0.0
             assert_close(a, e, rounding + tolerance, f"{name} {jax.tree_util.keystr(path)}")
 
@@ -80,22 +92,31 @@ def test_float64_is_exact_to_its_own_rounding(name):
 
 def test_keys_that_repeat_and_a_strong_delta_rule_lose_no_digits():
     arguments = inputs(Spec(1, 32, 1, 16, 8, beta="head", chunk=32))
-    arguments |= {"k": jnp.broadcast_to(arguments["k"][:, :1], (1, 32, 1, 16)), "beta": jnp.full((1, 32, 1), 1.99)}
+    arguments |= {
+        "k": jnp.broadcast_to(arguments["k"][:, :1], (1, 32, 1, 16)),
+        "beta": jnp.full((1, 32, 1), 1.99),
+    }
     cotangents = cotangents_of(arguments)
     results = run(arguments, cotangents, implementation="xla", chunk=32)
     with jax.enable_x64(True):
-        expected = jax.tree.map(np.asarray, run(*widened((arguments, cotangents)), implementation="reference"))
+        expected = jax.tree.map(
+            np.asarray, run(*widened((arguments, cotangents)), implementation="reference")
+        )
     assert_close(results[0], expected[0], 2e-5)
     assert_close(results[1], expected[1], 1e-4)
 
 
 def test_decays_that_are_just_mild_keep_their_digits():
     arguments = inputs(Spec(2, 64, 1, 8, 6, decay="channel", chunk=32))
-    arguments["decay"] = jnp.full((2, 64, 1, 8), -1e-4).at[:, 5::16].set(-29.0)  # one great step amid many small ones
+    arguments["decay"] = (
+        jnp.full((2, 64, 1, 8), -1e-4).at[:, 5::16].set(-29.0)
+    )  # one great step amid many small ones
     cotangents = cotangents_of(arguments)
     results = run(arguments, cotangents, implementation="xla", chunk=32)
     with jax.enable_x64(True):
-        expected = jax.tree.map(np.asarray, run(*widened((arguments, cotangents)), implementation="reference"))
+        expected = jax.tree.map(
+            np.asarray, run(*widened((arguments, cotangents)), implementation="reference")
+        )
     assert_close(results, expected, 5e-6)
 
 
@@ -135,7 +156,13 @@ def test_chunks_are_the_whole(kind, implementation, splits):
     arguments = inputs(Spec(2, 9, 2, 5, 4, decay=decay, beta=beta, reset=True, valid=True))
     cotangents = cotangents_of(arguments)
     whole = run(arguments, cotangents, implementation=implementation, chunk=4)
-    pieces = run(arguments, cotangents, function=functools.partial(in_pieces, splits), implementation=implementation, chunk=4)
+    pieces = run(
+        arguments,
+        cotangents,
+        function=functools.partial(in_pieces, splits),
+        implementation=implementation,
+        chunk=4,
+    )
     assert_close(pieces[0], whole[0], 2e-5, "values")
     assert_close(pieces[1], whole[1], 1e-4, "gradients")
 
@@ -154,7 +181,9 @@ def test_blocks_are_the_whole(name, monkeypatch):
     assert_close(results[1], truth(name)[1], 1e-4)
 
 
-@pytest.mark.parametrize("kind", [("channel", None), ("head", "head"), ("head", "value")], ids=["plain", "delta", "value"])
+@pytest.mark.parametrize(
+    "kind", [("channel", None), ("head", "head"), ("head", "value")], ids=["plain", "delta", "value"]
+)
 @pytest.mark.parametrize("implementation", HEAVY)
 def test_a_reset_separates_two_calls_whatever_the_state_held(implementation, kind):
     decay, beta = kind
@@ -172,15 +201,23 @@ def test_a_reset_separates_two_calls_whatever_the_state_held(implementation, kin
     (out1, _), grads1 = half(slice(0, 6), arguments["initial_state"], zeros)
     (out2, state2), grads2 = half(slice(6, 13), zeros, cotangents[1])
     assert_close((out, state), (jnp.concatenate([out1, out2], axis=1), state2), 2e-5)
-    expected = {key: jnp.concatenate([grads1[key], grads2[key]], axis=1) for key in grads if key != "initial_state"}
+    expected = {
+        key: jnp.concatenate([grads1[key], grads2[key]], axis=1) for key in grads if key != "initial_state"
+    }
     assert_close(grads, {**expected, "initial_state": grads1["initial_state"]}, 1e-4)
 
-    broken = {**arguments, "reset": reset, "initial_state": arguments["initial_state"].at[:, :, 1].set(jnp.nan)}
+    broken = {
+        **arguments,
+        "reset": reset,
+        "initial_state": arguments["initial_state"].at[:, :, 1].set(jnp.nan),
+    }
     (out_after, state_after), grads_after = call(broken, cotangents)
     assert np.isnan(out_after[:, :6]).all()
     assert_identical((out_after[:, 6:], state_after), (out[:, 6:], state), "a broken state before the reset")
     for key in expected:
-        assert_identical(grads_after[key][:, 6:], grads[key][:, 6:], f"gradient of {key}, a broken state before the reset")
+        assert_identical(
+            grads_after[key][:, 6:], grads[key][:, 6:], f"gradient of {key}, a broken state before the reset"
+        )
 
     start = {**arguments, "reset": jnp.zeros((2, 13), bool).at[:, 0].set(True)}
     clean, dirty = (call({**start, "initial_state": zeros + value}, cotangents) for value in (0.0, jnp.nan))
@@ -210,7 +247,11 @@ def test_invalid_steps_do_nothing(implementation, beta, time):
     def spoil(x):
         return jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 2)), x, jnp.nan)
 
-    dirty = {**arguments, **{key: spoil(arguments[key]) for key in steps}, "reset": arguments["reset"] | ~valid}
+    dirty = {
+        **arguments,
+        **{key: spoil(arguments[key]) for key in steps},
+        "reset": arguments["reset"] | ~valid,
+    }
     call = functools.partial(run, implementation=implementation, chunk=4)
     (out, state), grads = call(dirty, (spoil(cotangents[0]), cotangents[1]))
     assert_identical(((out, state), grads), call(arguments, cotangents), "NaN at invalid steps")
@@ -222,7 +263,9 @@ def test_invalid_steps_do_nothing(implementation, beta, time):
         keep = np.flatnonzero(valid[row])
         if not len(keep):
             continue
-        alone = {key: None if x is None else x[row : row + 1] for key, x in arguments.items() if key != "valid"}
+        alone = {
+            key: None if x is None else x[row : row + 1] for key, x in arguments.items() if key != "valid"
+        }
         alone = linear_attention(**steps_of(alone, keep), implementation="reference")
         assert_close((out[row : row + 1, keep], state[row : row + 1]), alone, 2e-5, f"row {row}")
 
@@ -247,7 +290,9 @@ def test_no_steps_change_nothing(implementation):
 def test_defaults_are_a_state_of_zeros_and_the_usual_scale():
     arguments = {key: x for key, x in inputs(SPECS["linear"]).items() if key in ("q", "k", "v")}
     zeros = jnp.zeros((2, 3, 8, 6))
-    assert_identical(linear_attention(**arguments), linear_attention(**arguments, initial_state=zeros, scale=8**-0.5))
+    assert_identical(
+        linear_attention(**arguments), linear_attention(**arguments, initial_state=zeros, scale=8**-0.5)
+    )
     assert_close(linear_attention(**arguments, scale=1.0)[0], 8**0.5 * linear_attention(**arguments)[0], 1e-6)
 
 
@@ -258,18 +303,30 @@ def test_rows_on_several_devices_are_those_of_one(implementation):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
     rows = jax.sharding.PartitionSpec("data")
     call = functools.partial(linear_attention, implementation=implementation, chunk=4)
-    sharded = jax.shard_map(lambda a: call(**a), mesh=mesh, in_specs=(dict.fromkeys(arguments, rows),), out_specs=rows)
+    sharded = jax.shard_map(
+        lambda a: call(**a), mesh=mesh, in_specs=(dict.fromkeys(arguments, rows),), out_specs=rows
+    )
 
     def gradients(function):
         floats = {key: arguments[key] for key in arguments.keys() - {"reset"}}
-        return jax.jit(jax.grad(lambda floats: sum(jnp.sum(x**2) for x in function({**floats, "reset": arguments["reset"]}))))(floats)
+        return jax.jit(
+            jax.grad(
+                lambda floats: sum(jnp.sum(x**2) for x in function({**floats, "reset": arguments["reset"]}))
+            )
+        )(floats)
 
-    assert_close(gradients(sharded), gradients(lambda a: linear_attention(**a, implementation="reference")), 1e-4)
+    assert_close(
+        gradients(sharded), gradients(lambda a: linear_attention(**a, implementation="reference")), 1e-4
+    )
 
 
 def test_vmap_is_a_loop_over_calls():
-    arguments = [inputs(Spec(1, 21, 2, 4, 3, decay="channel", strength=strength), 7) for strength in (0.1, 30.0)]
-    arguments = [{key: x for key, x in one.items() if x is not None} for one in arguments]  # one of mild decays, one of strong ones
+    arguments = [
+        inputs(Spec(1, 21, 2, 4, 3, decay="channel", strength=strength), 7) for strength in (0.1, 30.0)
+    ]
+    arguments = [
+        {key: x for key, x in one.items() if x is not None} for one in arguments
+    ]  # one of mild decays, one of strong ones
 
     def loss(floats):
         return sum(jnp.sum(x**2) for x in linear_attention(**floats, chunk=16))
@@ -284,10 +341,17 @@ def test_memory_in_time_is_that_of_the_inputs():
     def temporary(time):
         arguments = inputs(Spec(1, time, 1, 64, 64, decay="head", beta="head"))
         floats = {name: x for name, x in arguments.items() if x is not None}
-        return _run.lower(linear_attention, floats, {}, cotangents_of(arguments), ()).compile().memory_analysis().temp_size_in_bytes
+        return (
+            _run.lower(linear_attention, floats, {}, cotangents_of(arguments), ())
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
+        )
 
     small, large = temporary(8192), temporary(16384)  # both of more than one block
-    assert large - small < 8192 * 64 * 4 * 2  # less than two arguments more, where a state a step would be 64 arguments
+    assert (
+        large - small < 8192 * 64 * 4 * 2
+    )  # less than two arguments more, where a state a step would be 64 arguments
 
 
 def test_decoding_has_no_loop():
@@ -297,7 +361,9 @@ def test_decoding_has_no_loop():
 
 def test_a_named_implementation_is_that_one_or_an_error(monkeypatch):
     arguments = inputs(SPECS["one_step"])
-    with pytest.raises(ValueError, match=r"implementation of linear_attention: got 'xIa'.*did you mean 'xla'"):
+    with pytest.raises(
+        ValueError, match=r"implementation of linear_attention: got 'xIa'.*did you mean 'xla'"
+    ):
         linear_attention(**arguments, implementation="xIa")
 
     def declines(*args, **kwargs):
@@ -314,13 +380,25 @@ def test_a_named_implementation_is_that_one_or_an_error(monkeypatch):
     [
         ({"q": jnp.ones((2, 5, 4))}, r"q must be an array \[b, t, g, k\]"),
         ({"q": jnp.ones((2, 5, 4, 8), int)}, "q must be a floating-point array"),
-        ({"k": jnp.ones((2, 5, 1, 8))}, r"k must be .* \[b, t, g, k\] = \(2, 5, 2, 8\), got float32\(2, 5, 1, 8\)"),
+        (
+            {"k": jnp.ones((2, 5, 1, 8))},
+            r"k must be .* \[b, t, g, k\] = \(2, 5, 2, 8\), got float32\(2, 5, 1, 8\)",
+        ),
         ({"v": jnp.ones((2, 5, 3, 6))}, "v has 3 heads, which the 2 heads of q must divide"),
         ({"v": jnp.ones((2, 5, 4, 0))}, "v must be an array .* of one row, head and channel at least"),
         ({"v": jnp.ones((2, 4, 4, 6))}, r"q must be .* \[b, t, g, k\] = \(2, 4, 2, 8\)"),
-        ({"decay": jnp.ones((2, 5, 2))}, r"decay must be .* = \(2, 5, 4\) or \[b, t, h, k\] = \(2, 5, 4, 8\) or \[h\] = \(4,\)"),
-        ({"beta": jnp.ones((2, 5, 4, 8))}, r"beta must be .* \[b, t, h\] = \(2, 5, 4\) or \[b, t, h, v\] = \(2, 5, 4, 6\)"),
-        ({"initial_state": jnp.ones((2, 4, 6, 8))}, r"initial_state must be .* \[b, h, k, v\] = \(2, 4, 8, 6\)"),
+        (
+            {"decay": jnp.ones((2, 5, 2))},
+            r"decay must be .* = \(2, 5, 4\) or \[b, t, h, k\] = \(2, 5, 4, 8\) or \[h\] = \(4,\)",
+        ),
+        (
+            {"beta": jnp.ones((2, 5, 4, 8))},
+            r"beta must be .* \[b, t, h\] = \(2, 5, 4\) or \[b, t, h, v\] = \(2, 5, 4, 6\)",
+        ),
+        (
+            {"initial_state": jnp.ones((2, 4, 6, 8))},
+            r"initial_state must be .* \[b, h, k, v\] = \(2, 4, 8, 6\)",
+        ),
         ({"reset": jnp.ones((2, 5))}, r"reset must be a boolean array \[b, t\] = \(2, 5\), got float32"),
         ({"valid": jnp.ones((2, 4), bool)}, r"valid must be a boolean array \[b, t\] = \(2, 5\)"),
         ({"chunk": 0}, "chunk must be a power of two or None, got 0"),

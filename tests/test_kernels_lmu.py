@@ -1,4 +1,5 @@
-"""The linear memory: every implementation equals the recurrence in float64 and obeys the law; the matrices are those of the equations."""
+"""The linear memory: every implementation equals the recurrence in float64 and obeys the law; the matrices
+are those of the equations."""
 
 import functools
 
@@ -22,8 +23,11 @@ def _run(spec, function, floats, flags, cotangents, options):
 
 
 def run(spec, arguments, cotangents, function=lmu, **options):
-    """((m, state), gradients of u and initial_state) of `function` at `arguments` for the cotangents of m and state."""
-    floats, flags = ({name: arguments[name] for name in names} for names in (("u", "initial_state"), ("reset", "valid")))
+    """((m, state), gradients of u and initial_state) of `function` at `arguments` for the cotangents of m and
+    state."""
+    floats, flags = (
+        {name: arguments[name] for name in names} for names in (("u", "initial_state"), ("reset", "valid"))
+    )
     return _run(spec, function, floats, flags, cotangents, tuple(options.items()))
 
 
@@ -36,7 +40,10 @@ def cotangents_of(spec, seed=100):
 def truth(spec):
     """The recurrence in float64 from the same numbers."""
     with jax.enable_x64(True):
-        wide = jax.tree.map(lambda x: np.asarray(x) if x.dtype == bool else np.asarray(x, np.float64), (inputs(spec), cotangents_of(spec)))
+        wide = jax.tree.map(
+            lambda x: np.asarray(x) if x.dtype == bool else np.asarray(x, np.float64),
+            (inputs(spec), cotangents_of(spec)),
+        )
         return jax.tree.map(np.asarray, run(spec, *wide, implementation="reference"))
 
 
@@ -72,7 +79,9 @@ def test_the_convolution_declines_flags(flag):
 @pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "fft"])
 def test_float64_stays_float64(implementation, x64):
     spec = SPECS["odd"]
-    arguments = {key: jnp.asarray(x) if key in "AB" else x for key, x in inputs(spec).items()}  # traced matrices work as well
+    arguments = {
+        key: jnp.asarray(x) if key in "AB" else x for key, x in inputs(spec).items()
+    }  # traced matrices work as well
     arguments["u"] = arguments["u"].astype(jnp.float64)
     m, state = jax.jit(functools.partial(lmu, implementation=implementation))(**arguments)
     assert m.dtype == state.dtype == jnp.float64
@@ -126,7 +135,14 @@ def in_pieces(splits, *, u, A, B, initial_state, reset, valid, **options):
 def test_chunks_are_the_whole(implementation, splits, flags):
     spec = Spec(3, 8, 2, 5, 12.0, reset=flags, valid=flags)
     whole = run(spec, inputs(spec), cotangents_of(spec), implementation=implementation, chunk=4)
-    pieces = run(spec, inputs(spec), cotangents_of(spec), functools.partial(in_pieces, splits), implementation=implementation, chunk=4)
+    pieces = run(
+        spec,
+        inputs(spec),
+        cotangents_of(spec),
+        functools.partial(in_pieces, splits),
+        implementation=implementation,
+        chunk=4,
+    )
     assert_close(pieces, whole, 2e-5)
 
 
@@ -143,10 +159,16 @@ def test_a_reset_separates_two_calls_whatever_the_state_held(implementation):
     )  # fmt: skip
     assert_close((m[:, 6:], state), (second, last), 2e-5)
 
-    poisoned = {**arguments, "u": arguments["u"].at[:, 2].set(jnp.nan), "initial_state": arguments["initial_state"] + jnp.nan}
+    poisoned = {
+        **arguments,
+        "u": arguments["u"].at[:, 2].set(jnp.nan),
+        "initial_state": arguments["initial_state"] + jnp.nan,
+    }
     (m_after, state_after), grads_after = run(spec, poisoned, cotangents, **options)
     assert np.isnan(m_after[:, 2:6]).all()
-    assert_identical((m_after[:, 6:], state_after, grads_after), (m[:, 6:], state, grads), "NaN before the reset")
+    assert_identical(
+        (m_after[:, 6:], state_after, grads_after), (m[:, 6:], state, grads), "NaN before the reset"
+    )
 
 
 @pytest.mark.parametrize("time", [1, 14])
@@ -156,18 +178,32 @@ def test_invalid_steps_do_nothing(implementation, time):
     arguments, cotangents = inputs(spec), cotangents_of(spec)
     valid = arguments["valid"] = arguments["valid"].at[0].set(False).at[1].set(True)
     options = {"implementation": implementation, "chunk": 4}
-    dirty = {**arguments, "u": jnp.where(valid[..., None], arguments["u"], jnp.nan), "reset": arguments["reset"] | ~valid}
-    (m, state), grads = run(spec, dirty, (jnp.where(valid[..., None, None], cotangents[0], jnp.nan), cotangents[1]), **options)
+    dirty = {
+        **arguments,
+        "u": jnp.where(valid[..., None], arguments["u"], jnp.nan),
+        "reset": arguments["reset"] | ~valid,
+    }
+    (m, state), grads = run(
+        spec, dirty, (jnp.where(valid[..., None, None], cotangents[0], jnp.nan), cotangents[1]), **options
+    )
     assert_identical(((m, state), grads), run(spec, arguments, cotangents, **options), "NaN at invalid steps")
-    assert not np.asarray(m)[~np.asarray(valid)].any() and not np.asarray(grads["u"])[~np.asarray(valid)].any()
+    assert (
+        not np.asarray(m)[~np.asarray(valid)].any() and not np.asarray(grads["u"])[~np.asarray(valid)].any()
+    )
     assert_identical(state[0], arguments["initial_state"][0], "a row without a valid step")
     assert_identical(grads["initial_state"][0], cotangents[1][0])
     for row in range(1, 4):  # a row with its invalid steps taken out is a sequence of its own
         keep = np.flatnonzero(valid[row])
         if len(keep):
             alone = {name: arguments[name][row : row + 1, keep] for name in ("u", "reset")}
-            alone |= {"initial_state": arguments["initial_state"][row : row + 1], "A": arguments["A"], "B": arguments["B"]}
-            assert_close((m[row : row + 1, keep], state[row : row + 1]), lmu(**alone, **options), 2e-5, f"row {row}")
+            alone |= {
+                "initial_state": arguments["initial_state"][row : row + 1],
+                "A": arguments["A"],
+                "B": arguments["B"],
+            }
+            assert_close(
+                (m[row : row + 1, keep], state[row : row + 1]), lmu(**alone, **options), 2e-5, f"row {row}"
+            )
 
 
 def test_a_memory_that_waits_does_not_fade():
@@ -185,30 +221,44 @@ def test_rows_on_several_devices_are_those_of_one(implementation):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
     rows = jax.sharding.PartitionSpec("data")
     sharded = jax.shard_map(
-        lambda u, reset: lmu(u, A, B, reset=reset, implementation=implementation, chunk=4), mesh=mesh, in_specs=rows, out_specs=rows
+        lambda u, reset: lmu(u, A, B, reset=reset, implementation=implementation, chunk=4),
+        mesh=mesh,
+        in_specs=rows,
+        out_specs=rows,
     )
 
     def gradient(function):
-        return jax.jit(jax.grad(lambda u: sum(jnp.sum(x**2) for x in function(u, arguments["reset"]))))(arguments["u"])
+        return jax.jit(jax.grad(lambda u: sum(jnp.sum(x**2) for x in function(u, arguments["reset"]))))(
+            arguments["u"]
+        )
 
-    assert_close(gradient(sharded), gradient(lambda u, reset: lmu(u, A, B, reset=reset, implementation="reference")), 1e-5)
+    assert_close(
+        gradient(sharded),
+        gradient(lambda u, reset: lmu(u, A, B, reset=reset, implementation="reference")),
+        1e-5,
+    )
 
 
 def test_decoding_has_no_loop():
-    floats = {name: inputs(SPECS["one_step_masked"])[name] for name in ("u", "initial_state", "reset", "valid")}
+    floats = {
+        name: inputs(SPECS["one_step_masked"])[name] for name in ("u", "initial_state", "reset", "valid")
+    }
     A, B = legendre(6, 16.0)
     assert "while" not in jax.jit(lambda floats: lmu(A=A, B=B, **floats)).lower(floats).as_text()
 
 
 def test_matrices_of_a_memory_of_two():
-    """By hand: A = [[-1, -1], [3, -3]] / θ, B = [1, -3] / θ; the exact step solves m' = A m + B u for one time unit."""
+    """By hand: A = [[-1, -1], [3, -3]] / θ, B = [1, -3] / θ; the exact step solves m' = A m + B u for one
+    time unit."""
     A, B = legendre(2, 4.0, "euler")
     np.testing.assert_allclose(A, [[0.75, -0.25], [0.75, 0.25]], rtol=1e-15)
     np.testing.assert_allclose(B, [0.25, -0.75], rtol=1e-15)
     A, B = legendre(2, 4.0)
     small = 2**-12  # many short Euler steps
     continuous, drive = np.array([[-1, -1], [3, -3]]) / 4, np.array([1, -3]) / 4
-    m = np.concatenate([np.zeros((2, 1)), np.eye(2)], axis=1)  # from nothing under u = 1, and from the two unit vectors
+    m = np.concatenate(
+        [np.zeros((2, 1)), np.eye(2)], axis=1
+    )  # from nothing under u = 1, and from the two unit vectors
     for _ in range(2**12):
         m = m + small * (continuous @ m + np.stack([drive, 0 * drive, 0 * drive], axis=1))
     np.testing.assert_allclose(m[:, 0], B, atol=1e-3)
@@ -229,7 +279,10 @@ def test_the_memory_of_a_constant_is_the_constant():
         (lambda u, A, B: lmu(u[0], A, B), r"u must be an array \[b, t, q\]"),
         (lambda u, A, B: lmu(u, A[:2], B), r"A must be a square matrix"),
         (lambda u, A, B: lmu(u, A, B[:2]), r"B must be \[d\] = \(3,\)"),
-        (lambda u, A, B: lmu(u, A, B, initial_state=jnp.zeros((1, 3))), r"initial_state must be \[b, q, d\] = \(1, 2, 3\)"),
+        (
+            lambda u, A, B: lmu(u, A, B, initial_state=jnp.zeros((1, 3))),
+            r"initial_state must be \[b, q, d\] = \(1, 2, 3\)",
+        ),
         (lambda u, A, B: lmu(u, A, B, reset=jnp.zeros((1, 4))), r"reset must be a boolean array \[b, t\]"),
         (lambda u, A, B: lmu(u, A, B, chunk=0), "chunk must be a positive integer"),
         (lambda u, A, B: lmu(u, A, B, implementation="ftt"), "did you mean 'fft'"),
@@ -237,7 +290,10 @@ def test_the_memory_of_a_constant_is_the_constant():
         (lambda u, A, B: legendre(0, 4.0), "order must be a positive integer, got 0"),
         (lambda u, A, B: legendre(4, 0.0), "theta must be a positive number"),
         (lambda u, A, B: legendre(4, 4.0, "eulr"), "did you mean 'euler'"),
-        (lambda u, A, B: delay_decoder(4, 4.0, [5.0]), "delays must be a list of numbers between 0 and theta"),
+        (
+            lambda u, A, B: delay_decoder(4, 4.0, [5.0]),
+            "delays must be a list of numbers between 0 and theta",
+        ),
     ],
 )
 def test_bad_arguments_are_named(call, words):

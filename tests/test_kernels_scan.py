@@ -12,7 +12,10 @@ from seqlab.kernels.scan import reference, scan, xla
 from seqlab.kernels.scan.specs import SPECS, Spec, inputs
 
 IMPLEMENTATIONS = ("reference", "xla")
-HEAVY = (pytest.param("reference", marks=pytest.mark.slow), "xla")  # what others are held to has few ways to be wrong
+HEAVY = (
+    pytest.param("reference", marks=pytest.mark.slow),
+    "xla",
+)  # what others are held to has few ways to be wrong
 FLOATS = ("u", "delta", "A", "B", "C", "initial_state")
 
 
@@ -56,7 +59,9 @@ def test_values_and_gradients_are_those_of_float64(name, implementation):
     assert {key: x.dtype for key, x in grads.items()} == {key: arguments[key].dtype for key in FLOATS}
     # What is handed back in bfloat16 was rounded once, to 8 bits: by at most 2^-8 of itself.
     for tolerance, actual, expected in zip((2e-5, 1e-4), results, truth(name), strict=True):
-        for (path, a), e in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+        for (path, a), e in zip(
+            jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+        ):
             rounding = 2.0**-8 if a.dtype == jnp.bfloat16 else 0.0
             assert_close(a, e, rounding + tolerance, f"{name} {jax.tree_util.keystr(path)}")
 
@@ -75,7 +80,9 @@ def in_pieces(splits, *, u, delta, A, B, C, initial_state, reset, valid, **optio
     for length in splits:
         part = slice(start, start + length)
         cut = {name: None if x is None else x[:, part] for name, x in (("reset", reset), ("valid", valid))}
-        y, state = scan(u[:, part], delta[:, part], A, B[:, part], C[:, part], initial_state=state, **cut, **options)
+        y, state = scan(
+            u[:, part], delta[:, part], A, B[:, part], C[:, part], initial_state=state, **cut, **options
+        )
         outs.append(y)
         start += length
     assert start == u.shape[1]
@@ -96,7 +103,13 @@ def test_chunks_are_the_whole(implementation, splits):
     arguments = inputs(Spec(3, 8, 5, 4, reset=True, valid=True))
     cotangents = cotangents_of(arguments)
     whole = run(arguments, cotangents, implementation=implementation, chunk=4)
-    pieces = run(arguments, cotangents, function=functools.partial(in_pieces, splits), implementation=implementation, chunk=4)
+    pieces = run(
+        arguments,
+        cotangents,
+        function=functools.partial(in_pieces, splits),
+        implementation=implementation,
+        chunk=4,
+    )
     assert_close(pieces[0], whole[0], 2e-5, "values")
     assert_close(pieces[1], whole[1], 1e-4, "gradients")
 
@@ -126,11 +139,15 @@ def test_a_reset_separates_two_calls_whatever_the_state_held(implementation):
     assert np.isnan(y_after[:, 2:6]).all()
     assert_identical((y_after[:, 6:], state_after), (y[:, 6:], state), "NaN before the reset")
     for key in ("u", "delta", "B", "C"):
-        assert_identical(grads_after[key][:, 6:], grads[key][:, 6:], f"gradient of {key}, NaN before the reset")
+        assert_identical(
+            grads_after[key][:, 6:], grads[key][:, 6:], f"gradient of {key}, NaN before the reset"
+        )
 
     start = {**arguments, "reset": jnp.zeros((2, 13), bool).at[:, 0].set(True)}
     clean = run({**start, "initial_state": zeros}, cotangents, implementation=implementation, chunk=4)
-    dirty = run({**start, "initial_state": zeros + jnp.nan}, cotangents, implementation=implementation, chunk=4)
+    dirty = run(
+        {**start, "initial_state": zeros + jnp.nan}, cotangents, implementation=implementation, chunk=4
+    )
     assert_identical(dirty, clean)
     assert not dirty[1]["initial_state"].any()
 
@@ -143,7 +160,9 @@ def test_invalid_steps_do_nothing(implementation, time):
     cotangents = cotangents_of(arguments)
     arguments["valid"] = valid
     steps = ("u", "delta", "B", "C")
-    dirty = {key: jnp.where(valid[:, :, None], x, jnp.nan) if key in steps else x for key, x in arguments.items()}
+    dirty = {
+        key: jnp.where(valid[:, :, None], x, jnp.nan) if key in steps else x for key, x in arguments.items()
+    }
     dirty["reset"] = arguments["reset"] | ~valid
     run_it = functools.partial(run, implementation=implementation, chunk=4)
     (y, state), grads = run_it(dirty, (jnp.where(valid[:, :, None], cotangents[0], jnp.nan), cotangents[1]))
@@ -156,10 +175,16 @@ def test_invalid_steps_do_nothing(implementation, time):
         keep = np.flatnonzero(valid[row])
         if not len(keep):
             continue
-        alone = {key: x[row : row + 1, keep] if key in (*steps, "reset") else x for key, x in arguments.items() if key != "valid"}
+        alone = {
+            key: x[row : row + 1, keep] if key in (*steps, "reset") else x
+            for key, x in arguments.items()
+            if key != "valid"
+        }
         alone["initial_state"] = arguments["initial_state"][row : row + 1]
         y_alone, state_alone = scan(**alone, implementation=implementation, chunk=4)
-        assert_close((y[row : row + 1, keep], state[row : row + 1]), (y_alone, state_alone), 2e-5, f"row {row}")
+        assert_close(
+            (y[row : row + 1, keep], state[row : row + 1]), (y_alone, state_alone), 2e-5, f"row {row}"
+        )
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -177,12 +202,19 @@ def test_rows_on_several_devices_are_those_of_one(implementation):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
     rows, everywhere = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
     specs = {key: everywhere if key == "A" else rows for key in arguments}
-    sharded = jax.shard_map(lambda a: scan(**a, implementation=implementation, chunk=4), mesh=mesh, in_specs=(specs,), out_specs=rows)
+    sharded = jax.shard_map(
+        lambda a: scan(**a, implementation=implementation, chunk=4),
+        mesh=mesh,
+        in_specs=(specs,),
+        out_specs=rows,
+    )
 
     def gradients(function):
         flags = {"reset": arguments["reset"]}
         floats = {key: arguments[key] for key in arguments.keys() - flags.keys()}
-        return jax.jit(jax.grad(lambda floats: sum(jnp.sum(x**2) for x in function({**floats, **flags}))))(floats)
+        return jax.jit(jax.grad(lambda floats: sum(jnp.sum(x**2) for x in function({**floats, **flags}))))(
+            floats
+        )
 
     assert_close(gradients(sharded), gradients(lambda a: scan(**a, implementation="reference")), 1e-4)
 
@@ -225,7 +257,10 @@ def test_a_named_implementation_is_that_one_or_an_error(monkeypatch):
     [
         ({"u": jnp.ones((2, 5))}, r"u must be an array \[b, t, e\]"),
         ({"u": jnp.ones((2, 5, 4), int)}, "u must be a floating-point array"),
-        ({"delta": jnp.ones((2, 4, 4))}, r"delta must be .* \[b, t, e\] = \(2, 5, 4\), got float32\(2, 4, 4\)"),
+        (
+            {"delta": jnp.ones((2, 4, 4))},
+            r"delta must be .* \[b, t, e\] = \(2, 5, 4\), got float32\(2, 4, 4\)",
+        ),
         ({"A": jnp.ones((3, 4))}, r"A must be \[e, n\] with e=4"),
         ({"B": jnp.ones((2, 5, 4))}, r"B must be .* \[b, t, n\] = \(2, 5, 3\)"),
         ({"C": jnp.ones((2, 5, 3), int)}, "C must be a floating-point array"),

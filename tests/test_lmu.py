@@ -1,4 +1,5 @@
-"""The LMU family beyond the law: published sizes, streams that are late, packed and padded batches of the centred form, spikes."""
+"""The LMU family beyond the law: published sizes, streams that are late, packed and padded batches of the
+centred form, spikes."""
 
 import functools
 import re
@@ -27,7 +28,8 @@ def size(build):
 
 
 def test_sizes_are_the_published_ones():
-    """psMNIST: 166 092 and 102 027 parameters with their linear heads; Speech Commands: 1.622 and 1.690 million."""
+    """psMNIST: 166 092 and 102 027 parameters with their linear heads; Speech Commands: 1.622 and 1.690
+    million."""
     head = size(functools.partial(Linear, 346, 10, bias=True))
     assert size(functools.partial(LMU, 1, hidden=346, order=468, theta=784.0)) + head == 166_092
     head = size(functools.partial(Linear, 212, 10, bias=True))
@@ -37,7 +39,8 @@ def test_sizes_are_the_published_ones():
 
 
 def test_the_state_is_small_and_known():
-    """Two inputs for each of five convolutions and what waits beside the last, one memory of `dim`, ten sums and three counters."""
+    """Two inputs for each of five convolutions and what waits beside the last, one memory of `dim`, ten sums
+    and three counters."""
     model = nnx.eval_shape(lambda: LMUFormer(1, 10, dim=32, rngs=nnx.Rngs(0)))
     assert state_bytes(model) == 4 * (2 * (1 + 4 * 32) + 32 + 32 + 10 + 3)
     assert (model.causal, model.lookahead) == (True, 5)
@@ -46,7 +49,9 @@ def test_the_state_is_small_and_known():
 
 def test_a_centred_convolution_is_that_with_zeros_on_both_sides():
     conv, x = TimeConv(3, 4, width=5, centred=True, rngs=nnx.Rngs(0)), random(0, 2, 9, 3)
-    expected = jax.lax.conv_general_dilated(x, conv.weight[...], (1,), [(2, 2)], dimension_numbers=("NWC", "WIO", "NWC"))
+    expected = jax.lax.conv_general_dilated(
+        x, conv.weight[...], (1,), [(2, 2)], dimension_numbers=("NWC", "WIO", "NWC")
+    )
     assert_close(conv(x)[0], expected, 1e-6)
     causal = TimeConv(3, 4, width=5, rngs=nnx.Rngs(0))
     assert_close(causal(x)[0][:, 2:], expected[:, :-2], 1e-6)
@@ -61,11 +66,22 @@ def runner(name):
 
 
 def documents(seed, time=40):
-    """Rows of documents of ten or of three steps among padding: inputs full of NaN where invalid, flags, and the steps of each document."""
+    """Rows of documents of ten or of three steps among padding: inputs full of NaN where invalid, flags, and
+    the steps of each document."""
     rng = np.random.default_rng(seed)
-    x, valid, reset = rng.normal(size=(2, time, 16)).astype(np.float32), np.zeros((2, time), bool), np.zeros((2, time), bool)
+    x, valid, reset = (
+        rng.normal(size=(2, time, 16)).astype(np.float32),
+        np.zeros((2, time), bool),
+        np.zeros((2, time), bool),
+    )
     found = []
-    for row, first, last, count in ((0, 0, 13, 10), (0, 13, 16, 3), (0, 16, 40, 10), (1, 2, 22, 10), (1, 22, 39, 10)):
+    for row, first, last, count in (
+        (0, 0, 13, 10),
+        (0, 13, 16, 3),
+        (0, 16, 40, 10),
+        (1, 2, 22, 10),
+        (1, 22, 39, 10),
+    ):
         steps = np.sort(rng.permutation(np.arange(first, last))[:count])
         valid[row, steps], reset[row, steps[0]] = True, True
         found.append((row, steps))
@@ -75,7 +91,8 @@ def documents(seed, time=40):
 
 @pytest.mark.parametrize("name", ["lmuformer", "lmuformer_causal", "lmuformer_spiking"])
 def test_packed_and_padded_documents_are_separate_documents(name):
-    """Also where the convolutions look ahead: over padding to the next step, not beyond the end of a document."""
+    """Also where the convolutions look ahead: over padding to the next step, not beyond the end of a
+    document."""
     params, run, mixer = runner(name)
     x, reset, valid, found = documents(0)
     parallel, _ = run(params, x, None, reset, valid)
@@ -88,7 +105,9 @@ def test_packed_and_padded_documents_are_separate_documents(name):
         alone, _ = run(params, x[row : row + 1, steps], None, None, None)
         assert_close(parallel[row, steps], alone[0], 2e-5, f"parallel, row {row}")
         if len(steps) > late:
-            assert_close(streamed[row, steps[late:]], alone[0, : len(steps) - late], 2e-5, f"streamed, row {row}")
+            assert_close(
+                streamed[row, steps[late:]], alone[0, : len(steps) - late], 2e-5, f"streamed, row {row}"
+            )
 
 
 @pytest.mark.parametrize("name", ["lmu", "lmu_cell", "lmuformer", "lmuformer_spiking"])
@@ -101,7 +120,8 @@ def test_no_steps_change_nothing(name):
 
 
 def test_a_stream_that_is_late_does_not_count_for_ever():
-    """After two thousand steps the counter that tells the first steps from the others still holds a small number."""
+    """After two thousand steps the counter that tells the first steps from the others still holds a small
+    number."""
     params, run, mixer = runner("lmuformer")
     _, state = run(params, random(0, 1, 2000, 16), mixer.init_state(1), None, None)
     assert int(state[0][0]) == mixer.lookahead + 1
@@ -119,7 +139,9 @@ def test_lif_by_hand():
     spikes, v = lif(x, decay_input=False)  # whole inputs
     np.testing.assert_allclose(spikes[0, :, 0], [1, 1, 0])
     np.testing.assert_allclose(v[0, :, 0], [0, 0, 0.5])
-    spikes, v = lif(x, rest=0.5, threshold=1.25)  # it begins and falls back to its rest; 0.5 + 1.5 / 2 is at the threshold, and fires
+    spikes, v = lif(
+        x, rest=0.5, threshold=1.25
+    )  # it begins and falls back to its rest; 0.5 + 1.5 / 2 is at the threshold, and fires
     np.testing.assert_allclose(spikes[0, :, 0], [1, 1, 0])
     np.testing.assert_allclose(v[0, :, 0], [0.5, 0.5, 0.75])
     with pytest.raises(ValueError, match=r"tau must be a number of steps >= 1, got 0\.5"):
@@ -152,8 +174,8 @@ def test_the_surrogate_gradient_is_that_of_the_equations(rest, detach_reset, x64
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in zoo.MIXERS if "spiking" in name])
 def test_rounding_decides_no_spike_of_the_law(name, monkeypatch):
-    """Why the law's tests of the spiking forms are stable: in none of their runs does a membrane come near its threshold. And spikes
-    there are."""
+    """Why the law's tests of the spiking forms are stable: in none of their runs does a membrane come near
+    its threshold. And spikes there are."""
     margins, rates = [], []
 
     def watched(z):
@@ -169,8 +191,13 @@ def test_rounding_decides_no_spike_of_the_law(name, monkeypatch):
 
 @pytest.mark.parametrize("spiking", [False, True])
 def test_every_parameter_learns_and_every_statistic_moves(spiking):
-    static, params = split(LMUFormer(3, 4, dim=8, theta=12.0, expand=2, order=6, spiking=spiking, rngs=nnx.Rngs(1)))
-    params = {name: random(i, *leaf.shape) if "W_u" in name else leaf for i, (name, leaf) in enumerate(params.items())}
+    static, params = split(
+        LMUFormer(3, 4, dim=8, theta=12.0, expand=2, order=6, spiking=spiking, rngs=nnx.Rngs(1))
+    )
+    params = {
+        name: random(i, *leaf.shape) if "W_u" in name else leaf
+        for i, (name, leaf) in enumerate(params.items())
+    }
 
     def loss(model, batch):
         logits, _ = model(batch["x"], None, None, batch["valid"])
@@ -179,7 +206,10 @@ def test_every_parameter_learns_and_every_statistic_moves(spiking):
     optimizer = adamw(10, peak=1e-2, warmup=0)
     state = init_state(static, params, optimizer)
     valid = np.arange(14)[None] >= np.array([[0], [3], [0], [5]])
-    batch = {"x": np.where(valid[..., None], np.asarray(random(0, 4, 14, 3, scale=3.0)), np.nan), "valid": valid}
+    batch = {
+        "x": np.where(valid[..., None], np.asarray(random(0, 4, 14, 3, scale=3.0)), np.nan),
+        "valid": valid,
+    }
     new, measured = jax.jit(functools.partial(train_step, static, optimizer, loss, 1))(state, batch)
     assert measured.finite
     still = [name for name, leaf in params.items() if np.array_equal(new.params[name], leaf)]
@@ -203,7 +233,9 @@ def test_options_of_the_cell():
     parallel = LMU(4, order=3, theta=6.0, channels=2, rngs=nnx.Rngs(0))
     m, _ = parallel.memory(x @ open_loop.e_x[...])
     assert_close(open_loop(x)[0], jnp.concatenate([m, x], axis=-1), 1e-5)
-    with pytest.raises(ValueError, match="hidden must be 10, the width of what is read, where cell='none', got 7"):
+    with pytest.raises(
+        ValueError, match="hidden must be 10, the width of what is read, where cell='none', got 7"
+    ):
         build(cell="none", hidden=7)
     with pytest.raises(ValueError, match="did you mean 'dense'"):
         build(cell="dens")

@@ -1,4 +1,5 @@
-"""The causal forms of pooling and wavelets: their numbers. That they obey the law is tests/test_streaming.py's business."""
+"""The causal forms of pooling and wavelets: their numbers. That they obey the law is
+tests/test_streaming.py's business."""
 
 import jax
 import numpy as np
@@ -16,14 +17,23 @@ def test_pooling_is_the_mean_of_the_past():
 
 def test_wavelets_are_halves_minus_halves():
     mixer, x = CausalWavelets(8, levels=3, rngs=nnx.Rngs(0)), random(0, 2, 11, 8)
-    u = np.pad(np.asarray(mixer.reduction(x), np.float64), [(0, 0), (8, 0), (0, 0)])  # zeros before the beginning
+    u = np.pad(
+        np.asarray(mixer.reduction(x), np.float64), [(0, 0), (8, 0), (0, 0)]
+    )  # zeros before the beginning
     bands = []
     for t in range(8, 19):
         here = [u[:, t - 7 : t + 1].sum(axis=1) / 8**0.5]
         for half in (1, 2, 4):
-            newer, older = u[:, t - half + 1 : t + 1].sum(axis=1), u[:, t - 2 * half + 1 : t - half + 1].sum(axis=1)
+            newer, older = (
+                u[:, t - half + 1 : t + 1].sum(axis=1),
+                u[:, t - 2 * half + 1 : t - half + 1].sum(axis=1),
+            )
             here.append((newer - older) / (2 * half) ** 0.5)
         bands.append(np.concatenate(here, axis=-1))
-    z = np.stack(bands, axis=1) @ np.asarray(mixer.up.weight[...], np.float64) + np.asarray(mixer.up.bias[...], np.float64)
-    y = np.asarray(jax.nn.gelu(z, approximate=False), np.float64) @ np.asarray(mixer.down.weight[...], np.float64)
+    z = np.stack(bands, axis=1) @ np.asarray(mixer.up.weight[...], np.float64) + np.asarray(
+        mixer.up.bias[...], np.float64
+    )
+    y = np.asarray(jax.nn.gelu(z, approximate=False), np.float64) @ np.asarray(
+        mixer.down.weight[...], np.float64
+    )
     assert_close(jax.jit(lambda x: mixer(x)[0])(x), y + np.asarray(mixer.down.bias[...]), 1e-5)

@@ -1,4 +1,5 @@
-"""MambaMixer and TSM2 beyond the law and the golden numbers: packed rows in both directions, the sums, the two forms of TSM2."""
+"""MambaMixer and TSM2 beyond the law and the golden numbers: packed rows in both directions, the sums, the
+two forms of TSM2."""
 
 import functools
 
@@ -29,12 +30,16 @@ SMALL = functools.partial(SelectiveMixer, state_size=2)
 def documents(reset, valid):
     """The valid steps of one row, sequence by sequence."""
     steps = np.flatnonzero(valid)
-    return [part for part in np.split(steps, [i for i, step in enumerate(steps) if i and reset[step]]) if len(part)]
+    return [
+        part
+        for part in np.split(steps, [i for i, step in enumerate(steps) if i and reset[step]])
+        if len(part)
+    ]
 
 
 def alone(run, x, steps):
-    """What `run(x, valid)` makes of one sequence, at the front of a row that is filled up with steps that are not valid (one shape, one
-    compilation; that filling changes nothing is a clause of the law)."""
+    """What `run(x, valid)` makes of one sequence, at the front of a row that is filled up with steps that are
+    not valid (one shape, one compilation; that filling changes nothing is a clause of the law)."""
     front = np.full_like(x, np.nan)
     front[: len(steps)] = x[steps]
     y, _ = run(front[None], np.arange(len(x))[None] < len(steps))
@@ -43,7 +48,9 @@ def alone(run, x, steps):
 
 def ragged(seed, time, rate=0.25):
     rng = np.random.default_rng(seed)
-    return rng.random((3, time)) < rate, np.stack([rng.random(time) < 0.6, np.arange(time) < time - 4, np.arange(time) >= 3])
+    return rng.random((3, time)) < rate, np.stack(
+        [rng.random(time) < 0.6, np.arange(time) < time - 4, np.arange(time) >= 3]
+    )
 
 
 def test_one_direction_is_mamba():
@@ -56,7 +63,9 @@ def test_one_direction_is_mamba():
 def test_two_directions_keep_packed_documents_apart(seed):
     mixer = SelectiveMixer(8, bidirectional=True, state_size=4, rngs=nnx.Rngs(0))
     (reset, valid), x = ragged(seed, 17), np.asarray(random(seed, 3, 17, 8))
-    y = np.asarray(jax.jit(lambda *flags: mixer(jnp.where(valid[..., None], x, jnp.nan), None, *flags)[0])(reset, valid))
+    y = np.asarray(
+        jax.jit(lambda *flags: mixer(jnp.where(valid[..., None], x, jnp.nan), None, *flags)[0])(reset, valid)
+    )
     run = jax.jit(lambda x, valid: mixer(x, None, None, valid))
     assert (y[~valid] == 0).all()
     for row in range(3):
@@ -77,7 +86,9 @@ def test_a_sequence_ends_before_the_next_valid_reset():
     reset, valid = (np.asarray([[flag == "1" for flag in text]]) for text in ("0110010", "1101011"))
     assert np.asarray(ends(jnp.asarray(reset), None)).astype(int).tolist() == [[1, 1, 0, 0, 1, 0, 0]]
     # of valid steps 0, 1, 3, 5, 6 those at 1 and 5 begin a sequence
-    assert np.flatnonzero(np.asarray(ends(jnp.asarray(reset), jnp.asarray(valid)))[0] & valid[0]).tolist() == [0, 3]
+    assert np.flatnonzero(
+        np.asarray(ends(jnp.asarray(reset), jnp.asarray(valid)))[0] & valid[0]
+    ).tolist() == [0, 3]
 
 
 def test_the_channel_mixer_is_the_mixer_of_the_transpose():
@@ -94,7 +105,9 @@ def test_the_channel_mixer_is_the_mixer_of_the_transpose():
 
 
 def test_at_first_the_sums_are_a_residual_network():
-    stack = MambaMixerStack(8, 2, SMALL, functools.partial(GroupedChannelMixer, groups=2, mixer=SMALL), rngs=nnx.Rngs(0))
+    stack = MambaMixerStack(
+        8, 2, SMALL, functools.partial(GroupedChannelMixer, groups=2, mixer=SMALL), rngs=nnx.Rngs(0)
+    )
 
     def residual(x):
         for i in range(2):
@@ -107,7 +120,14 @@ def test_at_first_the_sums_are_a_residual_network():
 
 
 def test_weights_beyond_a_sum_are_never_used():
-    stack = MambaMixerStack(8, 2, SMALL, functools.partial(GroupedChannelMixer, groups=2, mixer=SMALL), final_sum=False, rngs=nnx.Rngs(0))
+    stack = MambaMixerStack(
+        8,
+        2,
+        SMALL,
+        functools.partial(GroupedChannelMixer, groups=2, mixer=SMALL),
+        final_sum=False,
+        rngs=nnx.Rngs(0),
+    )
     static, params = split(stack)
     used = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(merge(static, p)(random(0, 2, 7, 8))[0]))))(params)
     mask = {
@@ -127,7 +147,11 @@ def streaming(variates=3, length=13, **options):
 
 @pytest.mark.parametrize(
     ("options", "times"),
-    [({}, (12, 21)), ({"patch": 5, "stride": 5, "reversible": False}, (5,)), ({"patch": 1, "stride": 1, "length": 3}, (9,))],
+    [
+        ({}, (12, 21)),
+        ({"patch": 5, "stride": 5, "reversible": False}, (5,)),
+        ({"patch": 1, "stride": 1, "length": 3}, (9,)),
+    ],
 )
 def test_a_forecast_is_the_end_of_a_stream_of_any_length(options, times):
     model = streaming(**options)
@@ -145,7 +169,9 @@ def test_streaming_forecasts_of_ragged_packed_rows_are_those_of_their_documents(
     state, outputs, run = model.init_state(3), [], jax.jit(lambda *arguments: model(*arguments))
     for start in range(0, 24, 8):
         here = slice(start, start + 8)
-        y, state = run(jnp.where(valid[:, here, None], x[:, here], jnp.nan), state, reset[:, here], valid[:, here])
+        y, state = run(
+            jnp.where(valid[:, here, None], x[:, here], jnp.nan), state, reset[:, here], valid[:, here]
+        )
         outputs.append(y)
     y = np.asarray(jnp.concatenate(outputs, axis=1))
     assert (y[~valid] == 0).all()
@@ -175,20 +201,37 @@ def test_running_statistics_are_those_of_the_formula():
         weights, past = 0.9 ** np.arange(t, -1, -1.0)[:, None], np.asarray(x[0, : t + 1], np.float64)
         mean = (weights * past).sum(0) / weights.sum()
         np.testing.assert_allclose(scale.mean[0, t], mean, rtol=1e-6)
-        np.testing.assert_allclose(scale.squares[0, t], (weights * (past - mean) ** 2).sum(0), rtol=2e-3, atol=1e-6)
+        np.testing.assert_allclose(
+            scale.squares[0, t], (weights * (past - mean) ** 2).sum(0), rtol=2e-3, atol=1e-6
+        )
 
 
 def test_reversible_normalisation_moves_with_the_series():
     """Forecasts follow a change of level and of unit (RevIN): exactly so for the window, and for the past."""
     x = random(0, 2, 13, 3)
-    for model in (TSM2(3, 13, 2, patch=4, stride=3, dim=4, depth=1, mixer=SMALL, rngs=nnx.Rngs(0)), streaming()):
+    for model in (
+        TSM2(3, 13, 2, patch=4, stride=3, dim=4, depth=1, mixer=SMALL, rngs=nnx.Rngs(0)),
+        streaming(),
+    ):
         run = jax.jit(lambda x, model=model: model.forecast(x))
         assert_close(run(5 * x + 40), 5 * run(x) + 40, 1e-4)
 
 
 def test_a_window_is_cut_from_its_end_or_from_its_start():
     for align, unread in (("end", slice(0, 2)), ("start", slice(12, 14))):
-        model = TSM2(2, 14, 3, patch=4, stride=4, dim=4, depth=1, mixer=SMALL, reversible=False, align=align, rngs=nnx.Rngs(0))
+        model = TSM2(
+            2,
+            14,
+            3,
+            patch=4,
+            stride=4,
+            dim=4,
+            depth=1,
+            mixer=SMALL,
+            reversible=False,
+            align=align,
+            rngs=nnx.Rngs(0),
+        )
         x = random(0, 2, 14, 2)
         assert model.patches == 3
         run = jax.jit(lambda x, model=model: model(x))

@@ -1,4 +1,5 @@
-"""Mixture of block attention: its choice written down in numpy; full attention where its blocks cover the sequence; cost."""
+"""Mixture of block attention: its choice written down in numpy; full attention where its blocks cover the
+sequence; cost."""
 
 import functools
 import time
@@ -36,10 +37,13 @@ def dense(q, k, v, policy):
 
 
 @pytest.mark.parametrize(
-    "policy", [MoBA(4, 3, 44), MoBA(4, 3, None, stored=5), slow(MoBA(4, 1, 44)), slow(MoBA(5, 4, None, stored=2))], ids=str
+    "policy",
+    [MoBA(4, 3, 44), MoBA(4, 3, None, stored=5), slow(MoBA(4, 1, 44)), slow(MoBA(5, 4, None, stored=2))],
+    ids=str,
 )
 def test_a_query_sees_its_block_and_those_it_likes_best(policy):
-    """Whole, in chunks of one length, longer than what is stored, and step by step, in a ring that is wrapped often."""
+    """Whole, in chunks of one length, longer than what is stored, and step by step, in a ring that is wrapped
+    often."""
     q, k, v = random(0, 2, LENGTH, 4, 8), random(1, 2, LENGTH, 2, 8), random(2, 2, LENGTH, 2, 6)
     expected = np.stack([dense(*rows, policy) for rows in zip(q, k, v, strict=True)])
 
@@ -79,15 +83,24 @@ def test_keys_gather_their_neighbours_before_anything_else():
     p = {name: np.asarray(value, np.float64) for name, value in params_of(mixer).items()}
     keys = (np.asarray(x[0], np.float64) @ p["qkv.weight"])[:, 16:24]
     near = sum(tap * np.pad(keys, ((2 - j, 0), (0, 0)))[:9] for j, tap in enumerate(p["key_conv.weight"]))
-    assert_close(jax.jit(lambda x: mixer.project(x)[1])(x)[0], (keys + near / (1 + np.exp(-near))).reshape(9, 2, 4), 2e-5)
+    assert_close(
+        jax.jit(lambda x: mixer.project(x)[1])(x)[0],
+        (keys + near / (1 + np.exp(-near))).reshape(9, 2, 4),
+        2e-5,
+    )
 
 
 def test_a_decode_step_reads_the_chosen_blocks_alone():
     mixer = Attention(32, heads=2, cache=MoBA(64, 3, 8192), rngs=nnx.Rngs(0))
     state = jax.eval_shape(lambda: mixer.init_state(2))
     step = jax.jit(lambda x, state, valid: mixer(x, state, None, valid), donate_argnums=1)
-    compiled_step = step.lower(jax.ShapeDtypeStruct((2, 1, 32), jnp.float32), state, jax.ShapeDtypeStruct((2, 1), bool)).compile()
-    assert compiled_step.memory_analysis().temp_size_in_bytes < state.cache.k.size * state.cache.k.dtype.itemsize / 4
+    compiled_step = step.lower(
+        jax.ShapeDtypeStruct((2, 1, 32), jnp.float32), state, jax.ShapeDtypeStruct((2, 1), bool)
+    ).compile()
+    assert (
+        compiled_step.memory_analysis().temp_size_in_bytes
+        < state.cache.k.size * state.cache.k.dtype.itemsize / 4
+    )
 
 
 def test_beyond_its_capacity_it_gives_nan_and_never_a_wrong_number():
@@ -126,7 +139,9 @@ def test_a_training_step_over_4096_is_not_slower_than_full_attention(block):
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*arrays).compile()
 
     steps = {name: step(policy) for name, policy in (("moba", MoBA(block, 3)), ("full", Full()))}
-    rounds = [{name: timed(functools.partial(call, *arrays)) for name, call in steps.items()} for _ in range(7)]
+    rounds = [
+        {name: timed(functools.partial(call, *arrays)) for name, call in steps.items()} for _ in range(7)
+    ]
     assert np.median([r["moba"] / r["full"] for r in rounds]) < 1
 
 

@@ -1,7 +1,8 @@
 """The notebooks hold code and prose, and every one of them runs from its first cell to its last.
 
-They run as Jupyter would run them, all cells in one fresh process inside a running event loop, but without Jupyter: nbclient and ipykernel
-would bring some thirty packages into the tests, to execute code that uses IPython for one guarded line of installation.
+They run as Jupyter would run them, all cells in one fresh process inside a running event loop, but without
+Jupyter: nbclient and ipykernel would bring some thirty packages into the tests, to execute code that uses
+IPython for one guarded line of installation.
 
 SEQLAB_QUICK, which every notebook looks at where its sizes are set, makes them short.
 """
@@ -32,7 +33,9 @@ asyncio.run(cells())
 
 def cells(path, kind):
     """The text of the cells of a kind."""
-    return ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == kind]
+    return [
+        "".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == kind
+    ]
 
 
 def as_python(code):
@@ -64,10 +67,17 @@ def test_a_notebook_is_code_and_prose_alone(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path, tmp_path):
     script = tmp_path / f"{path.stem}.py"
-    script.write_text("\n\n".join(f"# cell {i}\n{as_python(code)}" for i, code in enumerate(cells(path, "code"), 1)))
+    script.write_text(
+        "\n\n".join(f"# cell {i}\n{as_python(code)}" for i, code in enumerate(cells(path, "code"), 1))
+    )
     flags = "--xla_backend_optimization_level=0"  # as in conftest.py, but without its eight devices
     mine = {"SEQLAB_QUICK": "1", "MPLBACKEND": "agg", "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
     done = subprocess.run(
-        [sys.executable, "-c", RUNNER, script], cwd=tmp_path, env=os.environ | mine, capture_output=True, text=True, timeout=1200
+        [sys.executable, "-c", RUNNER, script],
+        cwd=tmp_path,
+        env=os.environ | mine,
+        capture_output=True,
+        text=True,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

@@ -1,8 +1,10 @@
-"""The Pallas kernels without a TPU: interpreted step by step against the float64 reference, and lowered for a TPU from here.
+"""The Pallas kernels without a TPU: interpreted step by step against the float64 reference, and lowered for a
+TPU from here.
 
-Interpretation is stricter than a TPU: memory that nobody wrote holds NaN, reads out of bounds raise, races are found. Blocks are made
-small, so that tiny arrays have many of them and the last are incomplete. Lowering finds blocks and operations that no TPU takes; where
-libtpu is installed, which needs no TPU either, its compiler has the last word.
+Interpretation is stricter than a TPU: memory that nobody wrote holds NaN, reads out of bounds raise, races
+are found. Blocks are made small, so that tiny arrays have many of them and the last are incomplete. Lowering
+finds blocks and operations that no TPU takes; where libtpu is installed, which needs no TPU either, its
+compiler has the last word.
 """
 
 import dataclasses
@@ -30,7 +32,8 @@ from seqlab.kernels.scan.specs import Spec as Scan
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """An op's kernels: block sizes for its tests, what else bounds its blocks from below, the specs of `make test`, and a call of more
+    """An op's kernels: block sizes for its tests, what else bounds its blocks from below, the specs of `make
+    test`, and a call of more
     elements than an int32 counts: a spec, and what its extents are to be replaced by."""
 
     blocks: dict[str, int]
@@ -58,7 +61,11 @@ CASES = {
         {"_STEPS": 8, "_UNIT": 2, "_STATES": 4},
         ("tiny",),
         (Scan(2, 17, 640, 4, reset=True), {2: 3, 17: 2**20, 640: 1024}),
-        {"tiny": Scan(1, 13, 4, 3, reset=True, valid=True), "wide": Scan(1, 12, 10, 3, dtype="bfloat16"), "states": Scan(1, 12, 2, 9)},
+        {
+            "tiny": Scan(1, 13, 4, 3, reset=True, valid=True),
+            "wide": Scan(1, 12, 10, 3, dtype="bfloat16"),
+            "states": Scan(1, 12, 2, 9),
+        },
     ),
     "attention": Case(
         {"tile": 16},
@@ -92,9 +99,13 @@ CASES = {
         ("tiny",),
         (Linear(2, 17, 9, 128, 64, g=3, decay="head", beta="head"), {2: 32, 17: 2**20}),
         {
-            "tiny": Linear(1, 13, 2, 5, 3, g=1, decay="channel", beta="head", chunk=4, reset=True, valid=True),
+            "tiny": Linear(
+                1, 13, 2, 5, 3, g=1, decay="channel", beta="head", chunk=4, reset=True, valid=True
+            ),
             "tiny_plain": Linear(1, 13, 1, 4, 3, decay="head", chunk=4),
-            "heads_of_256": Linear(1, 20, 2, 256, 256, g=1, decay="channel", beta="head", chunk=8, dtype="bfloat16"),
+            "heads_of_256": Linear(
+                1, 20, 2, 256, 256, g=1, decay="channel", beta="head", chunk=8, dtype="bfloat16"
+            ),
         },
     ),
 }
@@ -111,7 +122,11 @@ def specs(op):
     return {**importlib.import_module(f"seqlab.kernels.{op}.specs").SPECS, **CASES[op].also}
 
 
-NAMED = [pytest.param(op, name, marks=[] if name in case.quick else pytest.mark.slow) for op, case in CASES.items() for name in specs(op)]
+NAMED = [
+    pytest.param(op, name, marks=[] if name in case.quick else pytest.mark.slow)
+    for op, case in CASES.items()
+    for name in specs(op)
+]
 
 
 def public(op):
@@ -127,7 +142,9 @@ def shrink(op, name, monkeypatch):
     for kernel, table in blocks.TABLE.items():
         if kernel.startswith(f"{op}/pallas_tpu/"):
             small = {key: times * value for key, value in CASES[op].blocks.items()}
-            monkeypatch.setitem(blocks.TABLE, kernel, {blocks.ANY: {blocks.WIDEST: table[blocks.ANY][blocks.WIDEST] | small}})
+            monkeypatch.setitem(
+                blocks.TABLE, kernel, {blocks.ANY: {blocks.WIDEST: table[blocks.ANY][blocks.WIDEST] | small}}
+            )
 
 
 def make(op, spec):
@@ -143,16 +160,27 @@ def make(op, spec):
     options = {name: x for name, x in call.items() if name in STATIC}
     arrays = {name: x for name, x in call.items() if name not in options and not isinstance(x, Coded)}
     floats = {name: x for name, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating)}
-    return floats, {name: x for name, x in call.items() if name not in floats and name not in options}, options
+    return (
+        floats,
+        {name: x for name, x in call.items() if name not in floats and name not in options},
+        options,
+    )
 
 
 def spoilt(floats, others):
-    """NaN where it must reach nothing: at invalid steps, and in the state of a row whose first step is a reset."""
+    """NaN where it must reach nothing: at invalid steps, and in the state of a row whose first step is a
+    reset."""
     reset, valid = others.get("reset"), others.get("valid")
     if valid is not None:
         valid = others["valid"] = valid.at[0, 0].set(True)
-        lined = {name: valid.reshape(*valid.shape, *[1] * (x.ndim - 2)) for name, x in floats.items() if x.shape[:2] == valid.shape}
-        floats = {name: jnp.where(lined[name], x, jnp.nan) if name in lined else x for name, x in floats.items()}
+        lined = {
+            name: valid.reshape(*valid.shape, *[1] * (x.ndim - 2))
+            for name, x in floats.items()
+            if x.shape[:2] == valid.shape
+        }
+        floats = {
+            name: jnp.where(lined[name], x, jnp.nan) if name in lined else x for name, x in floats.items()
+        }
     if reset is not None:
         others["reset"] = reset.at[0, 0].set(True)
         floats["initial_state"] = floats["initial_state"].at[0].set(jnp.nan)
@@ -173,7 +201,9 @@ def program(op, options, implementation):
 
 
 def cotangents_of(op, floats, others, options):
-    results = jax.eval_shape(lambda floats: public(op)(**floats, **others, **options, implementation="xla"), floats)
+    results = jax.eval_shape(
+        lambda floats: public(op)(**floats, **others, **options, implementation="xla"), floats
+    )
     return tuple(random(100 + i, *x.shape, dtype=x.dtype) for i, x in enumerate(results))
 
 
@@ -185,9 +215,11 @@ def truth(op, floats, others, options, cotangents):
 
 
 def check(actual, expected, name, keys, coded=False):
-    """As near as the dtypes allow. float32: sums of some hundred terms. bfloat16, which rounds by 2**-8: one rounding of the result,
-    and in attention, whose products have rounded factors, sums over `keys` of independent errors, which grow with the root. Keys that are
-    `coded` become bfloat16 before their product: logits err by a rounding, and their log-sum-exp, in float32, by no more."""
+    """As near as the dtypes allow. float32: sums of some hundred terms. bfloat16, which rounds by 2**-8: one
+    rounding of the result, and in attention, whose products have rounded factors, sums over `keys` of
+    independent errors, which grow with the root. Keys that are
+    `coded` become bfloat16 before their product: logits err by a rounding, and their log-sum-exp, in float32,
+    by no more."""
     for tolerance, kind, a, e in zip((2e-5, 1e-4), ("value", "gradient"), actual, expected, strict=False):
         for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(e), strict=True):
             dead = np.isneginf(y)  # the log-sum-exp of no keys
@@ -203,12 +235,21 @@ def test_interpreted_values_gradients_and_states_are_those_of_float64(op, name, 
     floats, others, options = make(op, specs(op)[name])
     floats, others = spoilt(floats, others)
     cotangents = cotangents_of(op, floats, others, options)
-    cores = 2 if name in CASES[op].quick else 1  # they share the parallel axes of a grid, and take six times as long over it
+    cores = (
+        2 if name in CASES[op].quick else 1
+    )  # they share the parallel axes of a grid, and take six times as long over it
     with pallas.interpreted(pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores)):
-        results = jax.block_until_ready(jax.jit(program(op, options, "pallas_tpu"))(floats, others, cotangents))
+        results = jax.block_until_ready(
+            jax.jit(program(op, options, "pallas_tpu"))(floats, others, cotangents)
+        )
     assert "RACE" not in capfd.readouterr().out  # an error in newer versions of JAX
-    assert {key: x.dtype for key, x in results[1].items()} == {name: x.dtype for name, x in floats.items() if not CASES[op].forward_only}
-    keys = {"attention": lambda: floats["k"].shape[1], "decode_attention": lambda: others["visible"].shape[1]}.get(op, lambda: 0)()
+    assert {key: x.dtype for key, x in results[1].items()} == {
+        name: x.dtype for name, x in floats.items() if not CASES[op].forward_only
+    }
+    keys = {
+        "attention": lambda: floats["k"].shape[1],
+        "decode_attention": lambda: others["visible"].shape[1],
+    }.get(op, lambda: 0)()
     coded = isinstance(others.get("k"), Coded) and floats["q"].dtype == jnp.bfloat16
     check(results, truth(op, floats, others, options, cotangents), f"{op} {name}", keys, coded)
 
@@ -220,11 +261,15 @@ def lowered(op, spec, extents=None, device=None):
     sharding = None if device is None else jax.sharding.SingleDeviceSharding(device)
 
     def abstract(x):
-        return jax.ShapeDtypeStruct([(extents or {}).get(size, size) for size in x.shape], x.dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(
+            [(extents or {}).get(size, size) for size in x.shape], x.dtype, sharding=sharding
+        )
 
     arguments = jax.tree.map(abstract, (floats, others, cotangents))
     with pallas.lowering():
-        return jax.jit(program(op, options, "pallas_tpu")).trace(*arguments).lower(lowering_platforms=("tpu",))
+        return (
+            jax.jit(program(op, options, "pallas_tpu")).trace(*arguments).lower(lowering_platforms=("tpu",))
+        )
 
 
 @pytest.mark.parametrize(("op", "name"), NAMED)
@@ -235,7 +280,10 @@ def test_kernels_lower_for_a_tpu(op, name):
 @pytest.mark.parametrize("op", CASES)
 def test_arrays_may_have_more_elements_than_an_int32_counts(op):
     text = lowered(op, *CASES[op].huge).as_text()
-    shapes = [[int(size) for size in shape.split("x")[:-1]] for shape in re.findall(r"tensor<([\dx]+x)(?:f32|bf16|ui32)>", text)]
+    shapes = [
+        [int(size) for size in shape.split("x")[:-1]]
+        for shape in re.findall(r"tensor<([\dx]+x)(?:f32|bf16|ui32)>", text)
+    ]
     assert max(np.prod(shape, dtype=np.int64) for shape in shapes) > 2**31
     assert "tpu_custom_call" in text
 
@@ -271,12 +319,17 @@ def test_elsewhere_a_kernel_declines_and_says_why():
             function(**wide, **others, **options, implementation="pallas_tpu")
 
 
-@pytest.mark.parametrize("op", [pytest.param(op, marks=[pytest.mark.slow] * (op != "attention")) for op in CASES])
+@pytest.mark.parametrize(
+    "op", [pytest.param(op, marks=[pytest.mark.slow] * (op != "attention")) for op in CASES]
+)
 def test_rows_may_lie_on_several_devices(op):
     """Lowered inside of shard_map, parameters on every device, differentiated where there are gradients."""
     floats, others, options = make(op, specs(op)["tiny"])
     everywhere, rows = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("data")
-    places = {name: everywhere if name in ("weight", "bias", "A", "sink_logits") else rows for name in (*floats, *others)}
+    places = {
+        name: everywhere if name in ("weight", "bias", "A", "sink_logits") else rows
+        for name in (*floats, *others)
+    }
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
     function = functools.partial(public(op), **options, implementation="pallas_tpu")
     sharded = jax.shard_map(lambda call: function(**call), mesh=mesh, in_specs=(places,), out_specs=rows)
@@ -296,13 +349,16 @@ def test_values_alone_are_those_beside_gradients(op, monkeypatch):
     shrink(op, "tiny", monkeypatch)
     floats, others, options = make(op, specs(op)["tiny"])
     with pallas.interpreted():
-        results = jax.jit(lambda floats: public(op)(**floats, **others, **options, implementation="pallas_tpu"))(floats)
+        results = jax.jit(
+            lambda floats: public(op)(**floats, **others, **options, implementation="pallas_tpu")
+        )(floats)
     check([results], [public(op)(**floats, **others, **options, implementation="reference")], op, 0)
 
 
 @pytest.mark.slow
 def test_vmap_is_a_loop_over_calls(monkeypatch):
-    """Of attention, whose grid reads tables; the interpreter takes no other grid that vmap has made longer."""
+    """Of attention, whose grid reads tables; the interpreter takes no other grid that vmap has made
+    longer."""
     op, spec = "attention", specs("attention")["tiny_packed"]
     shrink(op, "tiny_packed", monkeypatch)
     calls = [make(op, spec), make(op, spec)]
@@ -313,7 +369,11 @@ def test_vmap_is_a_loop_over_calls(monkeypatch):
         together = jax.jit(jax.vmap(run))(*jax.tree.map(lambda *x: jnp.stack(x), *arguments))
         for i, one in enumerate(arguments):
             alone = jax.jit(run)(*one)
-            assert_close(jax.tree.map(lambda x, i=i: jnp.nan_to_num(x[i]), together), jax.tree.map(jnp.nan_to_num, alone), 1e-6)
+            assert_close(
+                jax.tree.map(lambda x, i=i: jnp.nan_to_num(x[i]), together),
+                jax.tree.map(jnp.nan_to_num, alone),
+                1e-6,
+            )
 
 
 @pytest.mark.slow
@@ -325,11 +385,19 @@ def test_the_gradient_of_a_part_of_the_keys(monkeypatch):
     dlse, positions = random(4, 2, 21, 2), jnp.tile(jnp.arange(21), (2, 1))
     limits = {"causal": True, "window": 9, "sinks": 2, "softcap": None, "scale": 0.3}
     out, lse = attention_op.attention(q, k, v, q_positions=positions, kv_positions=positions, **limits)
-    part = {"q_positions": positions, "kv_positions": positions[:, :13], "q_segments": None, "kv_segments": None, **limits}
+    part = {
+        "q_positions": positions,
+        "kv_positions": positions[:, :13],
+        "q_segments": None,
+        "kv_segments": None,
+        **limits,
+    }
 
     def gradient(implementation):
         return jax.jit(
-            lambda: attention_op._gradient(q, k[:, :13], v[:, :13], out, lse, dout, dlse, **part, implementation=implementation)
+            lambda: attention_op._gradient(
+                q, k[:, :13], v[:, :13], out, lse, dout, dlse, **part, implementation=implementation
+            )
         )()
 
     with pallas.interpreted():

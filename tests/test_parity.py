@@ -2,7 +2,8 @@
 
     SEQLAB_GOLDEN=FOLDER pytest tests/test_parity.py
 
-puts other cases through the same adapters (default: tests/golden). Systems without an adapter in tests/parity are reported as skipped.
+puts other cases through the same adapters (default: tests/golden). Systems without an adapter in tests/parity
+are reported as skipped.
 """
 
 import contextlib

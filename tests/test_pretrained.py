@@ -1,6 +1,7 @@
 """Published models, as transformers wrote them: the same logits, in any chunks, and the same files back.
 
-Each folder of tests/pretrained is a small random model saved by transformers 5.23, with the logits it gave for some tokens in one pass.
+Each folder of tests/pretrained is a small random model saved by transformers 5.23, with the logits it gave
+for some tokens in one pass.
 """
 
 import json
@@ -30,7 +31,11 @@ def test_logits_are_those_of_the_original_whole_and_in_chunks(name):
     run = jax.jit(lambda params, x, state: seqlab.merge(static, params)(x, state))
     assert_close(run(params, tokens, None)[0], expected["logits"], 1e-5, "whole")
     state, pieces = model.init_state(len(tokens)), []
-    for chunk in (tokens[:, :6], *np.split(tokens[:, 6:10], 4, axis=1), tokens[:, 10:]):  # a prompt, steps, several tokens at once
+    for chunk in (
+        tokens[:, :6],
+        *np.split(tokens[:, 6:10], 4, axis=1),
+        tokens[:, 10:],
+    ):  # a prompt, steps, several tokens at once
         logits, state = run(params, chunk, state)
         pieces.append(logits)
     assert_close(np.concatenate(pieces, axis=1), expected["logits"], 1e-5, "in chunks")
@@ -52,10 +57,14 @@ def test_what_is_saved_is_what_was_loaded(name, tmp_path):
             with safe_open(path, framework="flax") as file:
                 yield from ((key, file.get_tensor(key)) for key in file.keys())  # noqa: SIM118
 
-    assert_identical(dict(tensors(tmp_path)), dict(tensors(FOLDER / name)), "tensors as in the original files")
+    assert_identical(
+        dict(tensors(tmp_path)), dict(tensors(FOLDER / name)), "tensors as in the original files"
+    )
     ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, FOLDER / name))
     differ = {key: (ours[key], theirs[key]) for key in ours if key in theirs and ours[key] != theirs[key]}
-    assert set(differ) <= {"max_position_embeddings"}, differ  # a window does not know how long its sequences were
+    assert set(differ) <= {"max_position_embeddings"}, (
+        differ
+    )  # a window does not know how long its sequences were
     with pytest.raises(FileExistsError, match="holds a model already"):
         save_pretrained(model, tmp_path)
 
@@ -65,8 +74,14 @@ def test_what_is_saved_is_what_was_loaded(name, tmp_path):
     [
         ({"model_type": "gpt2"}, "model_type: got 'gpt2', expected one of llama, mistral"),
         ({"hidden_act": "gelu"}, "hidden_act: got 'gelu', expected 'silu'"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type: got 'yarn', expected 'default', 'linear' or 'llama3'"),
-        ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types: got 'chunked_attention', expected"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+            "rope_type: got 'yarn', expected 'default', 'linear' or 'llama3'",
+        ),
+        (
+            {"layer_types": ["full_attention", "chunked_attention"]},
+            "layer_types: got 'chunked_attention', expected",
+        ),
     ],
 )
 def test_what_is_not_computed_is_refused_before_weights_are_read(changes, message, tmp_path):
@@ -94,7 +109,10 @@ def test_without_the_network_a_hub_id_says_so(monkeypatch):
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(hub, "snapshot_download", offline)
-    with pytest.raises(PretrainedError, match=r"nobody/nothing is no folder here and cannot be had from the hub .*no route to host"):
+    with pytest.raises(
+        PretrainedError,
+        match=r"nobody/nothing is no folder here and cannot be had from the hub .*no route to host",
+    ):
         seqlab.load("nobody/nothing")
 
 
@@ -102,7 +120,10 @@ def test_without_the_network_a_hub_id_says_so(monkeypatch):
     "mixer, message",
     [
         (GatedDeltaNet, "no published family here is made of GatedDeltaNet"),
-        (lambda dim, rngs: Attention(dim, cache=Window(8, sinks=2), rngs=rngs), "full caches or plain windows, got Window"),
+        (
+            lambda dim, rngs: Attention(dim, cache=Window(8, sinks=2), rngs=rngs),
+            "full caches or plain windows, got Window",
+        ),
         (lambda dim, rngs: Attention(dim, sink="zero", rngs=rngs), "sink: no published family has 'zero'"),
     ],
 )
@@ -118,7 +139,9 @@ def test_a_published_model_streams_with_its_tokenizer_and_ends_at_its_last_token
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], show_progress=False
+    )
     trainer.initial_alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     made.train_from_iterator(["for a in b: for é in €uro"] * 3, trainer)
 
@@ -136,7 +159,12 @@ def test_a_published_model_streams_with_its_tokenizer_and_ends_at_its_last_token
     assert "".join(map(decoder.push, tokens)) + decoder.finish() == run.tokenizer.decode(tokens) == text
     assert decoder.push(int(run.tokenizer.encode("é漢")[-2])) == "", "half a character is not text"
     params = dict(params_of(run.model))
-    drawn = [token.token for token in seqlab.stream_generate(run.model, text, max_tokens=3, temperature=0, tokenizer=run.tokenizer)]
+    drawn = [
+        token.token
+        for token in seqlab.stream_generate(
+            run.model, text, max_tokens=3, temperature=0, tokenizer=run.tokenizer
+        )
+    ]
     head = np.array(params["embedding.weight"])
     head[[1, drawn[0]]] = head[[drawn[0], 1]]  # what was drawn first is now the last token
     static, _ = seqlab.split(run.model)

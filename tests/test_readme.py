@@ -1,8 +1,8 @@
 """README and docs run as they stand.
 
-Blocks of Python are executed, page by page and in order, in an empty folder that holds one trained run, runs/demo. A block that begins
-with `# name.py` is the file of that name. Of shell commands the programs, files, targets and arguments are looked up, and configs are
-built; the slow tests run them.
+Blocks of Python are executed, page by page and in order, in an empty folder that holds one trained run,
+runs/demo. A block that begins with `# name.py` is the file of that name. Of shell commands the programs,
+files, targets and arguments are looked up, and configs are built; the slow tests run them.
 """
 
 import argparse
@@ -30,8 +30,21 @@ DOCS = ROOT / "docs"
 MIXERS = sorted(set((DOCS / "mixers").glob("*.md")) - {DOCS / "mixers" / "README.md"})
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(set(DOCS.rglob("*.md")) - set(MIXERS))]
 OTHERS = (".", "cd", "git", "pip", "tensorboard", "srun", "curl")  # programs that are not ours to check
-FOLLOWED = ("tutorial.md", "how-to/own-mixer.md", "how-to/config.md", "how-to/data.md", "how-to/devices.md", "how-to/export.md")
-LONG = ("tutorial.md", "how-to/cache.md", "how-to/devices.md", "explanation/law.md", "explanation/algebras.md")  # among the slow tests
+FOLLOWED = (
+    "tutorial.md",
+    "how-to/own-mixer.md",
+    "how-to/config.md",
+    "how-to/data.md",
+    "how-to/devices.md",
+    "how-to/export.md",
+)
+LONG = (
+    "tutorial.md",
+    "how-to/cache.md",
+    "how-to/devices.md",
+    "explanation/law.md",
+    "explanation/algebras.md",
+)  # among the slow tests
 WITH_FLAGS = re.compile(r"^\w+=\S+$")
 
 
@@ -63,10 +76,13 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """An empty folder to work in, whose modules can be imported and are forgotten afterwards; streams without end have one there."""
+    """An empty folder to work in, whose modules can be imported and are forgotten afterwards; streams without
+    end have one there."""
     monkeypatch.chdir(tmp_path)
     endless = seqlab.stream_generate
-    monkeypatch.setattr(seqlab, "stream_generate", lambda *args, **options: endless(*args, **({"max_tokens": 40} | options)))
+    monkeypatch.setattr(
+        seqlab, "stream_generate", lambda *args, **options: endless(*args, **({"max_tokens": 40} | options))
+    )
     monkeypatch.syspath_prepend(tmp_path)
     before = set(sys.modules)
     yield tmp_path
@@ -135,7 +151,8 @@ def test_the_commands_of_a_page_are_there(page, workplace):
 
 
 def simple_commands(line):
-    """The commands of a line without assignments in front of them and remarks behind; what stands between quotes is one word."""
+    """The commands of a line without assignments in front of them and remarks behind; what stands between
+    quotes is one word."""
     words = []
     for word in [*shlex.split(re.split(" {2,}", line)[0].removeprefix("$ ")), "&&"]:
         if word not in ("&&", "|", ";", "||"):
@@ -151,14 +168,19 @@ def check(words):
     if program == "seqlab":
         check_arguments(rest)
     elif program == "make":
-        targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE).group(1).split()
+        targets = (
+            re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE).group(1).split()
+        )
         assert {word for word in rest if "=" not in word} <= set(targets), words
     elif program in ("python", "python3") and rest[0] == "-m":
         assert importlib.util.find_spec(rest[1]), words
     elif program in ("python", "python3"):
-        assert rest[0].startswith("-") or rest[0].endswith("/run.py") or (ROOT / rest[0]).is_file() or pathlib.Path(rest[0]).is_file(), (
-            words
-        )
+        assert (
+            rest[0].startswith("-")
+            or rest[0].endswith("/run.py")
+            or (ROOT / rest[0]).is_file()
+            or pathlib.Path(rest[0]).is_file()
+        ), words
     elif program == "pytest":
         for path in (word.partition("::")[0] for word in rest if "/" in word and "<" not in word):
             assert (ROOT / path).exists(), words
@@ -167,9 +189,14 @@ def check(words):
 
 
 def check_arguments(rest):
-    """Those of seqlab: read by its parser; a config is built unless it is called NAME or the like, words for a cache are read."""
-    (commands,) = (action for action in cli.parser()._actions if isinstance(action, argparse._SubParsersAction))
-    if rest == ["--help"] or (len(rest) == 1 and rest[0] in commands.choices):  # a command is named, not given
+    """Those of seqlab: read by its parser; a config is built unless it is called NAME or the like, words for
+    a cache are read."""
+    (commands,) = (
+        action for action in cli.parser()._actions if isinstance(action, argparse._SubParsersAction)
+    )
+    if rest == ["--help"] or (
+        len(rest) == 1 and rest[0] in commands.choices
+    ):  # a command is named, not given
         return
     arguments = cli.parser().parse_args(rest)
     for name in getattr(arguments, "configs", [getattr(arguments, "config", "NAME")]):
@@ -188,17 +215,29 @@ def check_arguments(rest):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FOLLOWED)
 def test_a_newcomer_can_follow_a_page(name, workplace, request):
-    """The shell commands too, all but those of the installation; the run of the tutorial is trained by its own command."""
+    """The shell commands too, all but those of the installation; the run of the tutorial is trained by its
+    own command."""
     page = DOCS / name
     if name != "tutorial.md" and "runs/demo" in page.read_text():
         shutil.copytree(request.getfixturevalue("trained"), workplace / "runs" / "demo")
     python = shlex.quote(sys.executable)
     start = f'set -e; python() {{ {python} "$@"; }}; srun() {{ true; }}; seqlab() {{ {python} -m seqlab "$@"; }}\n'
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{workplace}", "XLA_FLAGS": "", "XDG_CACHE_HOME": str(workplace / "cache")}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}:{workplace}",
+        "XLA_FLAGS": "",
+        "XDG_CACHE_HOME": str(workplace / "cache"),
+    }
 
     def shell(text):
         if "make setup" not in text and ".venv" not in text:
-            done = subprocess.run(["bash", "-c", start + text], env=environment, capture_output=True, text=True, errors="replace")
+            done = subprocess.run(
+                ["bash", "-c", start + text],
+                env=environment,
+                capture_output=True,
+                text=True,
+                errors="replace",
+            )
             assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
     follow(page, workplace, shell)

@@ -1,4 +1,5 @@
-"""Steps taken back were never there, memory that grows was always there; what cannot be done says where and why."""
+"""Steps taken back were never there, memory that grows was always there; what cannot be done says where and
+why."""
 
 import functools
 import itertools
@@ -23,7 +24,9 @@ slow = pytest.mark.slow
 
 
 def language_model(cache, **options):
-    return LanguageModel(31, 16, 2, functools.partial(Attention, heads=2, head_dim=8, cache=cache), rngs=nnx.Rngs(0), **options)
+    return LanguageModel(
+        31, 16, 2, functools.partial(Attention, heads=2, head_dim=8, cache=cache), rngs=nnx.Rngs(0), **options
+    )
 
 
 def reader(model):
@@ -54,32 +57,56 @@ def test_what_is_taken_back_was_never_there(cache):
     back = model.rewind(late, [CHUNK, CHUNK - 3])
     (expected, _), (actual, _) = (read(TOKENS[2], state, all_valid) for state in (kept, back))
     assert_close(actual, expected, 2e-5)
-    assert model.rewind(late, 0) is not None and jax.tree.all(jax.tree.map(jnp.array_equal, model.rewind(late, 0), late))
+    assert model.rewind(late, 0) is not None and jax.tree.all(
+        jax.tree.map(jnp.array_equal, model.rewind(late, 0), late)
+    )
 
 
 def after(steps, state):
     """A state whose lengths say that it has seen so many steps."""
-    return jax.tree.map(lambda leaf: jnp.full_like(leaf, steps) if leaf.ndim == 1 and leaf.dtype == jnp.int32 else leaf, state)
+    return jax.tree.map(
+        lambda leaf: jnp.full_like(leaf, steps) if leaf.ndim == 1 and leaf.dtype == jnp.int32 else leaf, state
+    )
 
 
 @pytest.mark.parametrize(
     ("mixers", "error", "words"),
     [
-        (("attention", "mamba"), NotImplementedError, "layer 1: Mamba keeps a summary of all steps, from which none can be taken back"),
-        (("attention", "window"), ValueError, r"layer 1: steps=4 cannot be taken back: window\(8\) has overwritten"),
-        (("coded", "attention"), ValueError, r"layer 0: steps=4 cannot be taken back: full\(64\)\+int4 has coded the steps before them"),
-        (("moba_stored", "attention"), ValueError, "layer 0: steps=4 cannot be taken back: key_conv has forgotten"),
+        (
+            ("attention", "mamba"),
+            NotImplementedError,
+            "layer 1: Mamba keeps a summary of all steps, from which none can be taken back",
+        ),
+        (
+            ("attention", "window"),
+            ValueError,
+            r"layer 1: steps=4 cannot be taken back: window\(8\) has overwritten",
+        ),
+        (
+            ("coded", "attention"),
+            ValueError,
+            r"layer 0: steps=4 cannot be taken back: full\(64\)\+int4 has coded the steps before them",
+        ),
+        (
+            ("moba_stored", "attention"),
+            ValueError,
+            "layer 0: steps=4 cannot be taken back: key_conv has forgotten",
+        ),
     ],
 )
 def test_what_cannot_be_taken_back_says_where_and_why(mixers, error, words):
-    model = LanguageModel(31, 16, 2, tuple(zoo.MIXERS[name] for name in mixers), channel_mixer=None, rngs=nnx.Rngs(0))
+    model = LanguageModel(
+        31, 16, 2, tuple(zoo.MIXERS[name] for name in mixers), channel_mixer=None, rngs=nnx.Rngs(0)
+    )
     with pytest.raises(error, match=words):
         model.rewind(after(20, model.init_state(2)), 4)
 
 
 def test_steps_are_counted_backwards():
     model = language_model(Full(64))
-    with pytest.raises(ValueError, match=r"layer 0: steps must not exceed the steps seen, \[20, 20\] by row, got 21"):
+    with pytest.raises(
+        ValueError, match=r"layer 0: steps must not exceed the steps seen, \[20, 20\] by row, got 21"
+    ):
         model.rewind(after(20, model.init_state(2)), 21)
     with pytest.raises(ValueError, match="layer 0: steps must be 0 or more, got -1"):
         model.rewind(after(20, model.init_state(2)), -1)
@@ -94,7 +121,9 @@ def test_blocks_that_were_overwritten_cannot_be_taken_back():
     mixer = Attention(16, heads=2, cache=MoBA(4, 2, None, stored=3), rngs=nnx.Rngs(0))
     state = after(23, mixer.init_state(1))
     assert mixer.rewind(state, 3).cache.length.tolist() == [20]
-    with pytest.raises(ValueError, match=r"steps=4 cannot be taken back: window\(12\)\+moba\(4, 2\) has overwritten"):
+    with pytest.raises(
+        ValueError, match=r"steps=4 cannot be taken back: window\(12\)\+moba\(4, 2\) has overwritten"
+    ):
         mixer.rewind(state, 4)
 
 
@@ -110,10 +139,16 @@ def test_a_stream_goes_on_from_an_earlier_token():
     assert [token.token for token in again if token.row == 1][:3] == rows[1][-3:]
 
 
-@pytest.mark.parametrize("cache", [Full(12, grows=True), pytest.param(MoBA(4, 3, 12, grows=True), marks=slow)], ids=str)
+@pytest.mark.parametrize(
+    "cache", [Full(12, grows=True), pytest.param(MoBA(4, 3, 12, grows=True), marks=slow)], ids=str
+)
 def test_memory_that_grows_was_always_there(cache):
-    """Doubled twice and more, in the middle of a stream; the tokens are those of a cache that was large enough from the start."""
-    model, large = language_model(cache), language_model(type(cache)(**{**vars(cache), "capacity": 48, "grows": False}))
+    """Doubled twice and more, in the middle of a stream; the tokens are those of a cache that was large
+    enough from the start."""
+    model, large = (
+        language_model(cache),
+        language_model(type(cache)(**{**vars(cache), "capacity": 48, "grows": False})),
+    )
     for net in (model, large):
         net.embedding.weight[...] *= 20
     options = {"max_tokens": 30, "seed": 3, "block": 8, "prefill_chunks": (4,)}
@@ -139,7 +174,10 @@ def test_a_saved_state_is_not_overwritten_unasked(tmp_path):
 @pytest.mark.parametrize(
     "cache",
     [
-        *[pytest.param(cache, marks=slow) for cache in (Full(64), Window(8, sinks=2), Quantized(64, bits=4, group=4, residual=8))],
+        *[
+            pytest.param(cache, marks=slow)
+            for cache in (Full(64), Window(8, sinks=2), Quantized(64, bits=4, group=4, residual=8))
+        ],
         MoBA(4, 3, None, stored=4),
     ],
     ids=str,

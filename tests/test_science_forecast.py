@@ -1,9 +1,11 @@
-"""A trained TSM2 against the two forecasters that it has to beat, on measured series that come with statsmodels.
+"""A trained TSM2 against the two forecasters that it has to beat, on measured series that come with
+statsmodels.
 
     pytest tests/test_science_forecast.py -s        prints the table, in two or three minutes
 
-The runs are those of `seqlab train tsm2`, with what the table says changed. The linear forecaster is the best of eight on the validation
-split (subtracting a window's last value or not, four penalties); of TSM2 the last parameters are taken. The test split is looked at once.
+The runs are those of `seqlab train tsm2`, with what the table says changed. The linear forecaster is the best
+of eight on the validation split (subtracting a window's last value or not, four penalties); of TSM2 the last
+parameters are taken. The test split is looked at once.
 """
 
 import fiddle as fdl
@@ -50,8 +52,15 @@ def changed(*assignments, streaming=False):
 def compare(label, cfg, workdir):
     """The squared errors by forecaster, on training and test windows."""
     data = config.build(cfg).data
-    forecasters = {"last value": last_value(data.horizon), "linear": linear(data), "TSM2": trained(cfg, workdir)}
-    print(f"\n{label}: {len(data.train(0))} windows to train on, {len(data.test())} to test, {data.length} steps -> {data.horizon}")
+    forecasters = {
+        "last value": last_value(data.horizon),
+        "linear": linear(data),
+        "TSM2": trained(cfg, workdir),
+    }
+    print(
+        f"\n{label}: {len(data.train(0))} windows to train on, {len(data.test())} to test, {data.length} "
+        f"steps -> {data.horizon}"
+    )
     train, test = {}, {}
     for name, predict in forecasters.items():
         train[name], (test[name], absolute) = scores(predict, data.train(0)).mse, scores(predict, data.test())
@@ -68,8 +77,10 @@ def test_tsm2_beats_the_baselines_on_carbon_dioxide(tmp_path):
     """48 weeks show less than one season, and season and trend bend: the linear forecaster is left behind."""
     train, test = compare("co2", changed(), tmp_path)
     claim = (
-        "Weekly carbon dioxide at Mauna Loa: 48 weeks in, the next 24 out (`seqlab train tsm2`), beside the last value repeated and "
-        "the best of eight linear forecasters. Splits in time, as in the TSM2 paper; values standardised by the training split."
+        "Weekly carbon dioxide at Mauna Loa: 48 weeks in, the next 24 out (`seqlab train tsm2`), beside "
+        "the last value repeated and "
+        "the best of eight linear forecasters. Splits in time, as in the TSM2 paper; values standardised "
+        "by the training split."
     )
     keep("forecasting", "Forecasting carbon dioxide", claim, train, test)
     assert test["TSM2"] < 0.85 * test["linear"] < 0.85 * test["last value"]
@@ -81,17 +92,27 @@ def test_tsm2_that_streams_beats_them_too(tmp_path):
 
 
 def test_two_years_in_the_window_make_the_linear_forecaster_as_good(tmp_path):
-    _, test = compare("co2, two years", changed("data.length=104", "model.length=104", "model.patch=16", "model.stride=8"), tmp_path)
+    _, test = compare(
+        "co2, two years",
+        changed("data.length=104", "model.length=104", "model.patch=16", "model.stride=8"),
+        tmp_path,
+    )
     assert test["TSM2"] < 1.2 * test["linear"] < test["last value"]
 
 
 def test_on_el_nino_tsm2_learns_its_few_windows_by_heart(tmp_path):
-    """Closer to its 477 training windows than the linear forecaster, and no better on the test: a win here would be news."""
-    cfg = changed("data.name=elnino", "data.length=24", "data.horizon=12", "model.length=24", "model.horizon=12", "model.reversible=False")
-    train, test = compare("elnino", cfg, tmp_path)
-    claim = (
-        "Where TSM2 does not win: sea temperatures of El Nino, 24 months in and 12 out, are 477 training windows. It learns them by heart."
+    """Closer to its 477 training windows than the linear forecaster, and no better on the test: a win here
+    would be news."""
+    cfg = changed(
+        "data.name=elnino",
+        "data.length=24",
+        "data.horizon=12",
+        "model.length=24",
+        "model.horizon=12",
+        "model.reversible=False",
     )
+    train, test = compare("elnino", cfg, tmp_path)
+    claim = "Where TSM2 does not win: sea temperatures of El Nino, 24 months in and 12 out, are 477 training windows. It learns them by heart."
     keep("forecasting_few", "Forecasting from few windows", claim, train, test)
     assert test["TSM2"] < 0.25 * test["last value"]
     assert train["TSM2"] < 0.8 * train["linear"] and test["TSM2"] > test["linear"]

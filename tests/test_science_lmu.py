@@ -1,4 +1,5 @@
-"""What the LMU is for: a memory from which the window can be read back, and answers that grow better while a sequence is still arriving."""
+"""What the LMU is for: a memory from which the window can be read back, and answers that grow better while a
+sequence is still arriving."""
 
 import functools
 
@@ -27,25 +28,33 @@ def signal(steps):
 
 
 def reading_error(delay, shift):
-    """The largest error of the input `delay` steps ago as the memory has it, relative to the signal's size, once the window is full."""
+    """The largest error of the input `delay` steps ago as the memory has it, relative to the signal's size,
+    once the window is full."""
     u = signal(600)
     m, _ = lmu(jnp.asarray(u, jnp.float32)[None, :, None], *legendre(ORDER, THETA))
-    read = np.asarray(m[0, :, 0], np.float64) @ delay_decoder(ORDER, THETA, np.array([min(delay + shift, THETA)]))[0]
+    read = (
+        np.asarray(m[0, :, 0], np.float64)
+        @ delay_decoder(ORDER, THETA, np.array([min(delay + shift, THETA)]))[0]
+    )
     return np.abs(read[200:] - u[200 - delay : 600 - delay]).max() / np.abs(u).max()
 
 
 def test_a_delay_line_gives_back_its_window():
-    """Twelve numbers hold 64 steps of two sinusoids to a few thousandths, if one knows that a zero-order hold comes half a step late."""
+    """Twelve numbers hold 64 steps of two sinusoids to a few thousandths, if one knows that a zero-order hold
+    comes half a step late."""
     inside = {delay: reading_error(delay, 0.5) for delay in range(8, 64, 5)}
     claim = (
-        "Two sinusoids go into a Legendre memory of order 12 with a window of 64 steps; its twelve numbers are read back "
+        "Two sinusoids go into a Legendre memory of order 12 with a window of 64 steps; its twelve numbers "
+        "are read back "
         "as the signal of so many steps ago. Largest error over 400 steps, relative to the signal's size."
     )
     rows = [[delay, f"{error:.1e}"] for delay, error in {0: reading_error(0, 0.5), **inside}.items()]
     figures.keep("delay_line", "An LMU gives back its window", claim, ["steps ago", "error"], rows)
     assert max(inside.values()) < 3e-3, inside
     assert 0.05 < reading_error(32, 0.0) < 0.12  # without the half step
-    assert 0.01 < reading_error(0, 0.5) < 0.06  # the newest input is the least known: the polynomials end there
+    assert (
+        0.01 < reading_error(0, 0.5) < 0.06
+    )  # the newest input is the least known: the polynomials end there
 
 
 def test_a_longer_window_than_the_order_can_hold_loses_what_is_fast():
@@ -65,16 +74,23 @@ def digits():
 
     held_out = Digits().validation()
     examples = [held_out[i] for i in range(len(held_out))]
-    return Digits().train(0), np.stack([e["inputs"] for e in examples]), np.array([e["targets"][-1] for e in examples])
+    return (
+        Digits().train(0),
+        np.stack([e["inputs"] for e in examples]),
+        np.array([e["targets"][-1] for e in examples]),
+    )
 
 
 def trained(epochs, **options):
-    """A small causal LMUFormer that has learnt to name a digit at the last of its 64 pixels, and the losses on the way."""
+    """A small causal LMUFormer that has learnt to name a digit at the last of its 64 pixels, and the losses
+    on the way."""
     from seqlab.train.data import Batches
 
     train, _, _ = digits()
     steps = epochs * len(train) // 64
-    static, params = split(LMUFormer(1, 10, dim=32, theta=64.0, expand=2, centred=False, rngs=nnx.Rngs(0), **options))
+    static, params = split(
+        LMUFormer(1, 10, dim=32, theta=64.0, expand=2, centred=False, rngs=nnx.Rngs(0), **options)
+    )
     optimizer = adamw(steps, peak=1e-2, warmup=10, weight_decay=0.01)
     state, losses = init_state(static, params, optimizer), []
     step = jax.jit(functools.partial(train_step, static, optimizer, next_token_loss, 1))
@@ -103,11 +119,19 @@ def test_the_answer_to_a_digit_grows_better_with_every_row_that_has_arrived():
         ax.set(xlabel="pixels seen, of 64", ylabel="accuracy", ylim=(0, 1))
 
     claim = (
-        "Handwritten digits arrive one pixel at a time at a causal LMUFormer (one block of width 32, eight passes over the training "
+        "Handwritten digits arrive one pixel at a time at a causal LMUFormer (one block of width 32, eight "
+        "passes over the training "
         "images); what it says at every step about 360 images that it has not seen."
     )
     rows = [[n, f"{right[n - 1]:.3f}"] for n in (8, 16, 24, 32, 40, 48, 56, 64)]
-    figures.keep("digits_seen", "Answers grow better while a sequence arrives", claim, ["pixels seen", "accuracy"], rows, draw)
+    figures.keep(
+        "digits_seen",
+        "Answers grow better while a sequence arrives",
+        claim,
+        ["pixels seen", "accuracy"],
+        rows,
+        draw,
+    )
     assert right[-1] >= 0.93, right
     assert (np.diff(seen) > 0.08).all(), seen
     assert right[55] >= 0.85, "an eighth of the sequence need not be read"

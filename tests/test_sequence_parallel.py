@@ -1,4 +1,5 @@
-"""Clause C5: a sequence split over 2, 4 and 8 devices equals one, in value and gradient, with messages between neighbours alone."""
+"""Clause C5: a sequence split over 2, 4 and 8 devices equals one, in value and gradient, with messages
+between neighbours alone."""
 
 import functools
 import re
@@ -28,15 +29,21 @@ def on(devices):
 
 def flags(time=TIME):
     rng = np.random.default_rng(0)
-    return {"reset": jnp.asarray(rng.random((B, time)) < 0.1), "valid": jnp.asarray(rng.random((B, time)) < 0.8)}
+    return {
+        "reset": jnp.asarray(rng.random((B, time)) < 0.1),
+        "valid": jnp.asarray(rng.random((B, time)) < 0.8),
+    }
 
 
 def gradients_and_values(function, **fixed):
-    """A compiled function of a dictionary of arrays: the gradients of a projection of all results, and these."""
+    """A compiled function of a dictionary of arrays: the gradients of a projection of all results, and
+    these."""
 
     def loss(arrays):
         results = function(**arrays, **fixed)
-        finite = [jnp.where(jnp.isfinite(x), x, 0) for x in results]  # the lse of a query that sees nothing is -inf
+        finite = [
+            jnp.where(jnp.isfinite(x), x, 0) for x in results
+        ]  # the lse of a query that sees nothing is -inf
         return sum(jnp.sum(x * random(i, *x.shape, dtype=x.dtype)) for i, x in enumerate(finite)), finite
 
     return jax.jit(jax.grad(loss, has_aux=True), compiler_options=compiler_options(make_mesh()))
@@ -48,12 +55,26 @@ def gradients_and_values(function, **fixed):
 def linear_operations():
     k = random(3, B, TIME, 2, 3)
     k = k / jnp.linalg.norm(k, axis=-1, keepdims=True)
-    attend = {"q": random(1, B, TIME, 2, 3), "k": k, "v": random(2, B, TIME, 4, 5), "initial_state": random(7, B, 4, 3, 5)}
+    attend = {
+        "q": random(1, B, TIME, 2, 3),
+        "k": k,
+        "v": random(2, B, TIME, 4, 5),
+        "initial_state": random(7, B, 4, 3, 5),
+    }
     channels, heads = (-jax.nn.softplus(random(4, B, TIME, 4, *more)) for more in ((3,), ()))
     beta = jax.nn.sigmoid(random(5, B, TIME, 4))
-    scan = {"u": random(1, B, TIME, 3), "delta": jax.nn.softplus(random(2, B, TIME, 3)), "A": -jnp.exp(random(3, 3, 2))}
+    scan = {
+        "u": random(1, B, TIME, 3),
+        "delta": jax.nn.softplus(random(2, B, TIME, 3)),
+        "A": -jnp.exp(random(3, 3, 2)),
+    }
     scan |= {"B": random(4, B, TIME, 2), "C": random(5, B, TIME, 2), "initial_state": random(6, B, 3, 2)}
-    conv = {"x": random(1, B, TIME, 3), "weight": random(2, 6, 3), "bias": random(3, 3), "initial_state": random(4, B, 5, 3)}
+    conv = {
+        "x": random(1, B, TIME, 3),
+        "weight": random(2, 6, 3),
+        "bias": random(3, 3),
+        "initial_state": random(4, B, 5, 3),
+    }
     memory = functools.partial(kernels.lmu, A=legendre(5, 9.0)[0], B=legendre(5, 9.0)[1])
     return {
         "conv": (kernels.conv, conv),
@@ -61,7 +82,10 @@ def linear_operations():
         "lmu": (memory, {"u": random(1, B, TIME, 2), "initial_state": random(2, B, 2, 5)}),
         "decay": (kernels.linear_attention, attend | {"decay": channels}),
         "delta rule": (kernels.linear_attention, attend | {"decay": heads, "beta": beta}),
-        "a delta rule a value": (kernels.linear_attention, attend | {"beta": jnp.repeat(beta[..., None], 5, -1)}),
+        "a delta rule a value": (
+            kernels.linear_attention,
+            attend | {"beta": jnp.repeat(beta[..., None], 5, -1)},
+        ),
     }
 
 
@@ -70,7 +94,9 @@ SLOW = [pytest.mark.slow]
 
 @pytest.mark.parametrize("devices", [pytest.param(2, marks=SLOW), pytest.param(4, marks=SLOW), 8])
 @pytest.mark.parametrize("packed", [pytest.param(False, marks=SLOW), True])
-@pytest.mark.parametrize("name", ["conv", "scan", "lmu", "decay", "delta rule", pytest.param("a delta rule a value", marks=SLOW)])
+@pytest.mark.parametrize(
+    "name", ["conv", "scan", "lmu", "decay", "delta rule", pytest.param("a delta rule a value", marks=SLOW)]
+)
 def test_linear_recurrences(name, packed, devices):
     operation, arrays = linear_operations()[name]
     run = gradients_and_values(operation, **(flags() if packed else {}))
@@ -90,7 +116,9 @@ ATTENTION = {
 
 @pytest.mark.parametrize("devices", [pytest.param(2, marks=SLOW), pytest.param(4, marks=SLOW), 8])
 @pytest.mark.parametrize("kind", ATTENTION)
-@pytest.mark.parametrize("layout", ["contiguous", pytest.param("zigzag", marks=SLOW), pytest.param("striped", marks=SLOW)])
+@pytest.mark.parametrize(
+    "layout", ["contiguous", pytest.param("zigzag", marks=SLOW), pytest.param("striped", marks=SLOW)]
+)
 def test_ring_attention(layout, kind, devices):
     run, arrays = attention(kind)
     expected = run(arrays)
@@ -108,7 +136,12 @@ def test_ring_attention_in_other_layouts(layout, devices):
 
 def attention(kind):
     """Grouped heads, a sink, and for "packed" documents of any length and padding."""
-    arrays = {"q": random(1, B, TIME, 4, 3), "k": random(2, B, TIME, 2, 3), "v": random(3, B, TIME, 2, 5), "sink_logits": random(4, 4)}
+    arrays = {
+        "q": random(1, B, TIME, 4, 3),
+        "k": random(2, B, TIME, 2, 3),
+        "v": random(3, B, TIME, 2, 5),
+        "sink_logits": random(4, 4),
+    }
     options = ATTENTION[kind]
     if kind == "packed":
         where = segments((B, TIME), 0, **flags())
@@ -143,18 +176,36 @@ def test_running_counts():
 # --- mixers and models
 
 COUNTS = (2, 4, 8)
-# Of every kind of exchange one on all of them; the others on one each, in turn; stacks of parts that are there themselves on two.
-KINDS = ("attention_gqa_norm", "window", "mamba", "gated_linear", "delta", "lmu", "lmu_cell", "pooling", "wavelets")
+# Of every kind of exchange one on all of them; the others on one each, in turn; stacks of parts that are
+# there themselves on two.
+KINDS = (
+    "attention_gqa_norm",
+    "window",
+    "mamba",
+    "gated_linear",
+    "delta",
+    "lmu",
+    "lmu_cell",
+    "pooling",
+    "wavelets",
+)
 STACKS = ("mamba_mixer_stack", "lmuformer", "lmuformer_causal")
 LONG = ("lmuformer_spiking", "lmuformer_spiking_causal", "streaming_tsm2")  # to compile: slow tests alone
 QUICK = [name for name in zoo.MIXERS if name not in LONG]
-IN_TURN = {name: (COUNTS[i % 3],) for i, name in enumerate(QUICK)} | dict.fromkeys(KINDS, COUNTS) | dict.fromkeys(STACKS, (2,))
+IN_TURN = (
+    {name: (COUNTS[i % 3],) for i, name in enumerate(QUICK)}
+    | dict.fromkeys(KINDS, COUNTS)
+    | dict.fromkeys(STACKS, (2,))
+)
 
 
 def checked(name, devices, **options):
-    """Raise where devices differ. What chooses blocks, or rounds to codes, does so otherwise now and then in float32 after other sums."""
+    """Raise where devices differ. What chooses blocks, or rounds to codes, does so otherwise now and then in
+    float32 after other sums."""
     dtype = "float64" if name.startswith(("coded", "moba")) else None
-    verify_devices(zoo.mixer(name) if name in zoo.MIXERS else zoo.model(name), devices, dtype=dtype, **options).raise_for_failure()
+    verify_devices(
+        zoo.mixer(name) if name in zoo.MIXERS else zoo.model(name), devices, dtype=dtype, **options
+    ).raise_for_failure()
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -194,7 +245,8 @@ def test_a_mixer_of_ones_own_that_is_wrong_is_found():
 
 
 def compiled_gradient(net, time, devices=8, batch=1, packed=False):
-    """A compiled training gradient of `net` whose inputs lie in stretches, `packed` with the flags of where sequences begin."""
+    """A compiled training gradient of `net` whose inputs lie in stretches, `packed` with the flags of where
+    sequences begin."""
     static, params = split(net)
     place = NamedSharding(make_mesh(data=1, sequence=devices), PartitionSpec(None, "sequence"))
     x = jax.ShapeDtypeStruct((batch, time, 16), jnp.float32, sharding=place)
@@ -211,7 +263,9 @@ def compiled_gradient(net, time, devices=8, batch=1, packed=False):
 def test_stretches_stay_where_they_are(name, packed):
     """What devices send are permutes of neighbours and sums of gradients: nothing gathers the sequence."""
     text = compiled_gradient(zoo.mixer(name), 64, packed=packed).as_text()
-    sent = re.findall(r" (all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter)(?:-start)?\(", text)
+    sent = re.findall(
+        r" (all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter)(?:-start)?\(", text
+    )
     assert set(sent) == {"collective-permute", "all-reduce"}, sorted(set(sent))
 
 

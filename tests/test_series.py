@@ -1,4 +1,5 @@
-"""Forecasting data, losses and baselines: the borders of the field, what lies in which split, numbers worked out by hand."""
+"""Forecasting data, losses and baselines: the borders of the field, what lies in which split, numbers worked
+out by hand."""
 
 import dataclasses
 import sys
@@ -15,7 +16,10 @@ from seqlab.train.series import CsvSeries, SeriesWindows, StatsmodelsSeries, spl
 def written(folder, steps, name="series.csv", columns=("HUFL", "OT")):
     """Column c of step i is 1000 c + i."""
     lines = ["date," + ",".join(columns)]
-    lines += [f"2016-07-01 {i:05d}," + ",".join(str(1000.0 * c + i) for c in range(len(columns))) for i in range(steps)]
+    lines += [
+        f"2016-07-01 {i:05d}," + ",".join(str(1000.0 * c + i) for c in range(len(columns)))
+        for i in range(steps)
+    ]
     path = folder / name
     path.write_text("\n".join(lines) + "\n")
     return str(path)
@@ -35,7 +39,11 @@ def test_borders_are_those_of_the_field(steps, rule, ends):
 
 
 @pytest.mark.parametrize(
-    ("name", "counts"), [("ETTh1.csv", (8640 - 512 - 95, 2880 - 95, 2880 - 95)), ("exchange.csv", (10500 - 512 - 95, 1500 - 95, 3000 - 95))]
+    ("name", "counts"),
+    [
+        ("ETTh1.csv", (8640 - 512 - 95, 2880 - 95, 2880 - 95)),
+        ("exchange.csv", (10500 - 512 - 95, 1500 - 95, 3000 - 95)),
+    ],
 )
 def test_the_number_of_windows_is_that_of_the_published_tables(tmp_path, name, counts):
     data = CsvSeries(path=written(tmp_path, 15000, name), length=512, horizon=96)
@@ -60,14 +68,21 @@ def test_targets_lie_in_their_split_and_inputs_reach_back(tmp_path):
 def test_columns_are_chosen_by_name_and_a_constant_one_is_not_divided_by_nothing(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("date,x,y\n" + "".join(f"{i},{i},7\n" for i in range(40)))
-    both, one = (CsvSeries(path=str(path), length=3, horizon=2, columns=columns).train(0) for columns in (("y", "x"), ("x",)))
+    both, one = (
+        CsvSeries(path=str(path), length=3, horizon=2, columns=columns).train(0)
+        for columns in (("y", "x"), ("x",))
+    )
     assert (both[0]["inputs"][:, 0] == 0).all()
     np.testing.assert_array_equal(both[0]["inputs"][:, 1:], one[0]["inputs"])
 
 
 def test_fingerprints_differ_when_windows_do(tmp_path):
     data = CsvSeries(path=written(tmp_path, 100), length=6, horizon=4)
-    prints = {data.train(0).fingerprint, data.validation().fingerprint, dataclasses.replace(data, length=5).train(0).fingerprint}
+    prints = {
+        data.train(0).fingerprint,
+        data.validation().fingerprint,
+        dataclasses.replace(data, length=5).train(0).fingerprint,
+    }
     assert len(prints) == 3
     assert data.train(0).fingerprint == data.train(1).fingerprint
     values = np.array(data.train(0).values)
@@ -117,13 +132,18 @@ def test_baselines_find_what_they_can(tmp_path):
     windows = SeriesWindows(noise, 0, 200, 5, 2)
     x, y = stacked(windows)
     weights = np.linalg.lstsq(np.c_[x[..., 0], np.ones(len(x))], y[..., 0], rcond=None)[0]
-    np.testing.assert_allclose(least_squares(windows)(x)[..., 0], np.c_[x[..., 0], np.ones(len(x))] @ weights, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(
+        least_squares(windows)(x)[..., 0], np.c_[x[..., 0], np.ones(len(x))] @ weights, rtol=1e-6, atol=1e-9
+    )
     assert np.abs(least_squares(windows, ridge=1e9)(x)).max() < 1e-3
 
 
 def test_the_series_of_statsmodels():
     pytest.importorskip("statsmodels")
-    sizes = {name: StatsmodelsSeries(name=name, length=3, horizon=1).table() for name in ("co2", "elnino", "macrodata", "nile", "sunspots")}
+    sizes = {
+        name: StatsmodelsSeries(name=name, length=3, horizon=1).table()
+        for name in ("co2", "elnino", "macrodata", "nile", "sunspots")
+    }
     assert {name: table.values.shape for name, table in sizes.items()} == {
         "co2": (2284, 1),
         "elnino": (732, 1),
@@ -132,7 +152,10 @@ def test_the_series_of_statsmodels():
         "sunspots": (309, 1),
     }
     assert all(np.isfinite(table.values).all() for table in sizes.values())
-    assert sizes["elnino"].values[:13, 0].round(2).tolist()[::12] == [23.11, 24.19]  # January 1950, January 1951
+    assert sizes["elnino"].values[:13, 0].round(2).tolist()[::12] == [
+        23.11,
+        24.19,
+    ]  # January 1950, January 1951
     assert sizes["macrodata"].names[:3] == ("realgdp", "realcons", "realinv")
 
 

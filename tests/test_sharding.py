@@ -21,7 +21,10 @@ def test_one_device_needs_no_mesh():
 def test_rules_split_what_divides():
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2, "sequence": 1}
-    specs = {name: sharding.spec for name, sharding in param_shardings(params_of(zoo.model("lm_hybrid")), mesh).items()}
+    specs = {
+        name: sharding.spec
+        for name, sharding in param_shardings(params_of(zoo.model("lm_hybrid")), mesh).items()
+    }
     assert specs["embedding.weight"] == PartitionSpec(None, "fsdp")  # 31 tokens do not split in two
     assert specs["backbone.blocks.1.mixer.qkv.weight"] == PartitionSpec("fsdp", "tensor")
     assert specs["backbone.blocks.1.mixer.out.weight"] == PartitionSpec("tensor", "fsdp")
@@ -40,12 +43,15 @@ def test_a_sharded_model_computes_the_same():
     expected = net(tokens)[0]
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, param_shardings(params, mesh))
-        logits = jax.jit(lambda params, tokens: merge(static, params)(constrain(tokens, ("data", "fsdp")))[0])(placed, tokens)
+        logits = jax.jit(
+            lambda params, tokens: merge(static, params)(constrain(tokens, ("data", "fsdp")))[0]
+        )(placed, tokens)
     np.testing.assert_allclose(np.asarray(logits), np.asarray(expected), atol=2e-5)
 
 
 @pytest.mark.parametrize(
-    ("sizes", "words"), [({"data": 3}, "does not fit 8"), ({"data": -1, "tensor": -1}, "only one"), ({"tensor": 0}, "tensor")]
+    ("sizes", "words"),
+    [({"data": 3}, "does not fit 8"), ({"data": -1, "tensor": -1}, "only one"), ({"tensor": 0}, "tensor")],
 )
 def test_meshes_that_do_not_fit_are_refused(sizes, words):
     with pytest.raises(ValueError, match=words):

@@ -23,10 +23,29 @@ LENGTH = 3 * zoo.WINDOW + 5
 
 # Gradients cost half of the compilations: for one of each kind here, for all of them in the slow tests.
 WITH_GRADIENTS = ("window_sinks_softcap", "gated_delta", "lm_hybrid")
-# Another of the same class, or one that is made of these, is in the quick tests, or a test file of their own is.
+# Another of the same class, or one that is made of these, is in the quick tests, or a test file of their own
+# is.
 VARIANTS = (
-    *("attention", "window", "coded_window", "moba", "mamba_wide_conv", "linear", "gated_linear", "selective", "grouped_channels"),
-    *("lmu_channels", "lmu_cell", "lmu_cell_dense", "lmu_cell_none", "lmuformer_mixer", "lmuformer_causal", "lmuformer_spiking"),
+    *(
+        "attention",
+        "window",
+        "coded_window",
+        "moba",
+        "mamba_wide_conv",
+        "linear",
+        "gated_linear",
+        "selective",
+        "grouped_channels",
+    ),
+    *(
+        "lmu_channels",
+        "lmu_cell",
+        "lmu_cell_dense",
+        "lmu_cell_none",
+        "lmuformer_mixer",
+        "lmuformer_causal",
+        "lmuformer_spiking",
+    ),
     *(
         "moba_stored",
         "duo",
@@ -43,15 +62,20 @@ VARIANTS = (
     ),
 )
 JUMPS = ("coded", "moba")
-QUICK = [[pytest.param(name, marks=[pytest.mark.slow] * (name in VARIANTS)) for name in names] for names in (zoo.MIXERS, zoo.MODELS)]
+QUICK = [
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in VARIANTS)) for name in names]
+    for names in (zoo.MIXERS, zoo.MODELS)
+]
 
 
 @pytest.mark.parametrize("name", QUICK[0])
 def test_mixer_obeys_the_law(name):
-    # Codes and choices jump where a number lies between two: float32's own rounding may tip one over, on one machine or another.
-    # float64's does not.
+    # Codes and choices jump where a number lies between two: float32's own rounding may tip one over, on one
+    # machine or another. float64's does not.
     dtype = "float64" if name.startswith(JUMPS) else "float32"
-    verify_streaming(zoo.mixer(name), length=LENGTH, dtype=dtype, gradients=name in WITH_GRADIENTS).raise_for_failure()
+    verify_streaming(
+        zoo.mixer(name), length=LENGTH, dtype=dtype, gradients=name in WITH_GRADIENTS
+    ).raise_for_failure()
 
 
 @pytest.mark.parametrize("name", QUICK[1])
@@ -61,14 +85,18 @@ def test_model_obeys_the_law(name):
 
 @pytest.mark.parametrize("name", ["mamba"])
 def test_mixer_obeys_the_law_in_float64(name):
-    report = verify_streaming(zoo.mixer(name), length=LENGTH, dtype="float64", gradients=name == "mamba").raise_for_failure()
+    report = verify_streaming(
+        zoo.mixer(name), length=LENGTH, dtype="float64", gradients=name == "mamba"
+    ).raise_for_failure()
     assert max(check.bound for check in report.checks) <= 5e-10
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({*zoo.MIXERS, *zoo.MODELS} - set(WITH_GRADIENTS)))
 def test_the_other_gradients_obey_the_law(name):
-    verify_streaming(zoo.mixer(name) if name in zoo.MIXERS else zoo.model(name), length=LENGTH).raise_for_failure()
+    verify_streaming(
+        zoo.mixer(name) if name in zoo.MIXERS else zoo.model(name), length=LENGTH
+    ).raise_for_failure()
 
 
 @pytest.mark.parametrize("name", ["mamba"])
@@ -90,16 +118,24 @@ def test_model_obeys_the_law_in_other_dtypes(name, dtype):
     verify_streaming(zoo.model(name, dtype), length=LENGTH).raise_for_failure()
 
 
-@pytest.mark.parametrize("length", [zoo.WINDOW - 1, zoo.WINDOW, zoo.WINDOW + 1, 2 * zoo.WINDOW, 3 * zoo.WINDOW + 5])
+@pytest.mark.parametrize(
+    "length", [zoo.WINDOW - 1, zoo.WINDOW, zoo.WINDOW + 1, 2 * zoo.WINDOW, 3 * zoo.WINDOW + 5]
+)
 @pytest.mark.parametrize("sinks", [0, 3])
 def test_window_is_the_mask(length, sinks):
-    """Streaming by chunks of every size, longer than the window included, equals dense attention under the mask."""
+    """Streaming by chunks of every size, longer than the window included, equals dense attention under the
+    mask."""
     mixer = Attention(16, heads=2, cache=Window(zoo.WINDOW, sinks=sinks), rngs=nnx.Rngs(0))
     x = jnp.asarray(np.random.default_rng(length).normal(size=(2, length, 16)), jnp.float32)
     expected = dense_attention(mixer, x, zoo.WINDOW, sinks)
     call = windowed(sinks)
     for chunk in (1, zoo.WINDOW, zoo.WINDOW + 1, length):
-        assert_close(run(mixer, x, [chunk] * (length // chunk) + [length % chunk], call), expected, 2e-5, f"chunks of {chunk}")
+        assert_close(
+            run(mixer, x, [chunk] * (length // chunk) + [length % chunk], call),
+            expected,
+            2e-5,
+            f"chunks of {chunk}",
+        )
 
 
 @functools.cache
@@ -148,7 +184,8 @@ def stepper(name):
 
 @st.composite
 def cases(draw):
-    """A split into few distinct lengths, documents that begin anywhere, rows padded on either side or holed in the middle."""
+    """A split into few distinct lengths, documents that begin anywhere, rows padded on either side or holed
+    in the middle."""
     lengths, left = [], LENGTH
     while left:
         lengths.append(draw(st.sampled_from([n for n in (1, 4, 11, LENGTH) if n <= left])))
@@ -156,12 +193,19 @@ def cases(draw):
     flags = st.lists(st.booleans(), min_size=LENGTH, max_size=LENGTH)
     reset = [draw(st.lists(st.integers(0, LENGTH - 1), max_size=3)) for _ in range(2)]
     first, last = draw(st.integers(0, LENGTH)), draw(st.integers(0, LENGTH))
-    valid = np.stack([np.arange(LENGTH) >= first, np.asarray(draw(flags)) if draw(st.booleans()) else np.arange(LENGTH) < last])
+    valid = np.stack(
+        [
+            np.arange(LENGTH) >= first,
+            np.asarray(draw(flags)) if draw(st.booleans()) else np.arange(LENGTH) < last,
+        ]
+    )
     return lengths, np.stack([np.isin(np.arange(LENGTH), r) for r in reset]), valid, draw(st.integers(0, 99))
 
 
 @pytest.mark.parametrize("name", ["window_sinks_softcap", "kimi_delta"])
-@hypothesis.settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.settings(
+    max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
+)
 @hypothesis.given(case=cases())
 def test_any_split_of_any_ragged_packed_batch_is_its_documents_one_by_one(name, case):
     lengths, reset, valid, seed = case
@@ -171,7 +215,9 @@ def test_any_split_of_any_ragged_packed_batch_is_its_documents_one_by_one(name, 
     state, outputs, start = mixer.init_state(2), [], 0
     for length in lengths:
         here = slice(start, start + length)
-        y, state = apply(params, dirty[:, here], state, jnp.asarray(reset[:, here]), jnp.asarray(valid[:, here]))
+        y, state = apply(
+            params, dirty[:, here], state, jnp.asarray(reset[:, here]), jnp.asarray(valid[:, here])
+        )
         outputs.append(y)
         start += length
     streamed = np.asarray(jnp.concatenate(outputs, axis=1))
@@ -183,7 +229,9 @@ def test_any_split_of_any_ragged_packed_batch_is_its_documents_one_by_one(name, 
             alone = mixer.init_state(1) if reset[row, step] else alone
             y, alone = apply(params, jnp.asarray(x[row : row + 1, step : step + 1]), alone, flags, ~flags)
             for name_, got in (("streamed", streamed), ("parallel", parallel)):
-                np.testing.assert_allclose(got[row, step], np.asarray(y)[0, 0], rtol=2e-5, atol=atol, err_msg=name_)
+                np.testing.assert_allclose(
+                    got[row, step], np.asarray(y)[0, 0], rtol=2e-5, atol=atol, err_msg=name_
+                )
         assert_close(take_rows(state, [row]), alone, 2e-5, "state")
 
 
@@ -259,19 +307,25 @@ def test_rotary_phases_are_those_of_the_formula():
 
 
 def test_sections_of_the_frequencies_turn_each_by_its_own_axis():
-    """By the formula; at equal positions on all axes it is the plain rotation; a video's half seconds are no rounding."""
+    """By the formula; at equal positions on all axes it is the plain rotation; a video's half seconds are no
+    rounding."""
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.normal(size=(1, 5, 2, 16)), jnp.float32)
     positions = jnp.asarray(rng.integers(0, 9, (1, 5, 3)) / 2, jnp.float32)
     first, second = np.split(np.asarray(x, np.float64), 2, axis=-1)
     axis = np.repeat([0, 1, 2], [2, 3, 3])
     angle = (np.asarray(positions)[..., axis] * 1e4 ** (-np.arange(0, 16, 2) / 16.0))[:, :, None]
-    expected = np.concatenate([first * np.cos(angle) - second * np.sin(angle), second * np.cos(angle) + first * np.sin(angle)], axis=-1)
+    expected = np.concatenate(
+        [first * np.cos(angle) - second * np.sin(angle), second * np.cos(angle) + first * np.sin(angle)],
+        axis=-1,
+    )
     assert_close(rotate(x, positions, 1e4, sections=(2, 3, 3)), expected, 2e-6)
     steps = jnp.arange(5)[None]
     same = jnp.broadcast_to(steps[..., None], (1, 5, 3))
     np.testing.assert_array_equal(rotate(x, same, 1e4, sections=(2, 3, 3)), rotate(x, steps, 1e4))
-    with pytest.raises(ValueError, match=r"sections must give each of 3 axes its part of 8 frequencies, got \(2, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"sections must give each of 3 axes its part of 8 frequencies, got \(2, 3\)"
+    ):
         rotate(x, same, 1e4, sections=(2, 3))
 
 

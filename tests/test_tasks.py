@@ -1,4 +1,5 @@
-"""Synthetic tasks: what each example promises, that answers can be found from what is shown, and what is refused."""
+"""Synthetic tasks: what each example promises, that answers can be found from what is shown, and what is
+refused."""
 
 import random
 
@@ -69,12 +70,22 @@ def solve(name, inputs, step):
 
 @pytest.mark.parametrize("name", [name for name in TASKS if name != "digits"])
 def test_every_answer_follows_from_what_was_shown(name):
-    answers = {"mqar": 5, "mqar_filled": 5, "induction_long": 3, "copying": 4, "selective_copying": 4, "passkeys": 8}.get(name, 1)
+    answers = {
+        "mqar": 5,
+        "mqar_filled": 5,
+        "induction_long": 3,
+        "copying": 4,
+        "selective_copying": 4,
+        "passkeys": 8,
+    }.get(name, 1)
     for i, item in enumerate(TASKS[name].validation()):
         if name == "passkeys_mixed":
             answers = 2 * (3 if i < 10 else 1)
         assert item["inputs"].dtype == item["targets"].dtype == np.int32
-        assert item["inputs"].min() >= 0 and max(item["inputs"].max(), item["targets"].max()) < TASKS[name].tokenizer.vocab_size
+        assert (
+            item["inputs"].min() >= 0
+            and max(item["inputs"].max(), item["targets"].max()) < TASKS[name].tokenizer.vocab_size
+        )
         steps = np.flatnonzero(item["valid"])
         assert len(steps) == answers
         assert [solve(name, item["inputs"], step) for step in steps] == item["targets"][steps].tolist()
@@ -87,7 +98,9 @@ def test_data_are_a_function_of_the_seed_and_held_out_data_are_apart(name):
     train, again, other, held_out = task.train(3), task.train(3), task.train(4), task.validation()
     assert (len(held_out), task.validation().fingerprint) == (task.held_out, held_out.fingerprint)
     assert train.fingerprint == again.fingerprint != held_out.fingerprint
-    assert (train.fingerprint == other.fingerprint) == (name == "digits"), "digits are the same images in another order"
+    assert (train.fingerprint == other.fingerprint) == (name == "digits"), (
+        "digits are the same images in another order"
+    )
     np.testing.assert_array_equal(train[7]["inputs"], again[7]["inputs"])
     seen = {row.tobytes() for row in train.inputs}
     assert not any(row.tobytes() in seen for row in held_out.inputs)
@@ -110,13 +123,18 @@ def test_pass_keys_stand_where_they_are_put_and_are_asked_for_once_each():
         asked = quiz(np.random.default_rng(1), hay, keys=1, depth=depth)
         for row, question, answer, before in zip(*(x.astype(np.uint8) for x in asked), hay, strict=True):
             needle = question[0].tobytes() + answer[0].tobytes()
-            assert row.tobytes() == before[:place].tobytes() + needle + before[place : 60 - len(needle)].tobytes()
+            assert (
+                row.tobytes()
+                == before[:place].tobytes() + needle + before[place : 60 - len(needle)].tobytes()
+            )
             assert needle[:1] + needle[6:] == b"<>" and needle[2:6].isdigit()
     several = quiz(np.random.default_rng(2), hay, keys=4, digits=3)
     text = bytes(several.joined()[2].astype(np.uint8))
     needles = [text[60 + 6 * i : 66 + 6 * i] for i in range(4)]
     assert len(text) == 84 and all(text.count(needle) == 2 for needle in needles) and len(set(needles)) == 4
-    with pytest.raises(ValueError, match="haystacks must have at least 64 bytes for keys=9 of 7 bytes, got 60"):
+    with pytest.raises(
+        ValueError, match="haystacks must have at least 64 bytes for keys=9 of 7 bytes, got 60"
+    ):
         quiz(np.random.default_rng(0), hay, keys=9)
     with pytest.raises(ValueError, match=r"keys must not exceed the \d+ names that the text leaves, got 27"):
         quiz(np.random.default_rng(0), haystacks(np.random.default_rng(0), 1, 400), keys=27)
@@ -126,7 +144,9 @@ def test_pass_keys_stand_where_they_are_put_and_are_asked_for_once_each():
 
 @pytest.mark.parametrize("triggers, copied", [(1, 1), (3, 2), (6, 1)])
 def test_induction_repeats_what_stood_behind_every_sign(triggers, copied):
-    sequences = induction(np.random.default_rng(0), 200, vocab_size=9, length=16, copied=copied, triggers=triggers)
+    sequences = induction(
+        np.random.default_rng(0), 200, vocab_size=9, length=16, copied=copied, triggers=triggers
+    )
     sign = Induction(vocab_size=9, length=16).tokenizer.names.index("=>")
     counts = set()
     for row in sequences:
@@ -138,8 +158,13 @@ def test_induction_repeats_what_stood_behind_every_sign(triggers, copied):
 
 
 def test_mqar_power_says_how_far_the_queries_stand():
-    mean = [np.nonzero(MQAR(length=128, pairs=4, power=power, **SMALL).train(0).labels != IGNORE)[1].mean() for power in (0.01, 1.0)]
-    assert mean[0] < 40 < 60 < mean[1] < 76  # near the 8 steps of the pairs; anywhere from 8 to 128: in the mean 68
+    mean = [
+        np.nonzero(MQAR(length=128, pairs=4, power=power, **SMALL).train(0).labels != IGNORE)[1].mean()
+        for power in (0.01, 1.0)
+    ]
+    assert (
+        mean[0] < 40 < 60 < mean[1] < 76
+    )  # near the 8 steps of the pairs; anywhere from 8 to 128: in the mean 68
 
 
 def test_digits_are_what_scikit_learn_has():
@@ -171,7 +196,10 @@ def test_listops_values(text, value):
 
 
 def test_listops_brackets_are_the_originals():
-    assert bracketed(Symbols(TOKENS).encode("[MAX 4 [SM 1 2 ] ]")) == "( ( ( [MAX 4 ) ( ( ( [SM 1 ) 2 ) ] ) ) ] )"
+    assert (
+        bracketed(Symbols(TOKENS).encode("[MAX 4 [SM 1 2 ] ]"))
+        == "( ( ( [MAX 4 ) ( ( ( [SM 1 ) 2 ) ] ) ) ] )"
+    )
 
 
 @pytest.mark.parametrize("text", ["", "1 2", "]", "[MAX ]", "[MAX 1", "[MAX 1 ] ]"])
@@ -203,14 +231,22 @@ def test_symbols_are_a_tokenizer():
 @pytest.mark.parametrize(
     "task, options, message",
     [
-        (MQAR, {"length": 30, "pairs": 8}, r"length must be an integer of at least 32 \(4 \* pairs, pairs=8\), got 30"),
+        (
+            MQAR,
+            {"length": 30, "pairs": 8},
+            r"length must be an integer of at least 32 \(4 \* pairs, pairs=8\), got 30",
+        ),
         (MQAR, {"length": 33, "pairs": 8}, "length must be even, got 33"),
         (MQAR, {"vocab_size": 17}, "vocab_size must be an integer of at least 18"),
         (MQAR, {"power": 0.0}, "power must be positive"),
         (Induction, {"length": 5, "copied": 2}, "length must be an integer of at least 6"),
         (AssociativeRecall, {"length": 20, "keys": 2}, r"length must be a multiple of keys \+ 1 = 3, got 20"),
         (AssociativeRecall, {"keys": 0}, "keys must be an integer of at least 1"),
-        (Copying, {"length": 10, "data": 8}, r"length must be an integer of at least 16 \(2 \* data, data=8\), got 10"),
+        (
+            Copying,
+            {"length": 10, "data": 8},
+            r"length must be an integer of at least 16 \(2 \* data, data=8\), got 10",
+        ),
         (Copying, {"alphabet": True}, "alphabet must be an integer of at least 3 .*, got True"),
         (ListOps, {"arguments": 1}, "arguments must be an integer of at least 2"),
         (Passkeys, {"keys": ()}, r"keys must be a number, or several, got \(\)"),
@@ -236,7 +272,11 @@ def test_metrics_count_what_is_scored():
     def model(inputs, state, reset, valid):
         return jnp.eye(4)[inputs] * 2.0, state  # the likeliest token is the one shown
 
-    batch = {"inputs": np.array([[0, 1, 2, 3]]), "targets": np.array([[0, 1, 0, 3]]), "valid": np.array([[True, False, True, True]])}
+    batch = {
+        "inputs": np.array([[0, 1, 2, 3]]),
+        "targets": np.array([[0, 1, 0, 3]]),
+        "valid": np.array([[True, False, True, True]]),
+    }
     assert [float(x) for x in accuracy(model, batch)] == [2.0, 3.0]
     loss, count = bits_per_token(model, batch)
     right = np.log2(np.exp(2) + 3) - 2 / np.log(2)

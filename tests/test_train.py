@@ -1,4 +1,5 @@
-"""Training: the loss falls, parts of a batch add up, divergence changes nothing, and an interrupted run is the uninterrupted one."""
+"""Training: the loss falls, parts of a batch add up, divergence changes nothing, and an interrupted run is
+the uninterrupted one."""
 
 import dataclasses
 import functools
@@ -49,8 +50,17 @@ class Text:
 
 
 def experiment(**options):
-    model = functools.partial(LanguageModel, 256, 16, 2, (zoo.MIXERS["gated_linear_conv"], zoo.MIXERS["window"]))
-    defaults = {"steps": 30, "batch_size": 8, "log_every": 5, "validate_every": 30, "checkpoint_every": 7, "validation_windows": 16}
+    model = functools.partial(
+        LanguageModel, 256, 16, 2, (zoo.MIXERS["gated_linear_conv"], zoo.MIXERS["window"])
+    )
+    defaults = {
+        "steps": 30,
+        "batch_size": 8,
+        "log_every": 5,
+        "validate_every": 30,
+        "checkpoint_every": 7,
+        "validation_windows": 16,
+    }
     return Experiment(model, Text(), functools.partial(adamw, peak=1e-2, warmup=3), **defaults | options)
 
 
@@ -80,7 +90,8 @@ def test_a_run_learns_and_leaves_what_it_promises(finished):
 
 
 def test_an_interrupted_run_ends_bit_identical(finished, tmp_path, monkeypatch):
-    """Twice by SIGTERM between steps, resumed by the same call; the second time from a checkpoint of the resumed run."""
+    """Twice by SIGTERM between steps, resumed by the same call; the second time from a checkpoint of the
+    resumed run."""
     for at in (9, 17):
         from seqlab.train import loop
 
@@ -99,7 +110,9 @@ def test_an_interrupted_run_ends_bit_identical(finished, tmp_path, monkeypatch):
     result = run(experiment(), tmp_path)
     assert_identical(result.state, finished[0].state)
     read = lambda folder: {  # noqa: E731
-        (row["step"], row["loss"]) for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in row
+        (row["step"], row["loss"])
+        for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        if "loss" in row
     }
     assert dict(read(finished[1]))[30] == dict(read(tmp_path))[30]
 
@@ -114,7 +127,9 @@ def test_a_run_does_not_go_on_with_other_data(finished):
 def test_a_finished_run_is_left_alone(finished):
     before = sorted((path, path.stat().st_mtime_ns) for path in (finished[1] / "checkpoints").rglob("*"))
     assert run(experiment(), finished[1]).step == 30
-    assert before == sorted((path, path.stat().st_mtime_ns) for path in (finished[1] / "checkpoints").rglob("*"))
+    assert before == sorted(
+        (path, path.stat().st_mtime_ns) for path in (finished[1] / "checkpoints").rglob("*")
+    )
 
 
 def small_step(accumulate=1, loss=next_token_loss):
@@ -127,8 +142,15 @@ def small_step(accumulate=1, loss=next_token_loss):
 def batch(seed=0, rows=8, length=12):
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, 31, (rows, length + 1)).astype(np.int32)
-    valid = np.arange(length)[None] < rng.integers(3, length, (rows, 1))  # unequal weights, so that a mean of means would be wrong
-    return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "valid": valid, "reset": rng.random((rows, length)) < 0.1}
+    valid = np.arange(length)[None] < rng.integers(
+        3, length, (rows, 1)
+    )  # unequal weights, so that a mean of means would be wrong
+    return {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "valid": valid,
+        "reset": rng.random((rows, length)) < 0.1,
+    }
 
 
 @pytest.mark.parametrize("accumulate", [8])
@@ -161,9 +183,13 @@ def test_a_batch_that_is_not_finite_changes_nothing():
 def test_a_run_that_diverges_stops_with_the_step_and_keeps_the_good_checkpoint(tmp_path):
     def spoilt(model, data, bad=b"o"[0]):
         total, count = next_token_loss(model, data)
-        return total + jnp.where(jnp.mean(model.embedding.weight[...] ** 2) > 5e-4, jnp.inf, 0.0), count  # once it has moved far enough
+        return total + jnp.where(
+            jnp.mean(model.embedding.weight[...] ** 2) > 5e-4, jnp.inf, 0.0
+        ), count  # once it has moved far enough
 
-    with pytest.raises(NonFiniteError, match=r"step (\d+): loss inf.*last good checkpoint is step \d+") as error:
+    with pytest.raises(
+        NonFiniteError, match=r"step (\d+): loss inf.*last good checkpoint is step \d+"
+    ) as error:
         run(experiment(loss=spoilt, checkpoint_every=2, log_every=1), tmp_path)
     at = int(str(error.value).split()[1].rstrip(":"))
     saved = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
@@ -172,11 +198,24 @@ def test_a_run_that_diverges_stops_with_the_step_and_keeps_the_good_checkpoint(t
 
 def test_schedule_and_decay():
     rate = schedule(100, peak=1.0, final=0.1, warmup=10)
-    np.testing.assert_allclose([rate(0), rate(5), rate(10), rate(55), rate(100)], [0, 0.5, 1, 0.55, 0.1], atol=1e-6)
+    np.testing.assert_allclose(
+        [rate(0), rate(5), rate(10), rate(55), rate(100)], [0, 0.5, 1, 0.55, 0.1], atol=1e-6
+    )
     params = split(zoo.model("lm_hybrid"))[1]
     spared = {name for name, acts in decayed(params).items() if not acts}
-    assert {"backbone.norm.weight", "backbone.blocks.0.mixer.A_log", "backbone.blocks.0.mixer.dt_proj.bias"} <= spared
-    assert not {"embedding.weight", "backbone.blocks.1.mixer.qkv.weight", "backbone.blocks.0.mixer.x_proj.weight"} & spared
+    assert {
+        "backbone.norm.weight",
+        "backbone.blocks.0.mixer.A_log",
+        "backbone.blocks.0.mixer.dt_proj.bias",
+    } <= spared
+    assert (
+        not {
+            "embedding.weight",
+            "backbone.blocks.1.mixer.qkv.weight",
+            "backbone.blocks.0.mixer.x_proj.weight",
+        }
+        & spared
+    )
 
 
 @pytest.mark.parametrize(
@@ -203,13 +242,32 @@ def test_train_state_survives_the_checkpoint_form():
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill -9", "SIGTERM"])
 def test_killed_at_five_random_moments_a_run_ends_bit_identical(number, tmp_path):
-    """Whole processes, killed whenever they are: while compiling, in a step, while saving. Parameters, optimizer, position: all equal."""
+    """Whole processes, killed whenever they are: while compiling, in a step, while saving. Parameters,
+    optimizer, position: all equal."""
     from seqlab.train.checkpoint import Checkpoints
 
     def command(folder):
-        sets = ["steps=300", "checkpoint_every=10", "validate_every=100", "log_every=10", "batch_size=4", "data.length=64"]
+        sets = [
+            "steps=300",
+            "checkpoint_every=10",
+            "validate_every=100",
+            "log_every=10",
+            "batch_size=4",
+            "data.length=64",
+        ]
         options = [part for value in sets for part in ("--set", value)]
-        return [sys.executable, "-m", "seqlab", "train", "lm_hybrid", "--fiddler", "tiny", "--workdir", str(folder), *options]
+        return [
+            sys.executable,
+            "-m",
+            "seqlab",
+            "train",
+            "lm_hybrid",
+            "--fiddler",
+            "tiny",
+            "--workdir",
+            str(folder),
+            *options,
+        ]
 
     rng = np.random.default_rng(int(number))
     subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
@@ -218,14 +276,20 @@ def test_killed_at_five_random_moments_a_run_ends_bit_identical(number, tmp_path
         process = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         steps = folder / "checkpoints"
         before = len(list(steps.glob("*0"))) if steps.exists() else 0
-        while process.poll() is None and (len(list(steps.glob("*0"))) if steps.exists() else 0) <= before and not moments[3:]:
+        while (
+            process.poll() is None
+            and (len(list(steps.glob("*0"))) if steps.exists() else 0) <= before
+            and not moments[3:]
+        ):
             time.sleep(0.05)
         time.sleep(float(rng.uniform(0, 1.5)))
         process.send_signal(number)
         process.wait()
         moments.append(max((int(path.name) for path in steps.glob("*") if path.name.isdigit()), default=0))
     subprocess.run(command(folder), check=True, capture_output=True)
-    (step, killed), (_, whole) = (Checkpoints(folder_ / "checkpoints").restore() for folder_ in (folder, tmp_path / "whole"))
+    (step, killed), (_, whole) = (
+        Checkpoints(folder_ / "checkpoints").restore() for folder_ in (folder, tmp_path / "whole")
+    )
     assert step == 300, moments
     assert_identical(killed, whole)
 

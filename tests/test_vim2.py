@@ -1,4 +1,5 @@
-"""ViM2: the order of its scans, maps of any size, weights that belong to a resolution, sums inside a stage."""
+"""ViM2: the order of its scans, maps of any size, weights that belong to a resolution, sums inside a
+stage."""
 
 import functools
 
@@ -11,13 +12,26 @@ from helpers import abstract, assert_close, random
 
 from seqlab import merge, split
 from seqlab.models import GroupedChannelMixer, SelectiveMixer
-from seqlab.models.images import Downsample, FourScans, ImageClassifier, InRows, ViM2Backbone, scan_orders, vim2
+from seqlab.models.images import (
+    Downsample,
+    FourScans,
+    ImageClassifier,
+    InRows,
+    ViM2Backbone,
+    scan_orders,
+    vim2,
+)
 
 partial = functools.partial
 
 
 def test_a_map_of_one_row_is_scanned_twice_in_each_direction():
-    assert scan_orders(2, 3).tolist() == [[0, 1, 2, 3, 4, 5], [0, 3, 1, 4, 2, 5], [5, 4, 3, 2, 1, 0], [5, 2, 4, 1, 3, 0]]
+    assert scan_orders(2, 3).tolist() == [
+        [0, 1, 2, 3, 4, 5],
+        [0, 3, 1, 4, 2, 5],
+        [5, 4, 3, 2, 1, 0],
+        [5, 2, 4, 1, 3, 0],
+    ]
     mixer, x = FourScans(4, state_size=2, rngs=nnx.Rngs(0)), random(0, 2, 2, 3, 4)
 
     @jax.jit

@@ -1,4 +1,5 @@
-"""Training on images: what changes pictures, where they come from, what they are judged by, the average of the parameters."""
+"""Training on images: what changes pictures, where they come from, what they are judged by, the average of
+the parameters."""
 
 import functools
 import io
@@ -63,13 +64,18 @@ def test_values_of_some_operations():
 
 
 def test_mixup_and_cutmix_share_targets_as_pictures():
-    one, other = (np.zeros((8, 8, 1), np.float32), np.eye(3)[0]), (np.ones((8, 8, 1), np.float32), np.eye(3)[2])
+    one, other = (
+        (np.zeros((8, 8, 1), np.float32), np.eye(3)[0]),
+        (np.ones((8, 8, 1), np.float32), np.eye(3)[2]),
+    )
     for change in (Augment(mixup=0.8), Augment(cutmix=1.0)):
         for seed in range(20):
             mixed, targets = change.pair(one, other, np.random.default_rng(seed))
             assert_close(targets, np.array([1 - mixed.mean(), 0, mixed.mean()]), 1e-6)
             assert set(np.unique(mixed)) <= {0.0, 1.0} or change.mixup
-    both = [Augment(mixup=0.8, cutmix=1.0).pair(one, other, np.random.default_rng(seed))[0] for seed in range(40)]
+    both = [
+        Augment(mixup=0.8, cutmix=1.0).pair(one, other, np.random.default_rng(seed))[0] for seed in range(40)
+    ]
     pasted = sum(set(np.unique(x)) <= {0.0, 1.0} for x in both)
     assert 10 < pasted < 30
 
@@ -86,7 +92,9 @@ def test_a_row_of_a_run_is_changed_as_the_seed_and_its_number_say():
     assert_identical(Batches(items, 4, seed=3)[7], later, "again")
     assert not np.array_equal(Batches(items, 4, seed=4)[0]["inputs"], first["inputs"])
     halves = [Batches(items, 4, 3, index, 2)[7] for index in range(2)]
-    joined = {name: np.stack([half[name] for half in halves], axis=1).reshape(later[name].shape) for name in later}
+    joined = {
+        name: np.stack([half[name] for half in halves], axis=1).reshape(later[name].shape) for name in later
+    }
     assert_identical(joined, later, "two processes")
     stream = batches.iterate(6)
     next(stream)
@@ -131,7 +139,9 @@ def test_scenes_show_what_their_targets_say():
         assert item["targets"].max() <= 10
     assert_identical(data.train(1)[3], scenes[3])
     assert data.train(2).fingerprint != scenes.fingerprint
-    assert_identical(data.validation()[0], DigitScenes(examples=10, held_out=2).validation()[0], "the same for every size")
+    assert_identical(
+        data.validation()[0], DigitScenes(examples=10, held_out=2).validation()[0], "the same for every size"
+    )
     small = DigitScenes(task="upscale", examples=3).train(1)[0]
     assert small["inputs"].shape == (12, 12, 1)
     assert_close(small["inputs"], small["targets"].reshape(12, 2, 12, 2, 1).mean(axis=(1, 3)), 1e-6)
@@ -185,8 +195,13 @@ def test_pictures_of_tfds(tmp_path):
             VERSION = tfds.core.Version("1.0.0")
 
             def _info(self):
-                features = {"image": tfds.features.Image(shape=(None, None, 1)), "label": tfds.features.ClassLabel(num_classes=3)}
-                return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True)
+                features = {
+                    "image": tfds.features.Image(shape=(None, None, 1)),
+                    "label": tfds.features.ClassLabel(num_classes=3),
+                }
+                return tfds.core.DatasetInfo(
+                    builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+                )
 
             def _split_generators(self, manager):
                 return {"train": self._generate_examples(6), "test": self._generate_examples(2)}
@@ -224,7 +239,11 @@ def fixed(values):
 def test_losses_and_metrics_by_hand():
     logits = np.array([[2.0, 0.0, 1.0], [0.0, 3.0, 0.0], [0.0, 0.0, 9.0]])
     log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-    batch = {"inputs": np.zeros((3, 1, 1, 1)), "targets": np.array([0, 2, 0]), "valid": np.array([True, True, False])}
+    batch = {
+        "inputs": np.zeros((3, 1, 1, 1)),
+        "targets": np.array([0, 2, 0]),
+        "valid": np.array([True, True, False]),
+    }
     expected = -0.9 * (log_p[0, 0] + log_p[1, 2]) - 0.1 * log_p[:2].mean(axis=1).sum()
     assert_close(class_loss(fixed(logits), batch, smoothing=0.1), (expected, 2.0), 1e-6)
     shares = np.array([[0.25, 0.75, 0], [0, 0, 1.0], [0, 0, 0]])
@@ -238,7 +257,8 @@ def test_losses_and_metrics_by_hand():
         "targets": np.array([[[0, 1], [0, 1]], [[2, 2], [2, 0]]]),
         "valid": np.ones((2, 2, 2), bool),
     }
-    # the first image: class 0 one of two, class 1 two of three; the second: class 2 three of four, class 0 none of one
+    # the first image: class 0 one of two, class 1 two of three; the second: class 2 three of four, class 0
+    # none of one
     assert_close(mean_iou(fixed(said), places), ((1 / 2 + 2 / 3) / 2 + (3 / 4 + 0) / 2, 2.0), 1e-6)
     assert tuple(map(float, top1(fixed(said), places))) == (6.0, 8.0)
 
@@ -271,13 +291,16 @@ def test_the_average_of_the_parameters_is_what_its_rule_says_and_changes_no_step
         assert_close(average_of(other.optimizer)["weight"], expected, 1e-6)
     with pytest.raises(ValueError, match="average"):
         parameter_average(1.0)
-    bad = jax.jit(partial(train_step, static, averaged, loss, 1))(states["averaged"][-1], {"x": batch["x"] * jnp.nan})[0]
+    bad = jax.jit(partial(train_step, static, averaged, loss, 1))(
+        states["averaged"][-1], {"x": batch["x"] * jnp.nan}
+    )[0]
     assert_identical(bad, states["averaged"][-1])
 
 
 @pytest.mark.slow
 def test_runs_are_judged_and_loaded_by_the_average(tmp_path, monkeypatch):
-    """A run of the tiny WaveMix config, interrupted and resumed: the average, the statistics and the keys are those of one go."""
+    """A run of the tiny WaveMix config, interrupted and resumed: the average, the statistics and the keys are
+    those of one go."""
     from PIL import Image
 
     from seqlab import runs
@@ -318,7 +341,9 @@ def test_what_is_drawn_of_a_model():
         assert colours.shape == (*y.shape[:3], 3)
         assert colours.min() == 0.0
         assert colours.max() == 1.0
-    steps = np.arange(16.0).reshape(1, 4, 4, 1) * np.array([1.0, -2.0, 0.5])  # one direction: one colour has it all, in order
+    steps = np.arange(16.0).reshape(1, 4, 4, 1) * np.array(
+        [1.0, -2.0, 0.5]
+    )  # one direction: one colour has it all, in order
     shades = _colours(steps)[0, :, :, 0].ravel()
     assert (np.diff(shades) >= 0).all() or (np.diff(shades) <= 0).all()
     places = Views(inputs, np.ones((2, 4, 4), int), np.zeros((2, 4, 4, 3), np.float32), maps)

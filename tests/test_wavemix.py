@@ -1,4 +1,5 @@
-"""WaveMix: published sizes, convolutions and transposed ones against JAX's own, maps of any size, statistics in training."""
+"""WaveMix: published sizes, convolutions and transposed ones against JAX's own, maps of any size, statistics
+in training."""
 
 import functools
 
@@ -39,7 +40,9 @@ PUBLISHED = {  # millions as the repository prints them
     "3.04": partial(wavemix, 10, 144, 7, mixer=LITE, stem=STRIDED),
     "17.07": partial(wavemix, 10, 320, 8, mixer=LITE, stem=STRIDED),
     "16.29": partial(wavemix, 200, 256, 12, mixer=LITE, stem=STRIDED),
-    "28.45": partial(wavemix, 365, 256, 12, mixer=partial(WaveMixing, levels=2), stem=partial(PatchStem, patch=8)),
+    "28.45": partial(
+        wavemix, 365, 256, 12, mixer=partial(WaveMixing, levels=2), stem=partial(PatchStem, patch=8)
+    ),
 }
 
 
@@ -50,7 +53,8 @@ def test_the_parameters_of_published_models(millions):
 
 
 def pulled(function, x, weight):
-    """What a function of a map and filters gives, and its gradients for a cotangent that is always the same."""
+    """What a function of a map and filters gives, and its gradients for a cotangent that is always the
+    same."""
 
     @jax.jit
     def run(x, weight):
@@ -61,16 +65,24 @@ def pulled(function, x, weight):
 
 
 @pytest.mark.parametrize(
-    "kernel, stride, padding, channels", [(3, 1, 1, (3, 5)), (3, 2, 1, (3, 5)), (7, 4, 2, (3, 4)), (3, 1, 0, (96, 96)), (3, 2, 1, (96, 96))]
+    "kernel, stride, padding, channels",
+    [(3, 1, 1, (3, 5)), (3, 2, 1, (3, 5)), (7, 4, 2, (3, 4)), (3, 1, 0, (96, 96)), (3, 2, 1, (96, 96))],
 )
 def test_a_convolution_and_its_gradients_are_those_of_jax(kernel, stride, padding, channels):
-    """Sides of 8 and 7: with a stride some places at the end are in no window, and others only with their beginning."""
+    """Sides of 8 and 7: with a stride some places at the end are in no window, and others only with their
+    beginning."""
     x, weight = random(0, 2, 8, 7, channels[0]), random(1, kernel, kernel, *channels)
 
     def plain(x, weight):
-        return jax.lax.conv_general_dilated(x, weight, (stride,) * 2, ((padding,) * 2,) * 2, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jax.lax.conv_general_dilated(
+            x, weight, (stride,) * 2, ((padding,) * 2,) * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
 
-    assert_close(pulled(lambda x, weight: convolve(x, weight, stride, padding), x, weight), pulled(plain, x, weight), 1e-5)
+    assert_close(
+        pulled(lambda x, weight: convolve(x, weight, stride, padding), x, weight),
+        pulled(plain, x, weight),
+        1e-5,
+    )
 
 
 @pytest.mark.parametrize(
@@ -92,12 +104,18 @@ def test_a_transposed_convolution_is_the_pullback_of_a_convolution(kernel, strid
 
     def conv(y, weight):
         names = ("NHWC", "HWOI", "NHWC")
-        return jax.lax.conv_general_dilated(y, weight, (stride,) * 2, ((padding,) * 2,) * 2, dimension_numbers=names)
+        return jax.lax.conv_general_dilated(
+            y, weight, (stride,) * 2, ((padding,) * 2,) * 2, dimension_numbers=names
+        )
 
     def pullback(x, weight):
         return jax.vjp(lambda y: conv(y, weight), zero)[1](x)[0]
 
-    assert_close(pulled(lambda x, weight: convolve_transposed(x, weight, stride, padding), x, weight), pulled(pullback, x, weight), 1e-5)
+    assert_close(
+        pulled(lambda x, weight: convolve_transposed(x, weight, stride, padding), x, weight),
+        pulled(pullback, x, weight),
+        1e-5,
+    )
 
 
 def test_maps_of_any_size_come_back_in_their_size():
@@ -105,7 +123,11 @@ def test_maps_of_any_size_come_back_in_their_size():
     for mixer in mixers:
         module = mixer(8, rngs=nnx.Rngs(0))
         for size in ((8, 16), (7, 5), (1, 3)):
-            assert jax.eval_shape(module.mix, jax.ShapeDtypeStruct((2, *size, 8), jnp.float32)).shape == (2, *size, 8)
+            assert jax.eval_shape(module.mix, jax.ShapeDtypeStruct((2, *size, 8), jnp.float32)).shape == (
+                2,
+                *size,
+                8,
+            )
     with pytest.raises(ValueError, match="multiple of 4"):
         WaveMixing(6, rngs=nnx.Rngs(0))
 
@@ -125,9 +147,17 @@ def test_the_third_version_shuffles_as_pytorch_does():
 
 
 def small(head="classes", **options):
-    backbone = partial(wave_backbone, 8, 2, mixer=partial(WaveMixing, levels=2, dropout=0.3), stem=partial(StridedStem, stride=2))
+    backbone = partial(
+        wave_backbone,
+        8,
+        2,
+        mixer=partial(WaveMixing, levels=2, dropout=0.3),
+        stem=partial(StridedStem, stride=2),
+    )
     if head == "classes":
-        return wavemix(3, 8, 1, mixer=partial(WaveMixing, levels=1, dropout=0.3), stem=STRIDED, rngs=nnx.Rngs(0))
+        return wavemix(
+            3, 8, 1, mixer=partial(WaveMixing, levels=1, dropout=0.3), stem=STRIDED, rngs=nnx.Rngs(0)
+        )
     return ImageToMap(3, backbone, rngs=nnx.Rngs(0), **options)
 
 
@@ -137,19 +167,26 @@ def test_heads_double_the_resolution():
         assert jax.eval_shape(small("map", widths=widths), x).shape == (2, *shape, 3)
     names = published_names(small("map", widths=(4, 2)), "wavemix")
     assert names["head.parts.2.weight"] == ("expand.2.weight",)
-    assert names["backbone.stages.0.blocks.1.mixer.feedforward2.norm.running_var"] == ("layers.1.feedforward2.5.running_var",)
+    assert names["backbone.stages.0.blocks.1.mixer.feedforward2.norm.running_var"] == (
+        "layers.1.feedforward2.5.running_var",
+    )
     with pytest.raises(KeyError, match="no tensor"):
-        convert(small("map", widths=(4, 2)), {"conv.0.weight": np.zeros((4, 3, 3, 3))}, architecture="wavemix")
+        convert(
+            small("map", widths=(4, 2)), {"conv.0.weight": np.zeros((4, 3, 3, 3))}, architecture="wavemix"
+        )
 
 
 def test_a_training_step_measures_statistics_and_draws_anew_whatever_the_accumulation():
-    """Norms see every part of a batch, keys move on, and neither is learnt; a second run from the same state is the same run."""
+    """Norms see every part of a batch, keys move on, and neither is learnt; a second run from the same state
+    is the same run."""
     static, params = split(small())
     statistics = statistics_of(static)
     assert {name.rpartition(".")[2] for name in statistics} == {"running_mean", "running_var", "key"}
 
     def loss(model, batch):
-        return jnp.sum(jnp.square(model(batch["inputs"]) - batch["targets"])), jnp.float32(batch["inputs"].shape[0])
+        return jnp.sum(jnp.square(model(batch["inputs"]) - batch["targets"])), jnp.float32(
+            batch["inputs"].shape[0]
+        )
 
     batch = {"inputs": np.asarray(random(0, 4, 4, 4, 3)), "targets": np.asarray(random(1, 4, 3))}
     optimizer = optax.sgd(0.0)

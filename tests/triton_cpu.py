@@ -1,6 +1,8 @@
-"""Triton kernels without a GPU: run by Triton's interpreter on NumPy arrays, and compiled for sm_90 with what the assembler says of them.
+"""Triton kernels without a GPU: run by Triton's interpreter on NumPy arrays, and compiled for sm_90 with what
+the assembler says of them.
 
-Both stand in for `seqlab.kernels.triton.call_triton`, so that all else of an implementation is what runs on a GPU.
+Both stand in for `seqlab.kernels.triton.call_triton`, so that all else of an implementation is what runs on a
+GPU.
 """
 
 import atexit
@@ -39,7 +41,9 @@ _NAMES = {
     "bool": "i1",
 }
 _GUARD = 64  # elements before and after every array that no kernel may write, and that are NaN
-atexit.register(gc.unfreeze)  # see conftest.py; Triton's bindings complain at the end of what has never been freed
+atexit.register(
+    gc.unfreeze
+)  # see conftest.py; Triton's bindings complain at the end of what has never been freed
 _builder = interpreter.interpreter_builder
 
 
@@ -87,7 +91,8 @@ def launches(function, *args):
 
 
 def interpret_in_place(kernel, arrays, grid, constants, program):
-    """One program of a grid, on arrays too large to be copied. An integer of 32 bits that overflows is an error."""
+    """One program of a grid, on arrays too large to be copied. An integer of 32 bits that overflows is an
+    error."""
     names = [name for name in kernel.arg_names if name not in constants]
     pointers = {name: _pointer(x) for name, x in zip(names, arrays, strict=True)}
     with _language(overflow=True):
@@ -97,9 +102,12 @@ def interpret_in_place(kernel, arrays, grid, constants, program):
 
 
 def interpret(kernel, arrays, shapes, grid, constants):
-    """The outputs of a kernel. What it does not write is NaN, as is what it reads outside of its arrays; there it must write nothing."""
+    """The outputs of a kernel. What it does not write is NaN, as is what it reads outside of its arrays;
+    there it must write nothing."""
     arrays = [np.asarray(x) for x in arrays]
-    held = [_guarded(x.shape, x.dtype, x) for x in arrays] + [_guarded(x.shape, np.dtype(x.dtype), None) for x in shapes]
+    held = [_guarded(x.shape, x.dtype, x) for x in arrays] + [
+        _guarded(x.shape, np.dtype(x.dtype), None) for x in shapes
+    ]
     names = [name for name in kernel.arg_names if name not in constants]
     assert len(names) == len(held), (names, len(held))
     pointers = {name: _pointer(inner) for name, (_, inner) in zip(names, held, strict=True)}
@@ -117,7 +125,13 @@ def interpret(kernel, arrays, shapes, grid, constants):
 
 def _guarded(shape, dtype, values):
     size = int(np.prod(shape, dtype=np.int64))
-    blank = np.nan if np.issubdtype(dtype, np.floating) or dtype == ml_dtypes.bfloat16 else 0 if np.dtype(dtype).kind == "b" else 85
+    blank = (
+        np.nan
+        if np.issubdtype(dtype, np.floating) or dtype == ml_dtypes.bfloat16
+        else 0
+        if np.dtype(dtype).kind == "b"
+        else 85
+    )
     outer = np.full(size + 2 * _GUARD, blank, dtype)
     inner = outer[_GUARD : _GUARD + size].reshape(shape)
     if values is not None:
@@ -126,22 +140,32 @@ def _guarded(shape, dtype, values):
 
 
 def _untouched(outer, inner):
-    edges, fresh = np.concatenate([outer[:_GUARD], outer[_GUARD + inner.size :]]), _guarded((0,), outer.dtype, None)[0]
+    edges, fresh = (
+        np.concatenate([outer[:_GUARD], outer[_GUARD + inner.size :]]),
+        _guarded((0,), outer.dtype, None)[0],
+    )
     return edges.tobytes() == fresh.tobytes()
 
 
 def _pointer(x):
     kind = tl.pointer_type(
-        tl.dtype(_NAMES[x.dtype.name].replace("i", "int").replace("u", "uint") if x.dtype.kind in "biu" else _NAMES[x.dtype.name])
+        tl.dtype(
+            _NAMES[x.dtype.name].replace("i", "int").replace("u", "uint")
+            if x.dtype.kind in "biu"
+            else _NAMES[x.dtype.name]
+        )
     )
     return tl.tensor(interpreter.TensorHandle(np.array([x.ctypes.data], np.uint64), kind), kind)
 
 
 @contextlib.contextmanager
 def _language(overflow=False):
-    """Triton's language by its interpreter, also in functions that kernels call, and with what it lacks. `overflow` costs much time."""
+    """Triton's language by its interpreter, also in functions that kernels call, and with what it lacks.
+    `overflow` costs much time."""
     scope = interpreter._patch_lang(types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
-    scope.set_attr(_builder, "options", dataclasses.replace(_builder.options, debug=overflow, sanitize_overflow=overflow))
+    scope.set_attr(
+        _builder, "options", dataclasses.replace(_builder.options, debug=overflow, sanitize_overflow=overflow)
+    )
     scope.set_attr(JITFunction, "__call__", lambda self, *args, **kwargs: _rewritten(self)(*args, **kwargs))
     scope.set_attr(interpreter.InterpreterBuilder, "create_dot", _dot)
     scope.set_attr(interpreter.InterpreterBuilder, "create_fp_trunc", _fp_trunc)
@@ -158,12 +182,20 @@ def _rewritten(kernel):
 
 def _float32(handle):
     """The numbers of a handle, whose bfloat16 are held as integers."""
-    return handle.data.view(ml_dtypes.bfloat16).astype(np.float32) if handle.dtype.scalar == tl.bfloat16 else handle.data
+    return (
+        handle.data.view(ml_dtypes.bfloat16).astype(np.float32)
+        if handle.dtype.scalar == tl.bfloat16
+        else handle.data
+    )
 
 
 def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-    assert a.data.shape[-2] >= 1 and min(a.data.shape[-1], b.data.shape[-1]) >= 16, "products are of tiles of 16 at least"
-    return interpreter.TensorHandle(np.matmul(_float32(a), _float32(b), dtype=d.data.dtype) + d.data, d.dtype.scalar)
+    assert a.data.shape[-2] >= 1 and min(a.data.shape[-1], b.data.shape[-1]) >= 16, (
+        "products are of tiles of 16 at least"
+    )
+    return interpreter.TensorHandle(
+        np.matmul(_float32(a), _float32(b), dtype=d.data.dtype) + d.data, d.dtype.scalar
+    )
 
 
 def _fp_trunc(self, src, dst_type):
@@ -181,11 +213,14 @@ def _generic_scan(self, inputs):
         total = now if total is None else self.combine_fn.fn(*total, *now)
         slices.append(total)
     columns = [[x.handle.data for x in column] for column in zip(*slices, strict=True)]
-    return [self.to_tensor(np.concatenate(c, self.axis), x.dtype) for c, x in zip(columns, inputs, strict=True)]
+    return [
+        self.to_tensor(np.concatenate(c, self.axis), x.dtype) for c, x in zip(columns, inputs, strict=True)
+    ]
 
 
 class Usage(NamedTuple):
-    """What a kernel needs of a multiprocessor: registers a thread, bytes that do not fit into them, bytes of shared memory."""
+    """What a kernel needs of a multiprocessor: registers a thread, bytes that do not fit into them, bytes of
+    shared memory."""
 
     registers: int
     spills: int
@@ -199,7 +234,12 @@ def compiled(launch, capability=90):
     signature = dict(zip((name for name in names if name not in constants), launch.types, strict=True))
     signature |= dict.fromkeys(constants, "constexpr")
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants}
-    source = ASTSource(fn=launch.kernel, signature={name: signature[name] for name in names}, constexprs=constants, attrs=aligned)
+    source = ASTSource(
+        fn=launch.kernel,
+        signature={name: signature[name] for name in names},
+        constexprs=constants,
+        attrs=aligned,
+    )
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
@@ -207,7 +247,9 @@ def compiled(launch, capability=90):
         file.flush()
         arch = re.search(r"\.target (sm_\w+)", made.asm["ptx"]).group(1)
         done = subprocess.run(
-            [get_ptxas(capability).path, "-v", f"--gpu-name={arch}", file.name, "-o", "/dev/null"], capture_output=True, text=True
+            [get_ptxas(capability).path, "-v", f"--gpu-name={arch}", file.name, "-o", "/dev/null"],
+            capture_output=True,
+            text=True,
         )
     assert done.returncode == 0, done.stderr
     registers = int(re.search(r"Used (\d+) registers", done.stderr).group(1))

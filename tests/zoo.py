@@ -42,7 +42,8 @@ partial = functools.partial
 
 
 def stirred(build):
-    """With norms that do something: statistics and affine maps at random, as after training, where those of a new model do nothing."""
+    """With norms that do something: statistics and affine maps at random, as after training, where those of a
+    new model do nothing."""
 
     def build_stirred(dim, *, rngs):
         model = build(dim, rngs=rngs)
@@ -63,43 +64,69 @@ def lmuformer(dim, *, rngs, **options):
 
 MIXERS = {
     "attention": partial(Attention, heads=4, cache=Full(64)),
-    "attention_gqa_norm": partial(Attention, heads=4, kv_heads=2, head_dim=6, qk_norm=True, bias=True, cache=Full(64)),
+    "attention_gqa_norm": partial(
+        Attention, heads=4, kv_heads=2, head_dim=6, qk_norm=True, bias=True, cache=Full(64)
+    ),
     "window": partial(Attention, heads=2, cache=Window(WINDOW)),
-    "window_sinks_softcap": partial(Attention, heads=2, cache=Window(WINDOW, sinks=3, softcap=5.0), rotary_base=500.0),
+    "window_sinks_softcap": partial(
+        Attention, heads=2, cache=Window(WINDOW, sinks=3, softcap=5.0), rotary_base=500.0
+    ),
     "window_in_cache": partial(
-        Attention, heads=4, kv_heads=2, cache=Window(WINDOW, sinks=3, positions="cache"), sink="learned", rotary_width=2
+        Attention,
+        heads=4,
+        kv_heads=2,
+        cache=Window(WINDOW, sinks=3, positions="cache"),
+        sink="learned",
+        rotary_width=2,
     ),
     "coded": partial(Attention, heads=2, head_dim=8, cache=Quantized(64, bits=4, group=4, residual=8)),
     "coded_window": partial(
-        Attention, heads=2, kv_heads=1, head_dim=8, cache=Quantized(None, WINDOW, sinks=2, bits=8, group=2, residual=4)
+        Attention,
+        heads=2,
+        kv_heads=1,
+        head_dim=8,
+        cache=Quantized(None, WINDOW, sinks=2, bits=8, group=2, residual=4),
     ),
-    "duo": partial(Attention, heads=4, kv_heads=2, cache=duo((True, False), capacity=64, sinks=2, window=WINDOW)),
+    "duo": partial(
+        Attention, heads=4, kv_heads=2, cache=duo((True, False), capacity=64, sinks=2, window=WINDOW)
+    ),
     "moba": partial(Attention, heads=4, kv_heads=2, cache=MoBA(4, 3, capacity=64)),
     "moba_stored": partial(Attention, heads=2, cache=MoBA(4, 3, None, stored=4), key_conv=3),
     "mamba": partial(Mamba, state_size=4),
     "mamba_wide_conv": partial(Mamba, state_size=3, conv_width=6, expand=1, bias=True),
     "mamba2": partial(Mamba2, head_dim=8, state_size=6, groups=2, dt_limit=(0.02, 0.5)),
     "linear": partial(LinearAttention, heads=2),
-    "linear_normalized": partial(LinearAttention, heads=4, kv_heads=2, feature_map="elu", normalize=True, norm_eps=None),
+    "linear_normalized": partial(
+        LinearAttention, heads=4, kv_heads=2, feature_map="elu", normalize=True, norm_eps=None
+    ),
     "retention": partial(Retention, heads=2),
     "simple_gated_linear": partial(SimpleGatedLinearAttention, heads=2, kv_heads=1, gate_normalizer=2.0),
     "gated_linear": partial(GatedLinearAttention, heads=2, gate_rank=4),
-    "gated_linear_conv": partial(GatedLinearAttention, heads=2, gate_rank=4, conv_width=3, gate_normalizer=1.0),
+    "gated_linear_conv": partial(
+        GatedLinearAttention, heads=2, gate_rank=4, conv_width=3, gate_normalizer=1.0
+    ),
     "delta": partial(DeltaNet, heads=2, negative_eigenvalues=True, gate=True),
     "gated_delta": partial(GatedDeltaNet, heads=2, value_heads=4, head_dim=6),
     "kimi_delta": partial(KimiDeltaAttention, heads=2),
     "selective": partial(SelectiveMixer, state_size=4),
     "grouped_channels": partial(GroupedChannelMixer, mixer=partial(SelectiveMixer, state_size=4)),
     "mamba_mixer_stack": partial(
-        MambaMixerStack, depth=2, token_mixer=partial(SelectiveMixer, state_size=4), channel_mixer=partial(GroupedChannelMixer, groups=2)
+        MambaMixerStack,
+        depth=2,
+        token_mixer=partial(SelectiveMixer, state_size=4),
+        channel_mixer=partial(GroupedChannelMixer, groups=2),
     ),
     "pooling": partial(CausalPooling, size=4),
     "wavelets": partial(CausalWavelets, levels=3),
     "lmu": partial(LMU, order=7, theta=12.5),
     "lmu_channels": partial(LMU, order=4, theta=30.0, channels=3, hidden=11),
     "lmu_cell": partial(RecurrentLMU, order=6, theta=16.0),
-    "lmu_cell_keras": partial(RecurrentLMU, order=4, theta=9.0, hidden=5, channels=3, memory_to_memory=False, use_bias=True),
-    "lmu_cell_dense": partial(RecurrentLMU, order=5, theta=9.0, cell="dense", hidden_to_memory=False, discretizer="euler"),
+    "lmu_cell_keras": partial(
+        RecurrentLMU, order=4, theta=9.0, hidden=5, channels=3, memory_to_memory=False, use_bias=True
+    ),
+    "lmu_cell_dense": partial(
+        RecurrentLMU, order=5, theta=9.0, cell="dense", hidden_to_memory=False, discretizer="euler"
+    ),
     "lmu_cell_none": partial(RecurrentLMU, order=5, theta=9.0, channels=2, cell="none"),
     "lmuformer_mixer": stirred(partial(LMUMixer, theta=20.0)),
     "lmuformer": stirred(partial(lmuformer, depth=2)),
@@ -107,9 +134,17 @@ MIXERS = {
     "lmuformer_spiking_mixer": stirred(partial(SpikingLMUMixer, theta=20.0)),
     "lmuformer_spiking": stirred(partial(lmuformer, spiking=True)),
     "lmuformer_spiking_causal": stirred(partial(lmuformer, spiking=True, centred=False)),
-    # Of one block the norm undoes the only weight of the first sum: a gradient of 0 up to rounding, which has no relative error.
+    # Of one block the norm undoes the only weight of the first sum: a gradient of 0 up to rounding, which has
+    # no relative error.
     "streaming_tsm2": partial(
-        StreamingTSM2, length=13, horizon=2, patch=4, stride=3, dim=4, depth=2, mixer=partial(SelectiveMixer, state_size=2)
+        StreamingTSM2,
+        length=13,
+        horizon=2,
+        patch=4,
+        stride=3,
+        dim=4,
+        depth=2,
+        mixer=partial(SelectiveMixer, state_size=2),
     ),
     "swiglu": SwiGLU,
     "mlp": MLP,

@@ -1,4 +1,6 @@
 """placeholder"""
 
 if not __name__.startswith("seqlab."):
-    raise ImportError("import seqlab.train, not train: two copies of one module would hold two sets of classes")
+    raise ImportError(
+        "import seqlab.train, not train: two copies of one module would hold two sets of classes"
+    )

@@ -1,7 +1,9 @@
-"""Pictures changed at random while training: shifts, flips, RandAugment, erasing, mixup, cutmix. Pure functions of picture and generator.
+"""Pictures changed at random while training: shifts, flips, RandAugment, erasing, mixup, cutmix. Pure
+functions of picture and generator.
 
-A picture is [h, w, c] with values in [0, 1]. An `Augment` is what a config names; which changes a row of a batch gets depends on the seed
-and the row's number in the run alone, so that it is the same for any number of workers and processes, and after a resume.
+A picture is [h, w, c] with values in [0, 1]. An `Augment` is what a config names; which changes a row of a
+batch gets depends on the seed and the row's number in the run alone, so that it is the same for any number of
+workers and processes, and after a resume.
 """
 
 import dataclasses
@@ -16,7 +18,9 @@ Picture = Float[np.ndarray, "h w c"]
 Targets = Float[np.ndarray, " k"]
 
 
-def warp(picture: Picture, matrix: Float[np.ndarray, "2 2"], shift: tuple[float, float] = (0.0, 0.0)) -> Picture:
+def warp(
+    picture: Picture, matrix: Float[np.ndarray, "2 2"], shift: tuple[float, float] = (0.0, 0.0)
+) -> Picture:
     """What lies at matrix (place - centre) + centre + shift, bilinear; black outside the picture."""
     height, width, _ = picture.shape
     centre = np.array([(height - 1) / 2, (width - 1) / 2])
@@ -67,7 +71,8 @@ def _equalize(picture: Picture, m: float) -> Picture:
     return ((ranks - least) / np.maximum(len(flat) - least, 1)).reshape(picture.shape)
 
 
-# Name -> function of a picture and a magnitude in [-1, 1], of which one-sided changes take the size. The list is RandAugment's.
+# Name -> function of a picture and a magnitude in [-1, 1], of which one-sided changes take the size. The list
+# is RandAugment's.
 OPERATIONS: dict[str, Callable[[Picture, float], Picture]] = {
     "identity": lambda x, m: x,
     "autocontrast": _autocontrast,
@@ -94,11 +99,14 @@ class Augment:
     Args:
       shift: each picture is moved by up to so many places in each direction, over black.
       flip: mirror half of them, left to right.
-      operations, magnitude, names: RandAugment (arXiv 1909.13719): so many operations, one after the other, drawn from `names`, keys of
-        OPERATIONS, with a magnitude drawn around `magnitude` of 10 (deviation 0.5) and a sign. None for all names.
-      erase: the probability that a rectangle of 2 % to a third of the picture becomes noise (arXiv 1708.04896).
-      mixup, cutmix: the parameter of the beta distribution that shares are drawn from, 0 for never (arXiv 1710.09412, 1905.04899); where
-        both are on, every picture gets one of them. Targets are shared out like pictures.
+      operations, magnitude, names: RandAugment (arXiv 1909.13719): so many operations, one after the other,
+        drawn from `names`, keys of OPERATIONS, with a magnitude drawn around `magnitude` of 10 (deviation
+        0.5) and a sign. None for all names.
+      erase: the probability that a rectangle of 2 % to a third of the picture becomes noise (arXiv
+        1708.04896).
+      mixup, cutmix: the parameter of the beta distribution that shares are drawn from, 0 for never (arXiv
+        1710.09412, 1905.04899); where both are on, every picture gets one of them. Targets are shared out
+        like pictures.
     Raises:
       ValueError: a probability or parameter out of range, or an unknown operation.
     """
@@ -123,7 +131,10 @@ class Augment:
         ):
             value = getattr(self, name)
             if value < 0 or (highest is not None and value > highest):
-                raise ValueError(f"{name} must be at least 0{'' if highest is None else f' and at most {highest:g}'}, got {value!r}")
+                raise ValueError(
+                    f"{name} must be at least 0{'' if highest is None else f' and at most {highest:g}'}, "
+                    f"got {value!r}"
+                )
         for name in self.names or ():
             check_name(name, tuple(OPERATIONS), "names")
 
@@ -148,7 +159,9 @@ class Augment:
             picture = _erased(picture, random)
         return np.ascontiguousarray(picture, np.float32)
 
-    def pair(self, one: tuple[Picture, Targets], other: tuple[Picture, Targets], random: np.random.Generator) -> tuple[Picture, Targets]:
+    def pair(
+        self, one: tuple[Picture, Targets], other: tuple[Picture, Targets], random: np.random.Generator
+    ) -> tuple[Picture, Targets]:
         """Two pictures with their targets as one: mixup blends them, cutmix pastes a rectangle."""
         cut = bool(self.cutmix) and (not self.mixup or random.random() < 0.5)
         share = random.beta(*(self.cutmix if cut else self.mixup,) * 2)
@@ -156,7 +169,9 @@ class Augment:
             rows, columns = _rectangle(one[0].shape, 1 - share, random)
             picture = one[0].copy()
             picture[rows, columns] = other[0][rows, columns]
-            share = 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / (picture.shape[0] * picture.shape[1])
+            share = 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / (
+                picture.shape[0] * picture.shape[1]
+            )
         else:
             picture = share * one[0] + (1 - share) * other[0]
         return picture.astype(np.float32), (share * one[1] + (1 - share) * other[1]).astype(np.float32)
@@ -165,14 +180,19 @@ class Augment:
 def _moved(picture: Picture, down: int, right: int) -> Picture:
     height, width, _ = picture.shape
     result = np.zeros_like(picture)
-    rows, columns = (slice(max(by, 0), max(size + min(by, 0), 0)) for by, size in ((down, height), (right, width)))
-    from_rows, from_columns = (slice(max(-by, 0), max(size - max(by, 0), 0)) for by, size in ((down, height), (right, width)))
+    rows, columns = (
+        slice(max(by, 0), max(size + min(by, 0), 0)) for by, size in ((down, height), (right, width))
+    )
+    from_rows, from_columns = (
+        slice(max(-by, 0), max(size - max(by, 0), 0)) for by, size in ((down, height), (right, width))
+    )
     result[rows, columns] = picture[from_rows, from_columns]
     return result
 
 
 def _rectangle(shape: tuple[int, ...], area: float, random: np.random.Generator) -> tuple[slice, slice]:
-    """A rectangle of the picture's proportions and that share of its area around a random place, cut off at the border."""
+    """A rectangle of the picture's proportions and that share of its area around a random place, cut off at
+    the border."""
     sides = []
     for size in shape[:2]:
         half, middle = size * np.sqrt(area) / 2, random.integers(size)
@@ -183,8 +203,14 @@ def _rectangle(shape: tuple[int, ...], area: float, random: np.random.Generator)
 
 def _erased(picture: Picture, random: np.random.Generator) -> Picture:
     height, width, channels = picture.shape
-    area, aspect = random.uniform(0.02, 1 / 3) * height * width, np.exp(random.uniform(np.log(0.3), np.log(1 / 0.3)))
-    tall, wide = (int(np.clip(round(side), 1, size)) for side, size in ((np.sqrt(area * aspect), height), (np.sqrt(area / aspect), width)))
+    area, aspect = (
+        random.uniform(0.02, 1 / 3) * height * width,
+        np.exp(random.uniform(np.log(0.3), np.log(1 / 0.3))),
+    )
+    tall, wide = (
+        int(np.clip(round(side), 1, size))
+        for side, size in ((np.sqrt(area * aspect), height), (np.sqrt(area / aspect), width))
+    )
     top, left = random.integers(height - tall + 1), random.integers(width - wide + 1)
     picture = picture.copy()
     picture[top : top + tall, left : left + wide] = random.random((tall, wide, channels))

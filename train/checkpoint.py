@@ -1,11 +1,12 @@
 """Checkpoints that can be trusted: whole or absent, every leaf hashed, the last good one found by itself.
 
-Orbax writes them: asynchronously, and committed by a file that is written last, so that an interrupted save is not a checkpoint. What
-Orbax does not do is notice that bytes have changed since. So each step carries a manifest with the SHA-256 of every leaf, committed with
-it, and nothing is handed out that does not match.
+Orbax writes them: asynchronously, and committed by a file that is written last, so that an interrupted save
+is not a checkpoint. What Orbax does not do is notice that bytes have changed since. So each step carries a
+manifest with the SHA-256 of every leaf, committed with it, and nothing is handed out that does not match.
 
     <directory>/<step>/commit_success.txt          written last
-    <directory>/<step>/manifest/manifest.json      name, shape, dtype and hash of every leaf; Python numbers and strings themselves
+    <directory>/<step>/manifest/manifest.json      name, shape, dtype and hash of every leaf; Python numbers
+    and strings themselves
     <directory>/<step>/state/                      the arrays, by name, in Orbax's format
     <directory>/<step>.damaged-<n>                 a damaged step whose number was needed again
 
@@ -60,15 +61,16 @@ _LEFTOVER = r"(0|[1-9][0-9]*)(\.damaged-[0-9]+)?"
 class Checkpoints:
     """The checkpoints of one run in `directory`, a local or mounted folder that all processes see.
 
-    Leaves are arrays of JAX or NumPy of any number type, bit for bit, and Python ints, floats, bools and strings. Typed PRNG keys are
-    stored as `jax.random.key_data`. With several processes all of them make the same calls.
+    Leaves are arrays of JAX or NumPy of any number type, bit for bit, and Python ints, floats, bools and
+    strings. Typed PRNG keys are stored as `jax.random.key_data`. With several processes all of them make the
+    same calls.
 
-    The newest `keep` good steps are kept. Older ones go once a new one is committed; a damaged step counts for nothing and goes when it
-    is older than all of those. To know what is good, the first rotation of a process reads the steps that it has neither saved nor
-    restored itself.
+    The newest `keep` good steps are kept. Older ones go once a new one is committed; a damaged step counts
+    for nothing and goes when it is older than all of those. To know what is good, the first rotation of a
+    process reads the steps that it has neither saved nor restored itself.
 
-    Use it in a `with` block, or `close` it: Python starts no threads once a program is ending, so a save in the background that is not
-    waited for would be lost then (and an error is logged).
+    Use it in a `with` block, or `close` it: Python starts no threads once a program is ending, so a save in
+    the background that is not waited for would be lost then (and an error is logged).
     """
 
     def __init__(self, directory: str | os.PathLike[str], keep: int = 3) -> None:
@@ -80,19 +82,24 @@ class Checkpoints:
         self._keep = keep
         self._manager: Any = None
         self._pending: int | None = None
-        self._known: dict[int, tuple[_Files, bool]] = {}  # step: the files it had when it was found good or damaged
+        self._known: dict[
+            int, tuple[_Files, bool]
+        ] = {}  # step: the files it had when it was found good or damaged
 
     def steps(self) -> list[int]:
         """The steps that are committed, in order, damaged or not."""
         return [step for step in self._folders() if (self._folder(step) / COMMIT).is_file()]
 
     def save(self, step: int, state: State, wait: bool = False) -> None:
-        """Save `state` as `step`, in the background unless `wait`; the arrays may be donated or changed once this returns.
+        """Save `state` as `step`, in the background unless `wait`; the arrays may be donated or changed once
+        this returns.
 
-        A damaged or unfinished step of that number is moved aside; a good one that holds the same state is left as it is.
+        A damaged or unfinished step of that number is moved aside; a good one that holds the same state is
+        left as it is.
 
         Raises:
-          CheckpointError: the previous save failed (this one is then not begun), this one did, or a good `step` holds another state.
+          CheckpointError: the previous save failed (this one is then not begun), this one did, or a good
+          `step` holds another state.
           TypeError, ValueError: naming the leaf that a checkpoint cannot hold.
         """
         self.wait()
@@ -103,7 +110,9 @@ class Checkpoints:
         manifest = sealed({"format": FORMAT, "step": step, "leaves": describe(leaves)})
         if not self._make_room(step, manifest):
             return
-        arrays = {name: value for name, (_, value) in leaves.items() if getattr(value, "size", 0)}  # Orbax refuses empty arrays
+        arrays = {
+            name: value for name, (_, value) in leaves.items() if getattr(value, "size", 0)
+        }  # Orbax refuses empty arrays
         try:
             self._start(step, manifest, arrays)
         except Exception as error:
@@ -128,17 +137,21 @@ class Checkpoints:
         self._known[step] = (self._files(step), True)
         self._rotate()
 
-    def restore(self, step: int | None = None, like: State | None = None, only: str | None = None) -> tuple[int, State] | None:
+    def restore(
+        self, step: int | None = None, like: State | None = None, only: str | None = None
+    ) -> tuple[int, State] | None:
         """The newest good step and its state, or exactly `step`. None if nothing was ever committed.
 
-        With `like`, a state of arrays or `jax.ShapeDtypeStruct`s, names, shapes and dtypes must agree, and leaves whose template has a
-        sharding come back with it, on any number of devices; the others are NumPy arrays, as all are without `like`. `only` names one
-        top-level entry: the state, and `like`, then hold nothing else, and nothing else is read.
+        With `like`, a state of arrays or `jax.ShapeDtypeStruct`s, names, shapes and dtypes must agree, and
+        leaves whose template has a sharding come back with it, on any number of devices; the others are NumPy
+        arrays, as all are without `like`. `only` names one top-level entry: the state, and `like`, then hold
+        nothing else, and nothing else is read.
 
         A newer step that is damaged or was never committed is reported by a warning and passed over.
 
         Raises:
-          CheckpointError: `step` does not exist or is damaged, naming the leaf or file; every step is damaged, with the reason for each;
+          CheckpointError: `step` does not exist or is damaged, naming the leaf or file; every step is
+          damaged, with the reason for each;
             the state does not fit `like`, with the first names that differ.
           ValueError: the state has no entry `only`.
         """
@@ -147,7 +160,10 @@ class Checkpoints:
         if step is not None:
             step = operator.index(step)
             if not _everywhere(self._folder(step).is_dir()):
-                raise CheckpointError(f"there is no step {step} in {self.directory}; there are {few(self.steps(), 10) or 'none'}")
+                raise CheckpointError(
+                    f"there is no step {step} in {self.directory}; there are "
+                    f"{few(self.steps(), 10) or 'none'}"
+                )
             try:
                 return step, self._load(step, template, only)
             except DamageError as damage:
@@ -203,13 +219,17 @@ class Checkpoints:
                 },
             )
         self._manager.reload()  # it remembers steps that were moved or deleted since
-        items = {"manifest": ocp.args.JsonSave(manifest)} | ({"state": ocp.args.PyTreeSave(dict(arrays))} if arrays else {})
-        # Without force Orbax skips, silently, a step below one that exists: after a fall-back that would be every step.
+        items = {"manifest": ocp.args.JsonSave(manifest)} | (
+            {"state": ocp.args.PyTreeSave(dict(arrays))} if arrays else {}
+        )
+        # Without force Orbax skips, silently, a step below one that exists: after a fall-back that would be
+        # every step.
         if not self._manager.save(step, args=ocp.args.Composite(**items), force=True):
             raise OSError("Orbax declined to save")
 
     def _failure(self, step: int, error: Exception) -> CheckpointError:
-        """Clear up after a save that failed; what it wrote was never a checkpoint, and the disk may be full."""
+        """Clear up after a save that failed; what it wrote was never a checkpoint, and the disk may be
+        full."""
         manager, self._manager = self._manager, None
         try:
             if manager is not None:
@@ -219,7 +239,9 @@ class Checkpoints:
         if jax.process_index() == 0 and not (self._folder(step) / COMMIT).is_file():
             _remove_while_written(self._folder(step))
         left = f"steps {few(self.steps(), 10)} are untouched" if self.steps() else "there is no earlier step"
-        return CheckpointError(f"step {step} could not be saved to {self._folder(step)}: {brief(error)}; {left}")
+        return CheckpointError(
+            f"step {step} could not be saved to {self._folder(step)}: {brief(error)}; {left}"
+        )
 
     def _make_room(self, step: int, manifest: Entry) -> bool:
         folder = self._folder(step)
@@ -229,9 +251,16 @@ class Checkpoints:
             if read_manifest(folder)["sha256"] == manifest["sha256"]:
                 logger.info("step %d is already saved in %s", step, self.directory)
                 return False
-            raise CheckpointError(f"step {step} exists in {self.directory} with another state; move it away, or save another step")
+            raise CheckpointError(
+                f"step {step} exists in {self.directory} with another state; move it away, or save another "
+                "step"
+            )
         if jax.process_index() == 0 and folder.exists():
-            aside = next(path for n in range(1, 10**6) if not (path := folder.with_name(f"{step}.damaged-{n}")).exists())
+            aside = next(
+                path
+                for n in range(1, 10**6)
+                if not (path := folder.with_name(f"{step}.damaged-{n}")).exists()
+            )
             folder.rename(aside)
             logger.warning("damaged step %d in %s is moved aside to %s", step, self.directory, aside.name)
         self._known.pop(step, None)
@@ -293,12 +322,18 @@ class Checkpoints:
             folder = self._folder(step)
             entries = read_manifest(folder)["leaves"]
             if only is not None:
-                check_name(only, tuple(sorted({entry["keys"][0] for entry in entries})), f"only, an entry of {folder}")
+                check_name(
+                    only,
+                    tuple(sorted({entry["keys"][0] for entry in entries})),
+                    f"only, an entry of {folder}",
+                )
                 entries = [entry for entry in entries if entry["keys"][0] == only]
             if template is not None:
                 check_fit(entries, template, folder)
             like = {name: value for name, (_, value) in (template or {}).items()}
-            return nested([(entry["keys"], _placed(entry["name"], value, like)) for entry, value in read(folder, only)])
+            return nested(
+                [(entry["keys"], _placed(entry["name"], value, like)) for entry, value in read(folder, only)]
+            )
 
         files = self._files(step)
         try:
@@ -320,11 +355,15 @@ def _finish() -> None:
         try:
             checkpoints.wait()
         except CheckpointError as error:
-            logger.error("the program ended before a checkpoint was saved; close() the checkpoints, or use `with`: %s", error)
+            logger.error(
+                "the program ended before a checkpoint was saved; close() the checkpoints, or use `with`: %s",
+                error,
+            )
 
 
-# Farewells are said last come, first served, and executors say theirs to their threads: a save that is waited for after that never ends
-# (Orbax gives up after five minutes). So this one is registered where they are, behind them; `atexit` alone comes too late.
+# Farewells are said last come, first served, and executors say theirs to their threads: a save that is waited
+# for after that never ends (Orbax gives up after five minutes). So this one is registered where they are,
+# behind them; `atexit` alone comes too late.
 getattr(threading, "_register_atexit", atexit.register)(_finish)
 
 
@@ -338,7 +377,10 @@ def _placed(name: str, value: Any, like: Mapping[str, Any]) -> Any:
     else:
         array = jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
     if array.dtype != value.dtype:
-        raise CheckpointError(f"{name} is {value.dtype} and JAX makes it {array.dtype}: enable jax_enable_x64, or ask for a NumPy array")
+        raise CheckpointError(
+            f"{name} is {value.dtype} and JAX makes it {array.dtype}: enable jax_enable_x64, or ask for a "
+            "NumPy array"
+        )
     return array
 
 

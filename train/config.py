@@ -2,7 +2,8 @@
 
     cfg = load("lm_hybrid")                        # a file of configs/, or any Python file with `base()`
     cfg = override(cfg, "model.mixers[0].heads=8")
-    prepare(cfg, workdir)                          # config.json and config.txt; another config in the folder is refused
+    prepare(cfg, workdir)                          # config.json and config.txt; another config in the folder
+    is refused
     experiment = build(cfg)                        # checked down to the model's shapes before any work starts
 
 Configs are Fiddle's: calls written as data. Everything here raises ConfigError for what a user got wrong.
@@ -27,9 +28,33 @@ import fiddle as fdl
 from flax import nnx
 
 from seqlab.train.experiment import Experiment
-from seqlab.train.override import ConfigError, check, children, fields, fit, literal, named, nearest, override, tree
+from seqlab.train.override import (
+    ConfigError,
+    check,
+    children,
+    fields,
+    fit,
+    literal,
+    named,
+    nearest,
+    override,
+    tree,
+)
 
-__all__ = ["ConfigError", "build", "diff", "fiddle", "fiddlers", "flat", "from_json", "load", "names", "override", "prepare", "to_json"]
+__all__ = [
+    "ConfigError",
+    "build",
+    "diff",
+    "fiddle",
+    "fiddlers",
+    "flat",
+    "from_json",
+    "load",
+    "names",
+    "override",
+    "prepare",
+    "to_json",
+]
 
 FORMAT = "seqlab.config.1"
 _FILE_MODULE = "_seqlab_config_"  # config files outside the package are imported under this prefix
@@ -40,7 +65,9 @@ _NOT_CONFIGS = ("parts", "fiddlers")
 def names() -> list[str]:
     """The configs that come with seqlab."""
     package = importlib.import_module("seqlab.configs")
-    return sorted(found.name for found in pkgutil.iter_modules(package.__path__) if found.name not in _NOT_CONFIGS)
+    return sorted(
+        found.name for found in pkgutil.iter_modules(package.__path__) if found.name not in _NOT_CONFIGS
+    )
 
 
 def load(name_or_path: str | os.PathLike[str]) -> fdl.Config:
@@ -50,9 +77,13 @@ def load(name_or_path: str | os.PathLike[str]) -> fdl.Config:
     if is_path and not pathlib.Path(name).is_file():
         raise ConfigError(f"{name}: no such file")
     if not is_path and name not in names():
-        raise ConfigError(f"no config {name!r}{nearest(name, names())} (or the path of a Python file with base())")
+        raise ConfigError(
+            f"no config {name!r}{nearest(name, names())} (or the path of a Python file with base())"
+        )
     try:
-        module = _import_file(pathlib.Path(name)) if is_path else importlib.import_module(f"seqlab.configs.{name}")
+        module = (
+            _import_file(pathlib.Path(name)) if is_path else importlib.import_module(f"seqlab.configs.{name}")
+        )
         if not callable(getattr(module, "base", None)):
             raise ConfigError(f"{name}: expected a function base() that returns the config")
         cfg = module.base()
@@ -64,7 +95,9 @@ def load(name_or_path: str | os.PathLike[str]) -> fdl.Config:
             for frame in traceback.extract_tb(error.__traceback__)
             if pathlib.Path(frame.filename).name == pathlib.Path(name).name
         ]
-        raise ConfigError(f"{name}{f', line {lines[-1]}' if lines else ''}: {type(error).__name__}: {error}") from error
+        raise ConfigError(
+            f"{name}{f', line {lines[-1]}' if lines else ''}: {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(cfg, fdl.Config):
         raise ConfigError(f"{name}: base() returned {type(cfg).__name__}, expected a fiddle Config")
     return cfg
@@ -73,11 +106,16 @@ def load(name_or_path: str | os.PathLike[str]) -> fdl.Config:
 def fiddlers() -> dict[str, Callable[..., None]]:
     """The functions of `seqlab.configs.fiddlers` by name."""
     module = importlib.import_module("seqlab.configs.fiddlers")
-    return {name: f for name, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__ and name[0] != "_"}
+    return {
+        name: f
+        for name, f in vars(module).items()
+        if inspect.isfunction(f) and f.__module__ == module.__name__ and name[0] != "_"
+    }
 
 
 def fiddle(cfg: fdl.Config, call: str) -> fdl.Config:
-    """A copy of `cfg` changed by a fiddler of `seqlab.configs.fiddlers`: "tiny", or with arguments "longer(4)"."""
+    """A copy of `cfg` changed by a fiddler of `seqlab.configs.fiddlers`: "tiny", or with arguments
+    "longer(4)"."""
     known, changed = fiddlers(), tree(cfg)
     name = call.partition("(")[0].strip()
     if name not in known:
@@ -86,7 +124,9 @@ def fiddle(cfg: fdl.Config, call: str) -> fdl.Config:
     try:
         values, keywords = _arguments(call)
         bound = inspect.signature(function).bind(changed, *values, **keywords)
-        given = {key: value for key, value in bound.arguments.items() if key in hints and value is not changed}
+        given = {
+            key: value for key, value in bound.arguments.items() if key in hints and value is not changed
+        }
         bound.arguments |= {key: fit(value, hints[key].hint) for key, value in given.items()}
     except (SyntaxError, ValueError, TypeError) as error:
         expected = ", ".join(map(str, list(inspect.signature(function).parameters.values())[1:]))
@@ -99,7 +139,8 @@ def fiddle(cfg: fdl.Config, call: str) -> fdl.Config:
 
 
 def build(cfg: fdl.Config) -> Experiment:
-    """The experiment that `cfg` describes, after the types of all fields, every constructor and the shapes of the model were checked.
+    """The experiment that `cfg` describes, after the types of all fields, every constructor and the shapes of
+    the model were checked.
 
     The model is constructed abstractly: this takes no memory and compiles nothing.
     """
@@ -110,7 +151,9 @@ def build(cfg: fdl.Config) -> Experiment:
         raise _located(error) from error
     if not isinstance(experiment, Experiment):
         raise ConfigError(f"the config builds {type(experiment).__name__}, expected Experiment")
-    trial = fdl.build(_with_places(tree(cfg)))  # the same, but its factories say where they stand in the config
+    trial = fdl.build(
+        _with_places(tree(cfg))
+    )  # the same, but its factories say where they stand in the config
     model = nnx.eval_shape(lambda: trial.model(rngs=nnx.Rngs(0)))
     trial.optimizer(experiment.steps)
     for name in ("train", "validation", "tokenizer"):
@@ -119,12 +162,15 @@ def build(cfg: fdl.Config) -> Experiment:
     tokenizer, size = experiment.data.tokenizer, getattr(model, "vocab_size", None)
     most = 0 if tokenizer is None else tokenizer.vocab_size
     if size is not None and size < most:
-        raise ConfigError(f"model.vocab_size: got {size}, expected at least {most}, what the tokenizer of the data needs")
+        raise ConfigError(
+            f"model.vocab_size: got {size}, expected at least {most}, what the tokenizer of the data needs"
+        )
     return experiment
 
 
 def flat(cfg: fdl.Config) -> str:
-    """The operative config as text: every field of every constructor, defaults included, one `path = value` a line."""
+    """The operative config as text: every field of every constructor, defaults included, one `path = value` a
+    line."""
     return "".join(f"{path} = {value}\n" for path, value in _leaves(tree(cfg, defaults=True)).items())
 
 
@@ -133,8 +179,16 @@ def diff(old: fdl.Config, new: fdl.Config) -> list[str]:
     before, after = _leaves(tree(old, defaults=True)), _leaves(tree(new, defaults=True))
     paths = dict.fromkeys(path for path in [*after, *before] if before.get(path) != after.get(path))
     # Of a constructor that was replaced, the fields that went with it are no news.
-    gone = {path for path in paths if path not in after and any(path.startswith((f"{other}.", f"{other}[")) for other in paths)}
-    return [f"{path}: {before.get(path, 'absent')} -> {after.get(path, 'absent')}" for path in paths if path not in gone]
+    gone = {
+        path
+        for path in paths
+        if path not in after and any(path.startswith((f"{other}.", f"{other}[")) for other in paths)
+    }
+    return [
+        f"{path}: {before.get(path, 'absent')} -> {after.get(path, 'absent')}"
+        for path in paths
+        if path not in gone
+    ]
 
 
 def to_json(cfg: fdl.Config) -> str:
@@ -157,10 +211,11 @@ def from_json(text: str) -> fdl.Config:
 
 
 def prepare(cfg: fdl.Config, workdir: str | os.PathLike[str]) -> None:
-    """Write config.json and config.txt into a new run folder; check that a folder in use belongs to the same config.
+    """Write config.json and config.txt into a new run folder; check that a folder in use belongs to the same
+    config.
 
-    Raises ConfigError, and changes nothing, where the folder holds another config. A field that did not exist when the folder was made
-    and has its default is no difference.
+    Raises ConfigError, and changes nothing, where the folder holds another config. A field that did not exist
+    when the folder was made and has its default is no difference.
     """
     workdir = pathlib.Path(workdir)
     if workdir.exists() and not workdir.is_dir():
@@ -180,7 +235,10 @@ def prepare(cfg: fdl.Config, workdir: str | os.PathLike[str]) -> None:
     different = [line for line in diff(saved, cfg) if not line.startswith(_MAY_CHANGE)]
     if different:
         lines = "".join(f"\n  {line}" for line in different)
-        raise ConfigError(f"{workdir} belongs to another config (saved -> given):{lines}\nchoose another folder, or the same config")
+        raise ConfigError(
+            f"{workdir} belongs to another config (saved -> given):{lines}\nchoose another folder, or the "
+            "same config"
+        )
 
 
 def _import_file(path: pathlib.Path) -> Any:
@@ -245,7 +303,9 @@ def _leaves(node: Any, where: str = "experiment") -> dict[str, str]:
 
 
 def _holds_nodes(value: Any) -> bool:
-    return any(isinstance(item, fdl.Buildable) or callable(item) or _holds_nodes(item) for _, item in children(value))
+    return any(
+        isinstance(item, fdl.Buildable) or callable(item) or _holds_nodes(item) for _, item in children(value)
+    )
 
 
 def _name(call: Any) -> str:
@@ -253,7 +313,8 @@ def _name(call: Any) -> str:
 
 
 def _encode(value: Any, where: str) -> Any:
-    """JSON of a tree. Constructors are objects with their name, tuples are arrays, what JSON lacks is an object with a $ key."""
+    """JSON of a tree. Constructors are objects with their name, tuples are arrays, what JSON lacks is an
+    object with a $ key."""
     if isinstance(value, fdl.Buildable):
         return _encode_call(value, where)
     if type(value) is tuple:
@@ -291,10 +352,14 @@ def _importable(call: Any, where: str) -> str:
         found = getattr(found, part, None)
     if module == "__main__" or module.startswith(_FILE_MODULE):
         raise ConfigError(
-            f"{where or 'config'}: {attribute} is defined in the config file; put it into a module that a run can import again"
+            f"{where or 'config'}: {attribute} is defined in the config file; put it into a module that a "
+            "run can import again"
         )
     if found is not call:
-        raise ConfigError(f"{where or 'config'}: {name} cannot be imported again by that name; use a function or class of a module")
+        raise ConfigError(
+            f"{where or 'config'}: {name} cannot be imported again by that name; use a function or class of "
+            "a module"
+        )
     return name
 
 
@@ -312,16 +377,25 @@ def _decode(value: Any, where: str) -> Any:
     kind = fdl.Partial if "$partial" in value else fdl.Config
     call = _imported(value.get("$partial", value.get("$call")), where)
     known = fields(call)
-    arguments = {key: _decode(item, f"{where}.{key}".removeprefix(".")) for key, item in value.items() if not key.startswith("$")}
+    arguments = {
+        key: _decode(item, f"{where}.{key}".removeprefix("."))
+        for key, item in value.items()
+        if not key.startswith("$")
+    }
     unknown = [key for key in arguments if known is not None and key not in known]
     if unknown:
-        raise ConfigError(f"{where or 'config'}: {_name(call)} has no field {unknown[0]!r} any more{nearest(unknown[0], known)}")
+        raise ConfigError(
+            f"{where or 'config'}: {_name(call)} has no field {unknown[0]!r} any "
+            f"more{nearest(unknown[0], known)}"
+        )
     return kind(call, **arguments)
 
 
 def _imported(name: Any, where: str) -> Any:
     if not isinstance(name, str) or ":" not in name:
-        raise ConfigError(f"{where or 'config'}: expected the name of a constructor, module:name, got {name!r}")
+        raise ConfigError(
+            f"{where or 'config'}: expected the name of a constructor, module:name, got {name!r}"
+        )
     return named(name)
 
 

@@ -1,12 +1,14 @@
 """Data: a source of documents, windows packed from it, batches by step number.
 
-    source = FileSource()                                  # documents, here the files of Python's standard library
+    source = FileSource()                                  # documents, here the files of Python's standard
+    library
     windows = pack(source, length=1024, seed=0)            # every window by its number
     batches = Batches(windows, batch_size=32, seed=0)      # every batch by its step
     for batch in batches.iterate(start_step): ...
 
-The batch of a step depends on the data, the seed and the step alone: not on the number of processes or workers, nor on where a run was
-interrupted. So the position in the data is the step, and resuming needs nothing else.
+The batch of a step depends on the data, the seed and the step alone: not on the number of processes or
+workers, nor on where a run was interrupted. So the position in the data is the step, and resuming needs
+nothing else.
 """
 
 import fnmatch
@@ -26,7 +28,17 @@ from jaxtyping import Int, UInt8
 from seqlab.kernels.dispatch import check_name
 from seqlab.train.packing import DataSource, Item, Windows, pack
 
-__all__ = ["ArraySource", "Batches", "DataSource", "FileSource", "Item", "TfdsSource", "Windows", "pack", "validation_batches"]
+__all__ = [
+    "ArraySource",
+    "Batches",
+    "DataSource",
+    "FileSource",
+    "Item",
+    "TfdsSource",
+    "Windows",
+    "pack",
+    "validation_batches",
+]
 
 # What lies in the folder of the standard library and is not its sources.
 _NOT_SOURCES = ("site-packages", "dist-packages", "test", "tests", "idle_test", "turtledemo", "__pycache__")
@@ -46,20 +58,22 @@ class Items(Protocol):
 class FileSource:
     """The bytes of files, one document a file.
 
-    `paths` are files and folders; folders are read with all they hold, in sorted order, without names that begin with a dot and without
-    following links to folders. None stands for the sources of the Python standard library, which every machine has. `include` and
-    `exclude` are patterns ("*.py"): the first for file names, the second for the names of files and folders; either also for whole paths
-    below the folder ("docs/*.md") if it has a slash.
+    `paths` are files and folders; folders are read with all they hold, in sorted order, without names that
+    begin with a dot and without following links to folders. None stands for the sources of the Python
+    standard library, which every machine has. `include` and `exclude` are patterns ("*.py"): the first for
+    file names, the second for the names of files and folders; either also for whole paths below the folder
+    ("docs/*.md") if it has a slash.
 
-    A file belongs to validation if a hash of its path below its folder falls into the share `validation`; so the split does not change
-    when files are added, and the same file is never in both. If by chance one side got nothing, it gets one file; of a single file
-    validation is the last `validation` of its bytes.
+    A file belongs to validation if a hash of its path below its folder falls into the share `validation`; so
+    the split does not change when files are added, and the same file is never in both. If by chance one side
+    got nothing, it gets one file; of a single file validation is the last `validation` of its bytes.
 
     Files are listed and opened at once, and read when asked for.
 
     Raises:
       FileNotFoundError, PermissionError (OSError): naming the path that is missing or cannot be read.
-      ValueError: nothing found, naming where and what was looked for; an unknown split; a share outside [0, 1).
+      ValueError: nothing found, naming where and what was looked for; an unknown split; a share outside [0,
+      1).
     """
 
     def __init__(
@@ -72,15 +86,25 @@ class FileSource:
     ) -> None:
         check_name(split, ("train", "validation"), "split")
         if not 0 <= validation < 1:
-            raise ValueError(f"validation: got {validation}, expected a share of the data, 0 <= validation < 1")
+            raise ValueError(
+                f"validation: got {validation}, expected a share of the data, 0 <= validation < 1"
+            )
         if paths is None:
-            paths, include, exclude = sysconfig.get_paths()["stdlib"], include or ("*.py",), (*_NOT_SOURCES, *exclude)
-        roots = [pathlib.Path(path).expanduser() for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
+            paths, include, exclude = (
+                sysconfig.get_paths()["stdlib"],
+                include or ("*.py",),
+                (*_NOT_SOURCES, *exclude),
+            )
+        roots = [
+            pathlib.Path(path).expanduser()
+            for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)
+        ]
         files = _list_files(roots, include or ("*",), exclude)
         self._documents = _choose(files, split, validation)
         if not self._documents:
             raise ValueError(
-                f"no data for {split}: looked in {', '.join(map(str, roots)) or 'no paths at all'} for {', '.join(include or '*')}"
+                f"no data for {split}: looked in {', '.join(map(str, roots)) or 'no paths at all'} for "
+                f"{', '.join(include or '*')}"
                 f" and found {len(files)} files that are not empty (validation share {validation:g})"
             )
 
@@ -110,7 +134,11 @@ def _list_files(roots: list[pathlib.Path], include: Sequence[str], exclude: Sequ
     for root in roots:
         if not root.exists():
             raise FileNotFoundError(f"paths: {root} does not exist")
-        for path, name in [(root, root.name)] if not root.is_dir() else sorted(_walk(root, exclude), key=lambda found: found[1]):
+        for path, name in (
+            [(root, root.name)]
+            if not root.is_dir()
+            else sorted(_walk(root, exclude), key=lambda found: found[1])
+        ):
             if path != root and not any(_matches(pattern, name) for pattern in include):
                 continue
             status = path.stat()
@@ -133,7 +161,9 @@ def _walk(root: pathlib.Path, exclude: Sequence[str]) -> Iterator[tuple[pathlib.
         below = pathlib.Path(folder).relative_to(root)
 
         def kept(name: str, below: pathlib.Path = below) -> bool:
-            return not name.startswith(".") and not any(_matches(pattern, (below / name).as_posix()) for pattern in exclude)
+            return not name.startswith(".") and not any(
+                _matches(pattern, (below / name).as_posix()) for pattern in exclude
+            )
 
         folders[:] = filter(kept, folders)
         for name in filter(kept, names):
@@ -156,7 +186,11 @@ def _choose(files: list[_Listed], split: str, validation: float) -> list[tuple[p
         held_out = held_out or {share.index(min(share))}
         if len(held_out) == len(files):
             held_out.remove(share.index(max(share)))
-    return [(path, 0, size) for index, (path, _, size) in enumerate(files) if (index in held_out) == (split == "validation")]
+    return [
+        (path, 0, size)
+        for index, (path, _, size) in enumerate(files)
+        if (index in held_out) == (split == "validation")
+    ]
 
 
 def _share(name: str) -> float:
@@ -180,23 +214,37 @@ class ArraySource:
 class TfdsSource:
     """A split of a prepared TensorFlow Datasets data set, read without TensorFlow.
 
-    `name` may carry a configuration and a version ("wiki40b/en:1.3.0"), `split` a range ("train[:10%]"). Feature `key` is a document:
-    text as its UTF-8 bytes, a 1-D integer feature as it is. Nothing is downloaded or prepared here.
+    `name` may carry a configuration and a version ("wiki40b/en:1.3.0"), `split` a range ("train[:10%]").
+    Feature `key` is a document: text as its UTF-8 bytes, a 1-D integer feature as it is. Nothing is
+    downloaded or prepared here.
 
     Raises:
-      ValueError: the data set is not prepared, or not in a format with random access, and how to do it; it has no such split or
+      ValueError: the data set is not prepared, or not in a format with random access, and how to do it; it
+      has no such split or
         feature; the feature is neither text nor integers.
     """
 
-    def __init__(self, name: str, split: str = "train", key: str = "text", data_dir: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        split: str = "train",
+        key: str = "text",
+        data_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
         import tensorflow_datasets as tfds
 
         features, self._source = tfds_source(name, split, data_dir)
         if key not in features:
-            raise ValueError(f"key: data set {name!r} has no feature {key!r}, but {', '.join(map(repr, features))}")
+            raise ValueError(
+                f"key: data set {name!r} has no feature {key!r}, but {', '.join(map(repr, features))}"
+            )
         self._text = isinstance(features[key], tfds.features.Text)
-        if not self._text and not (features[key].shape == (None,) and np.issubdtype(features[key].np_dtype, np.integer)):
-            raise ValueError(f"key: feature {key!r} of data set {name!r} is {features[key]}, expected Text or 1-D integers")
+        if not self._text and not (
+            features[key].shape == (None,) and np.issubdtype(features[key].np_dtype, np.integer)
+        ):
+            raise ValueError(
+                f"key: feature {key!r} of data set {name!r} is {features[key]}, expected Text or 1-D integers"
+            )
         self._key = key
 
     def __len__(self) -> int:
@@ -213,34 +261,42 @@ def tfds_source(name: str, split: str, data_dir: str | os.PathLike[str] | None =
 
     where = "the default folder of tensorflow_datasets" if data_dir is None else os.fspath(data_dir)
     remedy = (
-        f"prepare it once with tfds.builder({name!r}, data_dir={data_dir and os.fspath(data_dir)!r}, file_format='array_record')"
+        f"prepare it once with tfds.builder({name!r}, data_dir={data_dir and os.fspath(data_dir)!r}, "
+        "file_format='array_record')"
         ".download_and_prepare()"
     )
     try:
         builder = tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError as error:
-        raise ValueError(f"data set {name!r} is not in {where}, nor known to tensorflow_datasets; if it exists, {remedy}") from error
+        raise ValueError(
+            f"data set {name!r} is not in {where}, nor known to tensorflow_datasets; if it exists, {remedy}"
+        ) from error
     if not builder.is_prepared():
         raise ValueError(f"data set {name!r} is not prepared in {where}; {remedy}")
     try:
         return builder.info.features, builder.as_data_source(split)
     except NotImplementedError as error:  # a format that can only be read from the start
         stored = builder.info.file_format.value
-        raise ValueError(f"data set {name!r} in {where} is stored as {stored}; delete it and {remedy}") from error
+        raise ValueError(
+            f"data set {name!r} in {where} is stored as {stored}; delete it and {remedy}"
+        ) from error
 
 
 class Batches:
-    """The batch of every step, for ever: `batches[step]`, or `batches.iterate(start_step)` with the work done ahead of time.
+    """The batch of every step, for ever: `batches[step]`, or `batches.iterate(start_step)` with the work done
+    ahead of time.
 
-    Every epoch goes through `items` in another order drawn from `seed`; batches run on across the ends of epochs. A batch is a dictionary
-    of arrays [batch_size / process_count, ...]: process p has rows p, p + process_count, ... of the batch of all processes, which is the
-    same for any number of them. The default is the process of JAX that asks.
+    Every epoch goes through `items` in another order drawn from `seed`; batches run on across the ends of
+    epochs. A batch is a dictionary of arrays [batch_size / process_count, ...]: process p has rows p, p +
+    process_count, ... of the batch of all processes, which is the same for any number of them. The default is
+    the process of JAX that asks.
 
-    If `items` has a method augment(item, random), every row is what that makes of its item, with a generator that depends on `seed` and
-    the row's number in the run alone.
+    If `items` has a method augment(item, random), every row is what that makes of its item, with a generator
+    that depends on `seed` and the row's number in the run alone.
 
-    `workers` processes prepare batches in `iterate`; with 0, a thread does, which is right for windows in memory. Each worker holds a
-    copy of `items`. As always with processes, a script that uses them needs `if __name__ == "__main__":`.
+    `workers` processes prepare batches in `iterate`; with 0, a thread does, which is right for windows in
+    memory. Each worker holds a copy of `items`. As always with processes, a script that uses them needs `if
+    __name__ == "__main__":`.
 
     Raises:
       ValueError: fewer items than `batch_size`, or a `batch_size` that the processes cannot share equally.
@@ -260,15 +316,21 @@ class Batches:
         index, count = _process(process_index, process_count)
         rows = _rows(batch_size, count)
         if len(items) < batch_size:
-            raise ValueError(f"too little data: {len(items)} windows, and one batch takes batch_size = {batch_size}")
+            raise ValueError(
+                f"too little data: {len(items)} windows, and one batch takes batch_size = {batch_size}"
+            )
         if workers < 0:
             raise ValueError(f"workers: got {workers}, expected 0 or more")
-        # Grain seeds epoch e with seed + e: unmixed, seed 1 would see the second epoch of seed 0 as its first.
+        # Grain seeds epoch e with seed + e: unmixed, seed 1 would see the second epoch of seed 0 as its
+        # first.
         mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
         order = grain.MapDataset.source(items).shuffle(seed=mixed).repeat()
-        if hasattr(items, "augment"):  # before rows are dealt out: what is drawn for a row is the same whoever has it
+        if hasattr(
+            items, "augment"
+        ):  # before rows are dealt out: what is drawn for a row is the same whoever has it
             order = order.random_map(items.augment, seed=mixed)
-        # Slice, batch, and only then go parallel: in any other order the batches depend on the number of workers.
+        # Slice, batch, and only then go parallel: in any other order the batches depend on the number of
+        # workers.
         self._batches = order[index::count].batch(rows)
         self._workers = workers
 
@@ -276,24 +338,33 @@ class Batches:
         return self._batches[_step(step)]
 
     def iterate(self, start_step: int = 0) -> Iterator[Item]:
-        """The batches of `start_step`, `start_step + 1`, ..., prepared ahead; equal to `batches[step]` whatever `workers` is.
+        """The batches of `start_step`, `start_step + 1`, ..., prepared ahead; equal to `batches[step]`
+        whatever `workers` is.
 
-        Preparation begins at once. It ends with the iterator: at its `close()`, when it is dropped, or with the program.
+        Preparation begins at once. It ends with the iterator: at its `close()`, when it is dropped, or with
+        the program.
         """
         import grain
 
-        batches = self._batches[_step(start_step) :].to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
+        batches = self._batches[_step(start_step) :].to_iter_dataset(
+            grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
+        )
         if self._workers:
             from absl import flags
 
-            if not flags.FLAGS.is_parsed():  # Grain reads its own flags in the workers, and most programs parse none
+            if (
+                not flags.FLAGS.is_parsed()
+            ):  # Grain reads its own flags in the workers, and most programs parse none
                 flags.FLAGS.mark_as_parsed()
-            batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2))
+            batches = batches.mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
+            )
         return _Ahead(iter(batches))
 
 
 class _Ahead(Iterator[Item]):
-    """Owns one of Grain's iterators, and closes and drops it before the interpreter takes its modules apart."""
+    """Owns one of Grain's iterators, and closes and drops it before the interpreter takes its modules
+    apart."""
 
     def __init__(self, iterator: Any) -> None:
         iterator.start_prefetch()
@@ -320,17 +391,24 @@ class _FixedBatches(Sequence[Item]):
         return len(self._indices)
 
     def __getitem__(self, index: int) -> Item:
-        rows = [self._items[row] if row < len(self._items) else _padding(self._items[0]) for row in self._indices[operator.index(index)]]
+        rows = [
+            self._items[row] if row < len(self._items) else _padding(self._items[0])
+            for row in self._indices[operator.index(index)]
+        ]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def validation_batches(
-    items: Items, batch_size: int, limit: int | None = None, process_index: int | None = None, process_count: int | None = None
+    items: Items,
+    batch_size: int,
+    limit: int | None = None,
+    process_index: int | None = None,
+    process_count: int | None = None,
 ) -> Sequence[Item]:
     """The items in their order, once, in batches: at most `limit` of them, and the same every time.
 
-    Rows that the last batch lacks are zeros with `valid` False throughout, so every batch has the same shape and every process the same
-    number of batches. Processes share rows as in `Batches`.
+    Rows that the last batch lacks are zeros with `valid` False throughout, so every batch has the same shape
+    and every process the same number of batches. Processes share rows as in `Batches`.
 
     Raises:
       ValueError: no items, a limit below 1, or a `batch_size` that the processes cannot share equally.
@@ -343,12 +421,17 @@ def validation_batches(
         raise ValueError(f"limit: got {limit}, expected at least one batch, or None for all")
     total = -(-len(items) // batch_size)
     chosen = range(total if limit is None else min(limit, total))
-    return _FixedBatches(items, [range(step * batch_size + index, (step + 1) * batch_size, count) for step in chosen])
+    return _FixedBatches(
+        items, [range(step * batch_size + index, (step + 1) * batch_size, count) for step in chosen]
+    )
 
 
 def _padding(item: Item) -> Item:
     if "valid" not in item:
-        raise ValueError(f"items with {', '.join(sorted(item))} have no `valid`, so the rows that a last batch lacks cannot be told apart")
+        raise ValueError(
+            f"items with {', '.join(sorted(item))} have no `valid`, so the rows that a last batch lacks "
+            "cannot be told apart"
+        )
     return {name: np.zeros_like(value) for name, value in item.items()}
 
 
@@ -361,7 +444,10 @@ def _step(step: int) -> int:
 
 def _rows(batch_size: int, process_count: int) -> int:
     if batch_size < 1 or batch_size % process_count:
-        raise ValueError(f"batch_size: got {batch_size}, expected a positive multiple of the number of processes, {process_count}")
+        raise ValueError(
+            f"batch_size: got {batch_size}, expected a positive multiple of the number of processes, "
+            f"{process_count}"
+        )
     return batch_size // process_count
 
 
@@ -371,5 +457,8 @@ def _process(index: int | None, count: int | None) -> tuple[int, int]:
 
         return jax.process_index(), jax.process_count()
     if index is None or count is None or not 0 <= index < count:
-        raise ValueError(f"process_index: got {index} of process_count {count}, expected 0 <= process_index < process_count, or neither")
+        raise ValueError(
+            f"process_index: got {index} of process_count {count}, expected 0 <= process_index < "
+            "process_count, or neither"
+        )
     return index, count

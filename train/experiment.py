@@ -12,18 +12,21 @@ from seqlab.train.step import Loss, next_token_loss
 
 @dataclasses.dataclass
 class Experiment:
-    """A run: which model, on what data, trained how. `train.loop.run` executes it; `configs/` are functions that build it.
+    """A run: which model, on what data, trained how. `train.loop.run` executes it; `configs/` are functions
+    that build it.
 
     Args:
       model: called as model(rngs=...) for the module.
-      data: an object with `train(seed)` and `validation()`, sequences of windows (see `train.text.Text`), and a `tokenizer`, None where
-        inputs are not tokens.
+      data: an object with `train(seed)` and `validation()`, sequences of windows (see `train.text.Text`), and
+        a `tokenizer`, None where inputs are not tokens.
       optimizer: called as optimizer(steps) for an optax transformation.
       loss: (model, batch) -> (sum over targets, number of targets).
       metric: of the same kind: what validation reports, see `train.quality`.
-      steps, batch_size: updates, and windows in each; `accumulate` splits a batch into that many parts, to save memory.
+      steps, batch_size: updates, and windows in each; `accumulate` splits a batch into that many parts, to
+        save memory.
       seed: of parameters and data order.
-      log_every, validate_every, checkpoint_every: in steps; `validation_windows` bounds the cost of one validation.
+      log_every, validate_every, checkpoint_every: in steps; `validation_windows` bounds the cost of one
+        validation.
       keep: how many checkpoints stay.
       mesh: over which devices; one by default. It may change from one start of a run to the next.
     """
@@ -45,7 +48,16 @@ class Experiment:
     mesh: MeshSizes = MeshSizes()  # noqa: RUF009 - frozen
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulate", "log_every", "validate_every", "validation_windows", "checkpoint_every", "keep"):
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulate",
+            "log_every",
+            "validate_every",
+            "validation_windows",
+            "checkpoint_every",
+            "keep",
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")

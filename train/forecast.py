@@ -16,9 +16,11 @@ Predict = Callable[[Float[np.ndarray, "b t m"]], Float[np.ndarray, "b h m"]]
 
 @metric("MSE")
 def forecast_loss(model: Any, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Squared error of `model.forecast(inputs)` [b, h, m], summed over the valid targets, and their number: their ratio is the MSE.
+    """Squared error of `model.forecast(inputs)` [b, h, m], summed over the valid targets, and their number:
+    their ratio is the MSE.
 
-    A loss, and a metric too. `model` is anything with `forecast`, [b, t, m] -> [b, h, m], as both forms of TSM2.
+    A loss, and a metric too. `model` is anything with `forecast`, [b, t, m] -> [b, h, m], as both forms of
+    TSM2.
     """
     return _masked_sum(jnp.square(_error(model, batch)), batch)
 
@@ -46,16 +48,23 @@ class Scores(NamedTuple):
 
 
 def scores(predict: Predict, windows: Items, batch_size: int = 256) -> Scores:
-    """The scores of `predict` over all windows. The last batch is smaller, so a compiled function is compiled twice."""
+    """The scores of `predict` over all windows. The last batch is smaller, so a compiled function is compiled
+    twice."""
     squared, absolute, count = 0.0, 0.0, 0
     for start in range(0, len(windows), batch_size):
         inputs, targets = stacked(windows, range(start, min(start + batch_size, len(windows))))
         error = np.asarray(predict(inputs), np.float64) - targets
-        squared, absolute, count = squared + np.square(error).sum(), absolute + np.abs(error).sum(), count + error.size
+        squared, absolute, count = (
+            squared + np.square(error).sum(),
+            absolute + np.abs(error).sum(),
+            count + error.size,
+        )
     return Scores(float(squared / count), float(absolute / count))
 
 
-def stacked(windows: Items, rows: range | None = None) -> tuple[Float[np.ndarray, "b t m"], Float[np.ndarray, "b h m"]]:
+def stacked(
+    windows: Items, rows: range | None = None
+) -> tuple[Float[np.ndarray, "b t m"], Float[np.ndarray, "b h m"]]:
     """Inputs and targets of some windows, or of all, as two arrays."""
     items = [windows[row] for row in (range(len(windows)) if rows is None else rows)]
     return np.stack([item["inputs"] for item in items]), np.stack([item["targets"] for item in items])
@@ -67,9 +76,11 @@ def last_value(horizon: int) -> Predict:
 
 
 def least_squares(windows: Items, *, relative: bool = False, ridge: float = 0.0) -> Predict:
-    """The linear map from a window to its targets, with a constant, that fits `windows` best; the series share it.
+    """The linear map from a window to its targets, with a constant, that fits `windows` best; the series
+    share it.
 
-    `relative` subtracts a window's last value first and adds it to the forecast, so that the map follows changes of level (NLinear, arXiv
+    `relative` subtracts a window's last value first and adds it to the forecast, so that the map follows
+    changes of level (NLinear, arXiv
     2205.13504). `ridge` is the penalty on the squared weights, the constant's included.
     """
     inputs, targets = stacked(windows)
@@ -77,7 +88,9 @@ def least_squares(windows: Items, *, relative: bool = False, ridge: float = 0.0)
     y = y - (_by_series(inputs[:, -1:], False) if relative else 0.0)
     x = np.concatenate([x, np.ones((len(x), 1))], axis=1)
     penalty = np.sqrt(ridge) * np.eye(x.shape[1])
-    weights = np.linalg.lstsq(np.concatenate([x, penalty]), np.concatenate([y, np.zeros((len(penalty), y.shape[1]))]), rcond=None)[0]
+    weights = np.linalg.lstsq(
+        np.concatenate([x, penalty]), np.concatenate([y, np.zeros((len(penalty), y.shape[1]))]), rcond=None
+    )[0]
 
     def predict(inputs: Float[np.ndarray, "b t m"]) -> Float[np.ndarray, "b h m"]:
         y = _by_series(inputs, relative) @ weights[:-1] + weights[-1]

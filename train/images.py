@@ -1,9 +1,11 @@
-"""Data of images: arrays, folders of pictures, TFDS, and tasks made of scikit-learn's digits, which need no download.
+"""Data of images: arrays, folders of pictures, TFDS, and tasks made of scikit-learn's digits, which need no
+download.
 
-    data = DigitImages(augment=Augment(shift=1))        # `train(seed)`, `validation()`, as every data of an `Experiment`
+    data = DigitImages(augment=Augment(shift=1))        # `train(seed)`, `validation()`, as every data of an
+    `Experiment`
 
-An item is `inputs` [h, w, c] in [0, 1], `targets` and `valid`; see `train.vision`. `Pictures.augment` changes an item at random:
-`Batches` calls it with a generator for every row of a run.
+An item is `inputs` [h, w, c] in [0, 1], `targets` and `valid`; see `train.vision`. `Pictures.augment` changes
+an item at random: `Batches` calls it with a generator for every row of a run.
 """
 
 import dataclasses
@@ -31,7 +33,8 @@ class Pictures:
       read: index -> picture [h, w, c], values in [0, 1] or bytes; all of one shape.
       targets: classes [n]; classes of places [n, h, w]; or pictures [n, h', w', c].
       classes: how many; None where targets are pictures.
-      change: what training does to a picture; it must be None or change nothing where targets are not classes of whole pictures.
+      change: what training does to a picture; it must be None or change nothing where targets are not classes
+        of whole pictures.
       fingerprint: 16 hexadecimal digits of the data.
     """
 
@@ -46,9 +49,17 @@ class Pictures:
         change: Augment | None = None,
         fingerprint: str | None = None,
     ) -> None:
-        self._read, self.targets, self.classes, self._change, self.fingerprint = read, targets, classes, change, fingerprint
+        self._read, self.targets, self.classes, self._change, self.fingerprint = (
+            read,
+            targets,
+            classes,
+            change,
+            fingerprint,
+        )
         if change not in (None, Augment()) and targets.ndim != 1:
-            raise ValueError("augment must be None where targets are maps: a picture and its targets would no longer agree")
+            raise ValueError(
+                "augment must be None where targets are maps: a picture and its targets would no longer agree"
+            )
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -63,14 +74,18 @@ class Pictures:
         }
 
     def augment(self, item: Item, random: np.random.Generator) -> Item:
-        """`item` as one row of training sees it. With mixup or cutmix its targets become shares of classes."""
+        """`item` as one row of training sees it. With mixup or cutmix its targets become shares of
+        classes."""
         if self._change is None:
             return item
         change, picture = self._change, self._change.picture(item["inputs"], random)
         if not change.mixes:
             return item | {"inputs": picture}
         other = int(random.integers(len(self)))
-        pair = (picture, self._shares(item["targets"])), (change.picture(self._picture(other), random), self._shares(self.targets[other]))
+        pair = (
+            (picture, self._shares(item["targets"])),
+            (change.picture(self._picture(other), random), self._shares(self.targets[other])),
+        )
         picture, targets = change.pair(*pair, random)
         return item | {"inputs": picture, "targets": targets}
 
@@ -82,7 +97,9 @@ class Pictures:
         return (np.arange(self.classes) == target).astype(np.float32)
 
 
-def in_memory(images: Num[np.ndarray, "n h w c"], targets: Num[np.ndarray, "n *t"], **options: object) -> Pictures:
+def in_memory(
+    images: Num[np.ndarray, "n h w c"], targets: Num[np.ndarray, "n *t"], **options: object
+) -> Pictures:
     """Arrays as `Pictures`; `options` are those of `Pictures`."""
     digest = hashlib.sha256(f"{images.shape} {images.dtype} {targets.shape} {targets.dtype} ".encode())
     for array in (images, targets):
@@ -92,7 +109,8 @@ def in_memory(images: Num[np.ndarray, "n h w c"], targets: Num[np.ndarray, "n *t
 
 @dataclasses.dataclass(frozen=True)
 class FolderImages:
-    """Pictures in a folder for each class: ROOT/dog/1.png. Classes are the folders in sorted order; files are read when asked for.
+    """Pictures in a folder for each class: ROOT/dog/1.png. Classes are the folders in sorted order; files are
+    read when asked for.
 
     Args:
       path: the root.
@@ -101,7 +119,8 @@ class FolderImages:
       held_out: the share of validation, by a hash of a file's path, as in `FileSource`.
       augment: what training does to a picture.
     Raises:
-      OSError: a path or picture that cannot be read. ValueError: no pictures, or pictures that lie in no folder.
+      OSError: a path or picture that cannot be read. ValueError: no pictures, or pictures that lie in no
+      folder.
     """
 
     path: str
@@ -125,7 +144,9 @@ class FolderImages:
     @property
     def classes(self) -> tuple[str, ...]:
         """The names of the folders that hold pictures."""
-        return tuple(sorted({self._class(file) for split in ("train", "validation") for file in self._files(split)}))
+        return tuple(
+            sorted({self._class(file) for split in ("train", "validation") for file in self._files(split)})
+        )
 
     def _files(self, split: str) -> list[pathlib.Path]:
         return FileSource(self.path, split, include=_SUFFIXES, validation=self.held_out).files
@@ -161,7 +182,8 @@ class _Read:
 
 @dataclasses.dataclass(frozen=True)
 class TfdsImages:
-    """Labelled pictures of a prepared TensorFlow Datasets data set ("mnist", "cifar10", ...), read and decoded one by one.
+    """Labelled pictures of a prepared TensorFlow Datasets data set ("mnist", "cifar10", ...), read and
+    decoded one by one.
 
     Args:
       name, data_dir: as in `TfdsSource`; nothing is downloaded here.
@@ -198,11 +220,17 @@ class TfdsImages:
         features, source = tfds_source(self.name, split, self.data_dir)
         for key in (self.image, self.label):
             if key not in features:
-                raise ValueError(f"image, label: data set {self.name!r} has no feature {key!r}, but {', '.join(map(repr, features))}")
+                raise ValueError(
+                    f"image, label: data set {self.name!r} has no feature {key!r}, but "
+                    f"{', '.join(map(repr, features))}"
+                )
         classes = getattr(features[self.label], "num_classes", None)
         if classes is None or len(features[self.image].shape) != 3:
             found = f"{features[self.image]} and {features[self.label]}"
-            raise ValueError(f"image, label: the features of data set {self.name!r} are {found}, expected a picture and a class")
+            raise ValueError(
+                f"image, label: the features of data set {self.name!r} are {found}, expected a picture and "
+                "a class"
+            )
         targets = np.array([int(source[i][self.label]) for i in range(len(source))])
 
         def read(index: int) -> UInt8[np.ndarray, "h w c"]:
@@ -212,7 +240,9 @@ class TfdsImages:
         return Pictures(read, targets, classes=classes, change=change, fingerprint=_digest(words))
 
 
-def scaled(picture: UInt8[np.ndarray, "h w c"], size: tuple[int, int], channels: int) -> UInt8[np.ndarray, "i j o"]:
+def scaled(
+    picture: UInt8[np.ndarray, "h w c"], size: tuple[int, int], channels: int
+) -> UInt8[np.ndarray, "i j o"]:
     """The largest central part of the proportion of `size`, scaled to it, in colour or grey."""
     from PIL import Image
 
@@ -221,7 +251,9 @@ def scaled(picture: UInt8[np.ndarray, "h w c"], size: tuple[int, int], channels:
     proportion = min(image.height / size[0], image.width / size[1])
     tall, wide = (max(round(side * proportion), 1) for side in size)
     top, left = (image.height - tall) // 2, (image.width - wide) // 2
-    image = image.crop((left, top, left + wide, top + tall)).resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    image = image.crop((left, top, left + wide, top + tall)).resize(
+        (size[1], size[0]), Image.Resampling.BILINEAR
+    )
     return np.asarray(image).reshape(*size, channels)
 
 
@@ -256,11 +288,12 @@ class DigitScenes:
     """Digits strewn over a larger picture, to be found again, or to be made sharp again.
 
     Args:
-      task: "segment": at every place which digit is there, 1 + digit, 0 for none. "upscale": the picture at half its resolution (means of
-        2 × 2 places) goes in, the whole picture is asked for.
+      task: "segment": at every place which digit is there, 1 + digit, 0 for none. "upscale": the picture at
+        half its resolution (means of 2 × 2 places) goes in, the whole picture is asked for.
       size: height and width, even.
       digits: how many in a picture; later ones lie over earlier ones.
-      examples: to train on, drawn from the seed; validation has `held_out`, made of digits that training never sees.
+      examples: to train on, drawn from the seed; validation has `held_out`, made of digits that training
+        never sees.
     """
 
     task: str = "segment"
@@ -287,9 +320,15 @@ class DigitScenes:
     def _scenes(self, count: int, seed: int, train: bool) -> Pictures:
         images, labels = digit_arrays(360, train=train)
         raw = np.random.PCG64(seed).random_raw((count, self.digits, 3))
-        scenes, targets = np.zeros((count, self.size, self.size), np.float32), np.zeros((count, self.size, self.size), np.int64)
+        scenes, targets = (
+            np.zeros((count, self.size, self.size), np.float32),
+            np.zeros((count, self.size, self.size), np.int64),
+        )
         for i, k in np.ndindex(count, self.digits):
-            which, *corner = (int(number % limit) for number, limit in zip(raw[i, k], (len(images), *(self.size - 7,) * 2), strict=True))
+            which, *corner = (
+                int(number % limit)
+                for number, limit in zip(raw[i, k], (len(images), *(self.size - 7,) * 2), strict=True)
+            )
             place = (i, *(slice(start, start + 8) for start in corner))
             there = images[which] > 0.25
             scenes[place] = np.where(there, images[which], scenes[place])
@@ -302,7 +341,9 @@ class DigitScenes:
 
 def _sized(size: tuple[int, int], channels: int) -> None:
     if len(size) != 2 or min(size) < 1 or channels not in (1, 3):
-        raise ValueError(f"size must be (height, width) and channels 1 or 3, got size={size}, channels={channels}")
+        raise ValueError(
+            f"size must be (height, width) and channels 1 or 3, got size={size}, channels={channels}"
+        )
 
 
 def _digest(text: str) -> str:

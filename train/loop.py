@@ -34,7 +34,8 @@ class NonFiniteError(RuntimeError):
 
 
 class Result(NamedTuple):
-    """How a run ended: "finished" or the name of the signal that interrupted it, at which step, with which figure on the held-out data."""
+    """How a run ended: "finished" or the name of the signal that interrupted it, at which step, with which
+    figure on the held-out data."""
 
     status: str
     step: int
@@ -43,18 +44,23 @@ class Result(NamedTuple):
 
 
 def build(experiment: Experiment, mesh: Mesh | None = None) -> tuple[Static, Params]:
-    """The model's parameters at step 0, by one compiled function, each made where it will live: the same values on every mesh."""
+    """The model's parameters at step 0, by one compiled function, each made where it will live: the same
+    values on every mesh."""
     static, abstract = split(nnx.eval_shape(lambda: experiment.model(rngs=nnx.Rngs(0))))
-    make = jax.jit(lambda key: split(experiment.model(rngs=nnx.Rngs(key)))[1], out_shardings=param_shardings(abstract, mesh))
+    make = jax.jit(
+        lambda key: split(experiment.model(rngs=nnx.Rngs(key)))[1],
+        out_shardings=param_shardings(abstract, mesh),
+    )
     return static, make(jax.random.key(experiment.seed))
 
 
 def run(experiment: Experiment, workdir: str | os.PathLike[str]) -> Result:
     """Train, from the last good checkpoint of `workdir` if it holds one.
 
-    It runs on the mesh that `experiment.mesh` says, which may be another one than before. A SIGTERM or SIGINT ends the run after the step
-    in progress, with a checkpoint; that of one among several processes ends them all when they next report. Raises NonFiniteError where
-    training diverges, and whatever the checkpoints raise (`CheckpointError`) where they cannot be written.
+    It runs on the mesh that `experiment.mesh` says, which may be another one than before. A SIGTERM or SIGINT
+    ends the run after the step in progress, with a checkpoint; that of one among several processes ends them
+    all when they next report. Raises NonFiniteError where training diverges, and whatever the checkpoints
+    raise (`CheckpointError`) where they cannot be written.
     """
     workdir = pathlib.Path(workdir).absolute()
     workdir.mkdir(parents=True, exist_ok=True)
@@ -91,8 +97,14 @@ def _run(experiment: Experiment, workdir: pathlib.Path, mesh: Mesh | None) -> Re
     step = jax.jit(step, donate_argnums=0, out_shardings=None if mesh is None else (shardings, None))
     first = place(batches[start], mesh)
     step = step.lower(state, first).compile(compiler_options(mesh))
-    unit, size = ("images", first["inputs"].shape[0]) if first["inputs"].ndim == 4 else ("tokens", math.prod(first["inputs"].shape[:2]))
-    evaluate = jax.jit(functools.partial(evaluate_step, static, experiment.metric), compiler_options=compiler_options(mesh))
+    unit, size = (
+        ("images", first["inputs"].shape[0])
+        if first["inputs"].ndim == 4
+        else ("tokens", math.prod(first["inputs"].shape[:2]))
+    )
+    evaluate = jax.jit(
+        functools.partial(evaluate_step, static, experiment.metric), compiler_options=compiler_options(mesh)
+    )
     quality = quality_of(experiment.metric)
     say(f"compiled the training step in {time.perf_counter() - clock:.1f} s")
 
@@ -101,7 +113,13 @@ def _run(experiment: Experiment, workdir: pathlib.Path, mesh: Mesh | None) -> Re
     metrics = Metrics(workdir, start, quality) if processes.first() else processes.Silent()
     pending: list[Any] = []
     validation, saved, clock, seen = None, start, time.perf_counter(), 0
-    with Interruptions() as interruption, checkpoints, metrics, progress, processes.together(checkpoints.steps):
+    with (
+        Interruptions() as interruption,
+        checkpoints,
+        metrics,
+        progress,
+        processes.together(checkpoints.steps),
+    ):
         processes.barrier("the training step to be compiled")
         for number, batch in enumerate(batches.iterate(start), start + 1):
             batch = place(batch, mesh)
@@ -110,7 +128,10 @@ def _run(experiment: Experiment, workdir: pathlib.Path, mesh: Mesh | None) -> Re
             seen += size
             progress.advance(number)
             last = number == experiment.steps or interruption.came(number % experiment.log_every == 0)
-            if last or not all(number % n for n in (experiment.log_every, experiment.checkpoint_every, experiment.validate_every)):
+            if last or not all(
+                number % n
+                for n in (experiment.log_every, experiment.checkpoint_every, experiment.validate_every)
+            ):
                 loss, norm = _drain(pending, number, saved, workdir)
                 speed = seen / (time.perf_counter() - clock)
                 metrics.write(number, loss=loss, gradient_norm=norm, **{f"{unit}_per_second": speed})
@@ -149,7 +170,8 @@ class Interruptions:
         return self
 
     def came(self, agreed: bool) -> bool:
-        """Whether to stop now. Several processes stop at one step: at one where they are `agreed` to ask each other."""
+        """Whether to stop now. Several processes stop at one step: at one where they are `agreed` to ask each
+        other."""
         if jax.process_count() == 1:
             self.acted = self.name is not None
         elif agreed and processes.anywhere(self.name is not None):
@@ -172,7 +194,9 @@ def _check_data(workdir: pathlib.Path, fingerprint: str | None) -> None:
         return
     if path.exists() and path.read_text().strip() != fingerprint:
         begun = path.read_text().strip()
-        raise ValueError(f"{workdir} was begun on other data (fingerprint {begun}, now {fingerprint}): use another workdir")
+        raise ValueError(
+            f"{workdir} was begun on other data (fingerprint {begun}, now {fingerprint}): use another workdir"
+        )
     if processes.first():
         path.write_text(fingerprint + "\n")
 
@@ -186,15 +210,21 @@ def _drain(pending: list[Any], number: int, saved: int, workdir: pathlib.Path) -
         step = number - len(measured) + 1 + bad[0]
         good = f"the last good checkpoint is step {saved}" if saved else "there is no checkpoint yet"
         m = measured[bad[0]]
-        raise NonFiniteError(f"step {step}: loss {m.loss}, gradient norm {m.norm}; that update was not applied, {good} ({workdir})")
+        raise NonFiniteError(
+            f"step {step}: loss {m.loss}, gradient norm {m.norm}; that update was not applied, {good} "
+            f"({workdir})"
+        )
     return float(np.mean([m.loss for m in measured])), float(measured[-1].norm)
 
 
 def held_out_batches(experiment: Experiment, mesh: Mesh | None = None) -> Any:
-    """The batches that validation is taken on: the same at every step, and for `seqlab eval`; windows spread over all that is held out."""
+    """The batches that validation is taken on: the same at every step, and for `seqlab eval`; windows spread
+    over all that is held out."""
     windows = experiment.data.validation()
     count = min(experiment.validation_windows, len(windows))
-    return validation_batches([windows[i * len(windows) // count] for i in range(count)], experiment.batch_size, None, *share(mesh))
+    return validation_batches(
+        [windows[i * len(windows) // count] for i in range(count)], experiment.batch_size, None, *share(mesh)
+    )
 
 
 def validate(evaluate: Any, params: Params, held_out: Any, mesh: Mesh | None = None) -> tuple[float, int]:
@@ -205,12 +235,14 @@ def validate(evaluate: Any, params: Params, held_out: Any, mesh: Mesh | None = N
 
 
 def judged(state: TrainState) -> Params:
-    """What a run is worth is said of these: its parameters, or their average where the optimizer keeps one."""
+    """What a run is worth is said of these: its parameters, or their average where the optimizer keeps
+    one."""
     return state.params | average_of(state.optimizer)
 
 
 def _to_dict(state: TrainState) -> dict[str, Any]:
-    """A train state as a dictionary with string keys: what checkpoints hold, whatever optax calls its containers.
+    """A train state as a dictionary with string keys: what checkpoints hold, whatever optax calls its
+    containers.
 
     An average of the parameters is an entry of its own, `average`, so that it can be read alone.
     """
@@ -237,7 +269,9 @@ def _from_dict(saved: dict[str, Any], like: TrainState) -> TrainState:
 def _summary(experiment: Experiment, static: Static, params: Params, start: int) -> str:
     model = nnx.eval_shape(lambda: experiment.model(rngs=nnx.Rngs(0)))
     state = f", {state_bytes(model):,} bytes of state a stream" if hasattr(model, "init_state") else ""
-    return f"{count_params(params):,} parameters{state}; " + (f"resuming at step {start}" if start else "starting at step 0")
+    return f"{count_params(params):,} parameters{state}; " + (
+        f"resuming at step {start}" if start else "starting at step 0"
+    )
 
 
 def _write_environment(workdir: pathlib.Path, static: Static, params: Params) -> None:
@@ -245,7 +279,10 @@ def _write_environment(workdir: pathlib.Path, static: Static, params: Params) ->
     import importlib.metadata
     import platform
 
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")}
+    versions = {
+        name: importlib.metadata.version(name)
+        for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    }
     record = {
         "python": platform.python_version(),
         "machine": platform.machine(),

@@ -1,7 +1,9 @@
-"""What a step of a checkpoint holds: leaves by name, each with the hash of its bytes, written down in a manifest and read back against it.
+"""What a step of a checkpoint holds: leaves by name, each with the hash of its bytes, written down in a
+manifest and read back against it.
 
-A state is a nested dictionary with string keys; `flatten` names its leaves by their keys joined with "/". Arrays are described in the
-manifest and stored by Orbax; Python numbers and strings, empty arrays and empty dictionaries are in the manifest itself.
+A state is a nested dictionary with string keys; `flatten` names its leaves by their keys joined with "/".
+Arrays are described in the manifest and stored by Orbax; Python numbers and strings, empty arrays and empty
+dictionaries are in the manifest itself.
 """
 
 import concurrent.futures
@@ -27,7 +29,8 @@ _GROUP = 2**30  # bytes of arrays in host memory at a time while a step is read
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, is damaged, or does not fit; the message names the step and the leaf or file."""
+    """A checkpoint could not be written, is damaged, or does not fit; the message names the step and the leaf
+    or file."""
 
 
 class DamageError(Exception):
@@ -52,7 +55,9 @@ def flatten(tree: Mapping[str, Any]) -> Leaves:
         if isinstance(value, Mapping) and (value or not keys):
             for key in value:
                 if not isinstance(key, str) or not key:
-                    raise TypeError(f"{name or 'state'}: key {key!r}; the keys of a checkpoint are non-empty strings")
+                    raise TypeError(
+                        f"{name or 'state'}: key {key!r}; the keys of a checkpoint are non-empty strings"
+                    )
                 visit((*keys, key), value[key])
         elif name in leaves:
             raise ValueError(f"two leaves are named {name!r}: {leaves[name][0]} and {keys}")
@@ -60,10 +65,15 @@ def flatten(tree: Mapping[str, Any]) -> Leaves:
             leaves[name] = (keys, _checked(name or "state", value))
 
     visit((), tree)
-    for name, (keys, _) in leaves.items():  # a stored array is a folder of its name: none may lie inside another
+    for name, (
+        keys,
+        _,
+    ) in leaves.items():  # a stored array is a folder of its name: none may lie inside another
         outer = next((part for part in _prefixes(name) if part in leaves), None)
         if outer is not None:
-            raise ValueError(f"leaf {keys} cannot be stored inside leaf {leaves[outer][0]}; rename one of them")
+            raise ValueError(
+                f"leaf {keys} cannot be stored inside leaf {leaves[outer][0]}; rename one of them"
+            )
     return dict(sorted(leaves.items()))
 
 
@@ -76,9 +86,15 @@ def _checked(name: str, value: Any) -> Any:
         return value
     dtype = getattr(value, "dtype", None)
     if dtype is None or not hasattr(value, "shape"):
-        raise TypeError(f"{name}: a {type(value).__name__}; a checkpoint holds nested dictionaries of arrays, numbers and strings")
+        raise TypeError(
+            f"{name}: a {type(value).__name__}; a checkpoint holds nested dictionaries of arrays, numbers "
+            "and strings"
+        )
     if jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        raise TypeError(f"{name}: a typed PRNG key; save jax.random.key_data(key), and restore with jax.random.wrap_key_data")
+        raise TypeError(
+            f"{name}: a typed PRNG key; save jax.random.key_data(key), and restore with "
+            "jax.random.wrap_key_data"
+        )
     if not (jnp.issubdtype(dtype, np.number) or dtype == np.bool_):
         raise TypeError(f"{name}: an array of {dtype}; a checkpoint holds arrays of numbers")
     if isinstance(value, np.ndarray | np.generic):
@@ -104,9 +120,15 @@ def check_fit(entries: list[Entry], template: Leaves, folder: pathlib.Path) -> N
     wanted = {entry["name"]: _kind(entry) for entry in describe(template, hashed=False)}
     missing, extra = sorted(wanted.keys() - saved.keys()), sorted(saved.keys() - wanted.keys())
     other = [
-        f"{name} is {saved[name]}, expected {wanted[name]}" for name in sorted(saved.keys() & wanted.keys()) if saved[name] != wanted[name]
+        f"{name} is {saved[name]}, expected {wanted[name]}"
+        for name in sorted(saved.keys() & wanted.keys())
+        if saved[name] != wanted[name]
     ]
-    problems = [("not in the checkpoint", missing), ("only in the checkpoint", extra), ("of another kind", other)]
+    problems = [
+        ("not in the checkpoint", missing),
+        ("only in the checkpoint", extra),
+        ("of another kind", other),
+    ]
     if missing or extra or other:
         found = "; ".join(f"{len(names)} {what}: {few(names)}" for what, names in problems if names)
         raise CheckpointError(f"{folder} does not fit the state that is asked for: {found}")
@@ -176,7 +198,8 @@ def read_manifest(folder: pathlib.Path) -> Entry:
 
 
 def read(folder: pathlib.Path, only: str | None) -> Iterator[tuple[Entry, Any]]:
-    """Every leaf, or those below the key `only`, with its value, arrays on the host and verified. Raises DamageError naming a leaf."""
+    """Every leaf, or those below the key `only`, with its value, arrays on the host and verified. Raises
+    DamageError naming a leaf."""
     group: list[Entry] = []
     size = 0
     for entry in read_manifest(folder)["leaves"]:
@@ -184,7 +207,12 @@ def read(folder: pathlib.Path, only: str | None) -> Iterator[tuple[Entry, Any]]:
             continue
         count = int(np.prod(entry.get("shape", [0])))
         if count == 0:
-            yield entry, np.zeros(entry["shape"], jnp.dtype(entry["dtype"])) if "dtype" in entry else entry.get("value", {})
+            yield (
+                entry,
+                np.zeros(entry["shape"], jnp.dtype(entry["dtype"]))
+                if "dtype" in entry
+                else entry.get("value", {}),
+            )
             continue
         group.append(entry)
         size += count * jnp.dtype(entry["dtype"]).itemsize
@@ -195,19 +223,34 @@ def read(folder: pathlib.Path, only: str | None) -> Iterator[tuple[Entry, Any]]:
 
 
 def _read_arrays(folder: pathlib.Path, entries: list[Entry]) -> Iterator[tuple[Entry, np.ndarray]]:
-    # TensorStore is what Orbax reads with. Asked directly it says which leaf is broken, one at a time, and does not log from threads.
+    # TensorStore is what Orbax reads with. Asked directly it says which leaf is broken, one at a time, and
+    # does not log from threads.
     import tensorstore
 
-    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 10**8}})  # not the default one: no cache may outlive a change
+    context = tensorstore.Context(
+        {"cache_pool": {"total_bytes_limit": 10**8}}
+    )  # not the default one: no cache may outlive a change
     base = {"driver": "file", "path": f"{folder / 'state'}/"}
-    specs = [{"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{entry['name']}/"}} for entry in entries]
+    specs = [
+        {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{entry['name']}/"}}
+        for entry in entries
+    ]
     opened = [tensorstore.open(spec, context=context, open=True) for spec in specs]
-    begun = [_attempt(entry, lambda store=store: store.result().read()) for entry, store in zip(entries, opened, strict=True)]
-    arrays = [_attempt(entry, lambda future=future: np.asarray(future.result())) for entry, future in zip(entries, begun, strict=True)]
+    begun = [
+        _attempt(entry, lambda store=store: store.result().read())
+        for entry, store in zip(entries, opened, strict=True)
+    ]
+    arrays = [
+        _attempt(entry, lambda future=future: np.asarray(future.result()))
+        for entry, future in zip(entries, begun, strict=True)
+    ]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for entry, array, digest in zip(entries, arrays, pool.map(_sha256, arrays), strict=True):
             if (list(array.shape), str(array.dtype)) != (entry["shape"], entry["dtype"]):
-                raise DamageError(f"leaf {entry['name']}: {array.dtype}{list(array.shape)} on disk, {_kind(entry)} in the manifest")
+                raise DamageError(
+                    f"leaf {entry['name']}: {array.dtype}{list(array.shape)} on disk, {_kind(entry)} in the "
+                    "manifest"
+                )
             if digest != entry["sha256"]:
                 raise DamageError(f"leaf {entry['name']}: its bytes have changed since they were saved")
             yield entry, array

@@ -1,4 +1,5 @@
-"""What a run leaves to look at: `metrics.jsonl`, TensorBoard events, `curves.png`, and one line on the terminal."""
+"""What a run leaves to look at: `metrics.jsonl`, TensorBoard events, `curves.png`, and one line on the
+terminal."""
 
 import json
 import math
@@ -12,7 +13,8 @@ from seqlab.train.quality import Quality
 
 
 class Metrics:
-    """Writes the metrics of one run folder. After a resume the lines past `step` are dropped: the run will write them again."""
+    """Writes the metrics of one run folder. After a resume the lines past `step` are dropped: the run will
+    write them again."""
 
     def __init__(self, workdir: pathlib.Path, step: int, quality: Quality):
         from tensorboardX import SummaryWriter
@@ -26,8 +28,12 @@ class Metrics:
         self._events = SummaryWriter(str(workdir), purge_step=step + 1)
 
     def write(self, step: int, **values: float) -> None:
-        """Append one line; a number that is not finite is written as a string, so that the file stays JSON."""
-        row = {"step": step, **{name: value if math.isfinite(value) else str(value) for name, value in values.items()}}
+        """Append one line; a number that is not finite is written as a string, so that the file stays
+        JSON."""
+        row = {
+            "step": step,
+            **{name: value if math.isfinite(value) else str(value) for name, value in values.items()},
+        }
         self.rows.append(row)
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
@@ -42,10 +48,15 @@ class Metrics:
         figure = Figure(figsize=(8, 3.2), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(1, 2)
-        titles = {"loss": "training loss", f"validation_{self._quality.name}": f"validation: {self._quality.words}"}
+        titles = {
+            "loss": "training loss",
+            f"validation_{self._quality.name}": f"validation: {self._quality.words}",
+        }
         for ax, (name, title) in zip(axes, titles.items(), strict=True):
             points = [(row["step"], row[name]) for row in self.rows if isinstance(row.get(name), int | float)]
-            ax.plot(*zip(*points, strict=True), lw=1.2, marker="." if len(points) < 30 else None) if points else None
+            ax.plot(
+                *zip(*points, strict=True), lw=1.2, marker="." if len(points) < 30 else None
+            ) if points else None
             ax.set_xlabel("step")
             ax.set_title(title, fontsize=10)
             ax.grid(alpha=0.3)
@@ -94,7 +105,11 @@ class Progress:
             return
         done = step - self._start
         left = (time.perf_counter() - self._begin) / max(done, 1) * (self._total - step)
-        self.say(f"step {step}/{self._total}  " + "  ".join(f"{k} {v}" for k, v in values.items()) + f"  ETA {left:.0f}s")
+        self.say(
+            f"step {step}/{self._total}  "
+            + "  ".join(f"{k} {v}" for k, v in values.items())
+            + f"  ETA {left:.0f}s"
+        )
 
     def say(self, line: str) -> None:
         """A line that does not break the bar."""

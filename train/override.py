@@ -1,7 +1,8 @@
 """Configs as trees: their fields, the types of these, and assignments such as `model.mixers[0].heads=8`.
 
-Fiddle knows the fields of a constructor but not their types, and shares objects that appear twice. Here a config is a tree: `tree` copies
-one so that nothing is shared, `fields` reads a constructor's signature, `fit` holds a value against an annotation.
+Fiddle knows the fields of a constructor but not their types, and shares objects that appear twice. Here a
+config is a tree: `tree` copies one so that nothing is shared, `fields` reads a constructor's signature, `fit`
+holds a value against an annotation.
 """
 
 import ast
@@ -22,11 +23,13 @@ from flax import nnx
 
 
 class ConfigError(ValueError):
-    """A config that cannot be run. The message begins with the place, as one would write it on the command line."""
+    """A config that cannot be run. The message begins with the place, as one would write it on the command
+    line."""
 
 
 class Field(NamedTuple):
-    """An argument of a constructor. `hint` is Any without an annotation, `default` is `inspect.Parameter.empty` where it is required."""
+    """An argument of a constructor. `hint` is Any without an annotation, `default` is
+    `inspect.Parameter.empty` where it is required."""
 
     hint: Any
     default: Any
@@ -53,15 +56,21 @@ def fields(call: Any) -> dict[str, Field] | None:
     try:
         hints = typing.get_type_hints(annotated, include_extras=False)
     except (NameError, TypeError, AttributeError):  # names that exist for type checkers only
-        hints = {name: hint for name, hint in getattr(annotated, "__annotations__", {}).items() if not isinstance(hint, str)}
+        hints = {
+            name: hint
+            for name, hint in getattr(annotated, "__annotations__", {}).items()
+            if not isinstance(hint, str)
+        }
     kept = [p for p in parameters if p.kind is not p.VAR_POSITIONAL and p.name not in _HANDED_OVER]
     return {p.name: Field(hints.get(p.name, Any), p.default) for p in kept}
 
 
 def tree(value: Any, defaults: bool = False) -> Any:
-    """A copy of a config in which nothing is shared; with `defaults` every argument that has a default is written out.
+    """A copy of a config in which nothing is shared; with `defaults` every argument that has a default is
+    written out.
 
-    Module classes and frozen dataclasses that stand as plain values become nodes, so that their fields can be seen and set.
+    Module classes and frozen dataclasses that stand as plain values become nodes, so that their fields can be
+    seen and set.
     """
     if isinstance(value, fdl.Buildable):
         call = fdl.get_callable(value)
@@ -76,7 +85,12 @@ def tree(value: Any, defaults: bool = False) -> Any:
     if inspect.isclass(value) and issubclass(value, nnx.Module):
         return tree(fdl.Partial(value), defaults)
     if dataclasses.is_dataclass(value) and not inspect.isclass(value):
-        return tree(fdl.Config(type(value), **{f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}), defaults)
+        return tree(
+            fdl.Config(
+                type(value), **{f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+            ),
+            defaults,
+        )
     if type(value) in (tuple, list):
         return type(value)(tree(item, defaults) for item in value)
     if type(value) is dict:
@@ -98,8 +112,9 @@ def children(node: Any) -> list[tuple[str, Any]]:
 def override(cfg: fdl.Config, assignment: str) -> fdl.Config:
     """A copy of `cfg` with `path=value` applied, for instance "model.mixers[0].heads=8".
 
-    The value is a Python literal in which bare words are strings. Where a constructor is expected it is the name of one: a class of
-    `seqlab.models`, or "module:name". Raises ConfigError for a field that does not exist and for a value that does not fit its annotation.
+    The value is a Python literal in which bare words are strings. Where a constructor is expected it is the
+    name of one: a class of `seqlab.models`, or "module:name". Raises ConfigError for a field that does not
+    exist and for a value that does not fit its annotation.
     """
     path, equals, text = assignment.partition("=")
     if not equals or not path.strip():
@@ -111,7 +126,8 @@ def override(cfg: fdl.Config, assignment: str) -> fdl.Config:
 
 
 def check(cfg: Any, where: str = "") -> None:
-    """Raise ConfigError where an argument in `cfg` does not fit the annotation of its constructor, or does not exist."""
+    """Raise ConfigError where an argument in `cfg` does not fit the annotation of its constructor, or does
+    not exist."""
     if isinstance(cfg, fdl.Buildable):
         known = fields(fdl.get_callable(cfg))
         for name, value in cfg.__arguments__.items():
@@ -122,7 +138,8 @@ def check(cfg: Any, where: str = "") -> None:
 
 
 def fit(value: Any, hint: Any) -> Any:
-    """`value` as annotation `hint` wants it: an int becomes a float, a list a tuple, a name the constructor of that name.
+    """`value` as annotation `hint` wants it: an int becomes a float, a list a tuple, a name the constructor
+    of that name.
 
     Raises TypeError if it does not fit. An annotation that says nothing about values accepts every one.
     """
@@ -156,7 +173,8 @@ def fit(value: Any, hint: Any) -> Any:
 
 
 def named(name: str) -> Any:
-    """The class of `seqlab.models` called `name` (GatedDeltaNet or gated_delta_net), or what "module:name" stands for."""
+    """The class of `seqlab.models` called `name` (GatedDeltaNet or gated_delta_net), or what "module:name"
+    stands for."""
     if ":" in name:
         module, _, attribute = name.partition(":")
         try:
@@ -167,10 +185,16 @@ def named(name: str) -> Any:
             raise ConfigError(f"{name!r} cannot be imported: {error}") from error
         return found
     models = importlib.import_module("seqlab.models")
-    known = [each for each in models.__all__ if inspect.isclass(getattr(models, each)) and issubclass(getattr(models, each), nnx.Module)]
+    known = [
+        each
+        for each in models.__all__
+        if inspect.isclass(getattr(models, each)) and issubclass(getattr(models, each), nnx.Module)
+    ]
     name = {_plain(each): each for each in known}.get(_plain(name), name)
     if name not in known:
-        raise ConfigError(f"{name!r} is no module of seqlab.models{nearest(name, known)} (others are named as module:Name)")
+        raise ConfigError(
+            f"{name!r} is no module of seqlab.models{nearest(name, known)} (others are named as module:Name)"
+        )
     return getattr(models, name)
 
 
@@ -206,7 +230,11 @@ def _assigned(node: Any, keys: list[str | int], text: str, where: str, hint: Any
         here = f"{where}[{key}]"
         items = list(node)
         element = Field(_element(hint, key), _REQUIRED)
-        items[key] = _assigned(node[key], rest, text, here, element.hint) if rest else _fitted(_parse(text), element, here, text)
+        items[key] = (
+            _assigned(node[key], rest, text, here, element.hint)
+            if rest
+            else _fitted(_parse(text), element, here, text)
+        )
         return type(node)(items)
     raise ConfigError(f"{where} is {_show_value(node)}, which has no field {key!r}")
 
@@ -216,12 +244,15 @@ def _field(known: dict[str, Field] | None, name: Any, node: fdl.Buildable, where
         return Field(Any, _REQUIRED)
     if name not in known:
         owner = getattr(fdl.get_callable(node), "__name__", "")
-        raise ConfigError(f"{_join(where, f'.{name}')}: {owner} has no field {str(name)!r}{nearest(str(name), known)}")
+        raise ConfigError(
+            f"{_join(where, f'.{name}')}: {owner} has no field {str(name)!r}{nearest(str(name), known)}"
+        )
     return known[name]
 
 
 def _fitted(value: Any, field: Field, where: str, text: str | None = None) -> Any:
-    """`value` as the field wants it; `text` is what was written, for fields that want a string which looks like a number."""
+    """`value` as the field wants it; `text` is what was written, for fields that want a string which looks
+    like a number."""
     if value is None and field.default is None:
         return None
     try:
@@ -243,7 +274,8 @@ class _Words(ast.NodeTransformer):
 
 
 def literal(node: ast.expr) -> Any:
-    """The value of a Python literal in which bare words stand for strings. Raises ValueError for what is none."""
+    """The value of a Python literal in which bare words stand for strings. Raises ValueError for what is
+    none."""
     return ast.literal_eval(_Words().visit(node))
 
 
@@ -281,7 +313,8 @@ def _fit_sequence(value: Any, origin: Any, arguments: tuple[Any, ...]) -> Any:
 
 
 def _fit_class(value: Any, hint: type) -> Any:
-    """An instance, or a node that will build one. What a function returns is not known before it is called."""
+    """An instance, or a node that will build one. What a function returns is not known before it is
+    called."""
     if isinstance(value, fdl.Config):
         call = fdl.get_callable(value)
         return _require(not inspect.isclass(call) or issubclass(call, hint), value)
@@ -296,7 +329,9 @@ def _require(condition: bool, value: Any) -> Any:
 
 def _element(hint: Any, index: int) -> Any:
     """The annotation of one item of a sequence annotated `hint`."""
-    for option in typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,):
+    for option in (
+        typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    ):
         if typing.get_origin(option) in (tuple, list, collections.abc.Sequence):
             arguments = typing.get_args(option)
             return arguments[0] if len(arguments) == 1 or arguments[-1] is Ellipsis else arguments[index]

@@ -1,11 +1,13 @@
 """Packing: documents in, windows of equal length out, every window found by its number.
 
-The plan is made once. Documents are put in an order drawn from the seed, each behind its `bos`, and joined to one stream; window i is
+The plan is made once. Documents are put in an order drawn from the seed, each behind its `bos`, and joined to
+one stream; window i is
 
     inputs = stream[i L : i L + L]        targets = stream[i L + 1 : i L + L + 1]
 
-so every token but the first is predicted exactly once, and the position in the data is one integer. (First-fit packing wastes less
-but has to be run from the start to find its place, so it cannot resume, shard or change the number of workers.)
+so every token but the first is predicted exactly once, and the position in the data is one integer.
+(First-fit packing wastes less but has to be run from the start to find its place, so it cannot resume, shard
+or change the number of workers.)
 """
 
 import functools
@@ -33,14 +35,20 @@ class DataSource(Protocol):
 class Windows:
     """What `pack` returns: a sequence of `Item`s cut from one stream of tokens.
 
-    An item has `inputs` and `targets` [length] int32; `reset` [length] bool, True where the input is the `bos` of a document; `valid`
-    [length] bool, False where the last window is padded. A window that begins inside a document just begins there. At the end of a
-    document the target is the `bos` of the next: this is how a model learns where documents end. With `first` every window begins with
-    that token, in front of one token of the stream less.
+    An item has `inputs` and `targets` [length] int32; `reset` [length] bool, True where the input is the
+    `bos` of a document; `valid` [length] bool, False where the last window is padded. A window that begins
+    inside a document just begins there. At the end of a
+    document the target is the `bos` of the next: this is how a model learns where documents end. With `first`
+    every window begins with that token, in front of one token of the stream less.
     """
 
     def __init__(
-        self, stream: Int[np.ndarray, " n"], starts: Int[np.ndarray, " documents"], length: int, keep_last: bool, first: int | None = None
+        self,
+        stream: Int[np.ndarray, " n"],
+        starts: Int[np.ndarray, " documents"],
+        length: int,
+        keep_last: bool,
+        first: int | None = None,
     ) -> None:
         self.stream = stream
         self.starts = starts
@@ -69,7 +77,8 @@ class Windows:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that differ when any window does: a run that resumes can see that its data are still the same."""
+        """16 hexadecimal digits that differ when any window does: a run that resumes can see that its data
+        are still the same."""
         first = "" if self.first is None else f"{self.first} "
         digest = hashlib.sha256(f"{self.length} {self._count} {self.stream.dtype} {first}".encode())
         digest.update(self.starts)
@@ -77,25 +86,35 @@ class Windows:
         return digest.hexdigest()[:16]
 
 
-def pack(source: DataSource, length: int, seed: int, bos: int = 0, keep_last: bool = True, lead: bool = False) -> Windows:
-    """Join the documents of `source`, each behind one `bos`, in an order drawn from `seed`, and cut windows of `length` steps.
+def pack(
+    source: DataSource, length: int, seed: int, bos: int = 0, keep_last: bool = True, lead: bool = False
+) -> Windows:
+    """Join the documents of `source`, each behind one `bos`, in an order drawn from `seed`, and cut windows
+    of `length` steps.
 
-    With `lead` every window begins with `bos`, whatever it is cut from, as every stream of text does in generation.
+    With `lead` every window begins with `bos`, whatever it is cut from, as every stream of text does in
+    generation.
 
-    The stream is held in memory once, as uint8 if all documents are, else as int32; while it is built, twice. Empty documents are left
-    out. `keep_last=False` drops the last window if it would be padded.
+    The stream is held in memory once, as uint8 if all documents are, else as int32; while it is built, twice.
+    Empty documents are left out. `keep_last=False` drops the last window if it would be padded.
 
     Raises:
-      ValueError: for a document that is not a 1-D array of integers from 0 to 2**31-1, or too few tokens for one whole window.
+      ValueError: for a document that is not a 1-D array of integers from 0 to 2**31-1, or too few tokens for
+      one whole window.
     """
     if length < 1 + lead:
         raise ValueError(f"length: got {length}, expected at least {1 + lead} step{'s' * lead} a window")
-    documents = [document for document in (_document(source, index) for index in _order(len(source), seed)) if document.size]
+    documents = [
+        document
+        for document in (_document(source, index) for index in _order(len(source), seed))
+        if document.size
+    ]
     dtype = np.uint8 if bos < 256 and all(document.dtype == np.uint8 for document in documents) else np.int32
     sizes = np.array([document.size + 1 for document in documents], np.int64)
     if sizes.sum() < length + 1:
         raise ValueError(
-            f"too little data: {len(documents)} documents with {sizes.sum()} tokens, and one window of length {length} takes {length + 1}"
+            f"too little data: {len(documents)} documents with {sizes.sum()} tokens, and one window of "
+            f"length {length} takes {length + 1}"
         )
     stream = np.full(sizes.sum(), bos, dtype)
     starts = np.cumsum(sizes) - sizes
@@ -113,7 +132,11 @@ def _order(count: int, seed: int) -> list[int]:
 def _document(source: Any, index: int) -> Int[np.ndarray, " t"]:
     document = np.asarray(source[index])
     if document.ndim != 1 or not np.issubdtype(document.dtype, np.integer):
-        raise ValueError(f"document {index}: got {document.dtype}{document.shape}, expected a 1-D array of integer tokens")
+        raise ValueError(
+            f"document {index}: got {document.dtype}{document.shape}, expected a 1-D array of integer tokens"
+        )
     if document.size and document.dtype != np.uint8 and (document.min() < 0 or document.max() >= 2**31):
-        raise ValueError(f"document {index}: tokens from {document.min()} to {document.max()}, expected 0 to 2**31-1")
+        raise ValueError(
+            f"document {index}: tokens from {document.min()} to {document.max()}, expected 0 to 2**31-1"
+        )
     return document

@@ -1,4 +1,5 @@
-"""A run on a mesh: its state is made where it will live, and every batch is put where its rows and steps belong.
+"""A run on a mesh: its state is made where it will live, and every batch is put where its rows and steps
+belong.
 
 On one device all of it is nothing.
 """
@@ -26,7 +27,8 @@ def spread(sizes: MeshSizes) -> Iterator[Mesh | None]:
 
 
 def state_shardings(state: TrainState, mesh: Mesh | None) -> TrainState | None:
-    """Where the leaves of a (possibly abstract) state live: parameters by their rules, what the optimizer keeps of one beside it."""
+    """Where the leaves of a (possibly abstract) state live: parameters by their rules, what the optimizer
+    keeps of one beside it."""
     if mesh is None:
         return None
     params, everywhere = param_shardings(state.params, mesh), NamedSharding(mesh, PartitionSpec())
@@ -38,7 +40,9 @@ def state_shardings(state: TrainState, mesh: Mesh | None) -> TrainState | None:
     return TrainState(everywhere, params, jax.tree_util.tree_map_with_path(beside, state.optimizer))
 
 
-def begin(make: Callable[..., TrainState], params: Params, mesh: Mesh | None) -> tuple[TrainState, TrainState | None]:
+def begin(
+    make: Callable[..., TrainState], params: Params, mesh: Mesh | None
+) -> tuple[TrainState, TrainState | None]:
     """The state that `make(params)` begins with, and where it lives."""
     if mesh is None:
         return make(params), None
@@ -47,7 +51,8 @@ def begin(make: Callable[..., TrainState], params: Params, mesh: Mesh | None) ->
 
 
 def place(batch: dict[str, Any], mesh: Mesh | None) -> dict[str, Any]:
-    """`batch`, this process's share of it, on the devices: rows over `data` and `fsdp`, time over `sequence` where that divides it.
+    """`batch`, this process's share of it, on the devices: rows over `data` and `fsdp`, time over `sequence`
+    where that divides it.
 
     Raises:
       ValueError: the rows cannot be dealt out equally.
@@ -59,7 +64,10 @@ def place(batch: dict[str, Any], mesh: Mesh | None) -> dict[str, Any]:
     def put(leaf: np.ndarray) -> jax.Array:
         rows, groups = len(leaf) * shared, _groups(mesh)
         if rows % groups:
-            raise ValueError(f"batch_size (of each of the `accumulate` parts) must be a multiple of data * fsdp = {groups}, got {rows}")
+            raise ValueError(
+                "batch_size (of each of the `accumulate` parts) must be a multiple of data * fsdp = "
+                f"{groups}, got {rows}"
+            )
         time = "sequence" if leaf.ndim > 1 and leaf.shape[1] % mesh.shape["sequence"] == 0 else None
         sharding = NamedSharding(mesh, PartitionSpec(BATCH, time) if leaf.ndim > 1 else PartitionSpec(BATCH))
         if jax.process_count() == 1:
@@ -72,11 +80,14 @@ def place(batch: dict[str, Any], mesh: Mesh | None) -> dict[str, Any]:
 
 
 def share(mesh: Mesh | None) -> tuple[int, int]:
-    """Which part of every batch this process reads, and how many there are: (0, 1) where a row lies on devices of several processes."""
+    """Which part of every batch this process reads, and how many there are: (0, 1) where a row lies on
+    devices of several processes."""
     index, count = jax.process_index(), jax.process_count()
     if mesh is None or count == 1:
         return index, count
-    rows = np.moveaxis(mesh.devices, [AXES.index(name) for name in BATCH], range(len(BATCH))).reshape(-1, mesh.size // _groups(mesh))
+    rows = np.moveaxis(mesh.devices, [AXES.index(name) for name in BATCH], range(len(BATCH))).reshape(
+        -1, mesh.size // _groups(mesh)
+    )
     owners = [{device.process_index for device in row} for row in rows]
     alone = all(len(owner) == 1 for owner in owners)
     return (index, count) if alone and len(rows) % count == 0 else (0, 1)

@@ -1,9 +1,13 @@
-"""One run by several processes, usually one a machine: how they meet, what only the first one does, and what is said when one is lost.
+"""One run by several processes, usually one a machine: how they meet, what only the first one does, and what
+is said when one is lost.
 
-    one machine       seqlab train CONFIG --set mesh.data=-1 --distributed 127.0.0.1:9876,2,0     (and ,2,1 in another shell)
-    SLURM, TPU pods   srun seqlab train CONFIG --set mesh.data=-1 --distributed                     (the cluster tells who is who)
+    one machine       seqlab train CONFIG --set mesh.data=-1 --distributed 127.0.0.1:9876,2,0     (and ,2,1 in
+    another shell)
+    SLURM, TPU pods   srun seqlab train CONFIG --set mesh.data=-1 --distributed                     (the
+    cluster tells who is who)
 
-All processes run the same command on the same run folder, which all of them must see; each reads its own rows of every batch.
+All processes run the same command on the same run folder, which all of them must see; each reads its own rows
+of every batch.
 """
 
 import contextlib
@@ -23,7 +27,8 @@ _barriers = itertools.count()  # all processes come to the same ones in the same
 
 
 def join(spec: str) -> None:
-    """Meet the other processes of the run: "auto", or "HOST:PORT,COUNT,INDEX" where HOST is the machine of process 0.
+    """Meet the other processes of the run: "auto", or "HOST:PORT,COUNT,INDEX" where HOST is the machine of
+    process 0.
 
     Before anything asks for devices. Raises ValueError for a `spec` of another form.
     """
@@ -32,7 +37,10 @@ def join(spec: str) -> None:
         return
     found = re.fullmatch(r"(\S+:\d+),(\d+),(\d+)", spec)
     if not found or not int(found[3]) < int(found[2]):
-        raise ValueError(f"distributed: got {spec!r}, expected HOST:PORT,COUNT,INDEX with INDEX from 0 to COUNT - 1, or nothing")
+        raise ValueError(
+            f"distributed: got {spec!r}, expected HOST:PORT,COUNT,INDEX with INDEX from 0 to COUNT - 1, or "
+            "nothing"
+        )
     address, count, index = found[1], int(found[2]), int(found[3])
     with _patience(f"{count} processes to meet at {address}"):
         jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=30)
@@ -52,7 +60,8 @@ def say(line: str) -> None:
 def barrier(what: str) -> None:
     """Wait until all processes are here, be it for an hour.
 
-    They ask the coordinator, not each other: on CPUs a first message gives up after 30 seconds, and some compile that much longer.
+    They ask the coordinator, not each other: on CPUs a first message gives up after 30 seconds, and some
+    compile that much longer.
     """
     if jax.process_count() > 1:
         from jax._src import distributed
@@ -81,9 +90,11 @@ def anywhere(flag: bool) -> bool:
 
 @contextlib.contextmanager
 def together(saved: Callable[[], list[int]]) -> Iterator[None]:
-    """Within the block the loss of another process ends this one, with exit code 4 and the last of the steps that are `saved`.
+    """Within the block the loss of another process ends this one, with exit code 4 and the last of the steps
+    that are `saved`.
 
-    At once: all that is left to do in order, closing files of checkpoints and leaving the others, would wait for the one that is gone.
+    At once: all that is left to do in order, closing files of checkpoints and leaving the others, would wait
+    for the one that is gone.
     """
     try:
         yield
@@ -93,7 +104,8 @@ def together(saved: Callable[[], list[int]]) -> Iterator[None]:
         steps = saved()
         good = f"the last checkpoint is step {steps[-1]}" if steps else "there is no checkpoint yet"
         print(
-            f"seqlab train: error: process {jax.process_index()} of {jax.process_count()} has lost another one: "
+            f"seqlab train: error: process {jax.process_index()} of {jax.process_count()} has lost another "
+            "one: "
             f"{str(error).splitlines()[0]}\n"
             f"{good}; the same command goes on from there, on as many processes as there are",
             file=sys.stderr,
@@ -120,7 +132,8 @@ def _patience(what: str) -> Iterator[None]:
 
 
 class Silent:
-    """Stands for what only the first process has, files of metrics and bars of progress: takes every call and does nothing."""
+    """Stands for what only the first process has, files of metrics and bars of progress: takes every call and
+    does nothing."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *arguments, **keywords: None

@@ -1,7 +1,7 @@
 """How good a model is: the one figure that its task is judged by, taken on held-out data.
 
-A metric is a function (model, batch) -> (sum, number) like a loss; the figure is the ratio over all batches. Any loss is a metric;
-`@metric` tells how to say it, and which way is better:
+A metric is a function (model, batch) -> (sum, number) like a loss; the figure is the ratio over all batches.
+Any loss is a metric; `@metric` tells how to say it, and which way is better:
 
     @metric("accuracy", better="higher")
     def accuracy(model, batch): ...
@@ -19,7 +19,8 @@ from seqlab.train.step import Batch, Loss, next_token_loss
 
 
 class Quality(NamedTuple):
-    """What a metric is called: `name` in files ("validation_" in front), `words` for people; `better` is "higher" or "lower"."""
+    """What a metric is called: `name` in files ("validation_" in front), `words` for people; `better` is
+    "higher" or "lower"."""
 
     name: str
     words: str
@@ -42,7 +43,8 @@ def metric(words: str, better: str = "lower") -> Callable[[Loss], Loss]:
 
 
 def quality_of(function: Loss) -> Quality:
-    """What was marked by `metric`; of any other function its name, and that lower is better, as losses are."""
+    """What was marked by `metric`; of any other function its name, and that lower is better, as losses
+    are."""
     name = getattr(function, "__name__", type(function).__name__)
     return getattr(function, "quality", Quality(name, name.replace("_", " "), "lower"))
 

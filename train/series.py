@@ -1,10 +1,12 @@
-"""Forecasting data: windows of several series, split, scaled and cut as the field does it (Informer's code, arXiv 2012.07436, and since).
+"""Forecasting data: windows of several series, split, scaled and cut as the field does it (Informer's code,
+arXiv 2012.07436, and since).
 
     data = CsvSeries(path="ETTh1.csv", length=512, horizon=96)
     windows = data.train(seed=0)        # windows[i] = {"inputs": [512, m], "targets": [96, m], "valid": [96]}
 
-A series is split by time into training, validation and test, and scaled by the mean and deviation of its training part. Windows begin at
-every step. Targets of a split lie in that split; inputs of the first windows of validation and test reach back into the split before.
+A series is split by time into training, validation and test, and scaled by the mean and deviation of its
+training part. Windows begin at every step. Targets of a split lie in that split; inputs of the first windows
+of validation and test reach back into the split before.
 """
 
 import csv
@@ -34,13 +36,17 @@ class Table(NamedTuple):
 
 
 class SeriesWindows:
-    """The windows whose targets lie in steps [begin, end) of `values` [s, m]: window i forecasts `horizon` steps from begin + i on.
+    """The windows whose targets lie in steps [begin, end) of `values` [s, m]: window i forecasts `horizon`
+    steps from begin + i on.
 
-    `inputs` [length, m] are the steps before them and may lie before `begin`; before the first step of all there is nothing, so training
-    begins `length` steps late. `valid` [horizon] is all True: batches that are padded with empty windows are told by it.
+    `inputs` [length, m] are the steps before them and may lie before `begin`; before the first step of all
+    there is nothing, so training begins `length` steps late. `valid` [horizon] is all True: batches that are
+    padded with empty windows are told by it.
     """
 
-    def __init__(self, values: Float[np.ndarray, "s m"], begin: int, end: int, length: int, horizon: int) -> None:
+    def __init__(
+        self, values: Float[np.ndarray, "s m"], begin: int, end: int, length: int, horizon: int
+    ) -> None:
         self.values, self.length, self.horizon = values, length, horizon
         self.begin, self._count = max(begin, length), max(end - horizon + 1 - max(begin, length), 0)
 
@@ -57,23 +63,29 @@ class SeriesWindows:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that differ when any window does: a run that resumes can see that its data are still the same."""
+        """16 hexadecimal digits that differ when any window does: a run that resumes can see that its data
+        are still the same."""
         place = (self.values.shape, self.begin, self._count, self.length, self.horizon)
-        return hashlib.sha256(repr(place).encode() + np.ascontiguousarray(self.values).tobytes()).hexdigest()[:16]
+        return hashlib.sha256(repr(place).encode() + np.ascontiguousarray(self.values).tobytes()).hexdigest()[
+            :16
+        ]
 
 
 def split_ends(steps: int, rule: str) -> tuple[int, int, int]:
     """Where training, validation and test end, for a series of so many steps.
 
-    "ett_hour" and "ett_minute": 12, 4 and 4 months of 30 days, of hours or of quarters of an hour; what follows is not used. "ratio":
-    the first 0.7, and of what remains the last 0.2 of the whole are the test.
+    "ett_hour" and "ett_minute": 12, 4 and 4 months of 30 days, of hours or of quarters of an hour; what
+    follows is not used. "ratio": the first 0.7, and of what remains the last 0.2 of the whole are the test.
     """
     check_name(rule, RULES[1:], "borders")
     if rule == "ratio":
         return int(steps * 0.7), steps - int(steps * 0.2), steps
     month = _MONTH * (4 if rule == "ett_minute" else 1)
     if steps < 20 * month:
-        raise ValueError(f"borders={rule!r} takes 20 months, {20 * month} steps, and the series has {steps}; did you mean 'ratio'?")
+        raise ValueError(
+            f"borders={rule!r} takes 20 months, {20 * month} steps, and the series has {steps}; did you "
+            "mean 'ratio'?"
+        )
     return 12 * month, 16 * month, 20 * month
 
 
@@ -84,9 +96,11 @@ class SeriesData:
     Args:
       length, horizon: steps of the inputs and of the targets of a window.
       columns: names of the series, in order; none takes all.
-      borders: how time is split, see `split_ends`; "auto" takes files named ETTh... and ETTm... at their word, and else "ratio".
+      borders: how time is split, see `split_ends`; "auto" takes files named ETTh... and ETTm... at their
+        word, and else "ratio".
     Raises:
-      ValueError: an argument of another kind; where data are asked for, an unknown column, or a split too short for one window.
+      ValueError: an argument of another kind; where data are asked for, an unknown column, or a split too
+      short for one window.
     """
 
     length: int = 96
@@ -99,7 +113,9 @@ class SeriesData:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive number of steps, got {value!r}")
-        if not isinstance(self.columns, tuple) or not all(isinstance(item, str) and item for item in self.columns):
+        if not isinstance(self.columns, tuple) or not all(
+            isinstance(item, str) and item for item in self.columns
+        ):
             raise ValueError(f"columns must be a tuple of strings that are not empty, got {self.columns!r}")
         check_name(self.borders, RULES, "borders")
 
@@ -134,11 +150,14 @@ class SeriesData:
             check_name(name, names, "columns")
         values = values[:, [names.index(name) for name in self.columns]] if self.columns else values
         ends = split_ends(len(values), self._rule())
-        places = dict(zip(("train", "validation", "test"), zip((0, *ends[:2]), ends, strict=True), strict=True))
+        places = dict(
+            zip(("train", "validation", "test"), zip((0, *ends[:2]), ends, strict=True), strict=True)
+        )
         begin, end = places[split]
         if end - self.horizon < max(begin, self.length):
             raise ValueError(
-                f"{self.title}: {split} has steps {begin} to {end}, too few for a window of length={self.length} and horizon={self.horizon}"
+                f"{self.title}: {split} has steps {begin} to {end}, too few for a window of "
+                f"length={self.length} and horizon={self.horizon}"
             )
         return SeriesWindows(_scaled(values, ends[0]), begin, end, self.length, self.horizon)
 
@@ -150,7 +169,8 @@ class SeriesData:
 
 
 def _scaled(values: Float[np.ndarray, "s m"], train: int) -> Float[np.ndarray, "s m"]:
-    """(values - mean) / deviation by the first `train` steps, float32; a series that is constant there is only shifted."""
+    """(values - mean) / deviation by the first `train` steps, float32; a series that is constant there is
+    only shifted."""
     mean, deviation = values[:train].mean(axis=0), values[:train].std(axis=0)
     scaled = ((values - mean) / np.where(deviation > 0, deviation, 1.0)).astype(np.float32)
     scaled.setflags(write=False)
@@ -159,7 +179,8 @@ def _scaled(values: Float[np.ndarray, "s m"], train: int) -> Float[np.ndarray, "
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CsvSeries(SeriesData):
-    """A CSV file in the format of ETT: a header, then a date and a number for every series on each line, in the order of time."""
+    """A CSV file in the format of ETT: a header, then a date and a number for every series on each line, in
+    the order of time."""
 
     path: str
 
@@ -173,12 +194,16 @@ class CsvSeries(SeriesData):
         return os.path.basename(self.path)
 
     def table(self) -> Table:
-        """Raises OSError where the file cannot be read, ValueError naming the line and column of what is not a finite number."""
+        """Raises OSError where the file cannot be read, ValueError naming the line and column of what is not
+        a finite number."""
         with open(os.path.expanduser(self.path), newline="", encoding="utf-8-sig") as file:
             lines = csv.reader(file)
             header = next(lines, [])
             if len(header) < 2:
-                raise ValueError(f"{self.path}: expected a header with a date and the names of series, got {','.join(header)!r}")
+                raise ValueError(
+                    f"{self.path}: expected a header with a date and the names of series, got "
+                    f"{','.join(header)!r}"
+                )
             values = [_numbers(line, header, f"{self.path}, line {lines.line_num}") for line in lines if line]
         return Table(tuple(header[1:]), np.asarray(values, np.float64).reshape(-1, len(header) - 1))
 
@@ -206,9 +231,9 @@ _TIME = ("YEAR", "year", "quarter")
 class StatsmodelsSeries(SeriesData):
     """A measured series that comes with statsmodels, so it needs no download.
 
-    co2 (weekly, Mauna Loa, 2284 steps), elnino (monthly sea-surface temperature, 732 steps), macrodata (quarterly, US, 12 series, 203
-    steps), nile (yearly flow, 100 steps), sunspots (yearly, 309 steps). A missing value (co2 has some) repeats the one before it, so
-    nothing of the future gets into the past.
+    co2 (weekly, Mauna Loa, 2284 steps), elnino (monthly sea-surface temperature, 732 steps), macrodata
+    (quarterly, US, 12 series, 203 steps), nile (yearly flow, 100 steps), sunspots (yearly, 309 steps). A
+    missing value (co2 has some) repeats the one before it, so nothing of the future gets into the past.
     """
 
     name: str
@@ -226,7 +251,10 @@ class StatsmodelsSeries(SeriesData):
         try:
             import statsmodels.datasets
         except ImportError as error:
-            raise ValueError(f"the series {self.name!r} comes with statsmodels, which is not installed: pip install statsmodels") from error
+            raise ValueError(
+                f"the series {self.name!r} comes with statsmodels, which is not installed: pip install "
+                "statsmodels"
+            ) from error
         frame = getattr(statsmodels.datasets, self.name).load_pandas().data
         frame = frame.drop(columns=[name for name in _TIME if name in frame])
         if self.name == "elnino":  # a year a row, a month a column

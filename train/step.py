@@ -15,13 +15,16 @@ from seqlab.sharding import along_batch
 from seqlab.train.optim import global_norm
 
 Batch = dict[str, Array]
-Loss = Callable[[Any, Batch], tuple[Float[Array, ""], Float[Array, ""]]]  # (model, batch) -> sum over targets, number of targets
+Loss = Callable[
+    [Any, Batch], tuple[Float[Array, ""], Float[Array, ""]]
+]  # (model, batch) -> sum over targets, number of targets
 
 _LOGITS = 1 << 24  # so many at a time: 64 MiB
 
 
 class TrainState(NamedTuple):
-    """Everything that a step reads and writes. `step` counts the updates made; the data position is the same number."""
+    """Everything that a step reads and writes. `step` counts the updates made; the data position is the same
+    number."""
 
     step: Int[Array, ""]
     params: Params
@@ -29,7 +32,8 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """`loss`: mean over the targets, nats. `norm`: of the gradient before clipping. `finite`: False where the update was not applied."""
+    """`loss`: mean over the targets, nats. `norm`: of the gradient before clipping. `finite`: False where the
+    update was not applied."""
 
     loss: Float[Array, ""]
     norm: Float[Array, ""]
@@ -37,23 +41,32 @@ class StepMetrics(NamedTuple):
 
 
 def next_token_loss(model: Any, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Cross entropy in nats, summed over the valid targets, and their number. Documents of a packed row do not see one another.
+    """Cross entropy in nats, summed over the valid targets, and their number. Documents of a packed row do
+    not see one another.
 
-    Of a model that has `features` and a `read_out` the logits of a long sequence are never there all at once (see `cross_entropy`).
+    Of a model that has `features` and a `read_out` the logits of a long sequence are never there all at once
+    (see `cross_entropy`).
     """
     inputs, flags = batch["inputs"], (None, batch.get("reset"), None)
     if hasattr(model, "features") and hasattr(model, "read_out"):
-        return cross_entropy(model.read_out, model.features(inputs, *flags)[0], batch["targets"], batch["valid"])
+        return cross_entropy(
+            model.read_out, model.features(inputs, *flags)[0], batch["targets"], batch["valid"]
+        )
     keep = batch["valid"].astype(jnp.float32)
     return _nats(model(inputs, *flags)[0], batch["targets"], keep), jnp.sum(keep)
 
 
 def cross_entropy(
-    read_out: Callable[[Array], Array], x: Float[Array, "b t d"], targets: Int[Array, "b t"], valid: Steps, most: int = _LOGITS
+    read_out: Callable[[Array], Array],
+    x: Float[Array, "b t d"],
+    targets: Int[Array, "b t"],
+    valid: Steps,
+    most: int = _LOGITS,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """-log softmax(read_out(x))[target], summed over the valid steps, and their number.
 
-    Where that would be more than `most` logits on a device, they are made for some steps after others, and made again for the gradient.
+    Where that would be more than `most` logits on a device, they are made for some steps after others, and
+    made again for the gradient.
     """
     (b, t), devices = targets.shape, parts(targets.shape[1])
     stretch = -(-t // devices)
@@ -92,12 +105,18 @@ def init_state(static: Static, params: Params, optimizer: optax.GradientTransfor
 
 
 def train_step(
-    static: Static, optimizer: optax.GradientTransformation, loss: Loss, accumulate: int, state: TrainState, batch: Batch
+    static: Static,
+    optimizer: optax.GradientTransformation,
+    loss: Loss,
+    accumulate: int,
+    state: TrainState,
+    batch: Batch,
 ) -> tuple[TrainState, StepMetrics]:
     """One update from one global batch, in `accumulate` parts whose gradients add up to that of the whole.
 
-    A batch whose loss or gradient is not finite changes nothing but is reported: the state stays that of the last good step.
-    Running statistics (BatchNorm) are measured along the way, part after part, and take the place of the old ones.
+    A batch whose loss or gradient is not finite changes nothing but is reported: the state stays that of the
+    last good step. Running statistics (BatchNorm) are measured along the way, part after part, and take the
+    place of the old ones.
     """
     learnt, statistics = _parted(static, state.params)
 
@@ -135,7 +154,9 @@ def train_step(
 def _parted(static: Static, params: Params) -> tuple[Params, Params]:
     """What the optimizer changes, and what training measures."""
     measured = statistics_of(static)
-    return {name: leaf for name, leaf in params.items() if name not in measured}, {name: params[name] for name in measured}
+    return {name: leaf for name, leaf in params.items() if name not in measured}, {
+        name: params[name] for name in measured
+    }
 
 
 def evaluate_step(static: Static, loss: Loss, params: Params, batch: Batch) -> tuple[Array, Array]:

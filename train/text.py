@@ -1,4 +1,5 @@
-"""The data of a language-model run, as a value that a config can hold: small, printable, and nothing is read before it is asked for."""
+"""The data of a language-model run, as a value that a config can hold: small, printable, and nothing is read
+before it is asked for."""
 
 import dataclasses
 
@@ -13,13 +14,15 @@ class Text:
     """The bytes of files, packed into windows of `length` tokens.
 
     Args:
-      paths: files and folders; none stands for the sources of the Python standard library, which every machine has.
+      paths: files and folders; none stands for the sources of the Python standard library, which every
+        machine has.
       include: patterns of file names in the folders, such as "*.md"; none takes every file.
       length: tokens a window.
-      lead: begin every window with the token that begins documents, wherever it was cut: the one place that every query can see, and
-        where attention comes to rest (StreamingLLM, arXiv 2309.17453).
+      lead: begin every window with the token that begins documents, wherever it was cut: the one place that
+        every query can see, and where attention comes to rest (StreamingLLM, arXiv 2309.17453).
     Raises:
-      ValueError: an argument of another kind. Whether the paths exist is only asked by `train` and `validation`, which raise OSError
+      ValueError: an argument of another kind. Whether the paths exist is only asked by `train` and
+      `validation`, which raise OSError
         naming the path, or ValueError where they hold too little.
     """
 
@@ -57,9 +60,11 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class TfdsText:
-    """Feature `key` of a prepared TensorFlow Datasets data set, as bytes packed into windows of `length` tokens.
+    """Feature `key` of a prepared TensorFlow Datasets data set, as bytes packed into windows of `length`
+    tokens.
 
-    `name`, `data_dir` and `key` are those of `seqlab.train.data.TfdsSource`. Where the data set has no split for validation,
+    `name`, `data_dir` and `key` are those of `seqlab.train.data.TfdsSource`. Where the data set has no split
+    for validation,
     `train_split` and `validation_split` part one: "train[:95%]" and "train[95%:]".
     """
 
@@ -92,7 +97,9 @@ class TfdsText:
         return self._windows(self.validation_split, _VALIDATION_ORDER)
 
     def _windows(self, split: str, seed: int) -> Windows:
-        return pack(TfdsSource(self.name, split, self.key, self.data_dir), self.length, seed, bos=self.tokenizer.bos)
+        return pack(
+            TfdsSource(self.name, split, self.key, self.data_dir), self.length, seed, bos=self.tokenizer.bos
+        )
 
 
 def _check_length(length: int) -> None:

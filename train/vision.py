@@ -1,7 +1,8 @@
 """What models of images are trained and judged by: losses and metrics over classes, places and pictures.
 
-A batch has `inputs` [b, h, w, c], `targets`, and `valid` [b], or [b, h, w] where places count one by one. Targets are classes (integers)
-or shares of all classes (numbers, one axis more), as mixup makes them; of super-resolution they are pictures.
+A batch has `inputs` [b, h, w, c], `targets`, and `valid` [b], or [b, h, w] where places count one by one.
+Targets are classes (integers) or shares of all classes (numbers, one axis more), as mixup makes them; of
+super-resolution they are pictures.
 """
 
 import math
@@ -18,7 +19,8 @@ _Sums = tuple[Float[Array, ""], Float[Array, ""]]
 
 
 def class_loss(model: Any, batch: Batch, smoothing: float = 0.0) -> _Sums:
-    """Cross entropy in nats, summed over the valid targets, and their number. `smoothing` of every target is dealt out to all classes."""
+    """Cross entropy in nats, summed over the valid targets, and their number. `smoothing` of every target is
+    dealt out to all classes."""
     logits = model(batch["inputs"]).astype(jnp.float32)
     log_p = jax.nn.log_softmax(logits, axis=-1)
     targets = batch["targets"]
@@ -32,16 +34,19 @@ def class_loss(model: Any, batch: Batch, smoothing: float = 0.0) -> _Sums:
 
 @metric("top-1 accuracy", better="higher")
 def top1(model: Any, batch: Batch) -> _Sums:
-    """How many of the valid targets are the likeliest class, and how many targets there are; of places, where they count one by one."""
+    """How many of the valid targets are the likeliest class, and how many targets there are; of places, where
+    they count one by one."""
     right = jnp.argmax(model(batch["inputs"]), axis=-1) == batch["targets"]
     return _total(right, batch["valid"])
 
 
 @metric("mean IoU", better="higher")
 def mean_iou(model: Any, batch: Batch) -> _Sums:
-    """Intersection over union of predicted and true places, the mean over an image's classes, summed over images; and their number.
+    """Intersection over union of predicted and true places, the mean over an image's classes, summed over
+    images; and their number.
 
-    A class counts for an image that has it or is said to have it. Figures over whole data sets add up places first and are another number.
+    A class counts for an image that has it or is said to have it. Figures over whole data sets add up places
+    first and are another number.
     """
     logits = model(batch["inputs"])
     classes = jnp.arange(logits.shape[-1])
@@ -61,7 +66,8 @@ def picture_loss(model: Any, batch: Batch) -> _Sums:
 
 @metric("dB PSNR a picture", better="higher")
 def psnr(model: Any, batch: Batch) -> _Sums:
-    """Peak signal-to-noise ratio in decibels of every valid picture with values in [0, 1], summed, and their number."""
+    """Peak signal-to-noise ratio in decibels of every valid picture with values in [0, 1], summed, and their
+    number."""
     square = jnp.mean(jnp.square(jnp.clip(_error(model, batch), -1, 1)), axis=(1, 2, 3))
     return _total(-10 / math.log(10) * jnp.log(jnp.maximum(square, 1e-10)), batch["valid"])
 

@@ -1,7 +1,7 @@
 """Softmax attention: causal, windowed, grouped, packed; and `merge`, which puts partial attentions together.
 
-Implementations: `reference` (dense, the truth), `xla` (tiles, memory linear in time; runs everywhere), `pallas_tpu`,
-`triton_gpu`.
+Implementations: `reference` (dense, the truth), `xla` (tiles, memory linear in time; runs everywhere),
+`pallas_tpu`, `triton_gpu`.
 """
 
 import functools
@@ -18,7 +18,9 @@ from seqlab.kernels.dispatch import Op, vary_alike
 from seqlab.shapes import Keys, LogSumExp, Queries, Values
 
 _op = Op("attention", __name__, ("reference", "xla", "pallas_tpu", "triton_gpu"))
-_gradient = Op("attention_gradient", __name__, ("reference", "xla", "pallas_tpu", "triton_gpu"))  # of a part of the keys, for the ring
+_gradient = Op(
+    "attention_gradient", __name__, ("reference", "xla", "pallas_tpu", "triton_gpu")
+)  # of a part of the keys, for the ring
 
 
 def attention(
@@ -40,41 +42,54 @@ def attention(
 ) -> tuple[Float[Array, "b t h v"], LogSumExp]:
     """Softmax attention of queries over keys, with the log-sum-exp of its logits.
 
-        X_ij = scale q_i·k_j;  X <- c tanh(X / c);  lse_i = log(exp z + Σ_j exp X_ij);  out_i = Σ_j exp(X_ij - lse_i) v_j
+        X_ij = scale q_i·k_j;  X <- c tanh(X / c);  lse_i = log(exp z + Σ_j exp X_ij);  out_i = Σ_j exp(X_ij -
+        lse_i) v_j
 
-    over the keys j that query i may see: those of its segment, and where `causal` those at its position or before it, and where a
-    `window` W is given of these the last W, its own included, and the first `sinks` of the sequence. A query that sees nothing has
-    out = 0 and lse = -inf (lse = z with a sink logit) and passes no gradient to q, k, v.
+    over the keys j that query i may see: those of its segment, and where `causal` those at its position or
+    before it, and where a `window` W is given of these the last W, its own included, and the first `sinks` of
+    the sequence. A query that sees nothing has out = 0 and lse = -inf (lse = z with a sink logit) and passes
+    no gradient to q, k, v.
 
     Args:
       q: [b, t, h, k]; query head i reads key/value head i // (h // g).
-      k, v: [b, s, g, k] and [b, s, g, v]; g divides h. The widths k and v may differ. A cache that is read one query at a time is best
-        stored as [b, g, s, k] and passed as `cache.swapaxes(1, 2)`: `xla` then reads it as it lies, without a copy.
+      k, v: [b, s, g, k] and [b, s, g, v]; g divides h. The widths k and v may differ. A cache that is read
+        one query at a time is best stored as [b, g, s, k] and passed as `cache.swapaxes(1, 2)`: `xla` then
+        reads it as it lies, without a copy.
       causal: hide the keys at later positions.
       window: how many keys a query sees, its own included; needs `causal`.
       sinks: keys at positions below this stay visible outside the window.
-      q_positions, kv_positions: [b, t] and [b, s]; the keys may stand in any order. Without them the last query stands beside the last
-        key: q_positions = arange(t) + s - t, kv_positions = arange(s). This default lets implementations skip what nobody sees.
-      q_segments, kv_segments: [b, t] and [b, s]; only equal segments see each other, and 0 is padding, which neither sees nor is
-        seen: whatever it holds, NaN included, reaches no result and no gradient, and its queries have lse = -inf. Default: all 1.
+      q_positions, kv_positions: [b, t] and [b, s]; the keys may stand in any order. Without them the last
+        query stands beside the last key: q_positions = arange(t) + s - t, kv_positions = arange(s). This
+        default lets implementations skip what nobody sees.
+      q_segments, kv_segments: [b, t] and [b, s]; only equal segments see each other, and 0 is padding, which
+        neither sees nor is seen: whatever it holds, NaN included, reaches no result and no gradient, and its
+        queries have lse = -inf. Default: all 1.
       softcap: c above, the bound of the logits.
       sink_logits: [h], z above: a logit for no key at all, which takes weight from the others.
       scale: default 1 / sqrt(k).
-      implementation: "reference", "xla", "pallas_tpu" or "triton_gpu"; None lets `seqlab.kernels.dispatch` choose.
+      implementation: "reference", "xla", "pallas_tpu" or "triton_gpu"; None lets `seqlab.kernels.dispatch`
+        choose.
 
     Returns:
-      out [b, t, h, v] in the dtype of q, and lse [b, t, h] (natural logarithm) in `accumulator` of the inputs' dtype. Both may be
-      differentiated, any number of times through `reference`, once through the others.
+      out [b, t, h, v] in the dtype of q, and lse [b, t, h] (natural logarithm) in `accumulator` of the
+      inputs' dtype. Both may be differentiated, any number of times through `reference`, once through the
+      others.
 
     Raises:
       ValueError: if an argument has the wrong shape, type or range, or `implementation` is unknown.
 
-    Source: FlashAttention-2 (arXiv 2307.08691) for lse; softcap of Gemma 2 (arXiv 2408.00118), sinks of StreamingLLM (arXiv 2309.17453).
+    Source: FlashAttention-2 (arXiv 2307.08691) for lse; softcap of Gemma 2 (arXiv 2408.00118), sinks of
+    StreamingLLM (arXiv 2309.17453).
     """
     _check_arrays(q, k, v, sink_logits)
     _check_options(causal, window, sinks, softcap, scale)
     (b, t, _, width), s = q.shape, k.shape[1]
-    places = {"q_positions": q_positions, "q_segments": q_segments, "kv_positions": kv_positions, "kv_segments": kv_segments}
+    places = {
+        "q_positions": q_positions,
+        "q_segments": q_segments,
+        "kv_positions": kv_positions,
+        "kv_segments": kv_segments,
+    }
     for name, value in places.items():
         _check_integers(name, value, (b, t if name.startswith("q") else s))
     if (q_positions is None) != (kv_positions is None):
@@ -82,9 +97,16 @@ def attention(
         places["kv_positions"] = _rows(b, jnp.arange(s)) if kv_positions is None else kv_positions
     if q_segments is not None or kv_segments is not None:
         q_segments = places["q_segments"] = jnp.ones((b, t), jnp.int32) if q_segments is None else q_segments
-        kv_segments = places["kv_segments"] = jnp.ones((b, s), jnp.int32) if kv_segments is None else kv_segments
-        # Zero weight does not stop a NaN (0 * NaN), neither here nor in the gradients: padding is replaced before anything reads it.
-        q, k, v = _without_padding(q, q_segments), _without_padding(k, kv_segments), _without_padding(v, kv_segments)
+        kv_segments = places["kv_segments"] = (
+            jnp.ones((b, s), jnp.int32) if kv_segments is None else kv_segments
+        )
+        # Zero weight does not stop a NaN (0 * NaN), neither here nor in the gradients: padding is replaced
+        # before anything reads it.
+        q, k, v = (
+            _without_padding(q, q_segments),
+            _without_padding(k, kv_segments),
+            _without_padding(v, kv_segments),
+        )
     q, k, v, sink_logits = vary_alike(q, k, v, sink_logits)
     split = min(sequence_parallel.parts(t), sequence_parallel.parts(s)) > 1
     return (functools.partial(ring, _op, _gradient) if split else _op)(
@@ -109,9 +131,9 @@ def merge(
 
         lse = log(exp lse_a + exp lse_b);  out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b
 
-    Associative and commutative; an attention over no keys (out = 0, lse = -inf) is the identity, in value and in gradient. The keys
-    of `a` and `b` must be disjoint, and at most one of them may have counted a sink logit. Computed in the dtype of the lse; out has
-    that of `out_a` and `out_b`.
+    Associative and commutative; an attention over no keys (out = 0, lse = -inf) is the identity, in value and
+    in gradient. The keys of `a` and `b` must be disjoint, and at most one of them may have counted a sink
+    logit. Computed in the dtype of the lse; out has that of `out_a` and `out_b`.
 
     Raises:
       ValueError: if the shapes do not fit each other.
@@ -120,8 +142,12 @@ def merge(
         raise ValueError(f"out_b must have the shape of out_a, {out_a.shape}; got {out_b.shape}")
     for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
         if lse.shape != out_a.shape[:-1]:
-            raise ValueError(f"{name} must have the shape of out_a without its last axis, {out_a.shape[:-1]}; got {lse.shape}")
-    # Shifted by a constant: lse and the weights do not depend on `top`, so no gradient needs to pass through it.
+            raise ValueError(
+                f"{name} must have the shape of out_a without its last axis, {out_a.shape[:-1]}; got "
+                f"{lse.shape}"
+            )
+    # Shifted by a constant: lse and the weights do not depend on `top`, so no gradient needs to pass through
+    # it.
     top = jnp.maximum(lse_a, lse_b)
     top = jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
     a, b = jnp.exp(lse_a - top), jnp.exp(lse_b - top)
@@ -145,19 +171,31 @@ def _check_arrays(q: Array, k: Array, v: Array, sink_logits: Array | None) -> No
     b, _, h, width = q.shape
     s, g = k.shape[1:3]
     if k.shape != (b, s, g, width) or width == 0:
-        raise ValueError(f"k must be [b, s, g, k] with b={b} rows and width k={width} > 0 as q {q.shape}, got {k.shape}")
+        raise ValueError(
+            f"k must be [b, s, g, k] with b={b} rows and width k={width} > 0 as q {q.shape}, got {k.shape}"
+        )
     if v.shape[:3] != (b, s, g):
         raise ValueError(f"v must begin with the axes of k, [b, s, g] = {(b, s, g)}, got {v.shape}")
     if g == 0 or h % g:
         raise ValueError(f"k must have a number of heads that divides the {h} heads of q, got g={g}")
-    if sink_logits is not None and (sink_logits.shape != (h,) or not jnp.issubdtype(sink_logits.dtype, jnp.floating)):
-        raise ValueError(f"sink_logits must be a floating-point array [h] = ({h},), got {sink_logits.dtype}{sink_logits.shape}")
+    if sink_logits is not None and (
+        sink_logits.shape != (h,) or not jnp.issubdtype(sink_logits.dtype, jnp.floating)
+    ):
+        raise ValueError(
+            f"sink_logits must be a floating-point array [h] = ({h},), got "
+            f"{sink_logits.dtype}{sink_logits.shape}"
+        )
 
 
-def _check_options(causal: bool, window: int | None, sinks: int, softcap: float | None, scale: float | None) -> None:
+def _check_options(
+    causal: bool, window: int | None, sinks: int, softcap: float | None, scale: float | None
+) -> None:
     if window is not None:
         if not _is_number(window, numbers.Integral) or window < 1:
-            raise ValueError(f"window must be an integer of at least 1 (the query's own key counts) or None, got {window!r}")
+            raise ValueError(
+                "window must be an integer of at least 1 (the query's own key counts) or None, got "
+                f"{window!r}"
+            )
         if not causal:
             raise ValueError(f"window needs causal=True, got window={window!r} with causal={causal!r}")
     if not _is_number(sinks, numbers.Integral) or sinks < 0:

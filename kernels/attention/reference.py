@@ -1,4 +1,5 @@
-"""Attention as its definition reads: every logit at once, differentiated by JAX. The truth that the other implementations are held to."""
+"""Attention as its definition reads: every logit at once, differentiated by JAX. The truth that the other
+implementations are held to."""
 
 import functools
 import operator
@@ -9,8 +10,24 @@ import jax.numpy as jnp
 from seqlab.shapes import accumulator
 
 
-def attention(q, k, v, *, causal, window, sinks, q_positions, kv_positions, q_segments, kv_segments, softcap, sink_logits, scale):
-    """See `seqlab.kernels.attention.attention`, which has checked the arguments. Positions and segments come in pairs or not at all."""
+def attention(
+    q,
+    k,
+    v,
+    *,
+    causal,
+    window,
+    sinks,
+    q_positions,
+    kv_positions,
+    q_segments,
+    kv_segments,
+    softcap,
+    sink_logits,
+    scale,
+):
+    """See `seqlab.kernels.attention.attention`, which has checked the arguments. Positions and segments come
+    in pairs or not at all."""
     dtype = accumulator(jnp.result_type(q, k, v))
     (t, h), (s, g) = q.shape[1:3], k.shape[1:3]
     if q_positions is None:
@@ -24,18 +41,23 @@ def attention(q, k, v, *, causal, window, sinks, q_positions, kv_positions, q_se
     x = jnp.where(visible(*query, *key, causal=causal, window=window, sinks=sinks), x, -jnp.inf)
     z = jnp.full((1, 1, h), -jnp.inf, dtype) if sink_logits is None else sink_logits.astype(dtype)[None, None]
     if q_segments is not None:
-        z = jnp.where(q_segments[:, :, None] == 0, -jnp.inf, z)  # padding is no query: its row is dead whatever the sink
+        z = jnp.where(
+            q_segments[:, :, None] == 0, -jnp.inf, z
+        )  # padding is no query: its row is dead whatever the sink
     top = jnp.maximum(x.max(-1, initial=-jnp.inf), z)
     top = jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
     p = jnp.exp(x - top[..., None])
     total = p.sum(-1) + jnp.exp(z - top)
     some = jnp.where(total == 0, 1, total)
-    out = jnp.einsum("bths,bshv->bthv", (p / some[..., None]).astype(v.dtype), v, preferred_element_type=dtype)
+    out = jnp.einsum(
+        "bths,bshv->bthv", (p / some[..., None]).astype(v.dtype), v, preferred_element_type=dtype
+    )
     return out.astype(q.dtype), jnp.where(total == 0, -jnp.inf, top + jnp.log(some))
 
 
 def attention_gradient(q, k, v, out, lse, dout, dlse, **options):
-    """`dq, dk, dv` of an attention to which these keys are a part, with the weight exp(lse_part - lse); `out`, `lse` are those of all."""
+    """`dq, dk, dv` of an attention to which these keys are a part, with the weight exp(lse_part - lse);
+    `out`, `lse` are those of all."""
     (part, part_lse), pull = jax.vjp(lambda q, k, v: attention(q, k, v, sink_logits=None, **options), q, k, v)
     seen = (lse > -jnp.inf) & (part_lse > -jnp.inf)
     weight = jnp.where(seen, jnp.exp(jnp.where(seen, part_lse - lse, 0)), 0)
@@ -45,7 +67,8 @@ def attention_gradient(q, k, v, out, lse, dout, dlse, **options):
 
 
 def visible(q_positions, q_segments, kv_positions, kv_segments, *, causal, window, sinks):
-    """Which query sees which key: elementwise over positions and segments that broadcast against each other."""
+    """Which query sees which key: elementwise over positions and segments that broadcast against each
+    other."""
     terms = [jnp.ones((), bool)]
     if causal:
         terms.append(kv_positions <= q_positions)

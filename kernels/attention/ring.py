@@ -1,16 +1,20 @@
-"""Attention with time split over devices: queries stay, keys and values go around a ring (Ring Attention, arXiv 2310.01889).
+"""Attention with time split over devices: queries stay, keys and values go around a ring (Ring Attention,
+arXiv 2310.01889).
 
 On every device, with the block of keys that is there, one after another:
 
     (out, lse) <- merge((out, lse), attention(q, block))          while the next block is on its way
 
-Backward nothing is kept but q, k, v, out and lse: the blocks go around once more, with their gradients behind them. What a block adds to
-the gradients needs of all the others no more than out and lse, exp(X - lse) being the weights of its keys in the whole.
+Backward nothing is kept but q, k, v, out and lse: the blocks go around once more, with their gradients behind
+them. What a block adds to the gradients needs of all the others no more than out and lse, exp(X - lse) being
+the weights of its keys in the whole.
 
-Under a causal mask the last of N devices has nearly 2N times the work of the first if stretches are contiguous, and all wait for it. Two
-layouts deal positions out evenly; into them and back the stretches are exchanged once a call:
+Under a causal mask the last of N devices has nearly 2N times the work of the first if stretches are
+contiguous, and all wait for it. Two layouts deal positions out evenly; into them and back the stretches are
+exchanged once a call:
 
-    zigzag      device r has the chunks r and 2N-1-r of 2N               striped     device r has positions r, r+N, r+2N, ...
+    zigzag      device r has the chunks r and 2N-1-r of 2N               striped     device r has positions r,
+    r+N, r+2N, ...
 """
 
 import contextlib
@@ -33,7 +37,8 @@ _layout = jax.make_user_context(default_value="contiguous")  # jax.jit takes it 
 
 
 class Block(NamedTuple):
-    """Keys and values [b, s, g, k] and where they stand [b, s]: what travels. `segments` None: all are of one sequence."""
+    """Keys and values [b, s, g, k] and where they stand [b, s]: what travels. `segments` None: all are of one
+    sequence."""
 
     k: Array
     v: Array
@@ -42,7 +47,8 @@ class Block(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What is fixed when tracing: the op, its gradient and their options, and how many blocks each device has to see."""
+    """What is fixed when tracing: the op, its gradient and their options, and how many blocks each device has
+    to see."""
 
     op: Op
     slopes: Op
@@ -50,14 +56,25 @@ class Options(NamedTuple):
     blocks: int
 
     def attend(self, q: Array, positions: Array, segments: Array | None, block: Block) -> tuple[Array, Array]:
-        return self.op(q, block.k, block.v, sink_logits=None, **_places(positions, segments, block), **dict(self.limits))
+        return self.op(
+            q, block.k, block.v, sink_logits=None, **_places(positions, segments, block), **dict(self.limits)
+        )
 
-    def gradient(self, q: Array, positions: Array, segments: Array | None, block: Block, *results: Array) -> tuple[Array, Array, Array]:
-        return self.slopes(q, block.k, block.v, *results, **_places(positions, segments, block), **dict(self.limits))
+    def gradient(
+        self, q: Array, positions: Array, segments: Array | None, block: Block, *results: Array
+    ) -> tuple[Array, Array, Array]:
+        return self.slopes(
+            q, block.k, block.v, *results, **_places(positions, segments, block), **dict(self.limits)
+        )
 
 
 def _places(positions: Array, segments: Array | None, block: Block) -> dict[str, Array | None]:
-    return {"q_positions": positions, "q_segments": segments, "kv_positions": block.positions, "kv_segments": block.segments}
+    return {
+        "q_positions": positions,
+        "q_segments": segments,
+        "kv_positions": block.positions,
+        "kv_segments": block.segments,
+    }
 
 
 def permutation(layout: str, devices: int, time: int) -> Int[np.ndarray, " t"]:
@@ -81,24 +98,45 @@ def permutation(layout: str, devices: int, time: int) -> Int[np.ndarray, " t"]:
 
 @contextlib.contextmanager
 def use_layout(layout: str) -> Iterator[None]:
-    """Within the block attention over devices deals positions out in `layout`; functions compiled outside are traced anew."""
+    """Within the block attention over devices deals positions out in `layout`; functions compiled outside are
+    traced anew."""
     check_name(layout, LAYOUTS, "layout")
     with _layout(layout):
         yield
 
 
-def ring(op: Op, gradient: Op, q, k, v, *, q_positions, kv_positions, q_segments, kv_segments, sink_logits, **limits):
-    """Attention of global arrays whose time lies on the devices of the mesh axis `sequence`; arguments as an implementation has them."""
+def ring(
+    op: Op,
+    gradient: Op,
+    q,
+    k,
+    v,
+    *,
+    q_positions,
+    kv_positions,
+    q_segments,
+    kv_segments,
+    sink_logits,
+    **limits,
+):
+    """Attention of global arrays whose time lies on the devices of the mesh axis `sequence`; arguments as an
+    implementation has them."""
     (b, t), s, layout = q.shape[:2], k.shape[1], _layout.value
     devices = sequence_parallel.parts(t)
     multiple = {"contiguous": 1, "zigzag": 2, "striped": devices}[layout]
     blocks = devices
     if q_positions is None:
-        q_positions, kv_positions = (jnp.broadcast_to(jnp.arange(n, m, dtype=jnp.int32), (b, m - n)) for n, m in ((s - t, s), (0, s)))
+        q_positions, kv_positions = (
+            jnp.broadcast_to(jnp.arange(n, m, dtype=jnp.int32), (b, m - n)) for n, m in ((s - t, s), (0, s))
+        )
         if limits["window"] is not None and not limits["sinks"] and layout == "contiguous" and s == t:
             stretch = -(-t // devices)
-            blocks = min(devices, 1 + -(-(limits["window"] - 1) // stretch))  # those behind are out of every window
-    if q_segments is None and (t % (devices * multiple) or s % (devices * multiple)):  # what fills up the last stretch is padding
+            blocks = min(
+                devices, 1 + -(-(limits["window"] - 1) // stretch)
+            )  # those behind are out of every window
+    if q_segments is None and (
+        t % (devices * multiple) or s % (devices * multiple)
+    ):  # what fills up the last stretch is padding
         q_segments, kv_segments = jnp.ones((b, t), jnp.int32), jnp.ones((b, s), jnp.int32)
     options = Options(op, gradient, tuple(sorted(limits.items())), blocks)
 
@@ -126,7 +164,9 @@ def with_sink(out: Array, lse: Array, sink: Array, segments: Array | None) -> tu
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ring(options: Options, q: Array, positions: Array, segments: Array | None, block: Block) -> tuple[Array, Array]:
+def _ring(
+    options: Options, q: Array, positions: Array, segments: Array | None, block: Block
+) -> tuple[Array, Array]:
     return _forward(options, q, positions, segments, block)[0]
 
 
@@ -182,7 +222,9 @@ def _dealt(layout: str, x: Array) -> Array:
     """From contiguous stretches to `layout`."""
     n = sequence_parallel.count()
     if layout == "striped":
-        x = x.reshape(len(x), x.shape[1] // n, n, *x.shape[2:])  # step i n + j of a stretch of c goes to device j (c divides by n)
+        x = x.reshape(
+            len(x), x.shape[1] // n, n, *x.shape[2:]
+        )  # step i n + j of a stretch of c goes to device j (c divides by n)
         x = jax.lax.all_to_all(x, AXIS, split_axis=2, concat_axis=1, tiled=True)
         return x.reshape(len(x), -1, *x.shape[3:])
     if layout == "zigzag":

@@ -14,8 +14,9 @@ _EMPTY = np.iinfo(np.int32).max  # the position of an empty slot of a cache: lat
 class Spec:
     """A call: sizes by axis, options, and how its positions and segments look.
 
-    `places`: "default", none given. "packed", documents of uneven lengths one after another. "padded", rows of one document whose padding
-    holds NaN. "ring", keys as a ring buffer of s slots holds them for the last t of `seen` steps. "shuffled", keys in random order.
+    `places`: "default", none given. "packed", documents of uneven lengths one after another. "padded", rows
+    of one document whose padding holds NaN. "ring", keys as a ring buffer of s slots holds them for the last
+    t of `seen` steps. "shuffled", keys in random order.
     """
 
     b: int
@@ -57,7 +58,10 @@ SPECS = {
     "softcap_scale": Spec(2, 33, 33, h=2, softcap=2.0, scale=0.7),
     "sink_logits": Spec(2, 33, 33, h=4, g=2, sink_logits=True),
     "window_one": Spec(1, 9, 9, window=1),
-    **{f"window_{name}": Spec(1, t, t, h=2, window=8) for name, t in (("less_one", 7), ("even", 8), ("one_more", 9), ("twice", 16))},
+    **{
+        f"window_{name}": Spec(1, t, t, h=2, window=8)
+        for name, t in (("less_one", 7), ("even", 8), ("one_more", 9), ("twice", 16))
+    },
     "window_thrice": Spec(1, 29, 29, h=2, window=8),
     "window_tiled": Spec(1, 420, 420, h=2, window=50),
     "window_sinks": Spec(2, 40, 40, h=4, g=2, window=8, sinks=3),
@@ -97,9 +101,14 @@ LARGE = {
 
 
 def make(spec: Spec, seed: int = 0, dtype: jax.typing.DTypeLike = jnp.float32) -> dict[str, Any]:
-    """The arguments of a call of `attention`, by name: random q, k, v, places and sink logits, and the options of `spec`."""
+    """The arguments of a call of `attention`, by name: random q, k, v, places and sink logits, and the
+    options of `spec`."""
     rng = np.random.default_rng(seed)
-    shapes = {"q": (spec.b, spec.t, spec.h, spec.k), "k": (spec.b, spec.s, spec.g, spec.k), "v": (spec.b, spec.s, spec.g, spec.v)}
+    shapes = {
+        "q": (spec.b, spec.t, spec.h, spec.k),
+        "k": (spec.b, spec.s, spec.g, spec.k),
+        "v": (spec.b, spec.s, spec.g, spec.v),
+    }
     arrays = {name: rng.normal(size=shape) for name, shape in shapes.items()}
     places = _PLACES[spec.places](spec, rng)
     if spec.places == "padded":
@@ -124,7 +133,12 @@ def _packed(spec: Spec, rng: np.random.Generator) -> dict[str, np.ndarray]:
     segments = np.cumsum(starts, axis=1)
     origin = np.maximum.accumulate(np.where(starts, np.arange(spec.t), 0), axis=1)
     positions = np.arange(spec.t) - origin
-    return {"q_positions": positions, "kv_positions": positions, "q_segments": segments, "kv_segments": segments}
+    return {
+        "q_positions": positions,
+        "kv_positions": positions,
+        "q_segments": segments,
+        "kv_segments": segments,
+    }
 
 
 def _padded(spec: Spec, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -137,16 +151,25 @@ def _padded(spec: Spec, rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 
 def _ring(spec: Spec, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """The last s of `seen` steps, each where a ring of s - sinks slots after the sinks keeps it; slots never written are empty."""
+    """The last s of `seen` steps, each where a ring of s - sinks slots after the sinks keeps it; slots never
+    written are empty."""
     kv_positions = np.full((spec.b, spec.s), _EMPTY)
     for step in range(spec.seen):
-        kv_positions[:, step if step < spec.sinks else spec.sinks + (step - spec.sinks) % (spec.s - spec.sinks)] = step
-    return {"q_positions": np.tile(np.arange(spec.seen - spec.t, spec.seen), (spec.b, 1)), "kv_positions": kv_positions}
+        kv_positions[
+            :, step if step < spec.sinks else spec.sinks + (step - spec.sinks) % (spec.s - spec.sinks)
+        ] = step
+    return {
+        "q_positions": np.tile(np.arange(spec.seen - spec.t, spec.seen), (spec.b, 1)),
+        "kv_positions": kv_positions,
+    }
 
 
 def _shuffled(spec: Spec, rng: np.random.Generator) -> dict[str, np.ndarray]:
     kv_positions = np.stack([rng.permutation(spec.s) for _ in range(spec.b)])
-    return {"q_positions": np.tile(np.arange(spec.s - spec.t, spec.s), (spec.b, 1)), "kv_positions": kv_positions}
+    return {
+        "q_positions": np.tile(np.arange(spec.s - spec.t, spec.s), (spec.b, 1)),
+        "kv_positions": kv_positions,
+    }
 
 
 _PLACES = {"default": _default, "packed": _packed, "padded": _padded, "ring": _ring, "shuffled": _shuffled}

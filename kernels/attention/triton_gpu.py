@@ -1,4 +1,5 @@
-"""Attention by Triton: the online softmax in tiles, gradients without atomics, and one query over many keys split among programs."""
+"""Attention by Triton: the online softmax in tiles, gradients without atomics, and one query over many keys
+split among programs."""
 
 import functools
 from typing import NamedTuple
@@ -28,17 +29,37 @@ SPLIT_PROGRAMS = 256  # about two for every multiprocessor
 
 
 def blocks(kind: str, rows: int, keys: int, width: int, itemsize: int) -> Blocks:
-    """The tile for `rows` packed rows and `keys` keys of `width` numbers; those of products have 16 at least, and 64 suit the hardware."""
+    """The tile for `rows` packed rows and `keys` keys of `width` numbers; those of products have 16 at least,
+    and 64 suit the hardware."""
     found = Blocks(**find(f"attention/triton_gpu/{kind}", itemsize, width))
     few = 16 if rows <= 16 else triton.power(rows, 64)
     return found._replace(rows=min(found.rows, few), keys=min(found.keys, triton.power(keys, 16)))
 
 
-def attention(q, k, v, *, causal, window, sinks, q_positions, kv_positions, q_segments, kv_segments, softcap, sink_logits, scale):
-    """See `seqlab.kernels.attention.attention`, which has checked the arguments. Positions and segments come in pairs or not at all."""
+def attention(
+    q,
+    k,
+    v,
+    *,
+    causal,
+    window,
+    sinks,
+    q_positions,
+    kv_positions,
+    q_segments,
+    kv_segments,
+    softcap,
+    sink_logits,
+    scale,
+):
+    """See `seqlab.kernels.attention.attention`, which has checked the arguments. Positions and segments come
+    in pairs or not at all."""
     _require(q, k, v, sink_logits)
     dtype = jnp.result_type(q, k, v)
-    rule, places = Rule(causal, window, sinks, softcap, scale), Places(q_positions, q_segments, kv_positions, kv_segments)
+    rule, places = (
+        Rule(causal, window, sinks, softcap, scale),
+        Places(q_positions, q_segments, kv_positions, kv_segments),
+    )
     sink = None if sink_logits is None else sink_logits.astype(jnp.float32)
     out, lse = _attend(rule, q.astype(dtype), k.astype(dtype), v.astype(dtype), sink, places)
     return out.astype(q.dtype), lse
@@ -54,7 +75,9 @@ def attention_gradient(q, k, v, out, lse, dout, dlse, *, causal, window, sinks, 
 def _require(q, k, v, *others):
     triton.require(q, k, v, *others)
     if max(k.shape[3], v.shape[3]) > WIDEST:
-        raise NotImplementedError(f"kernels for heads of up to {WIDEST} exist, got k={k.shape[3]} and v={v.shape[3]}")
+        raise NotImplementedError(
+            f"kernels for heads of up to {WIDEST} exist, got k={k.shape[3]} and v={v.shape[3]}"
+        )
     if 0 in (*q.shape, *k.shape, *v.shape):
         raise NotImplementedError("nothing to attend to")
 
@@ -70,13 +93,20 @@ def _attend(rule, q, k, v, sink, places):
     splits = splits_of(b * g * tiles, s) if t == 1 else 1
     constants = _constants(rule, q, k, v, places, cut)
     constants |= {"ROWS": b, "SINK": sink is not None, "SPLITS": splits, "KEY_STRIDE": g, "GROUP_STRIDE": 1}
-    if t == 1:  # keys stored with heads before slots are then read as they lie; the transposition of those passed has been undone
+    if (
+        t == 1
+    ):  # keys stored with heads before slots are then read as they lie; the transposition of those passed has been undone
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         constants |= {"KEY_STRIDE": 1, "GROUP_STRIDE": s}
     arrays = (q, k, v, q if sink is None else sink, *_places(rule, places, q, s, h // g, cut))
-    shapes = [((splits, b, t, h, width), q.dtype if splits == 1 else jnp.float32), ((splits, b, t, h), jnp.float32)]
+    shapes = [
+        ((splits, b, t, h, width), q.dtype if splits == 1 else jnp.float32),
+        ((splits, b, t, h), jnp.float32),
+    ]
     grid = (tiles * splits, g, b)
-    out, lse = triton.launch(kernels.forward, arrays, shapes, grid=grid, constants=constants, warps=cut.warps, stages=cut.stages)
+    out, lse = triton.launch(
+        kernels.forward, arrays, shapes, grid=grid, constants=constants, warps=cut.warps, stages=cut.stages
+    )
     out, lse = merged(out, lse)
     return out.astype(q.dtype), lse
 
@@ -159,7 +189,8 @@ def _constants(rule, q, k, v, places, cut):
 
 
 def _places(rule, places, q, s, r, cut):
-    """Positions, segments, and which tiles of keys [b, row tiles, key tiles] hold anything that a tile of packed rows may see."""
+    """Positions, segments, and which tiles of keys [b, row tiles, key tiles] hold anything that a tile of
+    packed rows may see."""
     blank = tuple(q if x is None else x.astype(jnp.int32) for x in places)
     q_positions, q_segments, kv_positions, kv_segments = blank
     if all(x is None for x in places):
@@ -172,4 +203,10 @@ def _places(rule, places, q, s, r, cut):
         k_low, k_high = ends(kv_segments, cut.keys, skip=0)
         needed = needed & (q_low[:, :, None] <= k_high[:, None]) & (k_low[:, None] <= q_high[:, :, None])
     shape = (q.shape[0], triton.blocks(q.shape[1] * r, cut.rows), triton.blocks(s, cut.keys))
-    return q_positions, kv_positions, q_segments, kv_segments, jnp.broadcast_to(needed, shape).astype(jnp.int8)
+    return (
+        q_positions,
+        kv_positions,
+        q_segments,
+        kv_segments,
+        jnp.broadcast_to(needed, shape).astype(jnp.int8),
+    )

@@ -1,10 +1,12 @@
-"""Kernels of attention: the online softmax forwards, and backwards one kernel for the queries and one for the keys, without atomics.
+"""Kernels of attention: the online softmax forwards, and backwards one kernel for the queries and one for the
+keys, without atomics.
 
-The R = H / G heads that share a key/value head are packed: row m of group g is query m // R of head g R + m % R. So a tile of keys is
-loaded once for all of them, and one decoding step is a tile of R rows. Logits are in units of log 2.
+The R = H / G heads that share a key/value head are packed: row m of group g is query m // R of head g R + m %
+R. So a tile of keys is loaded once for all of them, and one decoding step is a tile of R rows. Logits are in
+units of log 2.
 
-Which tiles of keys a tile of rows visits follows from the shapes where positions and segments are the defaults; elsewhere `needed`
-[b, row tiles, key tiles] tells.
+Which tiles of keys a tile of rows visits follows from the shapes where positions and segments are the
+defaults; elsewhere `needed` [b, row tiles, key tiles] tells.
 """
 
 import triton
@@ -45,7 +47,17 @@ def _visible(
 
 
 @triton.jit
-def _rows(b, m, q_positions, q_segments, T: tl.constexpr, S: tl.constexpr, R: tl.constexpr, PLACED: tl.constexpr, SEGMENTS: tl.constexpr):
+def _rows(
+    b,
+    m,
+    q_positions,
+    q_segments,
+    T: tl.constexpr,
+    S: tl.constexpr,
+    R: tl.constexpr,
+    PLACED: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
     """Positions and segments of packed rows."""
     t = m // R
     position, segment = t + (S - T), t
@@ -104,7 +116,9 @@ def _row_tiles(
 @triton.jit
 def _load(x, row, width, inside, WIDTH: tl.constexpr, STRIDE: tl.constexpr):
     """A tile of rows (int64) of x, zeros outside."""
-    return tl.load(x + row[:, None] * STRIDE + width[None, :], inside[:, None] & (width < WIDTH)[None, :], 0.0)
+    return tl.load(
+        x + row[:, None] * STRIDE + width[None, :], inside[:, None] & (width < WIDTH)[None, :], 0.0
+    )
 
 
 @triton.jit
@@ -115,7 +129,8 @@ def forward(
     SOFTCAP: tl.constexpr, SCALE: tl.constexpr, SINK: tl.constexpr, PLACED: tl.constexpr, SEGMENTS: tl.constexpr,
     SPLITS: tl.constexpr, PRECISION: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """out [splits, b, t, h, v] and lse [splits, b, t, h] over the keys of a split. Program (row tile and split, group, row of the batch).
+    """out [splits, b, t, h, v] and lse [splits, b, t, h] over the keys of a split. Program (row tile and
+    split, group, row of the batch).
 
     A key j of group g stands at j KEY_STRIDE + g GROUP_STRIDE, times the width of the array.
     """
@@ -151,7 +166,16 @@ def forward(
             key = _load(k, at, width, j < S, K, K)
             x, _ = _logits(query, key, SCALE, SOFTCAP, PRECISION)
             where, own = _keys(b, j, kv_positions, kv_segments, S, PLACED, SEGMENTS)
-            keep = _visible(position[:, None], where[None, :], segment[:, None], own[None, :], CAUSAL, WINDOW, SINKS, SEGMENTS)
+            keep = _visible(
+                position[:, None],
+                where[None, :],
+                segment[:, None],
+                own[None, :],
+                CAUSAL,
+                WINDOW,
+                SINKS,
+                SEGMENTS,
+            )
             x = tl.where(keep & (j < S)[None, :], x, float("-inf"))
             new = tl.maximum(top, tl.max(x, 1))
             base = tl.where(new == float("-inf"), 0.0, new)
@@ -164,8 +188,14 @@ def forward(
     dead = total == 0.0
     mass = mass / tl.where(dead, 1.0, total)[:, None]
     row += split.to(tl.int64) * (ROWS * T * H)
-    tl.store(out + row[:, None] * V + value[None, :], mass.to(out.dtype.element_ty), inside[:, None] & (value < V)[None, :])
-    tl.store(lse + row, tl.where(dead, float("-inf"), (top + tl.log2(tl.where(dead, 1.0, total))) * LN2), inside)
+    tl.store(
+        out + row[:, None] * V + value[None, :],
+        mass.to(out.dtype.element_ty),
+        inside[:, None] & (value < V)[None, :],
+    )
+    tl.store(
+        lse + row, tl.where(dead, float("-inf"), (top + tl.log2(tl.where(dead, 1.0, total))) * LN2), inside
+    )
 
 
 @triton.jit
@@ -183,7 +213,8 @@ def backward_keys(
     PLACED: tl.constexpr, SEGMENTS: tl.constexpr, PRECISION: tl.constexpr,
     KP: tl.constexpr, VP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv [b, s, g, .] from d [b, t, h] = Σ dout·out - dlse. Program (key tile, group, row of the batch)."""
+    """dk, dv [b, s, g, .] from d [b, t, h] = Σ dout·out - dlse. Program (key tile, group, row of the
+    batch)."""
     b, g = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     R: tl.constexpr = H // G
     TILES: tl.constexpr = (T * R + BM - 1) // BM
@@ -205,10 +236,21 @@ def backward_keys(
             inside = m < T * R
             row = (b * T + m // R) * H + g * R + m % R
             peak = tl.load(lse + row, inside, float("-inf")) * LOG2E
-            live = peak > float("-inf")  # a row that saw nothing passes nothing on, whatever its cotangents are
+            live = peak > float(
+                "-inf"
+            )  # a row that saw nothing passes nothing on, whatever its cotangents are
             query, grad = _load(q, row, width, inside, K, K), _load(dout, row, value, live, V, V)
             position, segment = _rows(b, m, q_positions, q_segments, T, S, R, PLACED, SEGMENTS)
-            keep = _visible(position[None, :], where[:, None], segment[None, :], own[:, None], CAUSAL, WINDOW, SINKS, SEGMENTS)
+            keep = _visible(
+                position[None, :],
+                where[:, None],
+                segment[None, :],
+                own[:, None],
+                CAUSAL,
+                WINDOW,
+                SINKS,
+                SEGMENTS,
+            )
             keep = keep & live[None, :] & (j < S)[:, None]
             x, slope = _logits(key, query, SCALE, SOFTCAP, PRECISION)
             dp = tl.dot(seen, tl.trans(grad), input_precision=PRECISION)
@@ -216,8 +258,14 @@ def backward_keys(
             dv_sum = tl.dot(p.to(grad.dtype), grad, dv_sum, input_precision=PRECISION)
             dk_sum = tl.dot(dx.to(query.dtype), query, dk_sum, input_precision=PRECISION)
     here = (j < S)[:, None]
-    tl.store(dk + at[:, None] * K + width[None, :], (dk_sum * SCALE).to(dk.dtype.element_ty), here & (width < K)[None, :])
-    tl.store(dv + at[:, None] * V + value[None, :], dv_sum.to(dv.dtype.element_ty), here & (value < V)[None, :])
+    tl.store(
+        dk + at[:, None] * K + width[None, :],
+        (dk_sum * SCALE).to(dk.dtype.element_ty),
+        here & (width < K)[None, :],
+    )
+    tl.store(
+        dv + at[:, None] * V + value[None, :], dv_sum.to(dv.dtype.element_ty), here & (value < V)[None, :]
+    )
 
 
 @triton.jit
@@ -240,7 +288,11 @@ def backward_queries(
     row = (b * T + m // R) * H + g * R + m % R
     peak = tl.load(lse + row, inside, float("-inf")) * LOG2E
     live = peak > float("-inf")
-    query, grad, change = _load(q, row, width, inside, K, K), _load(dout, row, value, live, V, V), tl.load(d + row, live, 0.0)
+    query, grad, change = (
+        _load(q, row, width, inside, K, K),
+        _load(dout, row, value, live, V, V),
+        tl.load(d + row, live, 0.0),
+    )
     position, segment = _rows(b, m, q_positions, q_segments, T, S, R, PLACED, SEGMENTS)
     dq_sum = tl.zeros((BM, KP), tl.float32)
     sinks, low, high = _key_tiles(i, T, S, R, CAUSAL, WINDOW, SINKS, PLACED or SEGMENTS, BM, BN)
@@ -254,10 +306,23 @@ def backward_queries(
             at = (b * S + j) * G + g
             key, seen = _load(k, at, width, j < S, K, K), _load(v, at, value, j < S, V, V)
             where, own = _keys(b, j, kv_positions, kv_segments, S, PLACED, SEGMENTS)
-            keep = _visible(position[:, None], where[None, :], segment[:, None], own[None, :], CAUSAL, WINDOW, SINKS, SEGMENTS)
+            keep = _visible(
+                position[:, None],
+                where[None, :],
+                segment[:, None],
+                own[None, :],
+                CAUSAL,
+                WINDOW,
+                SINKS,
+                SEGMENTS,
+            )
             x, slope = _logits(query, key, SCALE, SOFTCAP, PRECISION)
             keep = keep & live[:, None] & (j < S)[None, :]
             dp = tl.dot(grad, tl.trans(seen), input_precision=PRECISION)
             _, dx = _through(x, slope, dp, peak[:, None], change[:, None], keep)
             dq_sum = tl.dot(dx.to(key.dtype), key, dq_sum, input_precision=PRECISION)
-    tl.store(dq + row[:, None] * K + width[None, :], (dq_sum * SCALE).to(dq.dtype.element_ty), inside[:, None] & (width < K)[None, :])
+    tl.store(
+        dq + row[:, None] * K + width[None, :],
+        (dq_sum * SCALE).to(dq.dtype.element_ty),
+        inside[:, None] & (width < K)[None, :],
+    )

@@ -1,20 +1,24 @@
 """Attention in plain XLA, tile by tile, so that memory is linear in time; the default everywhere.
 
-Forward: the online softmax (arXiv 1805.02867, 2205.14135). Every query row keeps the largest logit so far, `top`, and to that base the
-sums `total` = Σ_j exp(x_j - top) and `mass` = Σ_j exp(x_j - top) v_j; they absorb one tile of keys after another. They start at
-(-inf, 0, 0), or with a sink logit z at (z, 1, 0); at the end out = mass / total and lse = top + log total.
+Forward: the online softmax (arXiv 1805.02867, 2205.14135). Every query row keeps the largest logit so far,
+`top`, and to that base the sums `total` = Σ_j exp(x_j - top) and `mass` = Σ_j exp(x_j - top) v_j; they absorb
+one tile of keys after another. They start at (-inf, 0, 0), or with a sink logit z at (z, 1, 0); at the end
+out = mass / total and lse = top + log total.
 
-Backward: nothing but lse is kept of the weights. Every tile is computed again, P = exp(X - lse), and with D = Σ dout·out - dlse
+Backward: nothing but lse is kept of the weights. Every tile is computed again, P = exp(X - lse), and with D =
+Σ dout·out - dlse
 
     dv = P^T dout;  dX = P (dout v^T - D), under a softcap c times 1 - (X / c)^2
     dq = scale dX k;  dk = scale dX^T q;  dz = -Σ_i exp(z - lse_i) D_i
 
-Its tiles stand keys before queries and dq is gathered with its width before time: no product then contracts the major axis of its first
-factor, which takes a CPU twice as long.
+Its tiles stand keys before queries and dq is gathered with its width before time: no product then contracts
+the major axis of its first factor, which takes a CPU twice as long.
 
-Which tiles hold anything visible is known before the loop, from the shapes where positions and segments are the defaults and from the
-least and greatest position and segment of every tile elsewhere. The others are skipped: a causal call does half the work, a window
-O(t W), packed documents what they need. Tiles are walked by a loop even when they are few: unrolled, XLA would hold all of them at once.
+Which tiles hold anything visible is known before the loop, from the shapes where positions and segments are
+the defaults and from the
+least and greatest position and segment of every tile elsewhere. The others are skipped: a causal call does
+half the work, a window O(t W), packed documents what they need. Tiles are walked by a loop even when they are
+few: unrolled, XLA would hold all of them at once.
 """
 
 import functools
@@ -47,7 +51,8 @@ class Rule(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where the queries [b, t] and keys [b, s] stand; None for the default. Integers: nothing is differentiated by them."""
+    """Where the queries [b, t] and keys [b, s] stand; None for the default. Integers: nothing is
+    differentiated by them."""
 
     q_positions: Array | None
     q_segments: Array | None
@@ -56,7 +61,8 @@ class Places(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How the logits are cut into tiles of `rows` queries by `keys` keys, and which of the tiles (i, j) to visit: the first `count`."""
+    """How the logits are cut into tiles of `rows` queries by `keys` keys, and which of the tiles (i, j) to
+    visit: the first `count`."""
 
     rows: int
     keys: int
@@ -73,8 +79,24 @@ class Plan(NamedTuple):
         return lax.fori_loop(0, self.count, lambda n, carry: visit(i[n], j[n], carry), carry)
 
 
-def attention(q, k, v, *, causal, window, sinks, q_positions, kv_positions, q_segments, kv_segments, softcap, sink_logits, scale):
-    """See `seqlab.kernels.attention.attention`, which has checked the arguments. Positions and segments come in pairs or not at all."""
+def attention(
+    q,
+    k,
+    v,
+    *,
+    causal,
+    window,
+    sinks,
+    q_positions,
+    kv_positions,
+    q_segments,
+    kv_segments,
+    softcap,
+    sink_logits,
+    scale,
+):
+    """See `seqlab.kernels.attention.attention`, which has checked the arguments. Positions and segments come
+    in pairs or not at all."""
     rule = Rule(causal, window, sinks, softcap, scale)
     return _attend(rule, q, k, v, sink_logits, Places(q_positions, q_segments, kv_positions, kv_segments))
 
@@ -86,13 +108,17 @@ def attention_gradient(q, k, v, out, lse, dout, dlse, *, causal, window, sinks, 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(rule: Rule, q: Array, k: Array, v: Array, sink: Array | None, places: Places) -> tuple[Array, Array]:
+def _attend(
+    rule: Rule, q: Array, k: Array, v: Array, sink: Array | None, places: Places
+) -> tuple[Array, Array]:
     if q.shape[1] == 1:
         return _one_query(rule, q, k, v, sink, places)
     return _many_queries(rule, q, k, v, sink, places)
 
 
-def _many_queries(rule: Rule, q: Array, k: Array, v: Array, sink: Array | None, places: Places) -> tuple[Array, Array]:
+def _many_queries(
+    rule: Rule, q: Array, k: Array, v: Array, sink: Array | None, places: Places
+) -> tuple[Array, Array]:
     dtype, (b, t, h, _), (s, g) = accumulator(jnp.result_type(q, k, v)), q.shape, k.shape[1:3]
     plan = _plan(rule, places, b * h, t, s)
     tile_mask = _masks(rule, places, plan, t, s)
@@ -100,17 +126,27 @@ def _many_queries(rule: Rule, q: Array, k: Array, v: Array, sink: Array | None, 
     z = _first_logit(sink, places, (b, t, h), dtype)
     start = (z, jnp.where(z == -jnp.inf, 0, jnp.ones((), dtype)), jnp.zeros((b, t, h, v.shape[3]), dtype))
     start = jax.tree.map(lambda x: _heads(x, g, plan.t) + zero, start)
-    q_heads, k_heads, v_heads = _heads(q, g, plan.t), _heads(k, g, plan.s)[:, :, 0], _heads(v, g, plan.s)[:, :, 0]
+    q_heads, k_heads, v_heads = (
+        _heads(q, g, plan.t),
+        _heads(k, g, plan.s)[:, :, 0],
+        _heads(v, g, plan.s)[:, :, 0],
+    )
 
     def absorb(i, j, sums):
         top, total, mass = (_cut(x, 3, i, plan.rows) for x in sums)
-        x, _ = _logits(rule, "bgrtk,bgsk->bgrts", _cut(q_heads, 3, i, plan.rows), _cut(k_heads, 2, j, plan.keys), dtype)
+        x, _ = _logits(
+            rule, "bgrtk,bgsk->bgrts", _cut(q_heads, 3, i, plan.rows), _cut(k_heads, 2, j, plan.keys), dtype
+        )
         x = jnp.where(tile_mask(i, j, (0, None, None, 1, None), (0, None, None, None, 1)), x, -jnp.inf)
         new_top = jnp.maximum(top, x.max(-1, initial=-jnp.inf))
         base = jnp.where(new_top == -jnp.inf, 0, new_top)
         fade, p = jnp.exp(top - base), jnp.exp(x - base[..., None])
-        mass = mass * fade[..., None] + _dot("bgrts,bgsv->bgrtv", p.astype(v.dtype), _cut(v_heads, 2, j, plan.keys), dtype)
-        return tuple(_put(x, 3, i, new) for x, new in zip(sums, (new_top, total * fade + p.sum(-1), mass), strict=True))
+        mass = mass * fade[..., None] + _dot(
+            "bgrts,bgsv->bgrtv", p.astype(v.dtype), _cut(v_heads, 2, j, plan.keys), dtype
+        )
+        return tuple(
+            _put(x, 3, i, new) for x, new in zip(sums, (new_top, total * fade + p.sum(-1), mass), strict=True)
+        )
 
     top, total, mass = plan.walk(absorb, start)
     some = jnp.where(total == 0, 1, total)
@@ -118,8 +154,11 @@ def _many_queries(rule: Rule, q: Array, k: Array, v: Array, sink: Array | None, 
     return _unheads(mass / some[..., None], t).astype(q.dtype), _unheads(lse, t)
 
 
-def _one_query(rule: Rule, q: Array, k: Array, v: Array, sink: Array | None, places: Places) -> tuple[Array, Array]:
-    """Decoding. Keys that are stored with heads before slots are read as they lie; of others XLA makes a copy."""
+def _one_query(
+    rule: Rule, q: Array, k: Array, v: Array, sink: Array | None, places: Places
+) -> tuple[Array, Array]:
+    """Decoding. Keys that are stored with heads before slots are read as they lie; of others XLA makes a
+    copy."""
     dtype, (b, t, h, width), (s, g) = accumulator(jnp.result_type(q, k, v)), q.shape, k.shape[1:3]
     x, _ = _logits(rule, "bgrk,bsgk->bsgr", q.reshape(b, g, h // g, width), k, dtype)
     keep = _masks(rule, places, Plan(1, s, 1, s, 0, 0, 1), t, s)(0, 0, (0, 1, None, None), (0, 1, None, None))
@@ -170,7 +209,11 @@ def _attend_backward(rule: Rule, residuals, cotangents):
 
     start = tuple(jnp.zeros(x.shape, dtype) + zero for x in (jnp.moveaxis(rows[0], 4, 2), k_heads, v_heads))
     dq, dk, dv = plan.walk(accumulate, start)
-    dq, dk, dv = _unheads(jnp.moveaxis(dq, 2, 4) * rule.scale, t), _unheads(dk[:, :, None] * rule.scale, s), _unheads(dv[:, :, None], s)
+    dq, dk, dv = (
+        _unheads(jnp.moveaxis(dq, 2, 4) * rule.scale, t),
+        _unheads(dk[:, :, None] * rule.scale, s),
+        _unheads(dv[:, :, None], s),
+    )
     dsink = None
     if sink is not None:
         weight = jnp.where(dead, 0, jnp.exp(sink.astype(dtype)[None, None] - lse))
@@ -195,7 +238,8 @@ def _dot(equation: str, x: Array, y: Array, dtype: Any) -> Array:
 
 
 def _first_logit(sink: Array | None, places: Places, shape: tuple[int, int, int], dtype: Any) -> Array:
-    """[b, t, h]: the logit that each row holds before it has seen a key: its head's sink, or none. Padding is no query and has none."""
+    """[b, t, h]: the logit that each row holds before it has seen a key: its head's sink, or none. Padding is
+    no query and has none."""
     z = jnp.broadcast_to(-jnp.inf if sink is None else sink.astype(dtype)[None, None], shape).astype(dtype)
     return z if places.q_segments is None else jnp.where((places.q_segments == 0)[:, :, None], -jnp.inf, z)
 
@@ -208,7 +252,9 @@ def _plan(rule: Rule, places: Places, heads: int, t: int, s: int) -> Plan:
     keys = _tile(s, edge * max(1, edge // rows))
     i, j = -(-t // rows), -(-s // keys)
     if all(x is None for x in places):
-        needed = _needed(rule, _ends(np, np.arange(s - t, s)[None], rows), _ends(np, np.arange(s)[None], keys))[0]
+        needed = _needed(
+            rule, _ends(np, np.arange(s - t, s)[None], rows), _ends(np, np.arange(s)[None], keys)
+        )[0]
         listed = np.nonzero(needed)
         return Plan(rows, keys, i * rows, j * keys, *(x.astype(np.int32) for x in listed), len(listed[0]))
     q_positions, kv_positions = _positions(places, t, s)
@@ -223,7 +269,8 @@ def _plan(rule: Rule, places: Places, heads: int, t: int, s: int) -> Plan:
 
 
 def _edge(rule: Rule, heads: int, length: int) -> int:
-    """How long tiles should be: long ones make efficient products, short ones skip more and, `heads` of them at a time, stay in cache."""
+    """How long tiles should be: long ones make efficient products, short ones skip more and, `heads` of them
+    at a time, stay in cache."""
     edge, most = _EDGES
     if jax.default_backend() != "cpu":
         return most
@@ -240,7 +287,8 @@ def _tile(length: int, edge: int) -> int:
 
 
 def _ends(xp: Any, x: Array | np.ndarray, size: int, skip: int | None = None) -> tuple[Any, Any]:
-    """The least and the greatest of every `size` of x [b, length], [b, tiles] each; entries equal to `skip` do not count."""
+    """The least and the greatest of every `size` of x [b, length], [b, tiles] each; entries equal to `skip`
+    do not count."""
     x = xp.pad(x, ((0, 0), (0, -x.shape[1] % size)), mode="edge").reshape(x.shape[0], -1, size)
     if skip is None:
         return x.min(-1), x.max(-1)
@@ -249,7 +297,8 @@ def _ends(xp: Any, x: Array | np.ndarray, size: int, skip: int | None = None) ->
 
 
 def _needed(rule: Rule, q_ends: tuple[Any, Any], k_ends: tuple[Any, Any]) -> Any:
-    """[b, i, j]: whether a query of tile i may see a key of tile j, as far as their least and greatest positions tell."""
+    """[b, i, j]: whether a query of tile i may see a key of tile j, as far as their least and greatest
+    positions tell."""
     (q_low, q_high), (k_low, k_high) = ((low[:, :, None], high[:, :, None]) for low, high in (q_ends, k_ends))
     k_low, k_high = k_low.swapaxes(1, 2), k_high.swapaxes(1, 2)
     needed = (k_low <= q_high) | (not rule.causal)
@@ -265,7 +314,8 @@ def _positions(places: Places, t: int, s: int) -> tuple[Array, Array]:
 
 
 def _masks(rule: Rule, places: Places, plan: Plan, t: int, s: int) -> Callable[..., Array]:
-    """A function that gives the mask of tile (i, j), its queries and keys laid out along the given axes (see `_lay`)."""
+    """A function that gives the mask of tile (i, j), its queries and keys laid out along the given axes (see
+    `_lay`)."""
     q_positions, kv_positions = _positions(places, t, s)
     index = jnp.arange(plan.s, dtype=jnp.int32)[None]
 
@@ -292,7 +342,8 @@ def _lay(x: Array | None, axes: tuple[int | None, ...], tile: Any, size: int) ->
 
 
 def _zero(dtype: Any, *arrays: Array | None) -> Array:
-    """A zero that varies over every mesh axis over which any of the arrays does: inside shard_map a loop must start as it ends."""
+    """A zero that varies over every mesh axis over which any of the arrays does: inside shard_map a loop must
+    start as it ends."""
     zeros = [jnp.zeros_like(x, dtype, shape=()) for x in arrays if x is not None]
     return functools.reduce(jnp.add, zeros)
 
@@ -315,7 +366,9 @@ def _cut(x: Array, axis: int, tile: Any, size: int) -> Array:
 
 
 def _put(x: Array, axis: int, tile: Any, new: Array) -> Array:
-    return new if x.shape == new.shape else lax.dynamic_update_slice_in_dim(x, new, tile * new.shape[axis], axis)
+    return (
+        new if x.shape == new.shape else lax.dynamic_update_slice_in_dim(x, new, tile * new.shape[axis], axis)
+    )
 
 
 def _add(x: Array, axis: int, tile: Any, new: Array) -> Array:

@@ -1,6 +1,7 @@
 """Softmax attention over chosen blocks of keys: each query head names its own few, and only these are read.
 
-Implementations: `reference` (a dense mask, the truth), `xla` (the queries of a block gathered to tiles; the default everywhere).
+Implementations: `reference` (a dense mask, the truth), `xla` (the queries of a block gathered to tiles; the
+default everywhere).
 """
 
 import math
@@ -24,40 +25,51 @@ def block_attention(
     scale: float | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "b t h v"], LogSumExp]:
-    """Attention of each query head to all the keys of the blocks that it has chosen, with the log-sum-exp of its logits.
+    """Attention of each query head to all the keys of the blocks that it has chosen, with the log-sum-exp of
+    its logits.
 
-        lse_i = log Σ_j exp(scale q_i·k_j);  out_i = Σ_j exp(scale q_i·k_j - lse_i) v_j,  over the keys j with j // block in chosen_i
+        lse_i = log Σ_j exp(scale q_i·k_j);  out_i = Σ_j exp(scale q_i·k_j - lse_i) v_j,  over the keys j with
+        j // block in chosen_i
 
-    There is no causal mask: the partial attention over what lies behind a query, to be merged with that over its own neighbourhood
-    (`seqlab.kernels.attention.merge`). A query that has chosen nothing has out = 0 and lse = -inf and passes no gradient on.
+    There is no causal mask: the partial attention over what lies behind a query, to be merged with that over
+    its own neighbourhood (`seqlab.kernels.attention.merge`). A query that has chosen nothing has out = 0 and
+    lse = -inf and passes no gradient on.
 
     Args:
       q: [b, t, h, k]; query head i reads key/value head i // (h // g).
-      k, v: [b, s, g, k] and [b, s, g, v], s a multiple of `block`. A cache is best stored as [b, g, s, k] and passed as
-        `cache.swapaxes(1, 2)`: `xla` then reads its blocks as they lie.
+      k, v: [b, s, g, k] and [b, s, g, v], s a multiple of `block`. A cache is best stored as [b, g, s, k] and
+        passed as `cache.swapaxes(1, 2)`: `xla` then reads its blocks as they lie.
       chosen: [b, t, h, c], indices of blocks of this row, in any order, each at most once; -1 for none.
       block: keys a block.
       scale: default 1 / sqrt(k).
       implementation: "reference" or "xla"; None lets `seqlab.kernels.dispatch` choose.
 
     Returns:
-      out [b, t, h, v] in the dtype of q, and lse [b, t, h] (natural logarithm) in `accumulator` of the inputs' dtype. Both may be
-      differentiated by q, k and v, once through `xla` and any number of times through `reference`.
+      out [b, t, h, v] in the dtype of q, and lse [b, t, h] (natural logarithm) in `accumulator` of the
+      inputs' dtype. Both may be differentiated by q, k and v, once through `xla` and any number of times
+      through `reference`.
 
     Raises:
       ValueError: if an argument has the wrong shape or type, or `implementation` is unknown.
 
-    Source: the sparse half of MoBA (arXiv 2502.13189); queries gathered by block as in FlashMoBA (arXiv 2511.11571).
+    Source: the sparse half of MoBA (arXiv 2502.13189); queries gathered by block as in FlashMoBA (arXiv
+    2511.11571).
     """
     for name, x, axes in (("q", q, "[b, t, h, k]"), ("k", k, "[b, s, g, k]"), ("v", v, "[b, s, g, v]")):
         if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"{name} must be a floating-point array {axes}, got {x.dtype}{x.shape}")
     (b, t, h, width), (s, g) = q.shape, k.shape[1:3]
     if k.shape != (b, s, g, width) or v.shape[:3] != (b, s, g) or g == 0 or h % g:
-        raise ValueError(f"k and v must be [b, s, g, k] and [b, s, g, v] with g dividing h, for q {q.shape}; got {k.shape}, {v.shape}")
+        raise ValueError(
+            f"k and v must be [b, s, g, k] and [b, s, g, v] with g dividing h, for q {q.shape}; got "
+            f"{k.shape}, {v.shape}"
+        )
     if isinstance(block, bool) or not isinstance(block, int) or block < 1 or s % block:
         raise ValueError(f"block must be a positive integer that divides the {s} keys, got {block!r}")
     if chosen.ndim != 4 or chosen.shape[:3] != (b, t, h) or not jnp.issubdtype(chosen.dtype, jnp.integer):
-        raise ValueError(f"chosen must be an integer array [b, t, h, c] with [b, t, h] = {(b, t, h)}, got {chosen.dtype}{chosen.shape}")
+        raise ValueError(
+            f"chosen must be an integer array [b, t, h, c] with [b, t, h] = {(b, t, h)}, got "
+            f"{chosen.dtype}{chosen.shape}"
+        )
     scale = 1 / math.sqrt(width) if scale is None else float(scale)
     return _op(q, k, v, chosen, block=block, scale=scale, implementation=implementation)

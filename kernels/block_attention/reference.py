@@ -1,4 +1,5 @@
-"""Every logit at once, those of blocks that were not chosen masked. The truth that the other implementations are held to."""
+"""Every logit at once, those of blocks that were not chosen masked. The truth that the other implementations
+are held to."""
 
 import jax
 import jax.numpy as jnp
@@ -17,5 +18,7 @@ def block_attention(q, k, v, chosen, *, block, scale):
     p = jnp.exp(x - top[..., None])
     total = p.sum(-1)
     some = jnp.where(total == 0, 1, total)
-    out = jnp.einsum("bths,bshv->bthv", (p / some[..., None]).astype(v.dtype), v, preferred_element_type=dtype)
+    out = jnp.einsum(
+        "bths,bshv->bthv", (p / some[..., None]).astype(v.dtype), v, preferred_element_type=dtype
+    )
     return out.astype(q.dtype), jnp.where(total == 0, -jnp.inf, top + jnp.log(some))

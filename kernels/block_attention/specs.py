@@ -1,4 +1,5 @@
-"""Named calls of block attention, for tests and benchmarks: plain data, and a maker of random inputs for them."""
+"""Named calls of block attention, for tests and benchmarks: plain data, and a maker of random inputs for
+them."""
 
 from typing import Any, NamedTuple
 
@@ -8,7 +9,8 @@ import numpy as np
 
 
 class Spec(NamedTuple):
-    """A call: sizes by axis, n blocks of `block` keys, c choices a query of which a share `none` are of no block."""
+    """A call: sizes by axis, n blocks of `block` keys, c choices a query of which a share `none` are of no
+    block."""
 
     b: int
     t: int
@@ -43,7 +45,11 @@ BENCHMARKS = {
 def make(spec: Spec, seed: int = 0, dtype: jax.typing.DTypeLike = jnp.float32) -> dict[str, Any]:
     """The arguments of a call of `block_attention`, by name; choices at random."""
     rng = np.random.default_rng(seed)
-    shapes = {"q": (spec.t, spec.h, spec.k), "k": (spec.n * spec.block, spec.g, spec.k), "v": (spec.n * spec.block, spec.g, spec.v)}
+    shapes = {
+        "q": (spec.t, spec.h, spec.k),
+        "k": (spec.n * spec.block, spec.g, spec.k),
+        "v": (spec.n * spec.block, spec.g, spec.v),
+    }
     chosen = np.argsort(rng.random((spec.b, spec.t, spec.h, spec.n)), axis=-1)[..., : spec.c]
     chosen[rng.random(chosen.shape) < spec.none] = -1
     arrays = {name: jnp.asarray(rng.normal(size=(spec.b, *shape)), dtype) for name, shape in shapes.items()}

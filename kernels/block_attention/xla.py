@@ -1,12 +1,14 @@
 """Chosen blocks in plain XLA. Few queries gather their blocks; many are gathered to them, in dense tiles.
 
-A pair is a query head and one block of its choice. The pairs of a row and a key/value head are counted into tiles of `rows` pairs that
-share a block; a block's last tile is filled up with the pair of nobody, a query of zeros. Nothing inside a tile is
-masked: a block is seen whole. Each tile is a softmax over its block, (out, lse) by pair, and the pairs of a query merge by their lse.
-All rows and heads walk their tiles side by side, one each a time, so that a batch may be sharded; they have about equally many.
+A pair is a query head and one block of its choice. The pairs of a row and a key/value head are counted into
+tiles of `rows` pairs that share a block; a block's last tile is filled up with the pair of nobody, a query of
+zeros. Nothing inside a tile is
+masked: a block is seen whole. Each tile is a softmax over its block, (out, lse) by pair, and the pairs of a
+query merge by their lse. All rows and heads walk their tiles side by side, one each a time, so that a batch
+may be sharded; they have about equally many.
 
-Backward, with the merged lse and D = Σ dout·out - dlse: P = exp(X - lse), dv = P^T dout, dX = P (dout v^T - D), dq = scale dX k,
-dk = scale dX^T q, where the pair of nobody has lse = inf and so no weight.
+Backward, with the merged lse and D = Σ dout·out - dlse: P = exp(X - lse), dv = P^T dout, dX = P (dout v^T -
+D), dq = scale dX k, dk = scale dX^T q, where the pair of nobody has lse = inf and so no weight.
 """
 
 import functools
@@ -23,8 +25,9 @@ _ROWS = 32, 512  # the least and the greatest number of pairs in a tile
 
 
 class Tiles(NamedTuple):
-    """Tiles [x, l] of the pairs [x, p] of x rows and heads: their `block`, the `queries` [x, l, rows] (n for nobody), how many are
-    not empty, `count`; and the `place` [x, p] of each pair in the tiles one behind another, n_tiles * rows for pairs without a block."""
+    """Tiles [x, l] of the pairs [x, p] of x rows and heads: their `block`, the `queries` [x, l, rows] (n for
+    nobody), how many are not empty, `count`; and the `place` [x, p] of each pair in the tiles one behind
+    another, n_tiles * rows for pairs without a block."""
 
     block: Array
     queries: Array
@@ -44,7 +47,9 @@ def block_attention(q, k, v, chosen, *, block, scale):
     k, v = (x.swapaxes(1, 2).reshape(b * g, n, block, -1) for x in (k, v))
     attend = _by_query if t * r * c <= max(n, r * c) else _by_block
     out, lse = attend(scale, q, k, v, chosen)
-    out, lse = (x.reshape(b, g, t, r, *x.shape[2:]).swapaxes(1, 2).reshape(b, t, h, *x.shape[2:]) for x in (out, lse))
+    out, lse = (
+        x.reshape(b, g, t, r, *x.shape[2:]).swapaxes(1, 2).reshape(b, t, h, *x.shape[2:]) for x in (out, lse)
+    )
     return out, lse
 
 
@@ -111,7 +116,9 @@ def _backward(scale: float, residuals, cotangents):
 
     k_widths = k.swapaxes(2, 3)
 
-    def visit(i, sums):  # tiles stand keys before queries, dq width before queries: see `seqlab.kernels.attention.xla`
+    def visit(
+        i, sums
+    ):  # tiles stand keys before queries, dq width before queries: see `seqlab.kernels.attention.xla`
         here, block = _tile(tiles, i)
         q_tile, dout_tile, lse_tile, d_tile = (_rows(a, here) for a in rows)
         p = jnp.exp(scale * _dot("xsk,xqk->xsq", _block(k, block), q_tile, dtype) - lse_tile[:, None])
@@ -120,7 +127,11 @@ def _backward(scale: float, residuals, cotangents):
         dk = _dot("xsq,xqk->xsk", dx.astype(q.dtype), q_tile, dtype)
         dv = _dot("xsq,xqv->xsv", p.astype(dout.dtype), dout_tile, dtype)
         dq_sum, dk_sum, dv_sum = sums
-        return _put(dq_sum, 2, i, dq), dk_sum.at[jnp.arange(x), block].add(dk), dv_sum.at[jnp.arange(x), block].add(dv)
+        return (
+            _put(dq_sum, 2, i, dq),
+            dk_sum.at[jnp.arange(x), block].add(dk),
+            dv_sum.at[jnp.arange(x), block].add(dv),
+        )
 
     zero = _zero(dtype, q, k, v, dout, dlse)
     length = tiles.queries.shape[1] * tiles.queries.shape[2]
@@ -141,20 +152,30 @@ def _tiles(chosen: Array, n: int, block: int) -> Tiles:
     while rows > least and (rows * block * several > _CACHED or rows * n > 2 * y * c):
         rows //= 2
     chose = (chosen[..., None] == jnp.arange(n)).any(2)
-    before = jnp.cumsum(chose, axis=1, dtype=jnp.int32) - chose  # pairs of the block that stand in front, [x, y, n]
+    before = (
+        jnp.cumsum(chose, axis=1, dtype=jnp.int32) - chose
+    )  # pairs of the block that stand in front, [x, y, n]
     of_block = -(-(before[:, -1] + chose[:, -1]) // rows)  # tiles
     ends = jnp.cumsum(of_block, axis=1)
     index = jnp.arange(y * c // rows + n)
     of = jnp.minimum(jnp.sum(ends[:, None] <= index[:, None], axis=2), n - 1)
     first = (ends - of_block)[:, None] * rows + before
-    place = jnp.where(chosen < 0, len(index) * rows, jnp.take_along_axis(first, jnp.maximum(chosen, 0), axis=2)).reshape(x, y * c)
-    queries = jnp.full((x, len(index) * rows), y).at[jnp.arange(x)[:, None], place].set(jnp.arange(y * c) // c, mode="drop")
+    place = jnp.where(
+        chosen < 0, len(index) * rows, jnp.take_along_axis(first, jnp.maximum(chosen, 0), axis=2)
+    ).reshape(x, y * c)
+    queries = (
+        jnp.full((x, len(index) * rows), y)
+        .at[jnp.arange(x)[:, None], place]
+        .set(jnp.arange(y * c) // c, mode="drop")
+    )
     return Tiles(of, queries.reshape(x, len(index), rows), place, ends[:, -1].max())
 
 
 def _tile(tiles: Tiles, i: Any) -> tuple[Array, Array]:
     """The queries [x, rows] and the block [x] of each tile i."""
-    return lax.dynamic_index_in_dim(tiles.queries, i, 1, keepdims=False), lax.dynamic_index_in_dim(tiles.block, i, 1, keepdims=False)
+    return lax.dynamic_index_in_dim(tiles.queries, i, 1, keepdims=False), lax.dynamic_index_in_dim(
+        tiles.block, i, 1, keepdims=False
+    )
 
 
 def _with_nobody(a: Array, value: float) -> Array:
@@ -182,5 +203,6 @@ def _dot(equation: str, a: Array, b: Array, dtype: Any) -> Array:
 
 
 def _zero(dtype: Any, *arrays: Array) -> Array:
-    """A zero that varies over every mesh axis over which any of the arrays does: inside shard_map a loop must start as it ends."""
+    """A zero that varies over every mesh axis over which any of the arrays does: inside shard_map a loop must
+    start as it ends."""
     return functools.reduce(jnp.add, (jnp.zeros_like(a, dtype, shape=()) for a in arrays))

@@ -1,6 +1,7 @@
 """The short causal convolution in front of recurrent mixers: depthwise, over time, with a state.
 
-Implementations: `reference` (a sliding window, the truth), `xla` (shifted products; runs everywhere), `pallas_tpu`, `triton_gpu`.
+Implementations: `reference` (a sliding window, the truth), `xla` (shifted products; runs everywhere),
+`pallas_tpu`, `triton_gpu`.
 """
 
 import functools
@@ -36,15 +37,19 @@ def conv(
       x: [b, t, d].
       weight: [w, d], w >= 1.
       bias: [d]; none by default.
-      initial_state: [b, w-1, d], the last inputs of the sequence so far, oldest first, zeros where it had fewer; zeros by default.
+      initial_state: [b, w-1, d], the last inputs of the sequence so far, oldest first, zeros where it had
+        fewer; zeros by default.
       reset: [b, t]; where True a fresh sequence starts, and what came before, NaN included, is forgotten.
-      valid: [b, t]; a step where it is False does nothing: its input, NaN included, reaches no other output, no state and no gradient,
-        windows reach over it as if it were not there, its own output is 0 and its reset is ignored.
-      implementation: "reference", "xla", "pallas_tpu" or "triton_gpu"; None lets `seqlab.kernels.dispatch` choose.
+      valid: [b, t]; a step where it is False does nothing: its input, NaN included, reaches no other output,
+        no state and no gradient, windows reach over it as if it were not there, its own output is 0 and its
+        reset is ignored.
+      implementation: "reference", "xla", "pallas_tpu" or "triton_gpu"; None lets `seqlab.kernels.dispatch`
+        choose.
 
     Returns:
-      y [b, t, d], summed in `accumulator` of the widest input dtype, and the final state [b, w-1, d], both in the dtype of x. Both may be
-      differentiated, in any way through `reference`, once and in reverse through the others.
+      y [b, t, d], summed in `accumulator` of the widest input dtype, and the final state [b, w-1, d], both in
+      the dtype of x. Both may be differentiated, in any way through `reference`, once and in reverse through
+      the others.
 
     Raises:
       ValueError: if an argument has the wrong shape or type, or `implementation` is unknown.
@@ -54,7 +59,9 @@ def conv(
     _check_arrays(x, weight, bias, initial_state)
     for name, flags in (("reset", reset), ("valid", valid)):
         if flags is not None and (flags.shape != x.shape[:2] or flags.dtype != bool):
-            raise ValueError(f"{name} must be a boolean array [b, t] = {x.shape[:2]}, got {flags.dtype}{flags.shape}")
+            raise ValueError(
+                f"{name} must be a boolean array [b, t] = {x.shape[:2]}, got {flags.dtype}{flags.shape}"
+            )
     (b, t, d), w = x.shape, weight.shape[0]
     bias = jnp.zeros((d,), weight.dtype) if bias is None else bias
     state = jnp.zeros((b, w - 1, d), x.dtype) if initial_state is None else initial_state.astype(x.dtype)
@@ -69,20 +76,26 @@ def conv(
 
 
 def _stretch(implementation: str | None, timed: tuple, whole: tuple) -> tuple[Array, Array]:
-    """What one device does where time is split over several: the state before its stretch is the end of those before it."""
+    """What one device does where time is split over several: the state before its stretch is the end of those
+    before it."""
     (x, reset, valid), (weight, bias, initial_state) = timed, whole
     kept, options = weight.shape[0] - 1, {"reset": reset, "valid": valid, "implementation": implementation}
     initial = None if initial_state is None else initial_state.astype(x.dtype)
     if valid is None and x.shape[1] >= kept:  # whatever came before has left the window
         end, moved = conv(x, weight, **options)[1], None
     else:  # a few steps move the inputs they were given: by a matrix, which the columns of the identity make of themselves
-        zeros, eye = jnp.zeros((len(x), x.shape[1], kept), x.dtype), jnp.broadcast_to(jnp.eye(kept, dtype=x.dtype), (len(x), kept, kept))
+        zeros, eye = (
+            jnp.zeros((len(x), x.shape[1], kept), x.dtype),
+            jnp.broadcast_to(jnp.eye(kept, dtype=x.dtype), (len(x), kept, kept)),
+        )
         both = jnp.concatenate([jnp.zeros((len(x), kept, x.shape[2]), x.dtype), eye], axis=-1)
         taps = jnp.zeros((kept + 1, x.shape[2] + kept), x.dtype)
         _, end = conv(jnp.concatenate([x, zeros], axis=-1), taps, initial_state=both, **options)
         end, moved = end[..., : x.shape[2]], end[..., x.shape[2] :]
     stretch = sequence_parallel.Stretch(end, moved, sequence_parallel.continues(reset, valid))
-    start = sequence_parallel.carried(stretch, initial, functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST))
+    start = sequence_parallel.carried(
+        stretch, initial, functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    )
     y, end = conv(x, weight, bias, initial_state=start, **options)
     return y, sequence_parallel.of_last(end)
 

@@ -1,9 +1,11 @@
 """The convolution on a TPU: one pass over x, channels in the lanes, time in the rows and block after block.
 
-A block of x is laid behind the last rows of the one before, and every tap reads it so many rows further back. The gradient walks time
-backwards with the first rows of the block after it, since what a step passes back comes from its own output and the w-1 behind it:
+A block of x is laid behind the last rows of the one before, and every tap reads it so many rows further back.
+The gradient walks time backwards with the first rows of the block after it, since what a step passes back
+comes from its own output and the w-1 behind it:
 
-    dx_t = sum_j weight_{w-1-j} dy_{t+j}        dweight_{w-1-j} = sum_t x_t dy_{t+j}        over the j that t+j may look back
+    dx_t = sum_j weight_{w-1-j} dy_{t+j}        dweight_{w-1-j} = sum_t x_t dy_{t+j}        over the j that
+    t+j may look back
 """
 
 import functools
@@ -18,7 +20,8 @@ from seqlab.kernels.conv import xla
 
 
 def conv(x, weight, bias, initial_state, reset, valid):
-    """`y, final_state`; see `xla.conv` for the arguments. Valid steps are moved together as there, and back."""
+    """`y, final_state`; see `xla.conv` for the arguments. Valid steps are moved together as there, and
+    back."""
     pallas.require(x, weight, bias, initial_state)
     return xla.of_valid_steps(_conv, x, weight, bias, initial_state, reset, valid)
 
@@ -108,8 +111,11 @@ _conv.defvjp(_conv_fwd, _conv_bwd)
 
 
 def _backward_kernel(time, x, dy, weight, state, *rest):
-    """`rows` holds kept rows of zeros, a block of dy and the kept rows behind it; `looks` how far back each may look."""
-    (*past, dx, dstate, sums), (rows, *looks) = (rest[:-2], rest[-2:]) if len(rest) == 6 else (rest[:-1], rest[-1:])
+    """`rows` holds kept rows of zeros, a block of dy and the kept rows behind it; `looks` how far back each
+    may look."""
+    (*past, dx, dstate, sums), (rows, *looks) = (
+        (rest[:-2], rest[-2:]) if len(rest) == 6 else (rest[:-1], rest[-1:])
+    )
     (steps, _), kept, w = x.shape, len(state), len(weight)
     row, step = pl.program_id(1), pl.program_id(2)
 

@@ -8,10 +8,14 @@ from seqlab.shapes import accumulator
 
 def conv(x, weight, bias, initial_state, reset, valid):
     """`y, final_state`; see `xla.conv` for the arguments."""
-    dtype = accumulator(jnp.result_type(x, weight, bias))  # inputs survive the way there and back; gradients are rounded once
+    dtype = accumulator(
+        jnp.result_type(x, weight, bias)
+    )  # inputs survive the way there and back; gradients are rounded once
     weight, bias = weight.astype(dtype), bias.astype(dtype)
     arrays = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (x.astype(dtype), reset, valid))  # time leads
-    state, y = jax.lax.scan(lambda state, x: step(state, weight, bias, *x), initial_state.astype(dtype), arrays)
+    state, y = jax.lax.scan(
+        lambda state, x: step(state, weight, bias, *x), initial_state.astype(dtype), arrays
+    )
     return jnp.moveaxis(y, 0, 1).astype(x.dtype), state.astype(x.dtype)
 
 

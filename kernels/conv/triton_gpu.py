@@ -1,6 +1,8 @@
-"""The convolution by Triton: an output is written once and an input read once, resets and invalid steps included.
+"""The convolution by Triton: an output is written once and an input read once, resets and invalid steps
+included.
 
-Invalid steps are stepped over, not moved: with resets or invalid steps the kernels are told, for every step and lag, which input it meets.
+Invalid steps are stepped over, not moved: with resets or invalid steps the kernels are told, for every step
+and lag, which input it meets.
 """
 
 from typing import NamedTuple
@@ -14,7 +16,8 @@ from seqlab.state import mask_steps
 
 
 class Blocks(NamedTuple):
-    """How a call is cut: steps and channels of a tile, and how many steps share one partial sum of the weights' gradient."""
+    """How a call is cut: steps and channels of a tile, and how many steps share one partial sum of the
+    weights' gradient."""
 
     steps: int
     channels: int
@@ -42,24 +45,32 @@ def conv(x, weight, bias, initial_state, reset, valid):
 
 
 class Maps(NamedTuple):
-    """Which inputs meet which steps, -1 for none. An input is a row of the state or, counted from kept = w - 1 on, a step of x."""
+    """Which inputs meet which steps, -1 for none. An input is a row of the state or, counted from kept = w -
+    1 on, a step of x."""
 
     source: jax.Array  # [b, w, t]: the input that a step meets at a lag
-    target: jax.Array  # [b, w + 1, kept + t]: the step that an input is met by at a lag; last, its place in the final state
+    target: (
+        jax.Array
+    )  # [b, w + 1, kept + t]: the step that an input is met by at a lag; last, its place in the final state
     end: jax.Array  # [b, kept]: the inputs that the final state holds
 
 
 def _maps(shape, kept, reset, valid):
-    """Counted without the invalid steps, in `order`, the window is the plain one and a reset is a bound on how far it reaches."""
+    """Counted without the invalid steps, in `order`, the window is the plain one and a reset is a bound on
+    how far it reaches."""
     b, lag = shape[0], jnp.arange(kept + 1)[None, :, None]
     valid = jnp.ones(shape, bool) if valid is None else valid
     rank = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
     count = rank[:, -1:] + 1
-    start = jnp.full(shape, -kept, jnp.int32)  # the rank of the first input of the sequence, that of the state without a reset
+    start = jnp.full(
+        shape, -kept, jnp.int32
+    )  # the rank of the first input of the sequence, that of the state without a reset
     if reset is not None:
         start = jax.lax.cummax(jnp.where(reset, rank, -kept), axis=1)
     state = jnp.broadcast_to(jnp.arange(kept, dtype=jnp.int32)[None], (b, kept))
-    order = jnp.concatenate([state, kept + jnp.argsort(~valid, axis=1, stable=True).astype(jnp.int32)], axis=1)
+    order = jnp.concatenate(
+        [state, kept + jnp.argsort(~valid, axis=1, stable=True).astype(jnp.int32)], axis=1
+    )
     own = jnp.concatenate([state, kept + rank], axis=1)  # the place of every input in `order`
 
     def at(x, index):
@@ -88,7 +99,9 @@ def _conv(x, weight, bias, state, maps):
     constants = {"T": t, "D": d, "W": w, "GIVEN": maps is not None, "BT": cut.steps, "BD": cut.channels}
     arrays = (x, weight, bias, state if w > 1 else x, x if maps is None else maps.source)
     grid = (triton.blocks(t, cut.steps), triton.blocks(d, cut.channels), b)
-    (y,) = triton.launch(kernels.forward, arrays, [(x.shape, x.dtype)], grid=grid, constants=constants, warps=cut.warps)
+    (y,) = triton.launch(
+        kernels.forward, arrays, [(x.shape, x.dtype)], grid=grid, constants=constants, warps=cut.warps
+    )
     return y, _end(x, state, None if maps is None else maps.end)
 
 
@@ -96,7 +109,9 @@ def _end(x, state, end):
     time, kept = x.shape[1], state.shape[1]
     if end is None:
         return jnp.concatenate([state, x[:, -kept:]], axis=1)[:, -kept:] if kept else state
-    old = jnp.take_along_axis(state, jnp.clip(end, 0, max(kept - 1, 0))[:, :, None], axis=1) if kept else state
+    old = (
+        jnp.take_along_axis(state, jnp.clip(end, 0, max(kept - 1, 0))[:, :, None], axis=1) if kept else state
+    )
     new = jnp.take_along_axis(x, jnp.clip(end - kept, 0, time - 1)[:, :, None], axis=1)
     return mask_steps(jnp.where((end < kept)[:, :, None], old, new), end >= 0)
 
@@ -115,11 +130,22 @@ def _backward(residuals, cotangents):
     constants = {"T": t, "D": d, "W": w, "WP": triton.power(w), "GIVEN": maps is not None}
     constants |= {"ROWS": cut.stretch, "BT": cut.steps, "BD": cut.channels}
     arrays = (x, weight, state if kept else x, x if maps is None else maps.target, dy, dend if kept else dy)
-    shapes = [(x.shape, x.dtype), ((b, max(kept, 1), d), x.dtype), ((b, stretches, w, d), jnp.float32), ((b, stretches, d), jnp.float32)]
+    shapes = [
+        (x.shape, x.dtype),
+        ((b, max(kept, 1), d), x.dtype),
+        ((b, stretches, w, d), jnp.float32),
+        ((b, stretches, d), jnp.float32),
+    ]
     grid = (stretches, triton.blocks(d, cut.channels), b)
     results = triton.launch(kernels.backward, arrays, shapes, grid=grid, constants=constants, warps=cut.warps)
     dx, dstate, dweight, dbias = results
-    return dx, dweight.sum((0, 1)).astype(weight.dtype), dbias.sum((0, 1)).astype(bias.dtype), dstate if kept else state, None
+    return (
+        dx,
+        dweight.sum((0, 1)).astype(weight.dtype),
+        dbias.sum((0, 1)).astype(bias.dtype),
+        dstate if kept else state,
+        None,
+    )
 
 
 _conv.defvjp(_forward, _backward)

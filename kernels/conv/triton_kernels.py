@@ -1,8 +1,9 @@
 """Kernels of the depthwise convolution: one pass over the inputs forwards, one backwards.
 
-The inputs are the rows of the state, `KEPT` = W - 1 of them, and then the steps of x. With resets or invalid steps, `source` [b, w, t]
-says which row meets which lag at a step, -1 for none, and `target` [b, w + 1, KEPT + t] the other way round at which step a row is met,
-in its last place where the final state holds the row. Without them both are arithmetic.
+The inputs are the rows of the state, `KEPT` = W - 1 of them, and then the steps of x. With resets or invalid
+steps, `source` [b, w, t] says which row meets which lag at a step, -1 for none, and `target` [b, w + 1, KEPT
++ t] the other way round at which step a row is met, in its last place where the final state holds the row.
+Without them both are arithmetic.
 """
 
 import triton
@@ -33,11 +34,17 @@ def forward(
         value = tl.load(x + step, (row >= KEPT)[:, None] & channels[None, :], 0.0).to(tl.float32)
         if lag > 0:
             held = (row >= 0) & (row < KEPT)
-            value += tl.load(state + (b * KEPT + row)[:, None] * D + d[None, :], held[:, None] & channels[None, :], 0.0).to(tl.float32)
+            value += tl.load(
+                state + (b * KEPT + row)[:, None] * D + d[None, :], held[:, None] & channels[None, :], 0.0
+            ).to(tl.float32)
         tap = tl.load(weight + (KEPT - lag) * D + d, channels, 0.0).to(tl.float32)
         total += value * tap[None, :]
     total = tl.where(counts[:, None], total, 0.0)
-    tl.store(y + (b * T + t)[:, None] * D + d[None, :], total.to(y.dtype.element_ty), (t < T)[:, None] & channels[None, :])
+    tl.store(
+        y + (b * T + t)[:, None] * D + d[None, :],
+        total.to(y.dtype.element_ty),
+        (t < T)[:, None] & channels[None, :],
+    )
 
 
 @triton.jit
@@ -46,10 +53,12 @@ def backward(
     T: tl.constexpr, D: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, GIVEN: tl.constexpr,
     ROWS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """dx, dstate, and of dweight [b, stretches, w, d] and dbias [b, stretches, d] the part of a stretch of ROWS inputs.
+    """dx, dstate, and of dweight [b, stretches, w, d] and dbias [b, stretches, d] the part of a stretch of
+    ROWS inputs.
 
-    Program (a stretch, a block of channels, a row of the batch). Everything hangs on one thing: the output gradient that an input meets at
-    each lag. Times the tap it is a part of the input's gradient; times the input it is a part of the tap's.
+    Program (a stretch, a block of channels, a row of the batch). Everything hangs on one thing: the output
+    gradient that an input meets at each lag. Times the tap it is a part of the input's gradient; times the
+    input it is a part of the tap's.
     """
     b = tl.program_id(2).to(tl.int64)
     stretch = tl.program_id(0)
@@ -94,5 +103,7 @@ def backward(
         tl.store(dx + x_at, gradient.to(dx.dtype.element_ty), own)
         if KEPT > 0:
             tl.store(dstate + state_at, gradient.to(dstate.dtype.element_ty), held)
-    tl.store(dweight + (part * W + lags)[:, None] * D + d[None, :], taps, (lags < W)[:, None] & channels[None, :])
+    tl.store(
+        dweight + (part * W + lags)[:, None] * D + d[None, :], taps, (lags < W)[:, None] & channels[None, :]
+    )
     tl.store(dbias + part * D + d, total, channels)

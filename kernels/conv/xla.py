@@ -1,7 +1,7 @@
 """The fast form: w shifted products, which fuse into one pass over x.
 
-An arbitrary `valid` is compaction: the valid steps of a row move together, in order, the convolution knows nothing of the others, and
-its outputs move back.
+An arbitrary `valid` is compaction: the valid steps of a row move together, in order, the convolution knows
+nothing of the others, and its outputs move back.
 """
 
 import jax
@@ -12,7 +12,8 @@ from seqlab.state import mask_steps
 
 
 def conv(x, weight, bias, initial_state, reset, valid):
-    """`y, final_state`. x [b, t, d]; weight [w, d]; bias [d]; initial_state [b, w-1, d] in the dtype of x; reset, valid [b, t] or None.
+    """`y, final_state`. x [b, t, d]; weight [w, d]; bias [d]; initial_state [b, w-1, d] in the dtype of x;
+    reset, valid [b, t] or None.
 
     A reset at an invalid step has been taken away.
     """
@@ -20,7 +21,8 @@ def conv(x, weight, bias, initial_state, reset, valid):
 
 
 def of_valid_steps(convolve, x, weight, bias, initial_state, reset, valid):
-    """The same through `convolve(x, weight, bias, state, past)`, y alone, where `past` [b, t] or None is of `_past`."""
+    """The same through `convolve(x, weight, bias, state, past)`, y alone, where `past` [b, t] or None is of
+    `_past`."""
     time, kept = x.shape[1], weight.shape[0] - 1
     if valid is not None:
         count = jnp.sum(valid, axis=1, keepdims=True)
@@ -35,7 +37,9 @@ def of_valid_steps(convolve, x, weight, bias, initial_state, reset, valid):
         state = inputs[:, time:]
     else:
         y = mask_steps(_permute(y, place, order), valid)
-        state = jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, kept))(inputs, count[:, 0])
+        state = jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, kept))(
+            inputs, count[:, 0]
+        )
     if past is not None:
         # The current sequence has past + 1 inputs at its last step, which is followed by the invalid ones.
         length = past[:, -1:] + 1 - (0 if valid is None else time - count)
@@ -44,7 +48,8 @@ def of_valid_steps(convolve, x, weight, bias, initial_state, reset, valid):
 
 
 def _past(reset, kept):
-    """How many inputs each step may see before its own: those since the reset, or at least `kept` where there was none."""
+    """How many inputs each step may see before its own: those since the reset, or at least `kept` where there
+    was none."""
     index = jnp.arange(reset.shape[1])[None]
     return index - jax.lax.cummax(jnp.where(reset, index, -kept), axis=1)
 
@@ -59,7 +64,8 @@ def _taps(x, weight, bias, state, past):
 
 
 def _lagged(x, state, past, lag):
-    """[b, t, d]: the input `lag` steps before each, from x or from the state, 0 where the sequence had none."""
+    """[b, t, d]: the input `lag` steps before each, from x or from the state, 0 where the sequence had
+    none."""
     if lag == 0:
         return x
     time, kept = x.shape[1], state.shape[1]
@@ -68,7 +74,8 @@ def _lagged(x, state, past, lag):
 
 
 def _shift(x, before, after):
-    """`x` [b, t, d] with so many zeros put before and after it in time, or so many steps taken away where negative."""
+    """`x` [b, t, d] with so many zeros put before and after it in time, or so many steps taken away where
+    negative."""
     return jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (before, after, 0), (0, 0, 0)))
 
 
@@ -83,7 +90,8 @@ def _conv_bwd(residuals, dy):
     x, weight, bias, state, past = residuals
     _, pull = jax.vjp(lambda x, bias, state: _taps(x, weight, bias, state, past), x, bias, state)
     dx, dbias, dstate = pull(dy)
-    # XLA's reductions on CPU do not fuse what they reduce, and w shifted copies of x cost more than everything else here.
+    # XLA's reductions on CPU do not fuse what they reduce, and w shifted copies of x cost more than
+    # everything else here.
     dweight = jax.lax.platform_dependent(*residuals, dy, cpu=_dweight_by_steps, default=_dweight_by_taps)
     return dx, dweight, dbias, dstate, None
 
@@ -94,7 +102,9 @@ _conv.defvjp(_conv_fwd, _conv_bwd)
 def _dweight_by_taps(x, weight, bias, state, past, dy):
     dtype, w = accumulator(jnp.result_type(x, weight, bias)), weight.shape[0]
     x, state, dy = x.astype(dtype), state.astype(dtype), dy.astype(dtype)
-    return jnp.stack([jnp.sum(_lagged(x, state, past, lag) * dy, axis=(0, 1)) for lag in reversed(range(w))]).astype(weight.dtype)
+    return jnp.stack(
+        [jnp.sum(_lagged(x, state, past, lag) * dy, axis=(0, 1)) for lag in reversed(range(w))]
+    ).astype(weight.dtype)
 
 
 def _dweight_by_steps(x, weight, bias, state, past, dy):
@@ -104,7 +114,9 @@ def _dweight_by_steps(x, weight, bias, state, past, dy):
     def body(i, total):
         window = jax.lax.dynamic_slice_in_dim(inputs, i, w, 1).astype(dtype)  # oldest first
         if past is not None:
-            window = mask_steps(window, jax.lax.dynamic_slice_in_dim(past, i, 1, 1) >= w - 1 - jnp.arange(w)[None])
+            window = mask_steps(
+                window, jax.lax.dynamic_slice_in_dim(past, i, 1, 1) >= w - 1 - jnp.arange(w)[None]
+            )
         return total + window * jax.lax.dynamic_slice_in_dim(dy, i, 1, 1).astype(dtype)
 
     total = jnp.zeros_like(weight, dtype, shape=(x.shape[0], *weight.shape))
@@ -113,7 +125,8 @@ def _dweight_by_steps(x, weight, bias, state, past, dy):
 
 @jax.custom_vjp
 def _permute(x, order, inverse):
-    """Row by row x[order]. The gradient of a gather is a scatter, which is slow; that of a permutation is the inverse one."""
+    """Row by row x[order]. The gradient of a gather is a scatter, which is slow; that of a permutation is the
+    inverse one."""
     return jnp.take_along_axis(x, order[:, :, None], axis=1, mode="promise_in_bounds")
 
 

@@ -1,7 +1,8 @@
-"""Attention of one query over a cache, whose keys and values are numbers or codes of a few bits: one step of decoding.
+"""Attention of one query over a cache, whose keys and values are numbers or codes of a few bits: one step of
+decoding.
 
-Implementations: `reference` (numbers from codes, then dense attention, the truth), `xla` (dense, runs everywhere), `pallas_tpu` and
-`triton_gpu` (codes become numbers where they are multiplied; forward only).
+Implementations: `reference` (numbers from codes, then dense attention, the truth), `xla` (dense, runs
+everywhere), `pallas_tpu` and `triton_gpu` (codes become numbers where they are multiplied; forward only).
 """
 
 import math
@@ -18,11 +19,12 @@ BITS = (2, 4, 8)
 
 
 class Coded(NamedTuple):
-    """Numbers x = code * scale + least, channels before slots. Word i of w holds the codes of the channels i, i + w, i + 2 w, ..., the
-    first in the lowest bits.
+    """Numbers x = code * scale + least, channels before slots. Word i of w holds the codes of the channels i,
+    i + w, i + 2 w, ..., the first in the lowest bits.
 
-    Slots come last: the words of one are few, and memory is read, and on a TPU laid out, by the hundred. Channels of a word are w apart:
-    words shifted and masked are channels side by side, without a move between lanes.
+    Slots come last: the words of one are few, and memory is read, and on a TPU laid out, by the hundred.
+    Channels of a word are w apart: words shifted and masked are channels side by side, without a move between
+    lanes.
     """
 
     words: UInt[Array, "b g w s"]
@@ -40,20 +42,26 @@ def decode_attention(
     scale: float | None = None,
     implementation: Named = None,
 ) -> tuple[Float[Array, "b h v"], Float[Array, "b h"]]:
-    """Softmax attention of one query a row over the slots of a cache, with the log-sum-exp by which `merge` puts it beside others.
+    """Softmax attention of one query a row over the slots of a cache, with the log-sum-exp by which `merge`
+    puts it beside others.
 
-    Keys in few bits share scale and least value over steps, values over channels (KIVI): k = code scale[s // n] + least[s // n], where
-    n = s / (groups of k), and v = code scale[c // m] + least[c // m], m = channels / (groups of v). Slots may stand in any order, as in
+    Keys in few bits share scale and least value over steps, values over channels (KIVI): k = code scale[s //
+    n] + least[s // n], where n = s / (groups of k), and v = code scale[c // m] + least[c // m], m = channels
+    / (groups of v). Slots may stand in any order, as in
     a ring, and be seen in any combination: a window, sinks, rows that are not as long as others.
 
     Args:
       q: [b, h, k]; query head i reads key/value head i // (h // g).
-      k: numbers [b, g, s, k], or words [b, g, k bits / 32, s] with scale and least [b, g, groups, k], where the groups divide s.
-      v: numbers [b, g, s, v], or words [b, g, v bits / 32, s] with scale and least [b, g, groups, s]; in as many bits as k.
-      visible: [b, s]; what the other slots hold, NaN included, reaches no result. A row that sees nothing has out = 0 and lse = -inf.
+      k: numbers [b, g, s, k], or words [b, g, k bits / 32, s] with scale and least [b, g, groups, k], where
+        the groups divide s.
+      v: numbers [b, g, s, v], or words [b, g, v bits / 32, s] with scale and least [b, g, groups, s]; in as
+        many bits as k.
+      visible: [b, s]; what the other slots hold, NaN included, reaches no result. A row that sees nothing has
+        out = 0 and lse = -inf.
       softcap: bound c of the logits, c tanh(x / c).
       scale: default 1 / sqrt(k).
-      implementation: "reference", "xla", "pallas_tpu" or "triton_gpu"; None lets `seqlab.kernels.dispatch` choose.
+      implementation: "reference", "xla", "pallas_tpu" or "triton_gpu"; None lets `seqlab.kernels.dispatch`
+        choose.
 
     Returns:
       out [b, h, v] in the dtype of q, and lse [b, h] (natural logarithm) in `accumulator` of it.
@@ -61,13 +69,18 @@ def decode_attention(
     Raises:
       ValueError: if an argument has the wrong shape, type or range, or `implementation` is unknown.
 
-    Source: KIVI (arXiv 2402.02750) for the codes; keys split among programs as in Flash-Decoding, evenly by what is seen as in
-    LeanAttention (arXiv 2405.10480).
+    Source: KIVI (arXiv 2402.02750) for the codes; keys split among programs as in Flash-Decoding, evenly by
+    what is seen as in LeanAttention (arXiv 2405.10480).
     """
     _check(q, k, v, visible)
-    if softcap is not None and not (isinstance(softcap, numbers.Real) and not isinstance(softcap, bool) and 0 < softcap < math.inf):
+    if softcap is not None and not (
+        isinstance(softcap, numbers.Real) and not isinstance(softcap, bool) and 0 < softcap < math.inf
+    ):
         raise ValueError(f"softcap must be a number above 0 or None, got {softcap!r}")
-    limits = {"softcap": None if softcap is None else float(softcap), "scale": q.shape[-1] ** -0.5 if scale is None else float(scale)}
+    limits = {
+        "softcap": None if softcap is None else float(softcap),
+        "scale": q.shape[-1] ** -0.5 if scale is None else float(scale),
+    }
     return _op(q, k, v, visible, **limits, implementation=implementation)
 
 
@@ -89,12 +102,15 @@ def values_of(v: Coded, bits: int, dtype: jnp.dtype) -> Float[Array, "b g s v"]:
     """The numbers that the codes of values stand for."""
     scale, least = (x.astype(dtype)[:, :, :, None] for x in (v.scale, v.least))
     codes = codes_of(v.words, bits).astype(dtype)
-    channels = codes.reshape(*scale.shape[:3], -1, codes.shape[3])  # those that share a scale: the last axis but one
+    channels = codes.reshape(
+        *scale.shape[:3], -1, codes.shape[3]
+    )  # those that share a scale: the last axis but one
     return (channels * scale + least).reshape(codes.shape).swapaxes(2, 3)
 
 
 def seen_tiles(visible: Bool[Array, "b s"], size: int) -> tuple[Int[Array, " b"], Int[Array, " b"]]:
-    """The first tile of `size` slots that holds anything visible, and how many there are from it up to the last one that does."""
+    """The first tile of `size` slots that holds anything visible, and how many there are from it up to the
+    last one that does."""
     b, s = visible.shape
     seen = jnp.pad(visible, ((0, 0), (0, -s % size))).reshape(b, -1, size).any(2)
     first, beyond = jnp.argmax(seen, axis=1), seen.shape[1] - jnp.argmax(seen[:, ::-1], axis=1)
@@ -121,19 +137,28 @@ def _check(q: Array, k: Coded | Array, v: Coded | Array, visible: Array) -> None
     if q.ndim != 3 or not jnp.issubdtype(q.dtype, jnp.floating):
         raise ValueError(f"q must be a floating-point array [b, h, k], got {q.dtype}{q.shape}")
     if isinstance(k, Coded) != isinstance(v, Coded):
-        raise ValueError(f"k and v must both be Coded or both arrays, got {type(k).__name__} and {type(v).__name__}")
+        raise ValueError(
+            f"k and v must both be Coded or both arrays, got {type(k).__name__} and {type(v).__name__}"
+        )
     (b, h, _), coded = q.shape, isinstance(k, Coded)
     for name, x in (("k", k), ("v", v)):
-        x, axes, kind, suffix = (x.words, "words, s", jnp.uint32, ".words") if coded else (x, f"s, {name}", jnp.floating, "")
+        x, axes, kind, suffix = (
+            (x.words, "words, s", jnp.uint32, ".words") if coded else (x, f"s, {name}", jnp.floating, "")
+        )
         if x.ndim != 4 or not jnp.issubdtype(x.dtype, kind) or x.shape[0] != b:
-            raise ValueError(f"{name}{suffix} must be an array [b, g, {axes}] of {kind.__name__} with b={b}, got {x.dtype}{x.shape}")
+            raise ValueError(
+                f"{name}{suffix} must be an array [b, g, {axes}] of {kind.__name__} with b={b}, got "
+                f"{x.dtype}{x.shape}"
+            )
     g = (k.words if coded else k).shape[1]
     if g == 0 or h % g:
         raise ValueError(f"k must have a number of heads that divides the {h} heads of q, got g={g}")
     (_check_codes if coded else _check_numbers)(q, k, v)
     s = k.words.shape[3] if coded else k.shape[2]
     if visible.shape != (b, s) or visible.dtype != bool:
-        raise ValueError(f"visible must be a boolean array [b, s] = {(b, s)}, got {visible.dtype}{visible.shape}")
+        raise ValueError(
+            f"visible must be a boolean array [b, s] = {(b, s)}, got {visible.dtype}{visible.shape}"
+        )
 
 
 def _check_numbers(q: Array, k: Array, v: Array) -> None:
@@ -146,9 +171,14 @@ def _check_numbers(q: Array, k: Array, v: Array) -> None:
 def _check_codes(q: Array, k: Coded, v: Coded) -> None:
     (b, _, width), (_, g, count, s) = q.shape, k.words.shape
     if v.words.shape[1] != g or v.words.shape[3] != s:
-        raise ValueError(f"v.words must be [b, g, words, s] with g={g} and s={s} as k.words, got {v.words.shape}")
+        raise ValueError(
+            f"v.words must be [b, g, words, s] with g={g} and s={s} as k.words, got {v.words.shape}"
+        )
     if 32 * count % width or 32 * count // width not in BITS:
-        raise ValueError(f"k.words must hold {width} numbers of {', '.join(map(str, BITS))} bits, got {count} words of 32 bits")
+        raise ValueError(
+            f"k.words must hold {width} numbers of {', '.join(map(str, BITS))} bits, got {count} words of "
+            "32 bits"
+        )
     values = 32 * v.words.shape[2] // bits_of(k, width)
     for name, x, axes, last, divided in (
         ("k", k, f"[b, g, groups, k] with k={width} and groups that divide s={s}", width, s),
@@ -156,5 +186,10 @@ def _check_codes(q: Array, k: Coded, v: Coded) -> None:
     ):
         for part, array in (("scale", x.scale), ("least", x.least)):
             groups = array.shape[2] if array.ndim == 4 else 0
-            if array.shape != (b, g, groups, last) or groups == 0 or divided % groups or array.shape != x.scale.shape:
+            if (
+                array.shape != (b, g, groups, last)
+                or groups == 0
+                or divided % groups
+                or array.shape != x.scale.shape
+            ):
                 raise ValueError(f"{name}.{part} must be {axes}, got {array.shape}")

@@ -1,15 +1,21 @@
-"""Decoding on a TPU: the queries that share a head of keys are the rows of a tile, and the slots of a cache pass by in tiles.
+"""Decoding on a TPU: the queries that share a head of keys are the rows of a tile, and the slots of a cache
+pass by in tiles.
 
-Codes never become numbers one by one where that can be helped, for it is the vector units that are busy here. A code of up to eight bits is
+Codes never become numbers one by one where that can be helped, for it is the vector units that are busy here.
+A code of up to eight bits is
 exact in bfloat16, so that matrix units take codes as they are:
 
-    values   sum_s p_s (code_cs scale_us + least_us) = sum_s (p_s scale_us) code_cs + sum_s p_s least_us,   u the group of channel c:
-             the weights of all groups are rows of one product, of whose results each channel takes that of its group, once, at the end
-    keys     sum_c q_c (code_cs scale_cu + least_cu) = sum_c q_c (code_cs scale_cu) + (sum_c q_c least_cu),  u the group of slot s:
+    values   sum_s p_s (code_cs scale_us + least_us) = sum_s (p_s scale_us) code_cs + sum_s p_s least_us,   u
+    the group of channel c:
+             the weights of all groups are rows of one product, of whose results each channel takes that of
+             its group, once, at the end
+    keys     sum_c q_c (code_cs scale_cu + least_cu) = sum_c q_c (code_cs scale_cu) + (sum_c q_c least_cu),  u
+    the group of slot s:
              scales are spread over the slots of their groups by a product with zeros and ones
 
-Of a cache only what is seen is read: the tiles of a row from the first to the last that hold anything visible. Beyond them the grid names
-the last one again, which copies nothing. Where rows and heads alone would leave one of two cores without work, tiles are split in two.
+Of a cache only what is seen is read: the tiles of a row from the first to the last that hold anything
+visible. Beyond them the grid names the last one again, which copies nothing. Where rows and heads alone would
+leave one of two cores without work, tiles are split in two.
 """
 
 import functools
@@ -29,7 +35,8 @@ _UNIT = pallas.LANES  # tiles are multiples of it
 
 
 class Cut(NamedTuple):
-    """What is fixed when tracing: `rows` queries of a group, padded; `values` channels; slots of a tile; and how logits are bounded."""
+    """What is fixed when tracing: `rows` queries of a group, padded; `values` channels; slots of a tile; and
+    how logits are bounded."""
 
     rows: int
     values: int
@@ -42,7 +49,8 @@ class Cut(NamedTuple):
 
 
 def decode_attention(q, k, v, visible, *, softcap, scale):
-    """`out, lse`; see `seqlab.kernels.decode_attention`, which has checked the arguments. Not to be differentiated."""
+    """`out, lse`; see `seqlab.kernels.decode_attention`, which has checked the arguments. Not to be
+    differentiated."""
     from seqlab.kernels.decode_attention import Coded, bits_of, seen_tiles
 
     (b, h, width), s, coded = q.shape, visible.shape[1], isinstance(k, Coded)
@@ -54,7 +62,9 @@ def decode_attention(q, k, v, visible, *, softcap, scale):
     bits = bits_of(k, width) if coded else None
     values = 32 * v.words.shape[2] // bits if coded else v.shape[3]
     steps = s // k.scale.shape[2] if coded else 1
-    slots = _slots(s, steps, find("decode_attention/pallas_tpu/tile", q.dtype.itemsize, max(width, values))["tile"])
+    slots = _slots(
+        s, steps, find("decode_attention/pallas_tpu/tile", q.dtype.itemsize, max(width, values))["tile"]
+    )
     tiles = pl.cdiv(s, slots)
     splits = min(2, tiles) if b * g % 2 else 1
     cut = Cut(pallas.up(h // g, pallas.ROWS), values, slots, splits, bits, steps, softcap, scale)
@@ -64,11 +74,15 @@ def decode_attention(q, k, v, visible, *, softcap, scale):
     out, lse = pallas.call(
         functools.partial(_kernel, cut),
         [queries, *arrays, see],
-        [((b, g, splits, cut.rows, values), jnp.float32), ((b, g, splits, cut.rows, pallas.LANES), jnp.float32)],
+        [
+            ((b, g, splits, cut.rows, values), jnp.float32),
+            ((b, g, splits, cut.rows, pallas.LANES), jnp.float32),
+        ],
         grid=(b, g, splits, pl.cdiv(tiles, splits)),
         in_specs=_blocks(cut, queries, arrays),
         out_specs=[
-            pl.BlockSpec((None, None, None, cut.rows, size), lambda b, g, i, n, *_: (b, g, i, 0, 0)) for size in (values, pallas.LANES)
+            pl.BlockSpec((None, None, None, cut.rows, size), lambda b, g, i, n, *_: (b, g, i, 0, 0))
+            for size in (values, pallas.LANES)
         ],
         scratch=_scratch(cut, v if coded else None),
         parallel=3,
@@ -96,9 +110,15 @@ def _blocks(cut: Cut, q: Array, arrays: tuple[Array, ...]) -> list[pl.BlockSpec]
         return b, g, _tile(cut, b, i, n, tables)[0], 0
 
     queries = pl.BlockSpec((None, None, *q.shape[2:]), lambda b, g, i, n, *_: (b, g, 0, 0))
-    visible = pl.BlockSpec((None, 1, cut.slots), lambda b, g, i, n, *tables: (b, 0, _tile(cut, b, i, n, tables)[0]))
+    visible = pl.BlockSpec(
+        (None, 1, cut.slots), lambda b, g, i, n, *tables: (b, 0, _tile(cut, b, i, n, tables)[0])
+    )
     if cut.bits is None:
-        return [queries, *(pl.BlockSpec((None, None, cut.slots, x.shape[3]), before_last) for x in arrays), visible]
+        return [
+            queries,
+            *(pl.BlockSpec((None, None, cut.slots, x.shape[3]), before_last) for x in arrays),
+            visible,
+        ]
     words, scale, _, *values = arrays
     groups = min(scale.shape[2], pl.cdiv(cut.slots, cut.steps))
     shared = pl.BlockSpec((None, None, groups, scale.shape[3]), before_last)
@@ -107,9 +127,12 @@ def _blocks(cut: Cut, q: Array, arrays: tuple[Array, ...]) -> list[pl.BlockSpec]
 
 
 def _scratch(cut: Cut, v: Any) -> list[Any]:
-    """The largest logit, the sum of weights, and the weighted sums of values: of codes a row for each group, and of least values."""
+    """The largest logit, the sum of weights, and the weighted sums of values: of codes a row for each group,
+    and of least values."""
     groups = 1 if v is None else v.scale.shape[2]
-    sums = [pallas.vector((groups * cut.rows, cut.values))] + [pallas.vector((cut.rows, groups))] * (v is not None)
+    sums = [pallas.vector((groups * cut.rows, cut.values))] + [pallas.vector((cut.rows, groups))] * (
+        v is not None
+    )
     return [*[pallas.vector((cut.rows, 1))] * 2, *sums]
 
 
@@ -121,7 +144,9 @@ def _tile(cut: Cut, b: Any, split: Any, n: Any, tables: tuple[Any, Any]) -> tupl
 
 
 def _kernel(cut: Cut, first, count, q, *refs):
-    (*arrays, visible, out, lse, top, total), sums = (refs[:7], refs[7:]) if cut.bits is None else (refs[:11], refs[11:])
+    (*arrays, visible, out, lse, top, total), sums = (
+        (refs[:7], refs[7:]) if cut.bits is None else (refs[:11], refs[11:])
+    )
     split, n = pl.program_id(2), pl.program_id(3)
     _, live = _tile(cut, pl.program_id(0), split, n, (first, count))
 
@@ -134,7 +159,9 @@ def _kernel(cut: Cut, first, count, q, *refs):
     @pl.when(live)
     def _():
         see = visible[...] != 0
-        x = (_logits if cut.bits is None else _coded_logits)(cut, q[...], see, *arrays[: len(arrays) // 2]) * cut.scale
+        x = (_logits if cut.bits is None else _coded_logits)(
+            cut, q[...], see, *arrays[: len(arrays) // 2]
+        ) * cut.scale
         x = x if cut.softcap is None else cut.softcap * jnp.tanh(x / cut.softcap)
         x = jnp.where(see, x, -jnp.inf)
         new = jnp.maximum(top[...], jnp.max(x, axis=1, keepdims=True))
@@ -142,7 +169,9 @@ def _kernel(cut: Cut, first, count, q, *refs):
         fade, p = jnp.exp(top[...] - base), jnp.exp(x - base)
         top[...] = new
         total[...] = total[...] * fade + jnp.sum(p, axis=1, keepdims=True)
-        (_absorb if cut.bits is None else _coded_absorb)(cut, q.dtype, p, fade, see, sums, *arrays[len(arrays) // 2 :])
+        (_absorb if cut.bits is None else _coded_absorb)(
+            cut, q.dtype, p, fade, see, sums, *arrays[len(arrays) // 2 :]
+        )
 
     @pl.when(n == pl.num_programs(3) - 1)
     def _():
@@ -171,26 +200,36 @@ def _absorb(cut: Cut, dtype: Any, p: Array, fade: Array, see: Array, sums: Any, 
 def _coded_logits(cut: Cut, q: Array, see: Array, words: Any, scale: Any, least: Any) -> Array:
     group = pallas.places((scale.shape[0], cut.slots), 0)
     within = group == jax.lax.div(pallas.places(group.shape, 1), cut.steps)
-    seen = jnp.max((within & see).astype(jnp.float32), axis=1, keepdims=True) > 0  # others may hold NaN, and 0 * NaN is NaN
+    seen = (
+        jnp.max((within & see).astype(jnp.float32), axis=1, keepdims=True) > 0
+    )  # others may hold NaN, and 0 * NaN is NaN
     scales, leasts = (jnp.where(seen, x[...].astype(jnp.float32), 0).astype(x.dtype) for x in (scale, least))
     spread = pallas.dot(jnp.swapaxes(scales, 0, 1), within.astype(scale.dtype))
     keys = (_codes(cut, words).astype(jnp.float32) * spread).astype(q.dtype)
-    return pallas.dot(q, keys) + pallas.dot(pallas.dot(q, leasts, transposed=True), within.astype(jnp.float32))
+    return pallas.dot(q, keys) + pallas.dot(
+        pallas.dot(q, leasts, transposed=True), within.astype(jnp.float32)
+    )
 
 
-def _coded_absorb(cut: Cut, dtype: Any, p: Array, fade: Array, see: Array, sums: Any, words: Any, scale: Any, least: Any) -> None:
+def _coded_absorb(
+    cut: Cut, dtype: Any, p: Array, fade: Array, see: Array, sums: Any, words: Any, scale: Any, least: Any
+) -> None:
     mass, low = sums
     scales, leasts = (jnp.where(see, x[...].astype(jnp.float32), 0) for x in (scale, least))
     groups = scale.shape[0]
     weights = jnp.concatenate([p * scales[i : i + 1] for i in range(groups)], axis=0)
     codes = _codes(cut, words).astype(jnp.float32).astype(dtype)
-    mass[...] = mass[...] * jnp.concatenate([fade] * groups, axis=0) + pallas.dot(weights.astype(dtype), codes, transposed=True)
+    mass[...] = mass[...] * jnp.concatenate([fade] * groups, axis=0) + pallas.dot(
+        weights.astype(dtype), codes, transposed=True
+    )
     low[...] = low[...] * fade + pallas.dot(p, leasts, transposed=True)
 
 
 def _codes(cut: Cut, words: Any) -> Array:
     """[channels, slots] of int32."""
-    parts = [(words[...] >> jnp.uint32(shift)) & jnp.uint32(2**cut.bits - 1) for shift in range(0, 32, cut.bits)]
+    parts = [
+        (words[...] >> jnp.uint32(shift)) & jnp.uint32(2**cut.bits - 1) for shift in range(0, 32, cut.bits)
+    ]
     return jnp.concatenate([part.astype(jnp.int32) for part in parts], axis=0)
 
 
@@ -199,4 +238,8 @@ def _by_group(cut: Cut, mass: Any, low: Any) -> Array:
     groups = low.shape[1]
     own = jax.lax.div(pallas.places((cut.rows, cut.values), 1), cut.values // groups)
     parts = (mass[i * cut.rows : (i + 1) * cut.rows] + low[:, i : i + 1] for i in range(groups))
-    return functools.reduce(lambda x, part: jnp.where(own == part[0], part[1], x), enumerate(parts), jnp.zeros(own.shape, jnp.float32))
+    return functools.reduce(
+        lambda x, part: jnp.where(own == part[0], part[1], x),
+        enumerate(parts),
+        jnp.zeros(own.shape, jnp.float32),
+    )

@@ -11,7 +11,9 @@ def decode_attention(q, k, v, visible, *, softcap, scale):
     wide = accumulator(q.dtype)
     keys, values = (x.swapaxes(1, 2) for x in of_numbers(q, k, v, wide))
     limits = {"causal": False, "softcap": softcap, "scale": scale, "implementation": "reference"}
-    out, lse = attention(q[:, None].astype(wide), keys, values, kv_segments=visible.astype(jnp.int32), **limits)
+    out, lse = attention(
+        q[:, None].astype(wide), keys, values, kv_segments=visible.astype(jnp.int32), **limits
+    )
     return out[:, 0].astype(q.dtype), lse[:, 0]
 
 

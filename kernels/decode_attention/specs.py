@@ -9,7 +9,8 @@ from seqlab.kernels.decode_attention import Coded
 
 
 class Spec(NamedTuple):
-    """One call of `decode_attention`: keys in groups of `group` steps, values in groups of `channels`; numbers where `bits` is None.
+    """One call of `decode_attention`: keys in groups of `group` steps, values in groups of `channels`;
+    numbers where `bits` is None.
 
     A share `seen` of the slots is visible, or the first `filled` of each row."""
 
@@ -60,9 +61,14 @@ LARGE = {
 
 
 def inputs(spec: Spec, seed: int = 0) -> dict[str, Any]:
-    """Random arguments of `decode_attention` by name; what the first row has in its first group is hidden and, or its scales, NaN."""
+    """Random arguments of `decode_attention` by name; what the first row has in its first group is hidden
+    and, or its scales, NaN."""
     random, (b, s, h, g, k, v) = np.random.default_rng(seed), spec[:6]
-    visible = random.random((b, s)) < spec.seen if spec.filled is None else np.arange(s) < np.asarray(spec.filled)[:, None]
+    visible = (
+        random.random((b, s)) < spec.seen
+        if spec.filled is None
+        else np.arange(s) < np.asarray(spec.filled)[:, None]
+    )
     visible[0, : spec.group] = False
 
     def coded(width, shape):
@@ -78,6 +84,13 @@ def inputs(spec: Spec, seed: int = 0) -> dict[str, Any]:
         keys, values = coded(k, (b, g, s // spec.group, k)), coded(v, (b, g, v // spec.channels, s))
         for x in (*keys[1:], *(y.swapaxes(2, 3) for y in values[1:])):
             x[0, :, 0] = np.nan
-        keys, values = (Coded(jnp.asarray(x[0]), *(jnp.asarray(y, spec.dtype) for y in x[1:])) for x in (keys, values))
-    arguments = {"q": jnp.asarray(random.normal(size=(b, h, k)), spec.dtype), "k": keys, "v": values, "visible": jnp.asarray(visible)}
+        keys, values = (
+            Coded(jnp.asarray(x[0]), *(jnp.asarray(y, spec.dtype) for y in x[1:])) for x in (keys, values)
+        )
+    arguments = {
+        "q": jnp.asarray(random.normal(size=(b, h, k)), spec.dtype),
+        "k": keys,
+        "v": values,
+        "visible": jnp.asarray(visible),
+    }
     return arguments | ({} if spec.softcap is None else {"softcap": spec.softcap})

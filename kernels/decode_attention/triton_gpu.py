@@ -1,7 +1,9 @@
-"""Decoding by Triton: memory is read in the bits that it has, by as many programs as it takes to keep all of it busy.
+"""Decoding by Triton: memory is read in the bits that it has, by as many programs as it takes to keep all of
+it busy.
 
-Of a cache only what is seen is read: each program of a row takes an equal share of the tiles from the first to the last that hold anything
-visible (LeanAttention), so that neither a short row nor an empty end of a cache leaves some without work.
+Of a cache only what is seen is read: each program of a row takes an equal share of the tiles from the first
+to the last that hold anything visible (LeanAttention), so that neither a short row nor an empty end of a
+cache leaves some without work.
 """
 
 import math
@@ -14,7 +16,8 @@ from seqlab.kernels.blocks import find, widest
 
 
 def decode_attention(q, k, v, visible, *, softcap, scale):
-    """`out, lse`; see `seqlab.kernels.decode_attention`, which has checked the arguments. Not to be differentiated."""
+    """`out, lse`; see `seqlab.kernels.decode_attention`, which has checked the arguments. Not to be
+    differentiated."""
     from seqlab.kernels.decode_attention import Coded, bits_of, seen_tiles
     from seqlab.kernels.decode_attention import triton_kernels as kernels
 
@@ -59,6 +62,8 @@ def decode_attention(q, k, v, visible, *, softcap, scale):
     arrays = (q, *k, *v, visible.astype(jnp.int8), *seen_tiles(visible, tile))
     shapes = [((splits, b, h, values), jnp.float32), ((splits, b, h), jnp.float32)]
     options = {"warps": cut["warps"], "stages": cut["stages"]}
-    out, lse = triton.launch(kernels.forward, arrays, shapes, grid=(blocks * splits, g, b), constants=constants, **options)
+    out, lse = triton.launch(
+        kernels.forward, arrays, shapes, grid=(blocks * splits, g, b), constants=constants, **options
+    )
     out, lse = merged(out, lse)
     return out.astype(q.dtype), lse

@@ -1,4 +1,5 @@
-"""One kernel: a program reads a part of a cache, makes numbers of codes in registers, and keeps an online softmax."""
+"""One kernel: a program reads a part of a cache, makes numbers of codes in registers, and keeps an online
+softmax."""
 
 import triton
 import triton.language as tl
@@ -16,7 +17,8 @@ def _codes(words, word, slot, S: tl.constexpr, BITS: tl.constexpr, WORDS: tl.con
 
 @triton.jit
 def _channels(BITS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
-    """The channels of the rows of `_codes`, from D on where there is none. Numbers, BITS = 0, have theirs in order."""
+    """The channels of the rows of `_codes`, from D on where there is none. Numbers, BITS = 0, have theirs in
+    order."""
     row = tl.arange(0, WIDTH)
     if BITS == 0:
         return row
@@ -32,10 +34,12 @@ def forward(
     BN: tl.constexpr, K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, SOFTCAP: tl.constexpr, SCALE: tl.constexpr, SPLITS: tl.constexpr,
     PRECISION: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """out [splits, b, h, v] and lse [splits, b, h] over the slots of a split. Program (block of heads and split, group, row of the batch).
+    """out [splits, b, h, v] and lse [splits, b, h] over the slots of a split. Program (block of heads and
+    split, group, row of the batch).
 
-    A tile is BN slots, of numbers where BITS is 0 and of one group of keys elsewhere, all of which have the same scales. Row b walks
-    count[b] tiles from first[b] on, those that it sees, shared evenly among its splits.
+    A tile is BN slots, of numbers where BITS is 0 and of one group of keys elsewhere, all of which have the
+    same scales. Row b walks count[b] tiles from first[b] on, those that it sees, shared evenly among its
+    splits.
     """
     b, g = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     R: tl.constexpr = H // G
@@ -54,7 +58,9 @@ def forward(
         slot = (tile * BN + tl.arange(0, BN)).to(tl.int64)
         see = tl.load(visible + b * S + slot, slot < S, 0) != 0
         if BITS == 0:
-            key = tl.load(k + (pair * S + slot)[:, None] * K + width[None, :], see[:, None] & (width < K)[None, :], 0.0)
+            key = tl.load(
+                k + (pair * S + slot)[:, None] * K + width[None, :], see[:, None] & (width < K)[None, :], 0.0
+            )
             x = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         else:
             PER: tl.constexpr = 32 // BITS
@@ -74,17 +80,34 @@ def forward(
         p, fade = tl.exp2(x - base[:, None]), tl.exp2(top - base)
         total = total * fade + tl.sum(p, 1)
         if BITS == 0:
-            number = tl.load(v + (pair * S + slot)[:, None] * V + value[None, :], see[:, None] & (value < V)[None, :], 0.0)
+            number = tl.load(
+                v + (pair * S + slot)[:, None] * V + value[None, :], see[:, None] & (value < V)[None, :], 0.0
+            )
             mass = tl.dot(p.to(query.dtype), number, mass * fade[:, None], input_precision=PRECISION)
         else:
             group = (pair * (V // V_GROUP) + value // V_GROUP)[:, None] * S + slot[None, :]
             here = (value < V)[:, None] & see[None, :]
             codes = _codes(v + pair * (V // PER) * S, tl.arange(0, VP // PER), slot, S, BITS, V // PER, VP)
-            number = codes * tl.load(v_scale + group, here, 0.0).to(tl.float32) + tl.load(v_least + group, here, 0.0).to(tl.float32)
-            mass = tl.dot(p.to(query.dtype), tl.trans(number.to(query.dtype)), mass * fade[:, None], input_precision=PRECISION)
+            number = codes * tl.load(v_scale + group, here, 0.0).to(tl.float32) + tl.load(
+                v_least + group, here, 0.0
+            ).to(tl.float32)
+            mass = tl.dot(
+                p.to(query.dtype),
+                tl.trans(number.to(query.dtype)),
+                mass * fade[:, None],
+                input_precision=PRECISION,
+            )
         top = new
     dead = total == 0.0
     mass = mass / tl.where(dead, 1.0, total)[:, None]
     row += split.to(tl.int64) * (ROWS * H)
-    tl.store(out + row[:, None] * V + value[None, :], mass.to(out.dtype.element_ty), inside[:, None] & (value < V)[None, :])
-    tl.store(lse + row, tl.where(dead, float("-inf"), (top + tl.log2(tl.where(dead, 1.0, total))) * 0.6931471805599453), inside)
+    tl.store(
+        out + row[:, None] * V + value[None, :],
+        mass.to(out.dtype.element_ty),
+        inside[:, None] & (value < V)[None, :],
+    )
+    tl.store(
+        lse + row,
+        tl.where(dead, float("-inf"), (top + tl.log2(tl.where(dead, 1.0, total))) * 0.6931471805599453),
+        inside,
+    )

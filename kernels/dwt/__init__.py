@@ -1,6 +1,7 @@
 """The two-dimensional Haar wavelet transform of maps, and its exact inverse.
 
-Implementations: `reference` (a 4 × 4 matrix on every cell, the truth), `xla` (sums and differences; the default everywhere).
+Implementations: `reference` (a 4 × 4 matrix on every cell, the truth), `xla` (sums and differences; the
+default everywhere).
 """
 
 import jax.numpy as jnp
@@ -21,8 +22,8 @@ def dwt(
 
         low = (a + b + c + d) / 2        bands = (a + b - c - d) / 2, (a - b + c - d) / 2, (a - b - c + d) / 2
 
-    which are high along the height, along the width, along both. A side of odd length is continued by one zero at its end, so that a level
-    makes n places into ceil(n / 2).
+    which are high along the height, along the width, along both. A side of odd length is continued by one
+    zero at its end, so that a level makes n places into ceil(n / 2).
 
     Args:
       x: [b, h, w, d], floating.
@@ -30,8 +31,8 @@ def dwt(
       implementation: "reference" or "xla"; None lets `seqlab.kernels.dispatch` choose.
 
     Returns:
-      low [b, i, j, d] of the last level, and the bands [b, i, j, d, 3] of every level, the finest first. Reshaped to [b, i, j, 3 d] the
-      bands of a channel stand side by side.
+      low [b, i, j, d] of the last level, and the bands [b, i, j, d, 3] of every level, the finest first.
+      Reshaped to [b, i, j, 3 d] the bands of a channel stand side by side.
 
     Raises:
       ValueError: if an argument has the wrong shape or type, or `implementation` is unknown.
@@ -39,7 +40,9 @@ def dwt(
     Source: the transform of pytorch_wavelets ("db1", mode "zero"), as WaveMix uses it (arXiv 2205.14375).
     """
     if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating) or 0 in x.shape[1:3]:
-        raise ValueError(f"x must be a floating-point array [b, h, w, d] with h, w >= 1, got {x.dtype}{x.shape}")
+        raise ValueError(
+            f"x must be a floating-point array [b, h, w, d] with h, w >= 1, got {x.dtype}{x.shape}"
+        )
     if isinstance(levels, bool) or not isinstance(levels, int) or levels < 1:
         raise ValueError(f"levels must be a positive integer, got {levels!r}")
     bands = []
@@ -66,11 +69,17 @@ def idwt(
     Raises:
       ValueError: if the bands do not fit `low` or `shape`.
     """
-    sizes = [shape or tuple(2 * n for n in bands[0].shape[1:3]), *(high.shape[1:3] for high in bands)] if bands else []
+    sizes = (
+        [shape or tuple(2 * n for n in bands[0].shape[1:3]), *(high.shape[1:3] for high in bands)]
+        if bands
+        else []
+    )
     for j in reversed(range(len(bands))):
         high, size = bands[j], sizes[j]
         if high.shape != (*low.shape, 3) or tuple(-(-n // 2) for n in size) != low.shape[1:3]:
-            raise ValueError(f"bands[{j}] {high.shape} and the side {size} that it belongs to do not fit low {low.shape}")
+            raise ValueError(
+                f"bands[{j}] {high.shape} and the side {size} that it belongs to do not fit low {low.shape}"
+            )
         low = _inverse(low, high, implementation=implementation)[:, : size[0], : size[1]]
     return low
 

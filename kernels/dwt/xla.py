@@ -1,4 +1,5 @@
-"""The fast form: four sums and differences of a cell's places, in `accumulator` of its dtype, which fuse into one pass."""
+"""The fast form: four sums and differences of a cell's places, in `accumulator` of its dtype, which fuse into
+one pass."""
 
 import jax.numpy as jnp
 from einops import rearrange
@@ -10,7 +11,9 @@ def dwt(x):
     """x [b, 2i, 2j, d] -> low [b, i, j, d], bands [b, i, j, d, 3]."""
     cells = rearrange(x.astype(accumulator(x.dtype)), "b (i p) (j q) d -> b i p j q d", p=2, q=2)
     above, below = cells[:, :, 0], cells[:, :, 1]  # [b, i, j, q, d]
-    (left, right), (left_change, right_change) = ((x[..., 0, :], x[..., 1, :]) for x in ((above + below) * 0.5, (above - below) * 0.5))
+    (left, right), (left_change, right_change) = (
+        (x[..., 0, :], x[..., 1, :]) for x in ((above + below) * 0.5, (above - below) * 0.5)
+    )
     bands = jnp.stack([left_change + right_change, left - right, left_change - right_change], axis=-1)
     return (left + right).astype(x.dtype), bands.astype(x.dtype)
 

@@ -1,4 +1,5 @@
-"""Linear attention: a memory that is a matrix a head, written by outer products and read by the query, in all its kinds.
+"""Linear attention: a memory that is a matrix a head, written by outer products and read by the query, in all
+its kinds.
 
     kind                     decay                       beta
     linear attention         -                           -
@@ -9,8 +10,8 @@
     Gated DeltaNet           [b, t, h]                   [b, t, h]
     KDA                      [b, t, h, k]                [b, t, h]
 
-Implementations: `reference` (one step in a scan, the truth), `xla` (chunks and matrix products; runs everywhere), `pallas_tpu`,
-`triton_gpu`.
+Implementations: `reference` (one step in a scan, the truth), `xla` (chunks and matrix products; runs
+everywhere), `pallas_tpu`, `triton_gpu`.
 """
 
 import functools
@@ -47,71 +48,102 @@ def linear_attention(
         u_t = v_t,  or with beta  β_t (v_t - S~ᵀ k_t)
         S_t = S~ + k_t u_tᵀ                                       o_t = scale S_tᵀ q_t
 
-    The decay acts before the delta rule reads, and the query reads after the update. A stretch of time is an affine map of the state.
-    A normaliser (a sum of keys) is what a column of ones in v accumulates.
+    The decay acts before the delta rule reads, and the query reads after the update. A stretch of time is an
+    affine map of the state. A normaliser (a sum of keys) is what a column of ones in v accumulates.
 
     Args:
       q, k: [b, t, g, k].
       v: [b, t, h, v], where g divides h: head i is read and written by query and key i // (h // g).
-      decay: the logarithm of the decay, <= 0, -inf included: a number a head [b, t, h] or [h], or one a key channel [b, t, h, k].
-      beta: the strength of the delta rule, a number a head [b, t, h] or one a value [b, t, h, v]; None for none. Keys should then have
-        unit length and beta lie in (0, 2), or the recurrence itself may grow without bound.
+      decay: the logarithm of the decay, <= 0, -inf included: a number a head [b, t, h] or [h], or one a key
+        channel [b, t, h, k].
+      beta: the strength of the delta rule, a number a head [b, t, h] or one a value [b, t, h, v]; None for
+        none. Keys should then have unit length and beta lie in (0, 2), or the recurrence itself may grow
+        without bound.
       scale: of the output; k ** -0.5 by default.
       initial_state: [b, h, k, v]; zeros by default.
-      reset: [b, t]; where True a fresh sequence starts, and what the state held, NaN included, is forgotten. (A NaN among the arguments
-        of a valid step may reach the other steps of its chunk except in `reference`, in sequences before and after it too.)
-      valid: [b, t]; a step where it is False does nothing: its inputs, NaN included, reach no other output, no state and no gradient, its
-        own output is 0 and its reset is ignored.
-      chunk: the steps that `xla` turns into matrix products, a power of two; None takes 64, or 32 with beta or a decay of channels, or 16
-        with a beta of values. It does not depend on t: trailing invalid steps leave the state bit-identical.
-      implementation: "reference", "xla", "pallas_tpu" or "triton_gpu"; None lets `seqlab.kernels.dispatch` choose.
+      reset: [b, t]; where True a fresh sequence starts, and what the state held, NaN included, is forgotten.
+        (A NaN among the arguments of a valid step may reach the other steps of its chunk except in
+        `reference`, in sequences before and after it too.)
+      valid: [b, t]; a step where it is False does nothing: its inputs, NaN included, reach no other output,
+        no state and no gradient, its own output is 0 and its reset is ignored.
+      chunk: the steps that `xla` turns into matrix products, a power of two; None takes 64, or 32 with beta
+        or a decay of channels, or 16 with a beta of values. It does not depend on t: trailing invalid steps
+        leave the state bit-identical.
+      implementation: "reference", "xla", "pallas_tpu" or "triton_gpu"; None lets `seqlab.kernels.dispatch`
+        choose.
 
     Returns:
-      out [b, t, h, v] in the dtype of v, and the final state [b, h, k, v] in `accumulator` of the widest of q, k and v. Both may be
-      differentiated, in any way through `reference`, once and in reverse through the others.
+      out [b, t, h, v] in the dtype of v, and the final state [b, h, k, v] in `accumulator` of the widest of
+      q, k and v. Both may be differentiated, in any way through `reference`, once and in reverse through the
+      others.
 
     Raises:
       ValueError: if an argument has the wrong shape, type or range, or `implementation` is unknown.
 
-    Sources: arXiv 2006.16236 (linear attention), 2307.08621 (RetNet), 2405.21060 (Mamba-2), 2312.06635 (GLA), 2406.06484 (DeltaNet),
+    Sources: arXiv 2006.16236 (linear attention), 2307.08621 (RetNet), 2405.21060 (Mamba-2), 2312.06635 (GLA),
+    2406.06484 (DeltaNet),
     2412.06464 (Gated DeltaNet), 2510.26692 (KDA).
     """
     _check_arrays(q, k, v, decay, beta, initial_state)
     for name, flags in (("reset", reset), ("valid", valid)):
         if flags is not None and (flags.shape != v.shape[:2] or flags.dtype != bool):
-            raise ValueError(f"{name} must be a boolean array [b, t] = {v.shape[:2]}, got {flags.dtype}{flags.shape}")
-    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1 or chunk & (chunk - 1)):
+            raise ValueError(
+                f"{name} must be a boolean array [b, t] = {v.shape[:2]}, got {flags.dtype}{flags.shape}"
+            )
+    if chunk is not None and (
+        isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1 or chunk & (chunk - 1)
+    ):
         raise ValueError(f"chunk must be a power of two or None, got {chunk!r}")
     (b, t, h, _), width = v.shape, k.shape[-1]
     dtype = accumulator(jnp.result_type(q, k, v))
-    state = jnp.zeros((b, h, width, v.shape[-1]), dtype) if initial_state is None else initial_state.astype(dtype)
+    state = (
+        jnp.zeros((b, h, width, v.shape[-1]), dtype) if initial_state is None else initial_state.astype(dtype)
+    )
     if t == 0:
         return v, state
     if decay is not None and decay.ndim == 1:
         decay = jnp.broadcast_to(decay[None, None], (b, t, h))
     if sequence_parallel.parts(t) > 1:  # steps of zeros, which fill up the last stretch, do nothing
-        per_value = beta is not None and beta.ndim == 4  # every value then has a map [k, k] of its own, too many to send
-        run = functools.partial(_in_turn if per_value else _stretch, {"scale": scale, "chunk": chunk, "implementation": implementation})
-        return sequence_parallel.split(run, (q, k, v, decay, beta, reset, valid), None if initial_state is None else state)
+        per_value = (
+            beta is not None and beta.ndim == 4
+        )  # every value then has a map [k, k] of its own, too many to send
+        run = functools.partial(
+            _in_turn if per_value else _stretch,
+            {"scale": scale, "chunk": chunk, "implementation": implementation},
+        )
+        return sequence_parallel.split(
+            run, (q, k, v, decay, beta, reset, valid), None if initial_state is None else state
+        )
     decay, beta = (x[..., None] if x is not None and x.ndim == 3 else x for x in (decay, beta))
-    if valid is not None:  # a step with k = 0, beta = 0 and no decay leaves the state alone; selecting, not multiplying, keeps NaN out
+    if (
+        valid is not None
+    ):  # a step with k = 0, beta = 0 and no decay leaves the state alone; selecting, not multiplying, keeps NaN out
         q, k, v, decay, beta = (None if x is None else mask_steps(x, valid) for x in (q, k, v, decay, beta))
         reset = None if reset is None else reset & valid
     arrays = vary_alike(q, k, v, decay, beta, state, reset)
-    out, final_state = _op(*arrays, scale=width**-0.5 if scale is None else scale, chunk=chunk, implementation=implementation)
+    out, final_state = _op(
+        *arrays, scale=width**-0.5 if scale is None else scale, chunk=chunk, implementation=implementation
+    )
     if valid is not None:
         final_state = jnp.where(jnp.any(valid, axis=1)[:, None, None, None], final_state, state)
     return mask_steps(out, valid), final_state
 
 
 def _stretch(options: dict, timed: tuple, initial_state: Array | None) -> tuple[Array, Array]:
-    """What one device does where time is split over several: first what its stretch does to a state, then its steps from the right one."""
+    """What one device does where time is split over several: first what its stretch does to a state, then its
+    steps from the right one."""
     q, k, v, decay, beta, reset, valid = timed
-    run = functools.partial(linear_attention, q, k, decay=decay, beta=beta, reset=reset, valid=valid, **options)
+    run = functools.partial(
+        linear_attention, q, k, decay=decay, beta=beta, reset=reset, valid=valid, **options
+    )
     (b, _, h, width), size, wide = v.shape, k.shape[-1], accumulator(jnp.result_type(q, k, v))
     if beta is None:
         end, act = jax.checkpoint(lambda: run(v)[1])(), jnp.multiply
-        total = jnp.zeros((b, h), wide) if decay is None else jnp.sum(mask_steps(decay, valid).astype(wide), axis=1)
+        total = (
+            jnp.zeros((b, h), wide)
+            if decay is None
+            else jnp.sum(mask_steps(decay, valid).astype(wide), axis=1)
+        )
         moved = jnp.exp(total.reshape(b, h, -1, 1))
     else:  # I - beta k k' of all steps, one after the other, is what a stretch makes of the identity
         act = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -128,17 +160,26 @@ def _in_turn(options: dict, timed: tuple, initial_state: Array | None) -> tuple[
 
     def run(state: Array, floats: tuple, flags: tuple) -> tuple[Array, Array]:
         q, k, v, decay, beta = floats
-        return linear_attention(q, k, v, decay=decay, beta=beta, initial_state=state, reset=flags[0], valid=flags[1], **options)
+        return linear_attention(
+            q, k, v, decay=decay, beta=beta, initial_state=state, reset=flags[0], valid=flags[1], **options
+        )
 
     (_, k, v, *_), wide = timed, accumulator(jnp.result_type(*timed[:3]))
     empty = jnp.zeros((len(v), v.shape[2], k.shape[-1], v.shape[-1]), wide)
-    return sequence_parallel.relay(run, empty if initial_state is None else initial_state, timed[:5], timed[5:])
+    return sequence_parallel.relay(
+        run, empty if initial_state is None else initial_state, timed[:5], timed[5:]
+    )
 
 
-def _check_arrays(q: Array, k: Array, v: Array, decay: Array | None, beta: Array | None, initial_state: Array | None) -> None:
+def _check_arrays(
+    q: Array, k: Array, v: Array, decay: Array | None, beta: Array | None, initial_state: Array | None
+) -> None:
     for name, x, axes in (("q", q, "b, t, g, k"), ("v", v, "b, t, h, v")):
         if x.ndim != 4 or 0 in (*x.shape[:1], *x.shape[2:]):
-            raise ValueError(f"{name} must be an array [{axes}] of one row, head and channel at least, got {x.dtype}{x.shape}")
+            raise ValueError(
+                f"{name} must be an array [{axes}] of one row, head and channel at least, got "
+                f"{x.dtype}{x.shape}"
+            )
     (b, t, h, width), (g, keys) = v.shape, q.shape[2:]
     if h % g:
         raise ValueError(f"v has {h} heads, which the {g} heads of q must divide")

@@ -1,12 +1,15 @@
-"""Linear attention on a TPU: the chunks of `xla`, one at a time in vector memory, where the state [k, v] stays from the first to the last.
+"""Linear attention on a TPU: the chunks of `xla`, one at a time in vector memory, where the state [k, v]
+stays from the first to the last.
 
-The equations are those of `xla`; inside a chunk every array has two axes. Sums of log decays are products with matrices of 0 and 1, each
-over just the steps that it is of: nothing is a difference of two larger sums, so that no digit is lost beside a sudden decay. What is one
-number a step comes as a row and becomes a column as the diagonal of a matrix.
+The equations are those of `xla`; inside a chunk every array has two axes. Sums of log decays are products
+with matrices of 0 and 1, each
+over just the steps that it is of: nothing is a difference of two larger sums, so that no digit is lost beside
+a sudden decay. What is one number a step comes as a row and becomes a column as the diagonal of a matrix.
 
-The forward pass keeps the state before every block of some chunks. The backward pass walks the blocks, and in them the chunks, backwards;
-what a chunk passes back is JAX's derivative of the function that computes it, taken when the kernel is traced. Heads that share queries
-and keys are walked one after another, their states side by side, and add up their gradients in place.
+The forward pass keeps the state before every block of some chunks. The backward pass walks the blocks, and in
+them the chunks, backwards; what a chunk passes back is JAX's derivative of the function that computes it,
+taken when the kernel is traced. Heads that share queries and keys are walked one after another, their states
+side by side, and add up their gradients in place.
 """
 
 import functools
@@ -44,13 +47,20 @@ class Config(NamedTuple):
 def linear_attention(q, k, v, decay, beta, initial_state, reset, *, scale, chunk=None):
     """`out, final_state`; see `xla.linear_attention` for the arguments. `chunk` is taken as 16 to 128."""
     pallas.require(q, k, v, decay, beta, initial_state)
-    kinds = [None if x is None else "head" if x.shape[-1] == 1 else wide for x, wide in ((decay, "channel"), (beta, "value"))]
+    kinds = [
+        None if x is None else "head" if x.shape[-1] == 1 else wide
+        for x, wide in ((decay, "channel"), (beta, "value"))
+    ]
     time, heads = v.shape[1], v.shape[2] // q.shape[2]
-    found = find(f"linear_attention/pallas_tpu/{_kind(*kinds)}", k.dtype.itemsize, max(k.shape[-1], v.shape[-1]))
+    found = find(
+        f"linear_attention/pallas_tpu/{_kind(*kinds)}", k.dtype.itemsize, max(k.shape[-1], v.shape[-1])
+    )
     size = min(max(chunk or found["chunk"], _LEAST), 128, max(pl.next_power_of_2(time), _LEAST))
     chunks = min(max(found["steps"] // size, 1), pl.cdiv(time, size))
     narrow = all(x.dtype == jnp.bfloat16 for x in (q, k, v))
-    config = Config(scale, size, chunks, heads, *kinds, reset is not None, jax.lax.Precision.DEFAULT if narrow else _EXACT)
+    config = Config(
+        scale, size, chunks, heads, *kinds, reset is not None, jax.lax.Precision.DEFAULT if narrow else _EXACT
+    )
     out, state = _attend(config, (q, k, v, decay, beta), initial_state, reset)
     return out, state
 
@@ -74,7 +84,9 @@ def _run(config, save, arrays, state, reset):
     v = arrays[2]
     (b, t, h, width), (_, _, keys, values) = v.shape, state.shape
     blocks = pl.cdiv(t, config.steps)
-    specs = _specs(config, arrays, lambda b, h, n: (b, jax.lax.div(h, config.heads), n), lambda b, h, n: (b, h, n))
+    specs = _specs(
+        config, arrays, lambda b, h, n: (b, jax.lax.div(h, config.heads), n), lambda b, h, n: (b, h, n)
+    )
     once = pl.BlockSpec((None, None, keys, values), lambda b, h, n: (b, h, 0, 0))
     starts = ((b, h, blocks, keys, values), jnp.float32)
     results = [((b, h, blocks * config.steps, width), v.dtype), (state.shape, state.dtype), starts]
@@ -84,7 +96,11 @@ def _run(config, save, arrays, state, reset):
         results[: 2 + save],
         grid=(b, h, blocks),
         in_specs=[*specs, once],
-        out_specs=[specs[2], once, pl.BlockSpec((None, None, None, keys, values), lambda b, h, n: (b, h, n, 0, 0))][: 2 + save],
+        out_specs=[
+            specs[2],
+            once,
+            pl.BlockSpec((None, None, None, keys, values), lambda b, h, n: (b, h, n, 0, 0)),
+        ][: 2 + save],
         parallel=2,
     )
     return jnp.swapaxes(out[:, :, :t], 1, 2), final, *starts
@@ -121,7 +137,9 @@ def _backward(config, residuals, cotangents):
 
     specs = _specs(config, arrays, of_group, of_head)
     start = pl.BlockSpec((None, None, None, keys, values), lambda *at: (*of_head(*at), 0, 0))
-    once = pl.BlockSpec((None, heads, keys, values), lambda b, g, n, r: (b, g, 0, 0))  # the states of a group are one block
+    once = pl.BlockSpec(
+        (None, heads, keys, values), lambda b, g, n, r: (b, g, 0, 0)
+    )  # the states of a group are one block
     laid = _laid(config, arrays, reset)
     count = sum(x is not None for x in arrays)
     sums = pallas.vector((config.steps, keys))
@@ -171,7 +189,9 @@ def _backward_kernel(config, *refs):
         dq[rows] += slopes[0]
         dk[rows] += slopes[1]
         given = [kind for kind in ("channel", config.decay, config.beta) if kind]
-        for ref, kind, value in zip(gradients[2:], given, [x for x in slopes[2:] if x is not None], strict=True):
+        for ref, kind, value in zip(
+            gradients[2:], given, [x for x in slopes[2:] if x is not None], strict=True
+        ):
             ref[i if kind == "head" else rows] = value.astype(ref.dtype)
         return slope
 
@@ -179,7 +199,10 @@ def _backward_kernel(config, *refs):
 
     @pl.when(head == config.heads - 1)
     def _():
-        gradients[0][...], gradients[1][...] = dq[...].astype(gradients[0].dtype), dk[...].astype(gradients[1].dtype)
+        gradients[0][...], gradients[1][...] = (
+            dq[...].astype(gradients[0].dtype),
+            dk[...].astype(gradients[1].dtype),
+        )
 
 
 # --- arrays
@@ -202,8 +225,12 @@ def _in_rows(config, x):
 
 
 def _laid(config, arrays, reset):
-    """q, k, v, and as far as there are any decay, beta and resets: these as the number of resets so far in their chunk."""
-    wide = [_in_rows(config, x[..., 0]) if kind == "head" else _time_last(config, x) for x, kind in _kinds(config, arrays)]
+    """q, k, v, and as far as there are any decay, beta and resets: these as the number of resets so far in
+    their chunk."""
+    wide = [
+        _in_rows(config, x[..., 0]) if kind == "head" else _time_last(config, x)
+        for x, kind in _kinds(config, arrays)
+    ]
     if reset is None:
         return wide
     ids = jnp.cumsum(_filled(config, reset).reshape(len(reset), -1, config.size), axis=-1)
@@ -235,11 +262,19 @@ def _specs(config, arrays, of_group, of_head):
     for n, (x, kind) in enumerate(_kinds(config, arrays)):
         at = of_group if n < 2 else of_head
         if kind == "head":
-            specs.append(pl.BlockSpec((None, None, config.chunks, 1, config.size), lambda *i, at=at: (*at(*i), 0, 0)))
+            specs.append(
+                pl.BlockSpec((None, None, config.chunks, 1, config.size), lambda *i, at=at: (*at(*i), 0, 0))
+            )
         else:
-            specs.append(pl.BlockSpec((None, None, config.steps, x.shape[-1]), lambda *i, at=at: (*at(*i), 0)))
+            specs.append(
+                pl.BlockSpec((None, None, config.steps, x.shape[-1]), lambda *i, at=at: (*at(*i), 0))
+            )
     if config.reset:
-        specs.append(pl.BlockSpec((None, None, config.chunks, 1, config.size), lambda *i: (i[0], 0, of_head(*i)[2], 0, 0)))
+        specs.append(
+            pl.BlockSpec(
+                (None, None, config.chunks, 1, config.size), lambda *i: (i[0], 0, of_head(*i)[2], 0, 0)
+            )
+        )
     return specs
 
 
@@ -249,12 +284,20 @@ def _steps(config, i):
 
 def _at(config, refs, i):
     """Chunk i: (q, k, v, decay, beta) and the numbers of resets."""
-    refs, rows, kinds = list(refs), _steps(config, i), ("channel", "channel", "channel", config.decay, config.beta)
-    values = [None if kind is None else refs.pop(0)[i if kind == "head" else rows].astype(jnp.float32) for kind in kinds]
+    refs, rows, kinds = (
+        list(refs),
+        _steps(config, i),
+        ("channel", "channel", "channel", config.decay, config.beta),
+    )
+    values = [
+        None if kind is None else refs.pop(0)[i if kind == "head" else rows].astype(jnp.float32)
+        for kind in kinds
+    ]
     return tuple(values), refs[0][i] if refs else None
 
 
-# --- inside a chunk: q and k [c, k], v [c, v], decay [1, c] or [c, k], beta [1, c] or [c, v], ids [1, c], state [k, v]
+# --- inside a chunk: q and k [c, k], v [c, v], decay [1, c] or [c, k], beta [1, c] or [c, v], ids [1, c],
+# state [k, v]
 
 
 def _chunk(config, arrays, ids, state):
@@ -303,7 +346,8 @@ def _column(row):
 
 
 class _Masks:
-    """Where the sequences of a chunk lie, True = keep, spread over the shape of an array of that many rows."""
+    """Where the sequences of a chunk lie, True = keep, spread over the shape of an array of that many
+    rows."""
 
     def __init__(self, ids):
         self.ids, self.end = _column(ids), jnp.max(ids, axis=1, keepdims=True)
@@ -326,24 +370,33 @@ class _Masks:
 def _set_apart(state):
     """The state with its columns that are not finite emptied, and how many such numbers each had, [1, v].
 
-    Steps before and after a reset share products, where 0 * NaN is NaN: what is broken has to stay outside of them.
+    Steps before and after a reset share products, where 0 * NaN is NaN: what is broken has to stay outside of
+    them.
     """
     broken = jnp.sum(jnp.where(jnp.abs(state) < jnp.inf, 0.0, 1.0), axis=0, keepdims=True)
     return jnp.where(jnp.broadcast_to(broken, state.shape) > 0, 0, state), broken
 
 
 def _decays(config, decay, k):
-    """exp(b), exp(b_C - b), exp(b_C) as a column, or 1, 1 and None; and a function of x: sum_c x_rc k_sc exp(b_rc - b_sc), s <= r."""
+    """exp(b), exp(b_C - b), exp(b_C) as a column, or 1, 1 and None; and a function of x: sum_c x_rc k_sc
+    exp(b_rc - b_sc), s <= r."""
     size, precision = config.size, config.precision
     if decay is None:
         return 1.0, 1.0, None, lambda x: _nt(precision, x, k)
     decay = jnp.maximum(decay, _FLOOR)
-    through, behind = (jnp.where(_grid(size, operator), 1.0, 0.0) for operator in (jnp.greater_equal, jnp.less))
+    through, behind = (
+        jnp.where(_grid(size, operator), 1.0, 0.0) for operator in (jnp.greater_equal, jnp.less)
+    )
     if config.decay == "head":
         # b_r - b_s = sum_i [i <= r] decay_i [i > s]
         gamma = jnp.exp(_nn(_EXACT, through * decay, jnp.where(_grid(size, jnp.greater), 1.0, 0.0)))
         read, write = (jnp.exp(jnp.sum(which * decay, axis=1, keepdims=True)) for which in (through, behind))
-        return read, write, jnp.exp(jnp.sum(decay, axis=1, keepdims=True)), lambda x: gamma * _nt(precision, x, k)
+        return (
+            read,
+            write,
+            jnp.exp(jnp.sum(decay, axis=1, keepdims=True)),
+            lambda x: gamma * _nt(precision, x, k),
+        )
     factors = [jnp.exp(_nn(_EXACT, half, decay)) for half in _halves(size)]
     read, write = (jnp.exp(_nn(_EXACT, which, decay)) for which in (through, behind))
     keep = jnp.exp(_tn(_EXACT, decay, jnp.ones((size, 1), jnp.float32)))
@@ -364,7 +417,8 @@ def _parted(size, level):
 
 
 def _halves(size):
-    """For blocks of 2, 4, ... c steps, as 0 and 1: which log decays lie between a step and the middle of its block (see `xla._halving`)."""
+    """For blocks of 2, 4, ... c steps, as 0 and 1: which log decays lie between a step and the middle of its
+    block (see `xla._halving`)."""
     row, column = pallas.places((size, size), 0), pallas.places((size, size), 1)
     for level in range(size.bit_length() - 1):
         middle = ((row >> (level + 1)) * 2 + 1) << level
@@ -377,7 +431,9 @@ def _halves(size):
 
 
 def _product(precision, x, y, dims):
-    return jax.lax.dot_general(x, y, (dims, ((), ())), precision=precision, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(
+        x, y, (dims, ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -426,7 +482,8 @@ _inverse.defvjp(_inverse_forward, lambda inverse, d: (-_nt(_EXACT, _tn(_EXACT, i
 
 @jax.custom_vjp
 def _substitute(overlaps, beta, target):
-    """u [c, v] with u_r + beta_r sum_s overlaps_rs u_s = target_r: with one beta a value every value has a system of its own."""
+    """u [c, v] with u_r + beta_r sum_s overlaps_rs u_s = target_r: with one beta a value every value has a
+    system of its own."""
     u = target
     for r in range(len(target)):
         u = u - beta * (overlaps[:, r : r + 1] * u[r : r + 1])

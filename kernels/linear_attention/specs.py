@@ -10,8 +10,9 @@ import numpy as np
 class Spec(NamedTuple):
     """One call of `linear_attention`: v has h heads, q and k have g, or h where it is 0.
 
-    `decay` is None, "constant" (the retention of RetNet), "head" or "channel"; `beta` None, "head" or "value". A step decays by
-    exp(-strength) or so, and if `sudden` is not 0 some steps (or channels of steps) do by exp(-sudden).
+    `decay` is None, "constant" (the retention of RetNet), "head" or "channel"; `beta` None, "head" or
+    "value". A step decays by exp(-strength) or so, and if `sudden` is not 0 some steps (or channels of steps)
+    do by exp(-sudden).
     """
 
     b: int
@@ -51,14 +52,18 @@ SPECS = {
     "resets": Spec(3, 37, 2, 8, 6, decay="channel", chunk=16, reset=True),
     "resets_masked": Spec(3, 37, 2, 8, 6, decay="head", beta="head", chunk=16, reset=True, valid=True),
     "resets_masked_plain": Spec(3, 37, 2, 8, 6, chunk=16, reset=True, valid=True),
-    "resets_masked_value": Spec(3, 21, 2, 8, 6, decay="channel", beta="value", chunk=8, reset=True, valid=True),
+    "resets_masked_value": Spec(
+        3, 21, 2, 8, 6, decay="channel", beta="value", chunk=8, reset=True, valid=True
+    ),
     # decays that would overflow, or lose all digits, as differences of sums over a chunk
     "strong_channel": Spec(2, 40, 2, 8, 6, decay="channel", chunk=32, strength=50.0),
     "sudden": Spec(2, 40, 2, 8, 6, decay="head", chunk=32, sudden=50.0),
     "sudden_channel": Spec(2, 40, 2, 8, 6, decay="channel", chunk=32, sudden=50.0),
     "abrupt": Spec(2, 40, 2, 8, 6, decay="head", beta="head", chunk=32, sudden=1e4),
     "abrupt_channel": Spec(2, 40, 2, 8, 6, decay="channel", beta="head", chunk=32, sudden=1e4),
-    "bfloat16": Spec(2, 37, 4, 8, 6, g=2, decay="head", beta="head", chunk=16, reset=True, valid=True, dtype="bfloat16"),
+    "bfloat16": Spec(
+        2, 37, 4, 8, 6, g=2, decay="head", beta="head", chunk=16, reset=True, valid=True, dtype="bfloat16"
+    ),
 }
 
 BENCHMARKS = {
@@ -88,7 +93,8 @@ LARGE = {
 
 
 def inputs(spec: Spec, seed: int = 0) -> dict[str, jax.Array | None]:
-    """Random arguments of `linear_attention` by name; None where the spec has none. With beta the keys have unit length."""
+    """Random arguments of `linear_attention` by name; None where the spec has none. With beta the keys have
+    unit length."""
     random, (b, t, h, k, v) = np.random.default_rng(seed), spec[:5]
     queries, keys = random.normal(size=(2, b, t, spec.g or h, k))
     if spec.beta:
@@ -97,7 +103,9 @@ def inputs(spec: Spec, seed: int = 0) -> dict[str, jax.Array | None]:
     if spec.decay == "constant":
         decay = np.log1p(-(2.0 ** (-5 - np.arange(h))))
     elif spec.decay:
-        decay = -spec.strength * random.gamma(2.0, 0.5, size=(b, t, h, k) if spec.decay == "channel" else (b, t, h))
+        decay = -spec.strength * random.gamma(
+            2.0, 0.5, size=(b, t, h, k) if spec.decay == "channel" else (b, t, h)
+        )
         if spec.sudden:
             decay = np.where(random.random(decay.shape) < 0.15, -spec.sudden, decay)
     if spec.beta:

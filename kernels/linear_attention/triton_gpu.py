@@ -1,8 +1,10 @@
-"""Linear attention with its recurrence in Triton: what `xla` does inside of chunks, all chunks at once, and one kernel from chunk to chunk.
+"""Linear attention with its recurrence in Triton: what `xla` does inside of chunks, all chunks at once, and
+one kernel from chunk to chunk.
 
-Inside of chunks there are only products of matrices, which XLA gives to the libraries made for them. From chunk to chunk it would launch a
-handful of small operations, thousands of times; the kernel keeps the state in registers instead. With the triangular system (1 + A)^-1 of
-the delta rule applied to values and keys before (arXiv 2406.06484) what is left of it is u = U - W S.
+Inside of chunks there are only products of matrices, which XLA gives to the libraries made for them. From
+chunk to chunk it would launch a handful of small operations, thousands of times; the kernel keeps the state
+in registers instead. With the triangular system (1 + A)^-1 of the delta rule applied to values and keys
+before (arXiv 2406.06484) what is left of it is u = U - W S.
 """
 
 import functools
@@ -18,7 +20,8 @@ from seqlab.kernels.linear_attention.xla import Config, _inverse, _set_apart, _w
 
 
 class Blocks(NamedTuple):
-    """Steps of a chunk, values of a program, whose state [k, values] is in registers, and what Triton is asked for."""
+    """Steps of a chunk, values of a program, whose state [k, values] is in registers, and what Triton is
+    asked for."""
 
     steps: int
     values: int
@@ -30,10 +33,13 @@ BUDGET = 1 << 26  # elements of one array [b, block, h, k]
 
 
 def blocks(exact: bool, keys: int, values: int) -> Blocks:
-    """The tile for heads of so many keys and values, where products are to be those of float32 or not; NotImplementedError if none."""
+    """The tile for heads of so many keys and values, where products are to be those of float32 or not;
+    NotImplementedError if none."""
     place = "linear_attention/triton_gpu/carry", 4 if exact else 2
     if keys > widest(*place):
-        raise NotImplementedError(f"kernels for keys of up to {widest(*place)} exist in this precision, got k={keys}")
+        raise NotImplementedError(
+            f"kernels for keys of up to {widest(*place)} exist in this precision, got k={keys}"
+        )
     found = Blocks(**find(*place, keys))
     return found._replace(values=min(found.values, triton.power(values, 16)))
 
@@ -42,20 +48,28 @@ def linear_attention(q, k, v, decay, beta, initial_state, reset, *, scale, chunk
     """`out, final_state`; see `xla.linear_attention` for the arguments."""
     triton.require(q, k, v, decay, beta, initial_state)
     if beta is not None and beta.shape[-1] > 1:
-        raise NotImplementedError("no kernel has a beta of every value: each would need a triangular system of its own")
-    if v.shape[1] == 1:  # decoding has no chunks between which anything is carried, just a few operations that XLA fuses
+        raise NotImplementedError(
+            "no kernel has a beta of every value: each would need a triangular system of its own"
+        )
+    if (
+        v.shape[1] == 1
+    ):  # decoding has no chunks between which anything is carried, just a few operations that XLA fuses
         return xla.linear_attention(q, k, v, decay, beta, initial_state, reset, scale=scale)
     exact = v.dtype == jnp.float32
     most = blocks(exact, k.shape[-1], v.shape[-1]).steps
     channels = decay is not None and decay.shape[-1] > 1
     size = min(chunk or (xla.default_chunk(k, decay, beta) if channels else most), most)
     with jax.default_matmul_precision("highest" if exact else "default"):
-        return xla.in_blocks((q, k, v, decay, beta, reset), initial_state, BUDGET, Config(scale, size, 0, _CARRIES[exact]))
+        return xla.in_blocks(
+            (q, k, v, decay, beta, reset), initial_state, BUDGET, Config(scale, size, 0, _CARRIES[exact])
+        )
 
 
 def _plain(exact, state, v, products, masks):
     """See `xla._plain`."""
-    states, _, final = _through(exact, state, v, None, _where(masks.last, products.write), products.keep, masks)
+    states, _, final = _through(
+        exact, state, v, None, _where(masks.last, products.write), products.keep, masks
+    )
     return _old(products.read, states, masks), final
 
 
@@ -69,7 +83,10 @@ def _delta(exact, state, v, beta, overlaps, products, masks):
     return _old(queries, states, masks), u, final
 
 
-_CARRIES = {exact: tuple(functools.partial(function, exact) for function in (_plain, _delta)) for exact in (False, True)}
+_CARRIES = {
+    exact: tuple(functools.partial(function, exact) for function in (_plain, _delta))
+    for exact in (False, True)
+}
 
 
 def _old(read, states, masks):
@@ -80,10 +97,13 @@ def _old(read, states, masks):
 
 
 def _through(exact, state, U, read, write, keep, masks):
-    """The states [n, b, g, r, k, v] before every chunk, u [n, b, g, r, c, v] and the state after the last, [b, g, r, k, v]."""
+    """The states [n, b, g, r, k, v] before every chunk, u [n, b, g, r, c, v] and the state after the last,
+    [b, g, r, k, v]."""
     (n, b, g, r), (k, v) = U.shape[:4], state.shape[-2:]
     if masks.whole is not None:
-        keep = jnp.broadcast_to(_where(masks.whole, jnp.ones((), state.dtype) if keep is None else keep), (n, b, g, *_tail(keep)))
+        keep = jnp.broadcast_to(
+            _where(masks.whole, jnp.ones((), state.dtype) if keep is None else keep), (n, b, g, *_tail(keep))
+        )
 
     def flat(x):
         return None if x is None else x.reshape(n, -1, *x.shape[4:])
@@ -100,7 +120,8 @@ def _tail(keep):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _carry(exact, reset, state, U, read, write, keep):
-    """See `triton_kernels`: state [heads, k, v]; U [n, heads, c, v]; read, write [n, heads or fewer, c, k]; keep [n, heads or fewer, .]."""
+    """See `triton_kernels`: state [heads, k, v]; U [n, heads, c, v]; read, write [n, heads or fewer, c, k];
+    keep [n, heads or fewer, .]."""
     from seqlab.kernels.linear_attention import triton_kernels as kernels
 
     (n, heads, *_), (_, k, v) = U.shape, state.shape
@@ -108,7 +129,9 @@ def _carry(exact, reset, state, U, read, write, keep):
     arrays = (state, U, write, state if read is None else read, state if keep is None else keep)
     shapes = [(n, heads, k, v), U.shape if read is not None else (1,), state.shape]
     shapes = [(shape, state.dtype) for shape in shapes]
-    states, u, final = triton.launch(kernels.forward, arrays, shapes, grid=grid, constants=constants, warps=cut.warps, stages=cut.stages)
+    states, u, final = triton.launch(
+        kernels.forward, arrays, shapes, grid=grid, constants=constants, warps=cut.warps, stages=cut.stages
+    )
     return states, U if read is None else u, final
 
 
@@ -124,7 +147,9 @@ def _carry_backward(exact, reset, residuals, cotangents):
     constants, grid, cut = _setting(exact, reset, dfinal, u, read, write, keep)
     arrays = (states, write, *(dfinal if x is None else x for x in (read, keep)), dstates, du, dfinal)
     shapes = [(x.shape, dfinal.dtype) for x in (states, u, dfinal)]
-    results = triton.launch(kernels.backward, arrays, shapes, grid=grid, constants=constants, warps=cut.warps, stages=cut.stages)
+    results = triton.launch(
+        kernels.backward, arrays, shapes, grid=grid, constants=constants, warps=cut.warps, stages=cut.stages
+    )
     after, dU, dstate = results
     if reset:
         states, _ = _set_apart(states)
@@ -132,7 +157,10 @@ def _carry_backward(exact, reset, residuals, cotangents):
     dread = None if read is None else -jnp.einsum("nhcv,nhkv->nhck", dU, states)
     dkeep = None
     if keep is not None:
-        dkeep = _shared(jnp.sum(after * states, axis=(2, 3) if keep.shape[-1] == 1 else 3).reshape(*states.shape[:2], -1), keep)
+        dkeep = _shared(
+            jnp.sum(after * states, axis=(2, 3) if keep.shape[-1] == 1 else 3).reshape(*states.shape[:2], -1),
+            keep,
+        )
     return dstate, dU if read is not None else du + dU, dread, dwrite, dkeep
 
 

@@ -1,11 +1,13 @@
 """Kernels that carry the states of linear attention from chunk to chunk, forwards and backwards.
 
-With the state S [k, v] before a chunk, what its steps read W [c, k] and write K [c, k], and the decay a [k] of the whole chunk,
+With the state S [k, v] before a chunk, what its steps read W [c, k] and write K [c, k], and the decay a [k]
+of the whole chunk,
 
-    u = U - W S          S' = a S + K' u          and backwards  du' = du + K G          G' = a G + dS - W' du'
+    u = U - W S          S' = a S + K' u          and backwards  du' = du + K G          G' = a G + dS - W'
+    du'
 
-A program owns one head of one row and a block of value columns, which know nothing of each other. The arrays stand as
-[chunks, rows, heads, c, .]; W, K and a may have one head for `SHARE` heads of U.
+A program owns one head of one row and a block of value columns, which know nothing of each other. The arrays
+stand as [chunks, rows, heads, c, .]; W, K and a may have one head for `SHARE` heads of U.
 """
 
 import triton
@@ -27,7 +29,8 @@ def _put(x, head, row, column, value, ROWS: tl.constexpr, COLUMNS: tl.constexpr)
 
 @triton.jit
 def _whole(state):
-    """[1, columns]: which columns are finite throughout. Where sequences meet in a chunk, 0 * NaN must not happen."""
+    """[1, columns]: which columns are finite throughout. Where sequences meet in a chunk, 0 * NaN must not
+    happen."""
     return (tl.max(tl.where((state == state) & (tl.abs(state) < float("inf")), 0, 1), 0) == 0)[None, :]
 
 
@@ -49,7 +52,8 @@ def forward(
     SHARE: tl.constexpr, SHARE_KEEP: tl.constexpr, KEEP: tl.constexpr, DELTA: tl.constexpr, RESET: tl.constexpr,
     PRECISION: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """The states before every chunk, the values u, and the state after the last. HEADS counts those of all rows."""
+    """The states before every chunk, the values u, and the state after the last. HEADS counts those of all
+    rows."""
     head = tl.program_id(0).to(tl.int64)
     step, channel, value = tl.arange(0, CP), tl.arange(0, KP), tl.program_id(1) * BV + tl.arange(0, BV)
     state = _tile(initial, head, channel, value, K, V)
@@ -84,14 +88,18 @@ def backward(
     SHARE: tl.constexpr, SHARE_KEEP: tl.constexpr, KEEP: tl.constexpr, DELTA: tl.constexpr, RESET: tl.constexpr,
     PRECISION: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """From the gradients by the states before every chunk, the values and the final state: those by the states `after` every chunk, by U
-    and by the initial state. All else that is asked for is a product of these with what the forward pass has left."""
+    """From the gradients by the states before every chunk, the values and the final state: those by the
+    states `after` every chunk, by U and by the initial state. All else that is asked for is a product of
+    these with what the forward pass has left."""
     head = tl.program_id(0).to(tl.int64)
     step, channel, value = tl.arange(0, CP), tl.arange(0, KP), tl.program_id(1) * BV + tl.arange(0, BV)
     LAST: tl.constexpr = CHUNKS - 1
     # Triton takes a number between 2^31 and 2^32 for unsigned, the negative of which is none.
     state_chunk, value_chunk = tl.full((), HEADS * K * V, tl.int64), tl.full((), HEADS * C * V, tl.int64)
-    key_chunk, keep_chunk = tl.full((), HEADS // SHARE * C * K, tl.int64), tl.full((), HEADS // SHARE_KEEP * KEEP, tl.int64)
+    key_chunk, keep_chunk = (
+        tl.full((), HEADS // SHARE * C * K, tl.int64),
+        tl.full((), HEADS // SHARE_KEEP * KEEP, tl.int64),
+    )
     states += LAST * state_chunk
     dstates += LAST * state_chunk
     after += LAST * state_chunk
@@ -112,7 +120,9 @@ def backward(
         grad = a * grad
         if DELTA:
             now += _tile(du, head, step, value, C, V)
-            grad -= tl.dot(tl.trans(_tile(read, head // SHARE, step, channel, C, K)), now, input_precision=PRECISION)
+            grad -= tl.dot(
+                tl.trans(_tile(read, head // SHARE, step, channel, C, K)), now, input_precision=PRECISION
+            )
         _put(dU, head, step, value, now, C, V)
         if RESET:
             grad = tl.where(finite, grad, 0.0)

@@ -1,15 +1,17 @@
 """The chunked form: matrix products inside a chunk, a small recurrence from chunk to chunk.
 
-With b_r the log decays of a chunk summed up to row r, S the state before the chunk, and the delta rule where beta is given (Yang et al.
-2024, arXiv 2312.06635, 2406.06484 and 2412.06464; Dao and Gu 2024, arXiv 2405.21060):
+With b_r the log decays of a chunk summed up to row r, S the state before the chunk, and the delta rule where
+beta is given (Yang et al. 2024, arXiv 2312.06635, 2406.06484 and 2412.06464; Dao and Gu 2024, arXiv
+2405.21060):
 
     P_rs = sum_c q_rc k_sc exp(b_rc - b_sc), s <= r          G_rs = sum_c k_rc k_sc exp(b_rc - b_sc), s < r
     u    = v,  or the solution of  u_r + beta_r sum_s G_rs u_s = beta_r (v_r - S' (exp(b_r) k_r))
     o    = scale ((exp(b) q) S + P u)                        S'   = exp(b_C) S + (exp(b_C - b) k)' u
 
-A block is a number of chunks. The outer scan goes from block to block and works on slices of the arguments in place; inside a block all
-that does not need the state is done for all chunks at once. The gradient is a second scan over the blocks, backwards from the states
-saved between them, so memory beyond arguments and results is that of one block, and one state a block.
+A block is a number of chunks. The outer scan goes from block to block and works on slices of the arguments in
+place; inside a block all that does not need the state is done for all chunks at once. The gradient is a
+second scan over the blocks, backwards from the states saved between them, so memory beyond arguments and
+results is that of one block, and one state a block.
 """
 
 import functools
@@ -23,19 +25,26 @@ import numpy as np
 from seqlab.kernels.blocks import find
 from seqlab.kernels.linear_attention.reference import step
 
-# Elements of one array [b, block, h, k]. On a CPU a block must stay in the second cache (measured: blocks four times larger take half as
-# long again), while an accelerator wants to be filled.
+# Elements of one array [b, block, h, k]. On a CPU a block must stay in the second cache (measured: blocks
+# four times larger take half as long again), while an accelerator wants to be filled.
 _BLOCK = {"cpu": 1 << 18}
 _BLOCK_ELSEWHERE = 1 << 24
-_MILD = -30.0  # the log decay of half a chunk down to which one reference row will do: far from overflow, and rounded to 2e-6 or so
+# the log decay of half a chunk down to which one reference row will do: far from overflow, and rounded to
+# 2e-6 or so
+_MILD = -30.0
 
 
 def linear_attention(q, k, v, decay, beta, initial_state, reset, *, scale, chunk=None):
-    """`out, final_state`: decay [b, t, h, 1 or k], beta [b, t, h, 1 or v], initial_state [b, h, k, v] in its accumulator."""
+    """`out, final_state`: decay [b, t, h, 1 or k], beta [b, t, h, 1 or v], initial_state [b, h, k, v] in its
+    accumulator."""
     time, dtype = q.shape[1], initial_state.dtype
     if time == 1:  # decoding: a handful of operations, no loop
         arrays = (x if x is None else x[:, 0] for x in (q, k, v, decay, beta, reset))
-        final_state, out = step(initial_state, *(x if x is None or x.dtype == bool else x.astype(dtype) for x in arrays), scale=scale)
+        final_state, out = step(
+            initial_state,
+            *(x if x is None or x.dtype == bool else x.astype(dtype) for x in arrays),
+            scale=scale,
+        )
         return out[:, None].astype(v.dtype), final_state
     size = chunk if chunk is not None else default_chunk(k, decay, beta)
     budget = _BLOCK.get(jax.default_backend(), _BLOCK_ELSEWHERE)
@@ -43,7 +52,8 @@ def linear_attention(q, k, v, decay, beta, initial_state, reset, *, scale, chunk
 
 
 def in_blocks(arrays, initial_state, budget, config):
-    """`out, final_state` of the arguments in blocks of at most `budget` elements, padded with steps that do nothing."""
+    """`out, final_state` of the arguments in blocks of at most `budget` elements, padded with steps that do
+    nothing."""
     q, _, v, *_ = arrays
     time, size = q.shape[1], config.size
     rows = v.shape[0] if isinstance(v.shape[0], int) else 1  # exported functions are for any number of rows
@@ -52,7 +62,9 @@ def in_blocks(arrays, initial_state, budget, config):
     blocks = -(-chunks // most)
     length = -(-chunks // blocks) * size
     if blocks * length > time:  # a step with k = 0, no decay and no reset does nothing
-        arrays = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, blocks * length - time), *((0, 0),) * (x.ndim - 2))), arrays)
+        arrays = jax.tree.map(
+            lambda x: jnp.pad(x, ((0, 0), (0, blocks * length - time), *((0, 0),) * (x.ndim - 2))), arrays
+        )
     out, final_state = _blocks(config._replace(length=length), arrays, initial_state)
     return out[:, :time], final_state
 
@@ -65,7 +77,8 @@ def default_chunk(k, decay, beta):
 
 
 class Config(NamedTuple):
-    """What is fixed when tracing: the scale, the steps of a chunk and of a block, and what carries states from chunk to chunk."""
+    """What is fixed when tracing: the scale, the steps of a chunk and of a block, and what carries states
+    from chunk to chunk."""
 
     scale: float
     size: int
@@ -88,7 +101,9 @@ def _forward(config, arrays, state):
         return (new, jax.lax.dynamic_update_slice_in_dim(out, piece, start, 1)), state
 
     v = arrays[2]
-    (final_state, out), states = jax.lax.scan(body, (state, jnp.zeros_like(v)), jnp.arange(0, v.shape[1], config.length))
+    (final_state, out), states = jax.lax.scan(
+        body, (state, jnp.zeros_like(v)), jnp.arange(0, v.shape[1], config.length)
+    )
     return (out, final_state), (arrays, states)
 
 
@@ -100,7 +115,9 @@ def _backward(config, residuals, cotangents):
         d_state, gradients = carry
         start, state = x
         piece = jax.lax.dynamic_slice_in_dim(d_out, start, config.length, 1)
-        d_arrays, d_state = _either(_block_gradient, config, state, _slices(arrays, start, config.length), piece, d_state)
+        d_arrays, d_state = _either(
+            _block_gradient, config, state, _slices(arrays, start, config.length), piece, d_state
+        )
         update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
         return (d_state, jax.tree.map(update, gradients, d_arrays)), None
 
@@ -118,7 +135,8 @@ def _slices(arrays, start, length):
 
 
 def _either(function, config, state, arrays, *rest):
-    """`function` with the fast treatment of channel decays where those of this block are mild, else with the general one."""
+    """`function` with the fast treatment of channel decays where those of this block are mild, else with the
+    general one."""
     decay = arrays[3]
     if decay is None or decay.shape[-1] == 1 or config.size == 1:
         return function(config, False, state, arrays, *rest)
@@ -134,7 +152,8 @@ def _block_gradient(config, mild, state, arrays, d_out, d_state):
     return pull((d_out, d_state))
 
 
-# --- inside a block: n chunks of c steps, arrays [n, b, g, r, c, .] with r = h // g, or 1 where all heads of a group share
+# --- inside a block: n chunks of c steps, arrays [n, b, g, r, c, .] with r = h // g, or 1 where all heads of
+# a group share
 
 
 def _block(config, mild, state, arrays):
@@ -149,7 +168,9 @@ def _block(config, mild, state, arrays):
 
     q, k, values, decay, beta = jax.tree.map(split, (q, k, v, decay, beta))
     masks = Masks() if reset is None else _masks(reset.reshape(batch, -1, size))
-    left = q if beta is None else jnp.concatenate([q, k], axis=-2)  # the delta rule reads with its keys as with its queries
+    left = (
+        q if beta is None else jnp.concatenate([q, k], axis=-2)
+    )  # the delta rule reads with its keys as with its queries
     products = _products(left, k, decay, mild)
     scores = _where(masks.same, jnp.where(_level(size) >= -1, products.pairs[..., :size, :], 0))
     grouped = state.reshape(batch, groups, heads // groups, *state.shape[2:])
@@ -160,7 +181,9 @@ def _block(config, mild, state, arrays):
         overlaps = _where(masks.same, jnp.where(_level(size) >= 0, products.pairs[..., size:, :], 0))
         old, values, final = delta(grouped, values, beta, overlaps, products, masks)
     out = config.scale * (old + scores @ values)
-    return out.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, heads, width).astype(v.dtype), final.reshape(state.shape)
+    return out.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, heads, width).astype(v.dtype), final.reshape(
+        state.shape
+    )
 
 
 def _plain(state, v, products, masks):
@@ -179,7 +202,8 @@ def _plain(state, v, products, masks):
 
 
 def _delta(state, v, beta, overlaps, products, masks):
-    """What the queries read from the states before their chunks, the values that are written, and the state after the last."""
+    """What the queries read from the states before their chunks, the values that are written, and the state
+    after the last."""
     size = v.shape[-2]
     per_value = beta.shape[-1] > 1
     if per_value:  # every memory has its own betas, and so its own system even where it shares its keys
@@ -194,11 +218,16 @@ def _delta(state, v, beta, overlaps, products, masks):
         u = _substitute(system, beta, target) if per_value else system @ target
         state = _kept(state, keep, whole) + write.mT @ u
         if broken is not None:
-            state, old = jnp.where(whole & broken, jnp.nan, state), jnp.where(first, jnp.where(broken, jnp.nan, old), 0)
+            state, old = (
+                jnp.where(whole & broken, jnp.nan, state),
+                jnp.where(first, jnp.where(broken, jnp.nan, old), 0),
+            )
         return state, (old, u)
 
     write = _where(masks.last, products.write)
-    final, (old, u) = jax.lax.scan(body, state, (system, products.read, write, v, beta, products.keep, masks.first, masks.whole))
+    final, (old, u) = jax.lax.scan(
+        body, state, (system, products.read, write, v, beta, products.keep, masks.first, masks.whole)
+    )
     return old, u, final
 
 
@@ -210,8 +239,8 @@ def _kept(state, keep, whole):
 def _set_apart(state):
     """The state with its columns that are not finite emptied, and which they were, [b, g, r, 1, v].
 
-    Steps before and after a reset share the products of their chunk, where 0 * NaN is NaN: what is broken has to stay outside of them,
-    and of their gradients too.
+    Steps before and after a reset share the products of their chunk, where 0 * NaN is NaN: what is broken has
+    to stay outside of them, and of their gradients too.
     """
     finite = jnp.all(jnp.isfinite(state), axis=-2, keepdims=True)
     return jnp.where(finite, state, 0), ~finite
@@ -232,7 +261,12 @@ class Masks(NamedTuple):
 def _masks(reset):
     ids = jnp.cumsum(reset, axis=-1, dtype=jnp.int32).transpose(1, 0, 2)[:, :, None, None]
     last = ids[..., -1:]
-    return Masks((ids == 0)[..., None], (ids == last)[..., None], last[..., None] == 0, ids[..., :, None] == ids[..., None, :])
+    return Masks(
+        (ids == 0)[..., None],
+        (ids == last)[..., None],
+        last[..., None] == 0,
+        ids[..., :, None] == ids[..., None, :],
+    )
 
 
 def _where(mask, x):
@@ -243,9 +277,12 @@ def _where(mask, x):
 
 
 class Products(NamedTuple):
-    """Everything that decays act on inside the chunks; rows of `left` are queries, or queries and then keys."""
+    """Everything that decays act on inside the chunks; rows of `left` are queries, or queries and then
+    keys."""
 
-    pairs: jax.Array  # [n, b, g, r, rows, c] sum_c left_rc k_sc exp(b_rc - b_sc), of any value where s is later than r
+    pairs: (
+        jax.Array
+    )  # [n, b, g, r, rows, c] sum_c left_rc k_sc exp(b_rc - b_sc), of any value where s is later than r
     read: jax.Array  # [n, b, g, r, rows, k] exp(b) left
     write: jax.Array  # [n, b, g, r, c, k] exp(b_C - b) k
     keep: jax.Array | None  # [n, b, g, r, 1 or k, 1] exp(b_C)
@@ -273,12 +310,15 @@ def _products(left, k, decay, mild):
 
 
 def _halving(decay):
-    """The pair (r, s) is parted by the middle of one of the blocks that halving the chunk makes, and there exp(b_r - b_s) falls into
-    exp(b_r - b_middle) exp(b_middle - b_s), neither of which can overflow however strong the decay. Since every sum runs over a block
-    alone, from or to its middle, none is the difference of two larger ones: b_r - b_s after a log decay of -1e4 would keep no digit.
+    """The pair (r, s) is parted by the middle of one of the blocks that halving the chunk makes, and there
+    exp(b_r - b_s) falls into exp(b_r - b_middle) exp(b_middle - b_s), neither of which can overflow however
+    strong the decay. Since every sum runs over a block
+    alone, from or to its middle, none is the difference of two larger ones: b_r - b_s after a log decay of
+    -1e4 would keep no digit.
 
-    Returns the factor of every row for blocks of 2, 4, ... c steps (read in the right half, write in the left), and the log decays from
-    the beginning of the chunk through each row, and from behind each row to its end.
+    Returns the factor of every row for blocks of 2, 4, ... c steps (read in the right half, write in the
+    left), and the log decays from the beginning of the chunk through each row, and from behind each row to
+    its end.
     """
     *lead, size, width = decay.shape
     through, behind = decay, jnp.zeros_like(decay)
@@ -288,7 +328,9 @@ def _halving(decay):
         right = (np.arange(size) >> index & 1 == 1).reshape((1,) * len(lead) + (size, 1))
         factors.append(jnp.exp(jnp.where(right, through, behind)))
         sums = through.reshape(halves)[..., -1:, :]
-        other = jnp.broadcast_to(sums[..., ::-1, :, :], halves).reshape(decay.shape)  # the decay of the other half
+        other = jnp.broadcast_to(sums[..., ::-1, :, :], halves).reshape(
+            decay.shape
+        )  # the decay of the other half
         through, behind = jnp.where(right, through + other, through), jnp.where(right, behind, behind + other)
     return factors, through, behind
 
@@ -311,19 +353,29 @@ def _gamma_forward(decay):
 def _gamma_backward(gamma, d):
     strict = _level(gamma.shape[-1]) >= 0
     later = jnp.asarray((strict.mT | np.eye(gamma.shape[-1], dtype=bool))[0, 0, 0, 0], gamma.dtype)
-    through = jnp.matmul(later, jnp.where(strict, gamma * d, 0), precision=jax.lax.Precision.HIGHEST)  # sum of the pairs with r >= i
-    return (jnp.sum(jnp.where(strict, through, 0), axis=-1, keepdims=True),)  # of these the ones with s < i: step i decays them all
+    through = jnp.matmul(
+        later, jnp.where(strict, gamma * d, 0), precision=jax.lax.Precision.HIGHEST
+    )  # sum of the pairs with r >= i
+    return (
+        jnp.sum(jnp.where(strict, through, 0), axis=-1, keepdims=True),
+    )  # of these the ones with s < i: step i decays them all
 
 
 _gamma.defvjp(_gamma_forward, _gamma_backward)
 
 
 def _mild_products(left, k, decay, rows):
-    """One reference row for the whole chunk, its middle, so one product instead of one a halving; its factors reach exp(-_MILD)."""
+    """One reference row for the whole chunk, its middle, so one product instead of one a halving; its factors
+    reach exp(-_MILD)."""
     *lead, size, width = decay.shape
     _, through, behind = _halving(decay.reshape(*lead, 2, size // 2, width))
-    middle = jnp.exp(jnp.concatenate([-behind[..., 0, :, :], through[..., 1, :, :]], axis=-2))  # exp(b - b_middle)
-    before, after = jnp.exp(through[..., 0, -1:, :]), jnp.exp(through[..., 1, -1:, :])  # exp(b_middle), exp(b_C - b_middle)
+    middle = jnp.exp(
+        jnp.concatenate([-behind[..., 0, :, :], through[..., 1, :, :]], axis=-2)
+    )  # exp(b - b_middle)
+    before, after = (
+        jnp.exp(through[..., 0, -1:, :]),
+        jnp.exp(through[..., 1, -1:, :]),
+    )  # exp(b_middle), exp(b_C - b_middle)
     left, k = rows(middle) * left, k / middle
     return Products(left @ k.mT, before * left, after * k, (before * after).mT)
 
@@ -340,10 +392,12 @@ def _level(size):
 
 @jax.custom_vjp
 def _inverse(a):
-    """(1 + a)^-1 for strictly lower triangular a [..., c, c], by blocks: [[X, 0], [-Y a X, Y]] from the inverses X and Y of the halves.
+    """(1 + a)^-1 for strictly lower triangular a [..., c, c], by blocks: [[X, 0], [-Y a X, Y]] from the
+    inverses X and Y of the halves.
 
-    As accurate as substitution here: with keys of unit length every block of the inverse is a product of contractions, of size one,
-    while the powers of a in a Neumann series grow like binomial coefficients where keys repeat.
+    As accurate as substitution here: with keys of unit length every block of the inverse is a product of
+    contractions, of size one, while the powers of a in a Neumann series grow like binomial coefficients where
+    keys repeat.
     """
     level = _level(a.shape[-1])
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -368,13 +422,16 @@ _inverse.defvjp(_inverse_forward, _inverse_backward)
 
 @jax.custom_vjp
 def _substitute(overlaps, beta, target):
-    """u [..., c, v] with u_r + beta_r sum_s overlaps_rs u_s = target_r: with one beta a value every value has a system of its own."""
+    """u [..., c, v] with u_r + beta_r sum_s overlaps_rs u_s = target_r: with one beta a value every value has
+    a system of its own."""
 
     def row(u, x):
         index, overlap, beta, target = x
         return jax.lax.dynamic_update_slice_in_dim(u, target - beta * (overlap @ u), index, -2), None
 
-    return jax.lax.scan(row, jnp.zeros_like(target), (jnp.arange(target.shape[-2]), *map(_by_row, (overlaps, beta, target))))[0]
+    return jax.lax.scan(
+        row, jnp.zeros_like(target), (jnp.arange(target.shape[-2]), *map(_by_row, (overlaps, beta, target)))
+    )[0]
 
 
 def _substitute_forward(overlaps, beta, target):

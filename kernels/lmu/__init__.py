@@ -1,7 +1,7 @@
 """The linear memory of an LMU: a window of the past in Legendre coefficients, by one fixed linear recurrence.
 
-Implementations: `reference` (one step in a scan, the truth), `xla` (chunks of matrix products; the default everywhere), `fft` (one
-convolution over the whole call; by name only).
+Implementations: `reference` (one step in a scan, the truth), `xla` (chunks of matrix products; the default
+everywhere), `fft` (one convolution over the whole call; by name only).
 """
 
 import functools
@@ -37,35 +37,41 @@ def lmu(
 
         m_t[q] = A m_{t-1}[q] + B u_t[q]
 
-    The input of a step is inside the memory of that step. With the matrices of `legendre(d, theta)` m_t holds the coefficients of the last
-    theta inputs in Legendre polynomials, but A and B may be any. All arithmetic is in float32 (float64) at full precision whatever the
+    The input of a step is inside the memory of that step. With the matrices of `legendre(d, theta)` m_t holds
+    the coefficients of the last theta inputs in Legendre polynomials, but A and B may be any. All arithmetic
+    is in float32 (float64) at full precision whatever the
     dtype of u: operands of 8 bits, which a TPU takes by default, put errors of 1 to 9 % into m.
 
     Args:
       u: [b, t, q].
-      A, B: [d, d] and [d]. Where they are NumPy arrays, powers of A are taken in float64 on the host, once a compilation; traced ones (a
+      A, B: [d, d] and [d]. Where they are NumPy arrays, powers of A are taken in float64 on the host, once a
+      compilation; traced ones (a
         window that is learnt) work too.
       initial_state: [b, q, d]; zeros by default.
       reset: [b, t]; where True a fresh sequence starts, and what the state held, NaN included, is forgotten.
-      valid: [b, t]; a step where it is False does nothing, it does not even let the memory fade: its input, NaN included, reaches no other
-        output, no state and no gradient, its own output is 0 and its reset is ignored.
+      valid: [b, t]; a step where it is False does nothing, it does not even let the memory fade: its input,
+        NaN included, reaches no other output, no state and no gradient, its own output is 0 and its reset is
+        ignored.
       chunk: how many steps `xla` takes by one matrix product; None chooses.
       implementation: "reference", "xla" or "fft"; None lets `seqlab.kernels.dispatch` choose.
 
     Returns:
-      m [b, t, q, d] in the dtype of u, and the final state [b, q, d] in `accumulator` of it. Both may be differentiated in any way.
+      m [b, t, q, d] in the dtype of u, and the final state [b, q, d] in `accumulator` of it. Both may be
+      differentiated in any way.
 
     Raises:
       ValueError: if an argument has the wrong shape, type or range, or `implementation` is unknown.
       NotImplementedError: `implementation="fft"` with `reset` or `valid`.
 
-    Source: Voelker, Kajić, Eliasmith, "Legendre Memory Units" (NeurIPS 2019), equation 9; Chilkuri, Eliasmith (arXiv 2102.11417) for the
-    convolution.
+    Source: Voelker, Kajić, Eliasmith, "Legendre Memory Units" (NeurIPS 2019), equation 9; Chilkuri, Eliasmith
+    (arXiv 2102.11417) for the convolution.
     """
     _check_arrays(u, A, B, initial_state)
     for name, flags in (("reset", reset), ("valid", valid)):
         if flags is not None and (flags.shape != u.shape[:2] or flags.dtype != bool):
-            raise ValueError(f"{name} must be a boolean array [b, t] = {u.shape[:2]}, got {flags.dtype}{flags.shape}")
+            raise ValueError(
+                f"{name} must be a boolean array [b, t] = {u.shape[:2]}, got {flags.dtype}{flags.shape}"
+            )
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         raise ValueError(f"chunk must be a positive integer or None, got {chunk!r}")
     (b, t, q), d, dtype = u.shape, B.shape[0], accumulator(u.dtype)
@@ -74,8 +80,13 @@ def lmu(
         return jnp.zeros((b, 0, q, d), u.dtype), jnp.zeros((b, q, d), dtype) if state is None else state
     reset = reset & valid if reset is not None and valid is not None else reset
     if sequence_parallel.parts(t) > 1:
-        valid, constant = sequence_parallel.all_valid(valid, u.shape), isinstance(A, np.ndarray) and isinstance(B, np.ndarray)
-        run = functools.partial(_stretch, (A, B) if constant else (), {"chunk": chunk, "implementation": implementation})
+        valid, constant = (
+            sequence_parallel.all_valid(valid, u.shape),
+            isinstance(A, np.ndarray) and isinstance(B, np.ndarray),
+        )
+        run = functools.partial(
+            _stretch, (A, B) if constant else (), {"chunk": chunk, "implementation": implementation}
+        )
         return sequence_parallel.split(run, (u, reset, valid), (() if constant else (A, B), state))
     if not (isinstance(A, np.ndarray) and isinstance(B, np.ndarray)):
         A, B = jnp.asarray(A, dtype), jnp.asarray(B, dtype)
@@ -85,7 +96,8 @@ def lmu(
 
 
 def _stretch(constants: tuple, options: dict, timed: tuple, whole: tuple) -> tuple[Array, Array]:
-    """What one device does where time is split over several. All that a stretch does to a state is to let its valid steps pass."""
+    """What one device does where time is split over several. All that a stretch does to a state is to let its
+    valid steps pass."""
     (u, reset, valid), (matrices, initial_state) = timed, whole
     A, B = matrices or constants
     run = functools.partial(lmu, u, A, B, reset=reset, valid=valid, **options)

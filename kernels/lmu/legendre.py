@@ -1,4 +1,5 @@
-"""The matrices of the Legendre memory, in float64 on the host: in float32 the matrix exponential is wrong by up to 1e-4."""
+"""The matrices of the Legendre memory, in float64 on the host: in float32 the matrix exponential is wrong by
+up to 1e-4."""
 
 import functools
 
@@ -9,14 +10,16 @@ from seqlab.kernels.dispatch import check_name
 
 @functools.lru_cache(maxsize=64)
 def legendre(order: int, theta: float, discretizer: str = "zoh") -> tuple[np.ndarray, np.ndarray]:
-    """Ā [d, d] and B̄ [d] of the memory m_t = Ā m_{t-1} + B̄ u_t that holds the last `theta` inputs in `order` = d coefficients.
+    """Ā [d, d] and B̄ [d] of the memory m_t = Ā m_{t-1} + B̄ u_t that holds the last `theta` inputs in
+    `order` = d coefficients.
 
     The continuous system, for i, j = 0 .. d-1, is
 
         A_ij = (2i+1)/θ (-1 if i < j, else (-1)^(i-j+1))          B_i = (2i+1)/θ (-1)^i
 
-    "zoh" keeps the input constant through a step, exp([[A, B], [0, 0]]) = [[Ā, B̄], [0, 1]], and is stable for every pair of order and
-    theta that was tried. "euler", Ā = I + A and B̄ = B, is unstable unless theta is large, well above 4 d.
+    "zoh" keeps the input constant through a step, exp([[A, B], [0, 0]]) = [[Ā, B̄], [0, 1]], and is stable
+    for every pair of order and theta that was tried. "euler", Ā = I + A and B̄ = B, is unstable unless theta
+    is large, well above 4 d.
 
     The arrays are float64, read-only and remembered.
 
@@ -47,11 +50,13 @@ def legendre(order: int, theta: float, discretizer: str = "zoh") -> tuple[np.nda
 
 
 def delay_decoder(order: int, theta: float, delays: np.ndarray) -> np.ndarray:
-    """[len(delays), order]: row k reads the input of `delays[k]` steps ago, 0 <= delay <= theta, out of a memory.
+    """[len(delays), order]: row k reads the input of `delays[k]` steps ago, 0 <= delay <= theta, out of a
+    memory.
 
         u(t - τ) ≈ sum_i P_i(2τ/θ - 1) m_i(t)          P_i the Legendre polynomials
 
-    A zero-order hold delays what goes in by half a step: for the input of exactly τ steps ago ask for τ + 1/2.
+    A zero-order hold delays what goes in by half a step: for the input of exactly τ steps ago ask for τ +
+    1/2.
     """
     delays = np.asarray(delays, np.float64)
     if delays.ndim != 1 or np.any(delays < 0) or np.any(delays > theta):

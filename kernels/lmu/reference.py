@@ -7,7 +7,8 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def lmu(u, A, B, initial_state, reset, valid, *, chunk=None):
-    """`m, final_state`. u [b, t, q] in the state's dtype; A [d, d]; B [d]; initial_state [b, q, d] or None; reset, valid [b, t] or None."""
+    """`m, final_state`. u [b, t, q] in the state's dtype; A [d, d]; B [d]; initial_state [b, q, d] or None;
+    reset, valid [b, t] or None."""
     A, B = jnp.asarray(A, u.dtype), jnp.asarray(B, u.dtype)
     state = jnp.zeros_like(u[:, 0, :, None] * B) if initial_state is None else initial_state
     arrays = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (u, reset, valid))  # time leads

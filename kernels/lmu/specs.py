@@ -49,7 +49,8 @@ BENCHMARKS = {
 
 
 def inputs(spec: Spec, seed: int = 0) -> dict[str, jax.Array | np.ndarray | None]:
-    """Random arguments of `lmu` by name; without flags where the spec has none. A and B are float64 constants of the host."""
+    """Random arguments of `lmu` by name; without flags where the spec has none. A and B are float64 constants
+    of the host."""
     random, (b, t, q, d, theta) = np.random.default_rng(seed), spec[:5]
     A, B = legendre(d, theta)
     return {

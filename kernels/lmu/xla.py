@@ -1,16 +1,19 @@
-"""The fast form: time in chunks of c steps, each a handful of matrix products. For j = 0 .. c-1 and the state s before a chunk
+"""The fast form: time in chunks of c steps, each a handful of matrix products. For j = 0 .. c-1 and the state
+s before a chunk
 
     m_j = Ā^{j+1} s + sum_{i <= j} Ā^{j-i} B̄ u_i          s' = m_{c-1}
 
-The sum is a product with the impulse response Āʲ B̄ laid out as a Toeplitz tensor [i, j, d]. The states between chunks come first, by a
-scan over the t/c chunks; then Ā^{j+1} s of all chunks at once by doubling, [X, Ā^k X], so that only Ā, Ā², Ā⁴ ... are needed and never the
-c powers [c, d, d].
+The sum is a product with the impulse response Āʲ B̄ laid out as a Toeplitz tensor [i, j, d]. The states
+between chunks come first, by a scan over the t/c chunks; then Ā^{j+1} s of all chunks at once by doubling,
+[X, Ā^k X], so that only Ā, Ā², Ā⁴ ... are needed and never the c powers [c, d, d].
 
-The number of products is that of the recurrence, t d² a row: what is saved is the t steps one after another, which is nearly everything on
-an accelerator and nothing on a CPU, whose loops are as fast as its matrix products.
+The number of products is that of the recurrence, t d² a row: what is saved is the t steps one after another,
+which is nearly everything on an accelerator and nothing on a CPU, whose loops are as fast as its matrix
+products.
 
-An arbitrary `valid` is compaction: the valid steps of a row move together, in order, and their memories move back. A step that does
-nothing is then a step that is not there, and the final state is the memory of the last valid one, bit for bit.
+An arbitrary `valid` is compaction: the valid steps of a row move together, in order, and their memories move
+back. A step that does nothing is then a step that is not there, and the final state is the memory of the last
+valid one, bit for bit.
 """
 
 import jax
@@ -24,9 +27,14 @@ from seqlab.state import mask_steps
 
 
 def lmu(u, A, B, initial_state, reset, valid, *, chunk=None):
-    """`m, final_state`; see `reference.lmu` for the arguments. A reset at an invalid step has been taken away."""
+    """`m, final_state`; see `reference.lmu` for the arguments. A reset at an invalid step has been taken
+    away."""
     time = u.shape[1]
-    state = jnp.zeros_like(u, shape=(u.shape[0], u.shape[2], B.shape[0])) if initial_state is None else initial_state
+    state = (
+        jnp.zeros_like(u, shape=(u.shape[0], u.shape[2], B.shape[0]))
+        if initial_state is None
+        else initial_state
+    )
     if time == 1:  # decoding: one product
         flags = (None if x is None else x[:, 0] for x in (reset, valid))
         state, m = reference.step(state, constant(A, u.dtype), constant(B, u.dtype), u[:, 0], *flags)
@@ -52,7 +60,9 @@ def _chunks(u, A, B, state, reset, c):
     n = -(-time // c)
     u, reset = (None if x is None else _split(x, n, c) for x in (u, reset))
     H = impulse_response(A, B, c)
-    sequence = None if reset is None else jnp.cumsum(reset, axis=2)  # [b, n, c]: which one of the chunk's, 0 = the one carried in
+    sequence = (
+        None if reset is None else jnp.cumsum(reset, axis=2)
+    )  # [b, n, c]: which one of the chunk's, 0 = the one carried in
     starts = _starts(u, A, constant(H, u.dtype), state, sequence)
     carried = spread(starts, A, c)
     if sequence is not None:
@@ -71,7 +81,9 @@ def _starts(u, A, H, state, sequence):
     """[b, n, q, d]: the memory before every chunk."""
     c = u.shape[2]
     if sequence is not None:
-        u = jnp.where((sequence == sequence[..., -1:])[..., None], u, 0)  # what the chunk's last sequence leaves behind
+        u = jnp.where(
+            (sequence == sequence[..., -1:])[..., None], u, 0
+        )  # what the chunk's last sequence leaves behind
     added = jnp.einsum("bncq,cd->nbqd", u, H[::-1], precision=HIGHEST)
     carries = None if sequence is None else (sequence[..., -1] == 0).T
     decay = constant(matrix_power(A, c), u.dtype)
@@ -92,9 +104,13 @@ def _within(u, H, sequence):
     toeplitz = jnp.where((lag >= 0)[..., None], H[np.maximum(lag, 0)], 0)
     if sequence is None:
         b, n, _, q = u.shape
-        return jnp.swapaxes(_times(jnp.swapaxes(u, 2, 3), toeplitz.reshape(c, -1)).reshape(b, n, q, c, -1), 2, 3)
+        return jnp.swapaxes(
+            _times(jnp.swapaxes(u, 2, 3), toeplitz.reshape(c, -1)).reshape(b, n, q, c, -1), 2, 3
+        )
     same = sequence[..., :, None] == sequence[..., None, :]
-    seen = jnp.where((same & (lag >= 0))[..., None], u[:, :, :, None], 0)  # [b, n, i, j, q]; selecting keeps NaN out
+    seen = jnp.where(
+        (same & (lag >= 0))[..., None], u[:, :, :, None], 0
+    )  # [b, n, i, j, q]; selecting keeps NaN out
     return jnp.einsum("bnijq,ijd->bnjqd", seen, toeplitz, precision=HIGHEST)
 
 
@@ -113,7 +129,10 @@ def advance(A, steps, state, *, most):
     power = A
     for bit in range(most.bit_length()):
         moved = _times(state, constant(power, state.dtype).T)
-        state, power = jnp.where(((steps >> bit) & 1 == 1)[:, None, None], moved, state), _product(power, power)
+        state, power = (
+            jnp.where(((steps >> bit) & 1 == 1)[:, None, None], moved, state),
+            _product(power, power),
+        )
     return state
 
 
@@ -144,15 +163,19 @@ def matrix_power(A, exponent):
 
 
 def _times(x, matrix):
-    """x [..., i] times matrix [i, o]. On a CPU the leading axes are made one: XLA would transpose x for a gradient; elsewhere they stay
-    apart, since each may be sharded over its own mesh axis."""
+    """x [..., i] times matrix [i, o]. On a CPU the leading axes are made one: XLA would transpose x for a
+    gradient; elsewhere they stay apart, since each may be sharded over its own mesh axis."""
     rows = x.reshape(-1, x.shape[-1]) if jax.default_backend() == "cpu" else x
     return jnp.matmul(rows, matrix, precision=HIGHEST).reshape(*x.shape[:-1], matrix.shape[1])
 
 
 def _product(x, y):
     """On the host in float64 where both are NumPy's: constants cost no time of the device and no bits."""
-    return x @ y if isinstance(x, np.ndarray) and isinstance(y, np.ndarray) else jnp.matmul(x, y, precision=HIGHEST)
+    return (
+        x @ y
+        if isinstance(x, np.ndarray) and isinstance(y, np.ndarray)
+        else jnp.matmul(x, y, precision=HIGHEST)
+    )
 
 
 def constant(x, dtype):

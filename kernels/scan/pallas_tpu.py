@@ -1,11 +1,13 @@
 """The selective scan on a TPU: the state of a block of channels stays in registers while time goes by.
 
-The state is [n, e], channels in the lanes. A step is elementwise work on it, with rows of u and Δ and columns of B and C: these come with
-time in the lanes, [b, n, t], and are turned until the columns of the next eight steps stand in front. The equations are those of `xla`.
+The state is [n, e], channels in the lanes. A step is elementwise work on it, with rows of u and Δ and columns
+of B and C: these come with time in the lanes, [b, n, t], and are turned until the columns of the next eight
+steps stand in front. The equations are those of `xla`.
 
-The forward pass keeps the state before every block of time. The backward pass walks the blocks backwards, computes the states of one
-again, all of them, in vector memory, and walks its steps backwards. dB and dC are sums over channels: every block of channels has its own
-part of them, added up outside.
+The forward pass keeps the state before every block of time. The backward pass walks the blocks backwards,
+computes the states of one
+again, all of them, in vector memory, and walks its steps backwards. dB and dC are sums over channels: every
+block of channels has its own part of them, added up outside.
 """
 
 import functools
@@ -19,7 +21,9 @@ from seqlab.kernels import pallas
 from seqlab.kernels.blocks import find
 
 _STEPS = 128  # of a block of time: as many as there are lanes, which hold B and C
-_STATE = 2**14  # elements of the state of a block: 16 registers of 64; the states of a block of time take 8 MiB
+_STATE = (
+    2**14
+)  # elements of the state of a block: 16 registers of 64; the states of a block of time take 8 MiB
 _STATES = 128  # n of one call: states do not meet before y, so that more of them are several calls
 _UNIT = pallas.LANES  # blocks of channels have multiples of so many
 _GROUP = 8  # steps written out: the rows of a tile
@@ -33,13 +37,26 @@ def scan(u, delta, A, B, C, initial_state, reset, *, chunk=None):
     if lanes is None:  # no block divides the channels: channels of zeros do nothing
         more = pallas.up(e, _UNIT) - e
         u, delta = (jnp.pad(x, ((0, 0), (0, 0), (0, more))) for x in (u, delta))
-        A, initial_state = jnp.pad(A, ((0, more), (0, 0))), jnp.pad(initial_state, ((0, 0), (0, more), (0, 0)))
+        A, initial_state = (
+            jnp.pad(A, ((0, more), (0, 0))),
+            jnp.pad(initial_state, ((0, 0), (0, more), (0, 0))),
+        )
         lanes = _width(e + more, min(n, _STATES))
     ys, states = [], []
     for start in range(0, n, _STATES):
         part = slice(start, start + _STATES)
         state = jnp.swapaxes(initial_state[..., part], 1, 2)
-        y, state = _scan(lanes, u.dtype if n <= _STATES else jnp.float32, u, delta, A[:, part], B[..., part], C[..., part], state, reset)
+        y, state = _scan(
+            lanes,
+            u.dtype if n <= _STATES else jnp.float32,
+            u,
+            delta,
+            A[:, part],
+            B[..., part],
+            C[..., part],
+            state,
+            reset,
+        )
         ys.append(y)
         states.append(jnp.swapaxes(state, 1, 2))
     return sum(ys[1:], ys[0])[..., :e].astype(u.dtype), jnp.concatenate(states, axis=-1)[:, :e]
@@ -74,15 +91,26 @@ def _forward(save, lanes, dtype, u, delta, A, B, C, h, reset):
         [u, delta, _wide(A.T), _columns(B), _columns(C), h, *_flags(reset)],
         [(u.shape, dtype), (h.shape, h.dtype), ((b, blocks, n, e), jnp.float32)][: 2 + save],
         grid=(b, e // lanes, blocks),
-        in_specs=[timed, timed, pl.BlockSpec((n, lanes), lambda b, e, t: (0, e)), columns, columns, once, *flags[: reset is not None]],
-        out_specs=[timed, once, pl.BlockSpec((None, None, n, lanes), lambda b, e, t: (b, t, 0, e))][: 2 + save],
+        in_specs=[
+            timed,
+            timed,
+            pl.BlockSpec((n, lanes), lambda b, e, t: (0, e)),
+            columns,
+            columns,
+            once,
+            *flags[: reset is not None],
+        ],
+        out_specs=[timed, once, pl.BlockSpec((None, None, n, lanes), lambda b, e, t: (b, t, 0, e))][
+            : 2 + save
+        ],
         scratch=[rows, rows, rows],
         parallel=2,
     )
 
 
 def _specs(n, steps, lanes, block):
-    """Blocks of [b, t, e], of [b, n, t], of [b, n, e] and of flags, where the i-th block of time to be visited is `block(i)`."""
+    """Blocks of [b, t, e], of [b, n, t], of [b, n, e] and of flags, where the i-th block of time to be
+    visited is `block(i)`."""
     return (
         pl.BlockSpec((None, steps, lanes), lambda b, e, t: (b, block(t), e)),
         pl.BlockSpec((None, n, _STEPS), lambda b, e, t: (b, 0, block(t))),
@@ -129,7 +157,9 @@ def _forward_kernel(time, save, u, delta, A, B, C, h, *rest):
         size, x, b, c = sizes[rows], inputs[rows], _turned(B, i), _turned(C, i)
         ys = []
         for j in range(_GROUP):
-            h = _update(_fresh(h, reset, i * _GROUP + j), decay, size[j : j + 1], x[j : j + 1], b[:, j : j + 1])
+            h = _update(
+                _fresh(h, reset, i * _GROUP + j), decay, size[j : j + 1], x[j : j + 1], b[:, j : j + 1]
+            )
             ys.append(jnp.sum(h * c[:, j : j + 1], axis=0, keepdims=True))
         outputs[rows] = jnp.concatenate(ys, axis=0)
         return h
@@ -139,7 +169,8 @@ def _forward_kernel(time, save, u, delta, A, B, C, h, *rest):
 
 
 def _lay(time, block, rows, index):
-    """A block of steps in float32, whole groups of them: behind the end are steps of zeros, which do nothing."""
+    """A block of steps in float32, whole groups of them: behind the end are steps of zeros, which do
+    nothing."""
     steps, x = len(block), _wide(block[...])
     if time % steps:
         x = jnp.where(pallas.places((steps, 1), 0) < time - index * steps, x, 0)
@@ -177,10 +208,24 @@ def _scan_bwd(lanes, dtype, residuals, cotangents):
     du, ddelta, dB, dC, dA, dh = pallas.call(
         functools.partial(_backward_kernel, t),
         [u, delta, dy, _wide(A.T), _columns(B), _columns(C), starts, g, *_flags(reset)],
-        [(u.shape, u.dtype), (delta.shape, delta.dtype), parts, parts, (g.shape, jnp.float32), (g.shape, g.dtype)],
+        [
+            (u.shape, u.dtype),
+            (delta.shape, delta.dtype),
+            parts,
+            parts,
+            (g.shape, jnp.float32),
+            (g.shape, g.dtype),
+        ],
         grid=(b, e // lanes, blocks),
         in_specs=[timed] * 3
-        + [pl.BlockSpec((n, lanes), lambda b, e, t: (0, e)), columns, columns, start, once, *flags[: reset is not None]],
+        + [
+            pl.BlockSpec((n, lanes), lambda b, e, t: (0, e)),
+            columns,
+            columns,
+            start,
+            once,
+            *flags[: reset is not None],
+        ],
         out_specs=[timed, timed, part, part, once, once],
         scratch=[rows] * 5 + [pallas.vector((pallas.up(steps, _GROUP) + 1, n, lanes))],
         parallel=2,
@@ -239,4 +284,7 @@ def _backward_kernel(time, u, delta, dy, A, B, C, start, g, *rest):
 
     zeros = jnp.zeros(dB.shape, jnp.float32)
     dh[...], dA[...], dB[...], dC[...] = jax.lax.fori_loop(0, groups, back, (dh[...], dA[...], zeros, zeros))
-    du[...], ddelta[...] = du_rows[: len(du)].astype(du.dtype), ddelta_rows[: len(ddelta)].astype(ddelta.dtype)
+    du[...], ddelta[...] = (
+        du_rows[: len(du)].astype(du.dtype),
+        ddelta_rows[: len(ddelta)].astype(ddelta.dtype),
+    )

@@ -8,7 +8,8 @@ import numpy as np
 
 
 class Spec(NamedTuple):
-    """One call of `scan`. `dtype` is that of u, B and C; `wide` that of delta and A. `step` is the typical size of Δ."""
+    """One call of `scan`. `dtype` is that of u, B and C; `wide` that of delta and A. `step` is the typical
+    size of Δ."""
 
     b: int
     t: int

@@ -1,9 +1,10 @@
 """Kernels of the selective scan. A program owns a block of channels and goes through time tile by tile.
 
-Inside a tile [BT, BE] the recurrence h_t = a_t h_{t-1} + x_t of one state is a parallel scan of affine maps over the steps, one state
-after another, so that u, Δ and y pass through memory once and no state of a step ever does. From tile to tile the states go through
-memory, `states` [b, tiles + 1, n, e]: every thread may have written what another reads, which is what the barriers are for. The same
-states are what the gradient starts every tile from.
+Inside a tile [BT, BE] the recurrence h_t = a_t h_{t-1} + x_t of one state is a parallel scan of affine maps
+over the steps, one state after another, so that u, Δ and y pass through memory once and no state of a step
+ever does. From tile to tile the states go through memory, `states` [b, tiles + 1, n, e]: every thread may
+have written what another reads, which is what the barriers are for. The same states are what the gradient
+starts every tile from.
 
 A map with a = 0 forgets: what it is applied to is selected away, not multiplied, since it may be NaN.
 """
@@ -34,7 +35,8 @@ def forward(
     u, delta, A, B, C, state, reset, y, states,
     T: tl.constexpr, E: tl.constexpr, N: tl.constexpr, RESET: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """y [b, t, e] and the states around every tile. A [n, e], state [b, n, e]. Program (a block of channels, a row of the batch)."""
+    """y [b, t, e] and the states around every tile. A [n, e], state [b, n, e]. Program (a block of channels,
+    a row of the batch)."""
     b = tl.program_id(1).to(tl.int64)
     e = tl.program_id(0) * BE + tl.arange(0, BE)
     ours = e < E
@@ -62,7 +64,11 @@ def forward(
             x += tl.where((steps == 0)[:, None] & (a != 0.0), a * before[None, :], 0.0)
             _, h = tl.associative_scan((a, x), 0, _then)
             total += h * tl.load(C + row * N + n, inside, 0.0).to(tl.float32)[:, None]
-            tl.store((states + (N + n) * E)[None, :] + steps[:, None] * 0, h, (steps == BT - 1)[:, None] & ours[None, :])
+            tl.store(
+                (states + (N + n) * E)[None, :] + steps[:, None] * 0,
+                h,
+                (steps == BT - 1)[:, None] & ours[None, :],
+            )
         tl.store(y + row[:, None] * E + e[None, :], total.to(y.dtype.element_ty), here)
         states += N * E
         tl.debug_barrier()
@@ -73,10 +79,11 @@ def backward(
     u, delta, A, B, C, reset, states, dy, dend, du, ddelta, dA, dB, dC, carry,
     ROWS: tl.constexpr, T: tl.constexpr, E: tl.constexpr, N: tl.constexpr, RESET: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """du, dΔ [b, t, e], and parts: of dA [b, tiles, n, e], of dB and dC [blocks of channels, b, t, n]. Tiles from the last to the first.
+    """du, dΔ [b, t, e], and parts: of dA [b, tiles, n, e], of dB and dC [blocks of channels, b, t, n]. Tiles
+    from the last to the first.
 
-    The gradient by the state after a tile passes through `carry` [b, 2, n, e], which holds that of even and of odd tiles, and ends as
-    the gradient by the initial state in the first half.
+    The gradient by the state after a tile passes through `carry` [b, 2, n, e], which holds that of even and
+    of odd tiles, and ends as the gradient by the initial state in the first half.
     """
     b = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0).to(tl.int64)
@@ -99,7 +106,11 @@ def backward(
         here = inside[:, None] & ours[None, :]
         before = (inside & (steps > 0))[:, None] & ours[None, :]
         after = (t + 1 < T)[:, None] & ours[None, :]
-        step, value, grad = _tile(delta, row, e, here, E), _tile(u, row, e, here, E), _tile(dy, row, e, here, E)
+        step, value, grad = (
+            _tile(delta, row, e, here, E),
+            _tile(u, row, e, here, E),
+            _tile(dy, row, e, here, E),
+        )
         step_before, step_after = _tile(delta, row - 1, e, before, E), _tile(delta, row + 1, e, after, E)
         gain_before = step_before * _tile(u, row - 1, e, before, E)
         fresh, fresh_before, fresh_after = steps < 0, steps < 0, steps < 0
@@ -111,13 +122,20 @@ def backward(
         for n in range(N):
             rate = tl.load(A + n * E + e, ours, 0.0)
             old = tl.load(states + n * E, ours, 0.0)
-            x = gain_before * tl.load(B + (row - 1) * N + n, inside & (steps > 0), 0.0).to(tl.float32)[:, None]
-            _, h = tl.associative_scan((_decay(step_before, rate, fresh_before), tl.where(first, old[None, :], x)), 0, _then)
+            x = (
+                gain_before
+                * tl.load(B + (row - 1) * N + n, inside & (steps > 0), 0.0).to(tl.float32)[:, None]
+            )
+            _, h = tl.associative_scan(
+                (_decay(step_before, rate, fresh_before), tl.where(first, old[None, :], x)), 0, _then
+            )
             a = _decay(step, rate, fresh)
             kept = tl.where(a == 0.0, 0.0, a * h)  # what is left of the state before the step
             b_n = tl.load(B + row * N + n, inside, 0.0).to(tl.float32)[:, None]
             h = kept + step * value * b_n
-            tl.store(dC + ((block * ROWS + b) * T + t) * N + n, tl.sum(tl.where(here, h * grad, 0.0), 1), inside)
+            tl.store(
+                dC + ((block * ROWS + b) * T + t) * N + n, tl.sum(tl.where(here, h * grad, 0.0), 1), inside
+            )
             x = grad * tl.load(C + row * N + n, inside, 0.0).to(tl.float32)[:, None]
             x += tl.where(last, tl.load(carry + ((tile + 1) % 2 * N + n) * E, ours, 0.0)[None, :], 0.0)
             _, g = tl.associative_scan((_decay(step_after, rate, fresh_after), x), 0, _then, reverse=True)
@@ -129,7 +147,11 @@ def backward(
             g = tl.where(a == 0.0, 0.0, a * g)
             tl.store((carry + (tile % 2 * N + n) * E)[None, :] + steps[:, None] * 0, g, first & ours[None, :])
         tl.store(du + row[:, None] * E + e[None, :], (step * through_B).to(du.dtype.element_ty), here)
-        tl.store(ddelta + row[:, None] * E + e[None, :], (value * through_B + through_A).to(ddelta.dtype.element_ty), here)
+        tl.store(
+            ddelta + row[:, None] * E + e[None, :],
+            (value * through_B + through_A).to(ddelta.dtype.element_ty),
+            here,
+        )
         states -= N * E
         dA -= N * E
         tl.debug_barrier()

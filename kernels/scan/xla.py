@@ -3,13 +3,17 @@
 Writing a_t = exp(Δ_t A), the state runs forwards and its cotangent g_t = dL/dh_t backwards in time,
 
     h_t = a_t h_{t-1} + Δ_t u_t B_t          y_t = sum_n C_t h_t
-    g_t = a_{t+1} g_{t+1} + dy_t C_t         dC_t = sum_e dy_t h_t        dB_t = sum_e g_t Δ_t u_t        du_t = Δ_t sum_n g_t B_t
-                                             dΔ_t = u_t sum_n g_t B_t + sum_n A s_t        dA = sum_t Δ_t s_t        s_t = g_t a_t h_{t-1}
+    g_t = a_{t+1} g_{t+1} + dy_t C_t         dC_t = sum_e dy_t h_t        dB_t = sum_e g_t Δ_t u_t        du_t
+    = Δ_t sum_n g_t B_t
+                                             dΔ_t = u_t sum_n g_t B_t + sum_n A s_t        dA = sum_t Δ_t s_t
+                                             s_t = g_t a_t h_{t-1}
 
-The forward pass keeps the state before every chunk of time; the backward pass recomputes the states of one chunk at a time, so that
-nothing of shape [b, t, e, n] ever exists. Inside, the state is [b, n, e]: vector units want the long axis innermost.
+The forward pass keeps the state before every chunk of time; the backward pass recomputes the states of one
+chunk at a time, so that nothing of shape [b, t, e, n] ever exists. Inside, the state is [b, n, e]: vector
+units want the long axis innermost.
 
-A step is not unrolled into the next: XLA would fuse them and compute the exponentials, which are most of the work, once for every use.
+A step is not unrolled into the next: XLA would fuse them and compute the exponentials, which are most of the
+work, once for every use.
 """
 
 import functools
@@ -23,9 +27,14 @@ from seqlab.kernels.scan import reference
 
 
 def scan(u, delta, A, B, C, initial_state, reset, *, chunk=None):
-    """`y, final_state`. u, delta [b, t, e]; A [e, n]; B, C [b, t, n]; initial_state [b, e, n] in the state's dtype; reset [b, t]."""
+    """`y, final_state`. u, delta [b, t, e]; A [e, n]; B, C [b, t, n]; initial_state [b, e, n] in the state's
+    dtype; reset [b, t]."""
     if u.shape[1] == 1:  # decoding: a handful of elementwise operations, no loop
-        h, y = reference.step(initial_state, A.astype(initial_state.dtype), *_at((u, delta, B, C, reset), 0, initial_state.dtype))
+        h, y = reference.step(
+            initial_state,
+            A.astype(initial_state.dtype),
+            *_at((u, delta, B, C, reset), 0, initial_state.dtype),
+        )
         return y[:, None].astype(u.dtype), h
     size = chunk or find("scan/xla/chunk", u.dtype.itemsize, u.shape[2])["steps"]
     y, h = _scan(size, u, delta, A, B, C, jnp.swapaxes(initial_state, 1, 2), reset)
@@ -66,7 +75,9 @@ def _forward(chunk, u, delta, A, B, C, h, reset):
         y, h = _run(k * chunk, jnp.minimum((k + 1) * chunk, time), arrays, decay, h, y)
         return h, y, starts
 
-    h, y, starts = fori_loop(0, chunks, body, (h, jnp.zeros_like(u), jnp.zeros_like(h, shape=(chunks, *h.shape))))
+    h, y, starts = fori_loop(
+        0, chunks, body, (h, jnp.zeros_like(u), jnp.zeros_like(h, shape=(chunks, *h.shape)))
+    )
     return (y, h), (u, delta, A, B, C, reset, starts)
 
 
@@ -97,7 +108,9 @@ def _backward(chunk, residuals, cotangents):
 
     grads = tuple(jnp.zeros_like(x) for x in (u, delta, B, C))
     states = jnp.zeros_like(g, shape=(chunk + 1, *g.shape))
-    g, dA, (du, ddelta, dB, dC), _ = fori_loop(0, starts.shape[0], body, (g, jnp.zeros_like(g), grads, states))
+    g, dA, (du, ddelta, dB, dC), _ = fori_loop(
+        0, starts.shape[0], body, (g, jnp.zeros_like(g), grads, states)
+    )
     return du, ddelta, dA.sum(0).T.astype(A.dtype), dB, dC, g, None
 
 
@@ -105,7 +118,8 @@ _scan.defvjp(_forward, _backward)
 
 
 def _step_back(g, h, before, A, u, delta, B, C, reset, dy):
-    """g [b, n, e] after the step and the states on both sides of it; gives g before the step, its part of dA, and du, dΔ, dB, dC."""
+    """g [b, n, e] after the step and the states on both sides of it; gives g before the step, its part of dA,
+    and du, dΔ, dB, dC."""
     dC = _over_channels(h, dy)
     g = g + dy[:, None] * C[:, :, None]
     dB = _over_channels(g, delta * u)

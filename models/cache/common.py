@@ -1,4 +1,5 @@
-"""What cache policies share: where steps stand, how slots are written, and attention over what was stored and what is new."""
+"""What cache policies share: where steps stand, how slots are written, and attention over what was stored and
+what is new."""
 
 import math
 from collections.abc import Callable
@@ -18,9 +19,11 @@ NEVER = jnp.iinfo(jnp.int32).max  # the position of an empty slot: later than ev
 
 
 class CacheState(NamedTuple):
-    """`k`, `v` [b, g, s, k]: rotated keys and values by slot; `positions` [b, s]: whose they are; `length` [b]: steps seen.
+    """`k`, `v` [b, g, s, k]: rotated keys and values by slot; `positions` [b, s]: whose they are; `length`
+    [b]: steps seen.
 
-    Heads stand before slots, other than everywhere else: a decode step then reads the cache as it lies, two to three times as fast.
+    Heads stand before slots, other than everywhere else: a decode step then reads the cache as it lies, two
+    to three times as fast.
     """
 
     k: Float[Array, "b g s k"]
@@ -30,7 +33,8 @@ class CacheState(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Keys and values [b, s, g, k] with the position and the segment [b, s] of each; segment 0 is an empty slot or padding.
+    """Keys and values [b, s, g, k] with the position and the segment [b, s] of each; segment 0 is an empty
+    slot or padding.
 
     `segments` None: all belong to the sequence of the queries, and what is empty stands at NEVER.
     """
@@ -44,7 +48,9 @@ class Span(NamedTuple):
 def empty(batch: int, slots: int, kv_heads: int, width: int, dtype: jax.typing.DTypeLike) -> CacheState:
     """No keys in `slots` slots."""
     zeros = jnp.zeros((batch, kv_heads, slots, width), dtype)
-    return CacheState(zeros, zeros, jnp.full((batch, slots), NEVER, jnp.int32), jnp.zeros((batch,), jnp.int32))
+    return CacheState(
+        zeros, zeros, jnp.full((batch, slots), NEVER, jnp.int32), jnp.zeros((batch,), jnp.int32)
+    )
 
 
 def new_span(k: Keys, v: Values, where: Segments) -> Span:
@@ -53,7 +59,8 @@ def new_span(k: Keys, v: Values, where: Segments) -> Span:
 
 
 def stored_span(state: CacheState, slots: slice = slice(None)) -> Span:
-    """What is stored in `slots`, a view of it once compiled; before a chunk is stored it is of segment 1, the sequence that is carried."""
+    """What is stored in `slots`, a view of it once compiled; before a chunk is stored it is of segment 1, the
+    sequence that is carried."""
     k, v = (x[:, :, slots].swapaxes(1, 2) for x in (state.k, state.v))
     positions = state.positions[:, slots]
     return Span(k, v, positions, (positions != NEVER).astype(jnp.int32))
@@ -64,7 +71,9 @@ def joined(a: Span, b: Span) -> Span:
     return Span(*(jnp.concatenate([x.astype(y.dtype), y], axis=1) for x, y in zip(a, b, strict=True)))
 
 
-def attend(q: Array, positions: Int[Array, "b t"], where: Segments, span: Span, **limits) -> tuple[Array, Array]:
+def attend(
+    q: Array, positions: Int[Array, "b t"], where: Segments, span: Span, **limits
+) -> tuple[Array, Array]:
     """`kernels.attention` of queries at `positions` over a span."""
     sides = {"q_positions": positions, "kv_positions": span.positions}
     if span.segments is not None:  # telling segments apart costs a copy of the keys and values
@@ -72,9 +81,20 @@ def attend(q: Array, positions: Int[Array, "b t"], where: Segments, span: Span, 
     return kernels.attention(q, span.k, span.v, **sides, **limits)
 
 
-def store(state: CacheState, k: Keys, v: Values, where: Segments, slots: Int[Array, "b t"], keep: Array, reset: Steps | None) -> CacheState:
-    """`state` with the steps of a chunk in their slots where `keep` [b, t], those of the sequence that is carried on alone."""
-    if reset is not None:  # a sequence that has ended leaves nothing behind: the state is that of the last sequence alone
+def store(
+    state: CacheState,
+    k: Keys,
+    v: Values,
+    where: Segments,
+    slots: Int[Array, "b t"],
+    keep: Array,
+    reset: Steps | None,
+) -> CacheState:
+    """`state` with the steps of a chunk in their slots where `keep` [b, t], those of the sequence that is
+    carried on alone."""
+    if (
+        reset is not None
+    ):  # a sequence that has ended leaves nothing behind: the state is that of the last sequence alone
         carried = (where.last == 1)[:, None]
         state = state._replace(
             k=jnp.where(carried[..., None, None], state.k, 0),
@@ -82,7 +102,9 @@ def store(state: CacheState, k: Keys, v: Values, where: Segments, slots: Int[Arr
             positions=jnp.where(carried, state.positions, NEVER),
         )
     keep = keep & (where.ids == where.last[:, None])
-    slots = jnp.where(keep, slots, state.positions.shape[1])  # a slot out of range: the scatter drops the write
+    slots = jnp.where(
+        keep, slots, state.positions.shape[1]
+    )  # a slot out of range: the scatter drops the write
     rows = jnp.arange(k.shape[0])[:, None]
     index = (rows[:, None], jnp.arange(k.shape[2])[:, None], slots[:, None])  # [b, g, t]
     return CacheState(
@@ -118,15 +140,20 @@ def doubled(slots: int, steps: int) -> int:
 
 
 def end(policy: Any) -> int | None:
-    """Where sequences must end under a policy; None for one that goes on, in constant memory or because it grows."""
+    """Where sequences must end under a policy; None for one that goes on, in constant memory or because it
+    grows."""
     return None if getattr(policy, "grows", False) else getattr(policy, "capacity", None)
 
 
 def earlier(state: CacheState, steps: Int[Array, " b"]) -> Int[Array, " b"]:
-    """The lengths `steps` steps ago; ValueError where a row has not seen as many. Looks at the numbers: not for jitted code."""
+    """The lengths `steps` steps ago; ValueError where a row has not seen as many. Looks at the numbers: not
+    for jitted code."""
     length = state.length - jnp.asarray(steps, jnp.int32)
     if bool(jnp.any(length > state.length)):
         raise ValueError(f"steps must be 0 or more, got {jnp.asarray(steps).tolist()}")
     if bool(jnp.any(length < 0)):
-        raise ValueError(f"steps must not exceed the steps seen, {state.length.tolist()} by row, got {jnp.asarray(steps).tolist()}")
+        raise ValueError(
+            f"steps must not exceed the steps seen, {state.length.tolist()} by row, got "
+            f"{jnp.asarray(steps).tolist()}"
+        )
     return length

@@ -29,10 +29,12 @@ from seqlab.state import segments
 
 @dataclasses.dataclass(frozen=True)
 class Full:
-    """Every key is kept, up to `capacity` steps of one sequence; attention beyond it gives NaN, never a wrong number.
+    """Every key is kept, up to `capacity` steps of one sequence; attention beyond it gives NaN, never a wrong
+    number.
 
-    Where the cache `grows`, a host that sees it coming doubles the slots of a state (`with_room`; `stream_generate` does): sequences then
-    have no end but that of memory, and programs are compiled anew at doublings only.
+    Where the cache `grows`, a host that sees it coming doubles the slots of a state (`with_room`;
+    `stream_generate` does): sequences then have no end but that of memory, and programs are compiled anew at
+    doublings only.
     """
 
     capacity: int = 4096
@@ -56,7 +58,14 @@ class Full:
         return empty(batch, self.capacity, kv_heads, width, dtype)
 
     def __call__(
-        self, q: Queries, k: Keys, v: Values, state: CacheState | None, reset: Steps | None, valid: Steps | None, rotary: Rotary
+        self,
+        q: Queries,
+        k: Keys,
+        v: Values,
+        state: CacheState | None,
+        reset: Steps | None,
+        valid: Steps | None,
+        rotary: Rotary,
     ) -> tuple[Float[Array, "b t h v"], LogSumExp, CacheState | None]:
         if state is None:
             return (*parallel(q, k, v, reset, valid, rotary, softcap=self.softcap), None)
@@ -65,13 +74,22 @@ class Full:
         capacity = state.positions.shape[1]
         new = store(state, k, v, where, where.positions, where.positions < capacity, reset)
         # With one sequence a row the cache holds, once the chunk is stored, all that the queries may see.
-        span = stored_span(new)._replace(segments=None) if reset is None else joined(stored_span(state), new_span(k, v, where))
+        span = (
+            stored_span(new)._replace(segments=None)
+            if reset is None
+            else joined(stored_span(state), new_span(k, v, where))
+        )
         out, lse = attend(q, where.positions, where, span, softcap=self.softcap)
         beyond = (where.positions >= capacity)[:, :, None]
-        return jnp.where(beyond[..., None], jnp.nan, only_valid(out, where)), jnp.where(beyond, jnp.nan, lse), new
+        return (
+            jnp.where(beyond[..., None], jnp.nan, only_valid(out, where)),
+            jnp.where(beyond, jnp.nan, lse),
+            new,
+        )
 
     def with_room(self, state: CacheState, steps: int) -> CacheState:
-        """`state` with slots for sequences of `steps` steps: its own, doubled as often as it takes. Only of a cache that grows."""
+        """`state` with slots for sequences of `steps` steps: its own, doubled as often as it takes. Only of a
+        cache that grows."""
         slots = state.positions.shape[1]
         return state if not self.grows or steps <= slots else with_slots(state, doubled(slots, steps))
 
@@ -86,4 +104,10 @@ def parallel(q, k, v, reset, valid, rotary, **limits):
         positions = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), q.shape[:2])
         return kernels.attention(rotary(q, positions), rotary(k, positions), v, **limits)
     where = segments(q.shape[:2], 0, reset, valid)
-    return attend(rotary(q, where.positions), where.positions, where, new_span(rotary(k, where.positions), v, where), **limits)
+    return attend(
+        rotary(q, where.positions),
+        where.positions,
+        where,
+        new_span(rotary(k, where.positions), v, where),
+        **limits,
+    )

@@ -16,14 +16,17 @@ from seqlab.shapes import Keys, LogSumExp, Queries, Steps, Values
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """Each key/value head, with the queries that share it, has the policy `policies[of[head]]`. The state is the policies', in a tuple."""
+    """Each key/value head, with the queries that share it, has the policy `policies[of[head]]`. The state is
+    the policies', in a tuple."""
 
     policies: tuple[Any, ...]
     of: tuple[int, ...]
 
     def __post_init__(self):
         if not self.policies or sorted(set(self.of)) != list(range(len(self.policies))):
-            raise ValueError(f"of must name each of the {len(self.policies)} policies by its index, got {self.of}")
+            raise ValueError(
+                f"of must name each of the {len(self.policies)} policies by its index, got {self.of}"
+            )
 
     @property
     def exact(self) -> bool:
@@ -41,22 +44,39 @@ class Heads:
     def __str__(self) -> str:
         return " | ".join(f"{self.of.count(i)} x {policy}" for i, policy in enumerate(self.policies))
 
-    def init_state(self, batch: int, kv_heads: int, width: int, dtype: jax.typing.DTypeLike) -> tuple[Any, ...]:
+    def init_state(
+        self, batch: int, kv_heads: int, width: int, dtype: jax.typing.DTypeLike
+    ) -> tuple[Any, ...]:
         if kv_heads != len(self.of):
-            raise ValueError(f"of must have an entry for each of the {kv_heads} key/value heads, got {self.of}")
-        return tuple(policy.init_state(batch, self.of.count(i), width, dtype) for i, policy in enumerate(self.policies))
+            raise ValueError(
+                f"of must have an entry for each of the {kv_heads} key/value heads, got {self.of}"
+            )
+        return tuple(
+            policy.init_state(batch, self.of.count(i), width, dtype) for i, policy in enumerate(self.policies)
+        )
 
     def __call__(
-        self, q: Queries, k: Keys, v: Values, state: tuple[Any, ...] | None, reset: Steps | None, valid: Steps | None, rotary: Rotary
+        self,
+        q: Queries,
+        k: Keys,
+        v: Values,
+        state: tuple[Any, ...] | None,
+        reset: Steps | None,
+        valid: Steps | None,
+        rotary: Rotary,
     ) -> tuple[Float[Array, "b t h v"], LogSumExp, tuple[Any, ...] | None]:
         if k.shape[2] != len(self.of):
-            raise ValueError(f"of must have an entry for each of the {k.shape[2]} key/value heads, got {self.of}")
+            raise ValueError(
+                f"of must have an entry for each of the {k.shape[2]} key/value heads, got {self.of}"
+            )
         group, outs, lses, new, order = q.shape[2] // k.shape[2], [], [], [], []
         for i, policy in enumerate(self.policies):
             mine = [head for head, choice in enumerate(self.of) if choice == i]
             queries = [head * group + member for head in mine for member in range(group)]
             index, own = jnp.asarray(mine), None if state is None else state[i]
-            out, lse, own = policy(q[:, :, jnp.asarray(queries)], k[:, :, index], v[:, :, index], own, reset, valid, rotary)
+            out, lse, own = policy(
+                q[:, :, jnp.asarray(queries)], k[:, :, index], v[:, :, index], own, reset, valid, rotary
+            )
             outs, lses, new, order = [*outs, out], [*lses, lse], [*new, own], order + queries
         back = jnp.asarray(sorted(range(len(order)), key=order.__getitem__))
         out, lse = (jnp.concatenate(parts, axis=2)[:, :, back] for parts in (outs, lses))
@@ -65,15 +85,20 @@ class Heads:
     def with_room(self, state: tuple[Any, ...], steps: int) -> tuple[Any, ...]:
         """`state` with slots for sequences of `steps` steps, in the policies that grow."""
         parts = zip(self.policies, state, strict=True)
-        return tuple(policy.with_room(own, steps) if hasattr(policy, "with_room") else own for policy, own in parts)
+        return tuple(
+            policy.with_room(own, steps) if hasattr(policy, "with_room") else own for policy, own in parts
+        )
 
     def rewind(self, state: tuple[Any, ...], steps: Int[Array, " b"]) -> tuple[Any, ...]:
         """The state `steps` steps ago; ValueError where one of the policies no longer has it."""
         return tuple(policy.rewind(own, steps) for policy, own in zip(self.policies, state, strict=True))
 
 
-def duo(retrieval: Sequence[bool], *, capacity: int, sinks: int = 64, window: int = 257, edge: str = "step") -> Full | Window | Heads:
-    """DuoAttention's cache of a layer: retrieval heads keep all, streaming heads `sinks` and a `window`, the query's own key included."""
+def duo(
+    retrieval: Sequence[bool], *, capacity: int, sinks: int = 64, window: int = 257, edge: str = "step"
+) -> Full | Window | Heads:
+    """DuoAttention's cache of a layer: retrieval heads keep all, streaming heads `sinks` and a `window`, the
+    query's own key included."""
     full, streaming = Full(capacity), Window(window, sinks, edge=edge)
     if all(retrieval) or not any(retrieval):
         return full if all(retrieval) else streaming

@@ -1,4 +1,5 @@
-"""A cache in few bits: old keys coded per channel, old values per token, the newest exact (KIVI, arXiv 2402.02750)."""
+"""A cache in few bits: old keys coded per channel, old values per token, the newest exact (KIVI, arXiv
+2402.02750)."""
 
 import dataclasses
 from typing import NamedTuple
@@ -19,9 +20,10 @@ from seqlab.state import Segments, segments
 
 
 class QuantizedState(NamedTuple):
-    """`sink_k`, `sink_v` [b, g, sinks, k]: the first steps, exact. `k`, `v`: packed codes [b, g, words, s] by slot, with scale and least
-    value [b, g, s / group, k] of keys, over steps, and [b, g, k / group, s] of values, over channels. `rest_k`, `rest_v`
-    [b, g, residual, k]: the newest steps, exact, in a ring. `length` [b]: steps seen."""
+    """`sink_k`, `sink_v` [b, g, sinks, k]: the first steps, exact. `k`, `v`: packed codes [b, g, words, s] by
+    slot, with scale and least value [b, g, s / group, k] of keys, over steps, and [b, g, k / group, s] of
+    values, over channels. `rest_k`, `rest_v` [b, g, residual, k]: the newest steps, exact, in a ring.
+    `length` [b]: steps seen."""
 
     sink_k: Float[Array, "b g n k"]
     sink_v: Float[Array, "b g n k"]
@@ -33,7 +35,8 @@ class QuantizedState(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Keys and values [b, e, g, k], exact and as they are coded, that stand at `places` [b, e] behind the sinks (below 0: a sink)."""
+    """Keys and values [b, e, g, k], exact and as they are coded, that stand at `places` [b, e] behind the
+    sinks (below 0: a sink)."""
 
     k: Array | None
     coded_k: Array
@@ -45,11 +48,13 @@ class _Part(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """KIVI: what a query sees of the step u behind the sinks, standing at step t: the key exactly from the last multiple of `residual` up
-    to t on, the value exactly where u >= t - residual, both coded in `bits` otherwise. Sinks are always exact.
+    """KIVI: what a query sees of the step u behind the sinks, standing at step t: the key exactly from the
+    last multiple of `residual` up to t on, the value exactly where u >= t - residual, both coded in `bits`
+    otherwise. Sinks are always exact.
 
-    Every query sees what it would see step by step, so the law holds, and a prompt may be cut anywhere. A call of one step leaves codes
-    to `kernels.decode_attention`, which makes numbers of them as it reads them; longer calls make numbers of all that is stored first.
+    Every query sees what it would see step by step, so the law holds, and a prompt may be cut anywhere. A
+    call of one step leaves codes to `kernels.decode_attention`, which makes numbers of them as it reads them;
+    longer calls make numbers of all that is stored first.
 
     Args:
       capacity: steps that the cache holds; None with a window.
@@ -72,7 +77,10 @@ class Quantized:
 
     def __post_init__(self):
         if (self.capacity is None) == (self.window is None):
-            raise ValueError(f"give capacity or window, the other one None, got capacity={self.capacity}, window={self.window}")
+            raise ValueError(
+                f"give capacity or window, the other one None, got capacity={self.capacity}, "
+                f"window={self.window}"
+            )
         for name in ("capacity", "window"):
             if getattr(self, name) is not None:
                 positive(name, getattr(self, name))
@@ -104,18 +112,33 @@ class Quantized:
         steps = self.window - 1 if self.window is not None else self.capacity - self.sinks
         return max(1, -(-steps // self.residual)) * self.residual
 
-    def init_state(self, batch: int, kv_heads: int, width: int, dtype: jax.typing.DTypeLike) -> QuantizedState:
+    def init_state(
+        self, batch: int, kv_heads: int, width: int, dtype: jax.typing.DTypeLike
+    ) -> QuantizedState:
         if width % self.group or width * self.bits % 32:
-            raise ValueError(f"group must divide the {width} channels of a head, which must fill words of 32 bits, got {self.group}")
+            raise ValueError(
+                f"group must divide the {width} channels of a head, which must fill words of 32 bits, got "
+                f"{self.group}"
+            )
         lead, kind = (batch, kv_heads), jnp.float16 if self.half_groups else dtype
         exact = jnp.zeros((*lead, self.sinks, width), dtype), jnp.zeros((*lead, self.residual, width), dtype)
         words = jnp.zeros((*lead, width * self.bits // 32, self.slots), jnp.uint32)
-        shared = jnp.zeros((*lead, self.slots // self.group, width), kind), jnp.zeros((*lead, width // self.group, self.slots), kind)
+        shared = (
+            jnp.zeros((*lead, self.slots // self.group, width), kind),
+            jnp.zeros((*lead, width // self.group, self.slots), kind),
+        )
         k, v = (Coded(words, x, x) for x in shared)
         return QuantizedState(exact[0], exact[0], k, v, exact[1], exact[1], jnp.zeros((batch,), jnp.int32))
 
     def __call__(
-        self, q: Queries, k: Keys, v: Values, state: QuantizedState | None, reset: Steps | None, valid: Steps | None, rotary: Rotary
+        self,
+        q: Queries,
+        k: Keys,
+        v: Values,
+        state: QuantizedState | None,
+        reset: Steps | None,
+        valid: Steps | None,
+        rotary: Rotary,
     ) -> tuple[Float[Array, "b t h v"], LogSumExp, QuantizedState | None]:
         streaming = state is not None
         state = state if streaming else self.init_state(q.shape[0], *k.shape[2:], k.dtype)
@@ -129,21 +152,34 @@ class Quantized:
             if streaming:
                 parts += [self._coded(state), self._first(state)]
             whole = self.edge == "call" and streaming
-            out, lse = self._attend(q, where, parts, (state.length == 0)[:, None, None] if whole else jnp.zeros((1, 1, 1), bool))
+            out, lse = self._attend(
+                q, where, parts, (state.length == 0)[:, None, None] if whole else jnp.zeros((1, 1, 1), bool)
+            )
         if self.window is None:
             beyond = (where.positions >= self.slots + self.sinks)[:, :, None]
-            out, lse = jnp.where(beyond[..., None] & (where.ids > 0)[:, :, None, None], jnp.nan, out), jnp.where(beyond, jnp.nan, lse)
+            out, lse = (
+                jnp.where(beyond[..., None] & (where.ids > 0)[:, :, None, None], jnp.nan, out),
+                jnp.where(beyond, jnp.nan, lse),
+            )
         return out, lse, (self._stored(state, entries, groups, where) if streaming else None)
 
     def rewind(self, state: QuantizedState, steps: Int[Array, " b"]) -> QuantizedState:
-        """The state `steps` steps ago; ValueError once steps have been coded: of the first `residual` behind the sinks none is."""
+        """The state `steps` steps ago; ValueError once steps have been coded: of the first `residual` behind
+        the sinks none is."""
         length = earlier(state, steps)
         if bool(jnp.any((self._ends(state)[1] > 0) & (length < state.length)[:, None])):
-            raise ValueError(f"steps={jnp.asarray(steps).tolist()} cannot be taken back: {self} has coded the steps before them")
+            raise ValueError(
+                f"steps={jnp.asarray(steps).tolist()} cannot be taken back: {self} has coded the steps "
+                "before them"
+            )
 
         def before(x: Array, first: int) -> Array:
             kept = first + jnp.arange(x.shape[2]) < length[:, None]
-            return jnp.where(kept[:, None, :, None] | (length == state.length)[:, None, None, None], x, jnp.zeros((), x.dtype))
+            return jnp.where(
+                kept[:, None, :, None] | (length == state.length)[:, None, None, None],
+                x,
+                jnp.zeros((), x.dtype),
+            )
 
         sinks = before(state.sink_k, 0), before(state.sink_v, 0)
         rest = before(state.rest_k, self.sinks), before(state.rest_v, self.sinks)
@@ -156,26 +192,41 @@ class Quantized:
         seen = jnp.maximum(state.length - self.sinks, 0)[:, None]
         return seen, seen // self.residual * self.residual
 
-    def _entries(self, state: QuantizedState, k: Keys, v: Values, where: Segments) -> tuple[_Part, Groups, Array]:
-        """The residual and the chunk as one list, the groups that each one's key is coded by, and whether its key lies here at all:
-        of the oldest values in the residual the keys are among the codes already."""
+    def _entries(
+        self, state: QuantizedState, k: Keys, v: Values, where: Segments
+    ) -> tuple[_Part, Groups, Array]:
+        """The residual and the chunk as one list, the groups that each one's key is coded by, and whether its
+        key lies here at all: of the oldest values in the residual the keys are among the codes already."""
         (seen, coded), r = self._ends(state), jnp.arange(self.residual)[None]
-        old = jnp.where(coded + r < seen, coded + r, coded + r - self.residual)  # the step whose value lies in slot r of the ring
+        old = jnp.where(
+            coded + r < seen, coded + r, coded + r - self.residual
+        )  # the step whose value lies in slot r of the ring
         places = jnp.concatenate([old, where.positions - self.sinks], axis=1)
         ids = jnp.concatenate([jnp.where(old >= 0, 1, 0), where.ids], axis=1)
-        k_all, v_all = (jnp.concatenate([x.swapaxes(1, 2).astype(y.dtype), y], axis=1) for x, y in ((state.rest_k, k), (state.rest_v, v)))
+        k_all, v_all = (
+            jnp.concatenate([x.swapaxes(1, 2).astype(y.dtype), y], axis=1)
+            for x, y in ((state.rest_k, k), (state.rest_v, v))
+        )
         mine = (ids > 0) & (places >= jnp.where(ids == 1, coded, 0)) & (places >= 0)
         index = self._group_index(places, ids, coded)
         groups = self._key_groups(k_all, index, mine)
         coded_k = decode(encode(k_all, groups, self.bits), groups)
         codes, value_groups = quantize(v_all, self.group, self.bits)
         value_groups = self._kept(value_groups)
-        part = _Part(k_all, coded_k.astype(k.dtype), v_all, dequantize(codes, value_groups).astype(v.dtype), places, ids)
+        part = _Part(
+            k_all,
+            coded_k.astype(k.dtype),
+            v_all,
+            dequantize(codes, value_groups).astype(v.dtype),
+            places,
+            ids,
+        )
         fresh = jnp.arange(places.shape[1])[None] >= self.residual
         return part, groups, mine | (fresh & (ids > 0))
 
     def _group_index(self, places: Array, ids: Array, coded: Array) -> Array:
-        """[b, e]: the number of the group in the list: those of the carried sequence first, then those of the documents that follow."""
+        """[b, e]: the number of the group in the list: those of the carried sequence first, then those of the
+        documents that follow."""
         carried = (places - coded) // self.group
         count = places.shape[1] // self.group + 2
         later = count + jnp.cumsum((ids > 1) & (places % self.group == 0) & (places >= 0), axis=1)
@@ -197,17 +248,28 @@ class Quantized:
 
     def _kept(self, groups: Groups) -> Groups:
         """As precise as they are stored."""
-        return Groups(*(x.astype(jnp.float16).astype(x.dtype) for x in groups)) if self.half_groups else groups
+        return (
+            Groups(*(x.astype(jnp.float16).astype(x.dtype) for x in groups)) if self.half_groups else groups
+        )
 
     def _coded(self, state: QuantizedState) -> _Part:
-        """What lies in the slots: keys from their codes, values from theirs or, where they are still exact, from the residual."""
-        (seen, _), places, wide = self._ends(state), self._coded_places(state), accumulator(state.rest_k.dtype)
+        """What lies in the slots: keys from their codes, values from theirs or, where they are still exact,
+        from the residual."""
+        (seen, _), places, wide = (
+            self._ends(state),
+            self._coded_places(state),
+            accumulator(state.rest_k.dtype),
+        )
         k, v = keys_of(state.k, self.bits, wide), values_of(state.v, self.bits, wide)
         fresh = (places >= seen - self.residual)[:, None, :, None]
-        rest = jnp.take_along_axis(state.rest_v, (places % self.residual)[:, None, :, None], axis=2).astype(wide)
+        rest = jnp.take_along_axis(state.rest_v, (places % self.residual)[:, None, :, None], axis=2).astype(
+            wide
+        )
         codes, groups = quantize(rest, self.group, self.bits)
         coded_v = jnp.where(fresh, dequantize(codes, self._kept(groups)), v)
-        k, v, coded_v = (x.swapaxes(1, 2).astype(state.rest_k.dtype) for x in (k, jnp.where(fresh, rest, v), coded_v))
+        k, v, coded_v = (
+            x.swapaxes(1, 2).astype(state.rest_k.dtype) for x in (k, jnp.where(fresh, rest, v), coded_v)
+        )
         return _Part(None, k, v, coded_v, places, jnp.where(places >= 0, 1, 0))
 
     def _coded_places(self, state: QuantizedState) -> Int[Array, "b s"]:
@@ -222,7 +284,8 @@ class Quantized:
         return _Part(k, k, v, v, places, jnp.where(places + self.sinks < state.length[:, None], 1, 0))
 
     def _attend(self, q: Queries, where: Segments, parts: list[_Part], whole: Array) -> tuple[Array, Array]:
-        """Dense attention over the parts, each key and value as the query sees it, or exactly in the rows where `whole` [b, 1, 1]."""
+        """Dense attention over the parts, each key and value as the query sees it, or exactly in the rows
+        where `whole` [b, 1, 1]."""
         b, t, h, width = q.shape
         g, wide = parts[0].v.shape[2], accumulator(q.dtype)
         queries = q.reshape(b, t, g, h // g, width)
@@ -230,7 +293,11 @@ class Quantized:
         logits, exact_v = [], []
         for part in parts:
             u = part.places[:, None, :]
-            see = (part.segments[:, None, :] == where.ids[:, :, None]) & (where.ids > 0)[:, :, None] & (u <= place)
+            see = (
+                (part.segments[:, None, :] == where.ids[:, :, None])
+                & (where.ids > 0)[:, :, None]
+                & (u <= place)
+            )
             if self.window is not None:
                 see = see & ((place - u < self.window) | (u < 0))
             x = _scores(queries, part.coded_k, wide)
@@ -247,7 +314,9 @@ class Quantized:
         for part, exact in zip(parts, exact_v, strict=True):
             piece, begin = p[..., begin : begin + exact.shape[2]], begin + exact.shape[2]
             for weight, values in ((exact, part.v), (~exact, part.coded_v)):
-                clean = jnp.where((part.segments > 0)[:, :, None, None], values, 0).astype(wide)  # 0 * NaN is NaN
+                clean = jnp.where((part.segments > 0)[:, :, None, None], values, 0).astype(
+                    wide
+                )  # 0 * NaN is NaN
                 out = out + jnp.einsum("bgrts,bsgv->btgrv", jnp.where(weight[:, None, None], piece, 0), clean)
         lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(jnp.where(total == 0, 1, total)))
         lse = jnp.moveaxis(lse[..., 0], 3, 1).reshape(b, t, h)
@@ -255,9 +324,11 @@ class Quantized:
 
     # --- one step
 
-    def _one_query(self, q: Queries, k: Keys, v: Values, state: QuantizedState, where: Segments) -> tuple[Array, Array]:
-        """What `_attend` gives, without making numbers of a cache: steps of which key and value are coded by `kernels.decode_attention`
-        from their codes, merged with those of which one is exact."""
+    def _one_query(
+        self, q: Queries, k: Keys, v: Values, state: QuantizedState, where: Segments
+    ) -> tuple[Array, Array]:
+        """What `_attend` gives, without making numbers of a cache: steps of which key and value are coded by
+        `kernels.decode_attention` from their codes, merged with those of which one is exact."""
         seen, same = self._ends(state)[0], where.ids == 1
         places = self._coded_places(state)
         see = same & (places >= 0) & (places < seen - self.residual) & self._near(seen - places)
@@ -274,8 +345,9 @@ class Quantized:
         return jnp.ones_like(distance, bool) if self.window is None else distance < self.window
 
     def _recent_keys(self, state: QuantizedState) -> tuple[Float[Array, "b g r k"], Int[Array, "b r"]]:
-        """The keys of the steps whose values lie in the residual, and the steps. Those before the last multiple of `residual` are coded,
-        in the block before it, as far from its start as their values from that of the ring."""
+        """The keys of the steps whose values lie in the residual, and the steps. Those before the last
+        multiple of `residual` are coded, in the block before it, as far from its start as their values from
+        that of the ring."""
         seen, coded = self._ends(state)
         at = coded + jnp.arange(self.residual)[None]
         exact = at < seen
@@ -286,13 +358,19 @@ class Quantized:
 
         count = self.residual // self.group
         groups = (block(x, begin // self.group, count, 1) for x in state.k[1:])
-        keys = keys_of(Coded(block(state.k.words, begin, self.residual, 2), *groups), self.bits, accumulator(state.rest_k.dtype))
+        keys = keys_of(
+            Coded(block(state.k.words, begin, self.residual, 2), *groups),
+            self.bits,
+            accumulator(state.rest_k.dtype),
+        )
         keys = jnp.where(exact[:, None, :, None], state.rest_k, keys.astype(state.rest_k.dtype))
         return keys, jnp.where(exact, at, at - self.residual)
 
     # --- what is stored
 
-    def _stored(self, state: QuantizedState, entries: _Part, groups: Groups, where: Segments) -> QuantizedState:
+    def _stored(
+        self, state: QuantizedState, entries: _Part, groups: Groups, where: Segments
+    ) -> QuantizedState:
         carried = (where.last == 1)[:, None]
         length = where.length
         seen = jnp.maximum(length - self.sinks, 0)[:, None]
@@ -303,7 +381,8 @@ class Quantized:
         key_here = current & (u >= 0) & (~old | (u >= was_coded))
 
         def put(x: Array, values: Array, slots: Array, keep: Array, last: bool = False) -> Array:
-            """x [b, g, s, .], or [b, g, ., s] where slots come `last`, with values [b, e, g, .] in their slots."""
+            """x [b, g, s, .], or [b, g, ., s] where slots come `last`, with values [b, e, g, .] in their
+            slots."""
             x = jnp.where(carried[..., None, None], x, jnp.zeros((), x.dtype))
             if not x.size:
                 return x  # no sinks
@@ -324,7 +403,9 @@ class Quantized:
         first = current & (u < 0) & ~old
         slot, ring = u % self.slots, u % self.residual
         rest_k = put(state.rest_k, entries.k, ring, key_here & newest_k & ~old)
-        held = (coded + jnp.arange(self.residual)[None] < seen)[:, None, :, None]  # what was coded leaves nothing behind
+        held = (coded + jnp.arange(self.residual)[None] < seen)[
+            :, None, :, None
+        ]  # what was coded leaves nothing behind
         k_groups = (put(x, y, slot // self.group, ends) for x, y in zip(state.k[1:], groups, strict=True))
         v_parts = zip(state.v, (packed(v_codes), *v_groups), strict=True)
         return QuantizedState(

@@ -31,17 +31,20 @@ from seqlab.state import Segments, segments
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """The first `sinks` keys of the sequence and the last `window`, the query's own included, in a ring buffer.
+    """The first `sinks` keys of the sequence and the last `window`, the query's own included, in a ring
+    buffer.
 
     Args:
       window: W, how many keys a query sees besides the sinks, its own included.
       sinks: how many first keys stay (StreamingLLM, arXiv 2309.17453).
       softcap: bound of the logits.
-      positions: "absolute" counts steps of the stream; "cache" counts places in the cache, so that the sinks are never further away than
-        sinks + window, however long the stream. Distances within the window are the same in both. Keys are stored rotated once: the sinks
-        are read with a second rotation of the query, at its place in the cache.
-      edge: "step" hides from every query what is older than its window. "call" reproduces the published code of StreamingLLM and
-        DuoAttention: all queries of a call see all that was cached before it, and the call; results then depend on how a stream is cut.
+      positions: "absolute" counts steps of the stream; "cache" counts places in the cache, so that the sinks
+        are never further away than sinks + window, however long the stream. Distances within the window are
+        the same in both. Keys are stored rotated once: the sinks are read with a second rotation of the
+        query, at its place in the cache.
+      edge: "step" hides from every query what is older than its window. "call" reproduces the published code
+        of StreamingLLM and DuoAttention: all queries of a call see all that was cached before it, and the
+        call; results then depend on how a stream is cut.
 
     The published window of r keys before the query is W = r + 1: see `published`.
     """
@@ -61,7 +64,8 @@ class Window:
 
     @classmethod
     def published(cls, sinks: int, recent: int) -> "Window":
-        """StreamingLLM's own numbers: `recent` keys are kept between steps, so a query sees one more, itself."""
+        """StreamingLLM's own numbers: `recent` keys are kept between steps, so a query sees one more,
+        itself."""
         return cls(recent + 1, sinks, positions="cache")
 
     @property
@@ -80,18 +84,32 @@ class Window:
         return empty(batch, self.sinks + self.window, kv_heads, width, dtype)
 
     def __call__(
-        self, q: Queries, k: Keys, v: Values, state: CacheState | None, reset: Steps | None, valid: Steps | None, rotary: Rotary
+        self,
+        q: Queries,
+        k: Keys,
+        v: Values,
+        state: CacheState | None,
+        reset: Steps | None,
+        valid: Steps | None,
+        rotary: Rotary,
     ) -> tuple[Float[Array, "b t h v"], LogSumExp, CacheState | None]:
         if state is None:
             if not self._in_place:
                 return (*parallel(q, k, v, reset, valid, rotary, **self._limits()), None)
             where = segments(q.shape[:2], 0, reset, valid)
             start = jnp.full(q.shape[:1], self.sinks)
-            return (*self._with_sinks_in_place(q, rotary, where, start, new_span(rotary(k, where.positions), v, where)), None)
+            return (
+                *self._with_sinks_in_place(
+                    q, rotary, where, start, new_span(rotary(k, where.positions), v, where)
+                ),
+                None,
+            )
         where = segments(q.shape[:2], state.length, reset, valid)
         k = rotary(k, where.positions)
         new = self._stored(state, k, v, where, reset)
-        if q.shape[1] == 1:  # the ring after the store holds exactly what the one query sees: no copy of the cache is needed
+        if (
+            q.shape[1] == 1
+        ):  # the ring after the store holds exactly what the one query sees: no copy of the cache is needed
             span = stored_span(new)._replace(segments=None)
         else:
             old = state if self.edge == "step" else _without_oldest(state, self.window - 1, self.sinks)
@@ -109,12 +127,18 @@ class Window:
 
     def _limits(self) -> dict:
         """What `kernels.attention` is told; under "call" what is stored is what is seen."""
-        return {"softcap": self.softcap} | ({"window": self.window, "sinks": self.sinks} if self.edge == "step" else {})
+        return {"softcap": self.softcap} | (
+            {"window": self.window, "sinks": self.sinks} if self.edge == "step" else {}
+        )
 
-    def _with_sinks_in_place(self, q: Queries, rotary: Rotary, where: Segments, start: Int[Array, " b"], span: Span):
-        """Attention over the ring at absolute distances, merged with attention over the sinks from the query's place in the cache.
+    def _with_sinks_in_place(
+        self, q: Queries, rotary: Rotary, where: Segments, start: Int[Array, " b"], span: Span
+    ):
+        """Attention over the ring at absolute distances, merged with attention over the sinks from the
+        query's place in the cache.
 
-        `start` [b]: the first position behind the sinks that the state still holds; a fresh sequence starts behind its sinks.
+        `start` [b]: the first position behind the sinks that the state still holds; a fresh sequence starts
+        behind its sinks.
         """
         p = where.positions
         first = jnp.where(where.ids == 1, start[:, None], self.sinks)  # of the ring, as the query sees it
@@ -132,20 +156,26 @@ class Window:
     def _stored(self, state: CacheState, k, v, where: Segments, reset: Steps | None) -> CacheState:
         ring = self.sinks + (where.positions - self.sinks) % self.window
         slots = jnp.where(where.positions < self.sinks, where.positions, ring)
-        # Of a chunk longer than the ring only the steps that survive it are stored: two writes to one slot would race.
+        # Of a chunk longer than the ring only the steps that survive it are stored: two writes to one slot
+        # would race.
         survives = (where.positions < self.sinks) | (where.positions >= where.length[:, None] - self.window)
         return store(state, k, v, where, slots, survives, reset)
 
     def evict(self, state: CacheState, recent: int) -> CacheState:
-        """`state` with the sinks and the last `recent` keys alone: room for what is to come, as StreamingLLM makes it before a turn."""
+        """`state` with the sinks and the last `recent` keys alone: room for what is to come, as StreamingLLM
+        makes it before a turn."""
         return _without_oldest(state, recent, self.sinks)
 
     def rewind(self, state: CacheState, steps: Int[Array, " b"]) -> CacheState:
-        """The state `steps` steps ago; ValueError where the ring has overwritten what a query would see there."""
+        """The state `steps` steps ago; ValueError where the ring has overwritten what a query would see
+        there."""
         length = earlier(state, steps)
         needed = jnp.maximum(length - self.window + 1, self.sinks)
         if bool(jnp.any((state.length - self.window > needed) & (length > self.sinks))):
-            raise ValueError(f"steps={jnp.asarray(steps).tolist()} cannot be taken back: {self} has overwritten the keys before them")
+            raise ValueError(
+                f"steps={jnp.asarray(steps).tolist()} cannot be taken back: {self} has overwritten the keys "
+                "before them"
+            )
         return forget_from(state, length)
 
 

@@ -1,4 +1,5 @@
-"""Models of images: pooling, convolutions, attention, wavelets and scans as mixers of one kind of block. Images are [b, h, w, c], NHWC."""
+"""Models of images: pooling, convolutions, attention, wavelets and scans as mixers of one kind of block.
+Images are [b, h, w, c], NHWC."""
 
 from seqlab.models.images.dense import ImageToMap, MapHead
 from seqlab.models.images.metaformer import (
@@ -12,7 +13,14 @@ from seqlab.models.images.metaformer import (
     metaformer,
     poolformer,
 )
-from seqlab.models.images.mixers import IdentityMixing, ImageAttention, Pooling, RandomMixing, SepConv, SpatialLinear
+from seqlab.models.images.mixers import (
+    IdentityMixing,
+    ImageAttention,
+    Pooling,
+    RandomMixing,
+    SepConv,
+    SpatialLinear,
+)
 from seqlab.models.images.parts import Conv, ConvTranspose, Downsample, ImageMixer, MapNorm, StarReLU
 from seqlab.models.images.vim2 import VIM2S, FourScans, InRows, ViM2Backbone, scan_orders, vim2
 from seqlab.models.images.wavemix import (

@@ -1,8 +1,10 @@
 """Convolutions of maps: dense ones and their transposes, each the other's gradient; depthwise ones.
 
-XLA's convolutions on a CPU are quick where a convolution is said in the one way that it knows, [b, h, w, in] by [h, w, in, out]. Gradients
-as JAX derives them are not: some are put right, others and all of those in a loop (parts of a batch, say) are taken number by number, ten
-to a hundred times slower. So they are written out here, and other platforms, which know them all, are left to JAX.
+XLA's convolutions on a CPU are quick where a convolution is said in the one way that it knows, [b, h, w, in]
+by [h, w, in, out]. Gradients
+as JAX derives them are not: some are put right, others and all of those in a loop (parts of a batch, say) are
+taken number by number, ten to a hundred times slower. So they are written out here, and other platforms,
+which know them all, are left to JAX.
 """
 
 from collections.abc import Sequence
@@ -19,7 +21,9 @@ Map = Float[Array, "b h w d"]
 Filters = Float[Array, "p q d o"]
 
 _NAMES = ("NHWC", "HWIO", "NHWC")
-_WIDE = 1 << 13  # channels in × channels out from which one matrix product for each number of a filter is quicker than a convolution
+_WIDE = (
+    1 << 13
+)  # channels in × channels out from which one matrix product for each number of a filter is quicker than a convolution
 
 
 def convolve(x: Map, weight: Filters, stride: int, padding: int) -> Float[Array, "b i j o"]:
@@ -28,11 +32,13 @@ def convolve(x: Map, weight: Filters, stride: int, padding: int) -> Float[Array,
 
 
 def convolve_transposed(x: Map, weight: Filters, stride: int, padding: int) -> Float[Array, "b i j o"]:
-    """y[stride i + p - padding] += x[i] W[p], for both axes: a side of n becomes (n - 1) stride - 2 padding + kernel.
+    """y[stride i + p - padding] += x[i] W[p], for both axes: a side of n becomes (n - 1) stride - 2 padding +
+    kernel.
 
-    No product is with a zero, as most would be in a convolution of the map with zeros between its places. Where the stride divides the
-    kernel, all stride × stride places of a cell see the same few neighbours, and a convolution takes these to those. Elsewhere one matrix
-    product makes all that is spread, and sums of shifted parts put it in place.
+    No product is with a zero, as most would be in a convolution of the map with zeros between its places.
+    Where the stride divides the kernel, all stride × stride places of a cell see the same few neighbours, and
+    a convolution takes these to those. Elsewhere one matrix product makes all that is spread, and sums of
+    shifted parts put it in place.
     """
     return (_spread if jax.default_backend() == "cpu" else _spread_plain)(x, weight, stride, padding)
 
@@ -40,7 +46,9 @@ def convolve_transposed(x: Map, weight: Filters, stride: int, padding: int) -> F
 def grouped(x: Map, weight: Filters, stride: int, padding: int, groups: int) -> Float[Array, "b i j o"]:
     """The same of channels in groups, each with filters of its own, as XLA does it and JAX derives it."""
     borders = ((padding,) * 2,) * 2
-    return jax.lax.conv_general_dilated(x, weight, (stride,) * 2, borders, dimension_numbers=_NAMES, feature_group_count=groups)
+    return jax.lax.conv_general_dilated(
+        x, weight, (stride,) * 2, borders, dimension_numbers=_NAMES, feature_group_count=groups
+    )
 
 
 def _plain(x: Map, weight: Filters, stride: int, padding: int) -> Array:
@@ -48,12 +56,16 @@ def _plain(x: Map, weight: Filters, stride: int, padding: int) -> Array:
 
 
 def _spread_plain(x: Map, weight: Filters, stride: int, padding: int) -> Array:
-    size = [(n - 1) * stride - 2 * padding + kernel for n, kernel in zip(x.shape[1:3], weight.shape[:2], strict=True)]
+    size = [
+        (n - 1) * stride - 2 * padding + kernel
+        for n, kernel in zip(x.shape[1:3], weight.shape[:2], strict=True)
+    ]
     return _spread_to(size, x, weight, stride, padding)
 
 
 def _spread_to(size: Sequence[int], x: Map, weight: Filters, stride: int, padding: int) -> Array:
-    """The first `size` places of what is spread, `padding` places after its beginning; zeros beyond its end."""
+    """The first `size` places of what is spread, `padding` places after its beginning; zeros beyond its
+    end."""
     if weight.shape[0] % stride == 0 and weight.shape[1] % stride == 0:
         y, first = _by_cells(size, x, weight, stride, padding), padding % stride
     else:
@@ -65,7 +77,8 @@ def _spread_to(size: Sequence[int], x: Map, weight: Filters, stride: int, paddin
 
 
 def _by_cells(size: Sequence[int], x: Map, weight: Filters, stride: int, padding: int) -> Array:
-    """y[stride c + r] = sum over a of x[c - a] W[r + stride a], for the cells c that have a place among those wanted."""
+    """y[stride c + r] = sum over a of x[c - a] W[r + stride a], for the cells c that have a place among those
+    wanted."""
     cells = rearrange(weight, "(a p) (e q) d o -> a e d (p q o)", p=stride, q=stride)[::-1, ::-1]
     first = padding // stride
     borders = [
@@ -92,22 +105,37 @@ def _overlapped(y: Array, axis: int, stride: int) -> Array:
     return total.reshape(*y.shape[:axis], (n + parts - 1) * stride, *y.shape[axis + 2 :])
 
 
-def _filter_gradient(x: Map, dy: Map, kernel: Sequence[int], stride: int, padding: int, swapped: bool = False) -> Filters:
+def _filter_gradient(
+    x: Map, dy: Map, kernel: Sequence[int], stride: int, padding: int, swapped: bool = False
+) -> Filters:
     """sum over places i of x[stride i + p - padding]^T dy[i], for every p; `swapped`: transposed."""
     (rows, columns), (_, height, width, outputs) = kernel, dy.shape
-    ends = [(n - 1) * stride + k - padding - size for n, k, size in zip((height, width), kernel, x.shape[1:3], strict=True)]
+    ends = [
+        (n - 1) * stride + k - padding - size
+        for n, k, size in zip((height, width), kernel, x.shape[1:3], strict=True)
+    ]
     if x.shape[3] * outputs < _WIDE:
         borders = [(padding, end) for end in ends]
-        x, dy = x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3)  # the sum is over the batch, the filter is the map of gradients
-        y = jax.lax.conv_general_dilated(x, dy, (1, 1), borders, rhs_dilation=(stride,) * 2, dimension_numbers=_NAMES)
+        x, dy = (
+            x.transpose(3, 1, 2, 0),
+            dy.transpose(1, 2, 0, 3),
+        )  # the sum is over the batch, the filter is the map of gradients
+        y = jax.lax.conv_general_dilated(
+            x, dy, (1, 1), borders, rhs_dilation=(stride,) * 2, dimension_numbers=_NAMES
+        )
         return y.transpose(1, 2, 3, 0) if swapped else y.transpose(1, 2, 0, 3)
     x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((padding, end, 0) for end in ends), (0, 0, 0)])
     seeds = dy.reshape(-1, outputs)
 
-    def row(p: Array) -> Array:  # a loop over rows of the filter: a program of all products would take long to compile
+    def row(
+        p: Array,
+    ) -> Array:  # a loop over rows of the filter: a program of all products would take long to compile
         window = jax.lax.dynamic_slice_in_dim(x, p, (height - 1) * stride + 1, 1)[:, ::stride]
         taps = [window[:, :, q : q + (width - 1) * stride + 1 : stride] for q in range(columns)]
-        pairs = [(seeds, tap) if swapped else (tap, seeds) for tap in (tap.reshape(-1, tap.shape[-1]) for tap in taps)]
+        pairs = [
+            (seeds, tap) if swapped else (tap, seeds)
+            for tap in (tap.reshape(-1, tap.shape[-1]) for tap in taps)
+        ]
         return jnp.stack([matmul(left.T, right, accumulator(x.dtype)) for left, right in pairs])
 
     return jax.lax.map(row, jnp.arange(rows)).astype(x.dtype)
@@ -126,18 +154,25 @@ def _spread_bwd(stride: int, padding: int, residuals: tuple[Map, Filters], dy: M
 
 
 _convolve = jax.custom_vjp(_plain, nondiff_argnums=(2, 3))
-_convolve.defvjp(lambda x, weight, stride, padding: (_plain(x, weight, stride, padding), (x, weight)), _convolve_bwd)
+_convolve.defvjp(
+    lambda x, weight, stride, padding: (_plain(x, weight, stride, padding), (x, weight)), _convolve_bwd
+)
 _spread = jax.custom_vjp(_spread_plain, nondiff_argnums=(2, 3))
-_spread.defvjp(lambda x, weight, stride, padding: (_spread_plain(x, weight, stride, padding), (x, weight)), _spread_bwd)
+_spread.defvjp(
+    lambda x, weight, stride, padding: (_spread_plain(x, weight, stride, padding), (x, weight)), _spread_bwd
+)
 
 
 @jax.custom_vjp
 def depthwise(x: Map, weight: Float[Array, "p q d"]) -> Map:
-    """Every channel convolved by its own odd filter, over zeros beyond the border: sums of shifted products, which a CPU is quick at."""
+    """Every channel convolved by its own odd filter, over zeros beyond the border: sums of shifted products,
+    which a CPU is quick at."""
     (_, height, width, _), (rows, columns, _) = x.shape, weight.shape
     padded = _bordered(x, weight).astype(accumulator(x.dtype))
 
-    def row(p: int, total: Array) -> Array:  # a loop over rows of the filter: a program of all products would take long to compile
+    def row(
+        p: int, total: Array
+    ) -> Array:  # a loop over rows of the filter: a program of all products would take long to compile
         window = jax.lax.dynamic_slice_in_dim(padded, p, height, 1)
         return total + sum(window[:, :, q : q + width] * weight[p, q] for q in range(columns))
 
@@ -155,7 +190,9 @@ def _depthwise_bwd(residuals: tuple[Map, Array], dy: Map) -> tuple[Map, Array]:
     wide = accumulator(x.dtype)
     padded, dy_wide = _bordered(x, weight).astype(wide), dy.astype(wide)
 
-    def place(n: int, total: Array) -> Array:  # place by place: a reduction over all of them at once would not fuse with its products
+    def place(
+        n: int, total: Array
+    ) -> Array:  # place by place: a reduction over all of them at once would not fuse with its products
         i, j = n // width, n % width
         window = jax.lax.dynamic_slice(padded, (0, i, j, 0), (b, rows, columns, d))
         return total + window * jax.lax.dynamic_slice(dy_wide, (0, i, j, 0), (b, 1, 1, d))

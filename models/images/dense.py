@@ -14,13 +14,17 @@ from seqlab.shapes import accumulator
 
 
 class MapHead(Module):
-    """Transposed convolutions that double the resolution, one for each of `widths`, then a linear map at every place."""
+    """Transposed convolutions that double the resolution, one for each of `widths`, then a linear map at
+    every place."""
 
     torch_names: ClassVar = {"parts": ""}
 
     def __init__(self, dim: int, outputs: int, *, widths: Sequence[int], rngs: nnx.Rngs):
         before = (dim, *widths)
-        spreads = [ConvTranspose(a, b, 4, stride=2, padding=1, rngs=rngs) for a, b in zip(before, widths, strict=False)]
+        spreads = [
+            ConvTranspose(a, b, 4, stride=2, padding=1, rngs=rngs)
+            for a, b in zip(before, widths, strict=False)
+        ]
         self.parts = nnx.List([*spreads, Linear(before[-1], outputs, bias=True, rngs=rngs)])
 
     def __call__(self, x: Map) -> Float[Array, "b i j o"]:
@@ -30,10 +34,11 @@ class MapHead(Module):
 
 
 class ImageToMap(Module):
-    """Numbers [b, h', w', outputs] at every place of images [b, h, w, inputs]: a backbone and a head that reads its last map.
+    """Numbers [b, h', w', outputs] at every place of images [b, h, w, inputs]: a backbone and a head that
+    reads its last map.
 
-    With a head of n doublings behind a backbone of stride s the answer has 2^n / s times the resolution of the image: 1 for segmentation,
-    2 for super-resolution by two.
+    With a head of n doublings behind a backbone of stride s the answer has 2^n / s times the resolution of
+    the image: 1 for segmentation, 2 for super-resolution by two.
 
     Args:
       outputs: classes of a place, or channels of an image.
@@ -42,7 +47,15 @@ class ImageToMap(Module):
       dtype: compute dtype of the backbone; head and answers are float32 at least.
     """
 
-    def __init__(self, outputs: int, backbone: Factory, *, widths: Sequence[int], dtype: str = "float32", rngs: nnx.Rngs):
+    def __init__(
+        self,
+        outputs: int,
+        backbone: Factory,
+        *,
+        widths: Sequence[int],
+        dtype: str = "float32",
+        rngs: nnx.Rngs,
+    ):
         self.outputs, self.dtype = positive("outputs", outputs), check_dtype(dtype)
         self.backbone = backbone(rngs=rngs)
         self.head = MapHead(self.backbone.widths[-1], outputs, widths=widths, rngs=rngs)

@@ -1,7 +1,9 @@
-"""The image backbone: stages of blocks, each at a coarser resolution, whose mixers are constructor arguments; and what is built of it.
+"""The image backbone: stages of blocks, each at a coarser resolution, whose mixers are constructor arguments;
+and what is built of it.
 
-PoolFormer and the hybrids of "MetaFormer Is Actually What You Need for Vision" (arXiv 2111.11418), and the models of "MetaFormer
-Baselines for Vision" (arXiv 2210.13452), are tables of arguments: see `poolformer` and `metaformer`.
+PoolFormer and the hybrids of "MetaFormer Is Actually What You Need for Vision" (arXiv 2111.11418), and the
+models of "MetaFormer Baselines for Vision" (arXiv 2210.13452), are tables of arguments: see `poolformer` and
+`metaformer`.
 """
 
 import functools
@@ -41,13 +43,16 @@ class Stage(Module):
 
 
 class ImageBackbone(Module):
-    """The maps behind every stage, [b, h, w, width], of images [b, h, w, inputs] of any size that the mixers take.
+    """The maps behind every stage, [b, h, w, width], of images [b, h, w, inputs] of any size that the mixers
+    take.
 
     Args:
       widths, depths: of the stages.
-      mixers: one factory for all stages or a tuple with one for each; a tuple in a tuple is taken in turn within its stage.
+      mixers: one factory for all stages or a tuple with one for each; a tuple in a tuple is taken in turn
+        within its stage.
       channel_mixer, norm, layer_scale, residual_scale: the block's, likewise for all or one for each.
-      stem, down: factories of the way into the first stage and of those into the next, called as down(inputs, width, rngs=rngs).
+      stem, down: factories of the way into the first stage and of those into the next, called as down(inputs,
+        width, rngs=rngs).
       drop_path: the rate of the last block; it grows linearly from 0 at the first.
       positions: by stage, (h, w) of a learnt embedding of places that is added to its input, or None.
     """
@@ -73,15 +78,25 @@ class ImageBackbone(Module):
             raise ValueError(f"widths and depths must name the same stages, got {widths} and {depths}")
         self.widths, self.depths = tuple(widths), tuple(depths)
         ways = [stem] + [down] * (len(widths) - 1)
-        self.downs = nnx.List([way(a, b, rngs=rngs) for way, a, b in zip(ways, (inputs, *widths[:-1]), widths, strict=True)])
+        self.downs = nnx.List(
+            [way(a, b, rngs=rngs) for way, a, b in zip(ways, (inputs, *widths[:-1]), widths, strict=True)]
+        )
         self.stages, done, total = nnx.List(), 0, sum(positive("depths", depth) for depth in depths)
         for i, (dim, depth) in enumerate(zip(widths, depths, strict=True)):
             mixed = _of_stage("mixers", mixers, i, len(widths))
             mixed = mixed if isinstance(mixed, tuple) else (mixed,)
-            named = {"channel_mixer": channel_mixer, "norm": norm, "layer_scale": layer_scale, "residual_scale": residual_scale}
+            named = {
+                "channel_mixer": channel_mixer,
+                "norm": norm,
+                "layer_scale": layer_scale,
+                "residual_scale": residual_scale,
+            }
             options = {name: _of_stage(name, value, i, len(widths)) for name, value in named.items()}
             rates = [drop_path * j / max(total - 1, 1) for j in range(done, done + depth)]
-            blocks = [Block(dim, mixed[j % len(mixed)], drop_path=rate, rngs=rngs, **options) for j, rate in enumerate(rates)]
+            blocks = [
+                Block(dim, mixed[j % len(mixed)], drop_path=rate, rngs=rngs, **options)
+                for j, rate in enumerate(rates)
+            ]
             self.stages.append(Stage(blocks))
             done += depth
         self.positioned = tuple(i for i, size in enumerate(positions) if size is not None)
@@ -107,7 +122,8 @@ def _of_stage(name: str, value: Any, i: int, stages: int) -> Any:
 
 
 class Positions(Module):
-    """x + a learnt number for every place and channel, zero at the beginning; it belongs to one resolution."""
+    """x + a learnt number for every place and channel, zero at the beginning; it belongs to one
+    resolution."""
 
     torch_names: ClassVar = {"weight": "pos_embed"}
     torch_layout: ClassVar = {"weight": "[1, d, h, w]"}
@@ -117,7 +133,10 @@ class Positions(Module):
 
     def __call__(self, x: Map) -> Map:
         if x.shape[1:] != self.weight.shape:
-            raise ValueError(f"x must be [b, h, w, d] with {self.weight.shape}, to which the embedding belongs, got {x.shape}")
+            raise ValueError(
+                f"x must be [b, h, w, d] with {self.weight.shape}, to which the embedding belongs, got "
+                f"{x.shape}"
+            )
         return x + self.weight[...].astype(x.dtype)
 
 
@@ -136,11 +155,13 @@ class MLPHead(Module):
 
 
 class ImageClassifier(Module):
-    """Logits [b, outputs] of images [b, h, w, inputs]: a backbone, the mean of its last map, a norm before or behind the mean, a head.
+    """Logits [b, outputs] of images [b, h, w, inputs]: a backbone, the mean of its last map, a norm before or
+    behind the mean, a head.
 
     Args:
       outputs: classes.
-      backbone: called as backbone(rngs=rngs): images -> list of maps, the last of which is read; its `widths[-1]` is the head's width.
+      backbone: called as backbone(rngs=rngs): images -> list of maps, the last of which is read; its
+        `widths[-1]` is the head's width.
       norm: called as norm(width, rngs=rngs); None for none.
       normalise: "map" before the mean, "mean" behind it.
       head: called as head(width, outputs, rngs=rngs); None for a linear map with bias.
@@ -163,7 +184,11 @@ class ImageClassifier(Module):
         self.backbone = backbone(rngs=rngs)
         width = self.backbone.widths[-1]
         self.norm = None if norm is None else norm(width, rngs=rngs)
-        self.head = Linear(width, outputs, bias=True, scale=0.1, rngs=rngs) if head is None else head(width, outputs, rngs=rngs)
+        self.head = (
+            Linear(width, outputs, bias=True, scale=0.1, rngs=rngs)
+            if head is None
+            else head(width, outputs, rngs=rngs)
+        )
 
     def features(self, images: Map) -> list[Map]:
         """The maps behind every stage."""
@@ -211,31 +236,48 @@ _HYBRIDS = {
 
 _MIXERS: dict[str, tuple[Factory, ...]] = {
     "identityformer": (IdentityMixing,) * 4,
-    "randformer": (IdentityMixing, IdentityMixing, partial(RandomMixing, tokens=196), partial(RandomMixing, tokens=49)),
+    "randformer": (
+        IdentityMixing,
+        IdentityMixing,
+        partial(RandomMixing, tokens=196),
+        partial(RandomMixing, tokens=49),
+    ),
     "poolformerv2": (Pooling,) * 4,
     "convformer": (SepConv,) * 4,
     "caformer": (SepConv, SepConv, ImageAttention, ImageAttention),
 }
 
-METAFORMERS = tuple(f"{name}_{size}" for name in _MIXERS for size in (_HYBRIDS if name in ("convformer", "caformer") else POOLFORMERS))
+METAFORMERS = tuple(
+    f"{name}_{size}"
+    for name in _MIXERS
+    for size in (_HYBRIDS if name in ("convformer", "caformer") else POOLFORMERS)
+)
 
 
 def poolformer(size: str, outputs: int = 1000, *, rngs: nnx.Rngs, **changes: Any) -> ImageClassifier:
-    """PoolFormer of a published size, "s12" to "m48"; `changes` are arguments of `ImageBackbone` that shall differ.
+    """PoolFormer of a published size, "s12" to "m48"; `changes` are arguments of `ImageBackbone` that shall
+    differ.
 
     Published weights: convert(model, tensors, architecture="poolformer").
     """
     check_name(size, tuple(POOLFORMERS), "size")
     widths, depths, drop_path, scale = POOLFORMERS[size]
-    options = {"widths": widths, "depths": depths, "mixers": Pooling, "drop_path": drop_path, "layer_scale": scale} | changes
+    options = {
+        "widths": widths,
+        "depths": depths,
+        "mixers": Pooling,
+        "drop_path": drop_path,
+        "layer_scale": scale,
+    } | changes
     return ImageClassifier(outputs, partial(ImageBackbone, **options), rngs=rngs)
 
 
 def metaformer(name: str, outputs: int = 1000, *, rngs: nnx.Rngs, **changes: Any) -> ImageClassifier:
-    """A model of the second paper by its published name, a key of METAFORMERS: "poolformerv2_s12", "convformer_b36", "caformer_s18", ...
+    """A model of the second paper by its published name, a key of METAFORMERS: "poolformerv2_s12",
+    "convformer_b36", "caformer_s18", ...
 
-    `changes` are arguments of `ImageBackbone` that shall differ, such as `drop_path`, 0 by default. Published weights:
-    convert(model, tensors, architecture="metaformer").
+    `changes` are arguments of `ImageBackbone` that shall differ, such as `drop_path`, 0 by default. Published
+    weights: convert(model, tensors, architecture="metaformer").
     """
     check_name(name, METAFORMERS, "name")
     kind, _, size = name.partition("_")
@@ -254,9 +296,11 @@ def baseline(
     rngs: nnx.Rngs,
     **changes: Any,
 ) -> ImageClassifier:
-    """The second paper's architecture around any mixers: norms without bias, StarReLU, residual scales in the later half of the stages.
+    """The second paper's architecture around any mixers: norms without bias, StarReLU, residual scales in the
+    later half of the stages.
 
-    `per_place` is what ConvFormer and CAFormer have: norms over channels at every place instead of the whole map, and the MLP head.
+    `per_place` is what ConvFormer and CAFormer have: norms over channels at every place instead of the whole
+    map, and the MLP head.
     """
     slim = partial(LayerNorm, eps=1e-6, bias=False)
     options = {

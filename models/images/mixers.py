@@ -16,7 +16,8 @@ from seqlab.shapes import accumulator
 
 
 def mean_around(x: Map, size: int) -> Map:
-    """The mean over the size × size places around each, of those only that the map has: at a corner of 3 × 3 they are four."""
+    """The mean over the size × size places around each, of those only that the map has: at a corner of 3 × 3
+    they are four."""
     if positive("size", size) % 2 == 0:
         raise ValueError(f"size must be odd, so that a window has a middle, got {size}")
     wide = x.astype(accumulator(x.dtype))
@@ -38,10 +39,12 @@ def _shifted(x: Array, axis: int, lag: int) -> Array:
 
 
 class Pooling(ImageMixer):
-    """PoolFormer's mixer: the mean around each place minus the place itself, which the residual stream adds again; no parameters.
+    """PoolFormer's mixer: the mean around each place minus the place itself, which the residual stream adds
+    again; no parameters.
 
     Pitfalls:
-      The border counts only the places that there are. Frameworks that average over padding too are another function.
+      The border counts only the places that there are. Frameworks that average over padding too are another
+      function.
     """
 
     def __init__(self, dim: int, *, size: int = 3, rngs: nnx.Rngs | None = None):
@@ -62,7 +65,8 @@ class IdentityMixing(ImageMixer):
 
 
 class RandomMixing(ImageMixer):
-    """RandFormer's mixer: a matrix over places, drawn once and never learnt, whose rows are softmaxes of uniform numbers.
+    """RandFormer's mixer: a matrix over places, drawn once and never learnt, whose rows are softmaxes of
+    uniform numbers.
 
     `tokens` is the number of places, height times width: the matrix belongs to one resolution.
 
@@ -74,7 +78,9 @@ class RandomMixing(ImageMixer):
 
     def __init__(self, dim: int, *, tokens: int = 196, rngs: nnx.Rngs):
         self.dim, self.tokens = dim, positive("tokens", tokens)
-        self.matrix = nnx.BatchStat(jax.nn.softmax(jax.random.uniform(rngs.params(), (tokens, tokens)), axis=-1))
+        self.matrix = nnx.BatchStat(
+            jax.nn.softmax(jax.random.uniform(rngs.params(), (tokens, tokens)), axis=-1)
+        )
 
     def mix(self, x: Map) -> Map:
         return over_places(x, self.matrix[...], self.tokens)
@@ -94,12 +100,18 @@ class SpatialLinear(ImageMixer):
 def over_places(x: Map, matrix: Float[Array, "s s"], tokens: int) -> Map:
     """matrix x, where x is seen as [places, d]."""
     if x.shape[1] * x.shape[2] != tokens:
-        raise ValueError(f"x must have tokens={tokens} places, to which the matrix belongs, got {x.shape[1]} x {x.shape[2]}")
-    return jnp.einsum("st,btd->bsd", matrix.astype(x.dtype), x.reshape(x.shape[0], tokens, -1)).reshape(x.shape)
+        raise ValueError(
+            f"x must have tokens={tokens} places, to which the matrix belongs, got {x.shape[1]} x "
+            f"{x.shape[2]}"
+        )
+    return jnp.einsum("st,btd->bsd", matrix.astype(x.dtype), x.reshape(x.shape[0], tokens, -1)).reshape(
+        x.shape
+    )
 
 
 class SepConv(ImageMixer):
-    """ConvFormer's mixer: down(depthwise(star_relu(up x))), an inverted separable convolution (MobileNetV2's, arXiv 1801.04381)."""
+    """ConvFormer's mixer: down(depthwise(star_relu(up x))), an inverted separable convolution (MobileNetV2's,
+    arXiv 1801.04381)."""
 
     torch_names: ClassVar = {"up": "pwconv1", "act": "act1", "conv": "dwconv", "down": "pwconv2"}
 
@@ -115,7 +127,8 @@ class SepConv(ImageMixer):
 
 
 class ImageAttention(ImageMixer):
-    """Softmax attention over all places, without positions: CAFormer's mixer, and with `bias` that of the first paper's hybrids.
+    """Softmax attention over all places, without positions: CAFormer's mixer, and with `bias` that of the
+    first paper's hybrids.
 
     There are dim / head_dim heads, at least one.
     """

@@ -1,4 +1,5 @@
-"""What models of images are made of. Images are [b, h, w, channels]; letters of an array of theirs: b, h, w (height, width), d."""
+"""What models of images are made of. Images are [b, h, w, channels]; letters of an array of theirs: b, h, w
+(height, width), d."""
 
 import math
 from typing import ClassVar
@@ -19,8 +20,8 @@ from seqlab.state import State
 class ImageMixer(Module):
     """Mixes the places of a map. Abstract: a subclass defines `mix`.
 
-    It is called like every mixer, so that blocks need not know; but a map has no order in time: there is no state, `init_state` is empty,
-    and a state, resets or flags are refused.
+    It is called like every mixer, so that blocks need not know; but a map has no order in time: there is no
+    state, `init_state` is empty, and a state, resets or flags are refused.
     """
 
     causal, lookahead, exact = False, 0, True
@@ -32,15 +33,21 @@ class ImageMixer(Module):
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[()]:
         return ()
 
-    def __call__(self, x: Map, state: State | None = None, reset: Steps | None = None, valid: Steps | None = None) -> tuple[Map, None]:
+    def __call__(
+        self, x: Map, state: State | None = None, reset: Steps | None = None, valid: Steps | None = None
+    ) -> tuple[Map, None]:
         for name, value in (("state", state), ("reset", reset), ("valid", valid)):
             if value is not None:
-                raise ValueError(f"{name} must be None: {type(self).__name__} mixes the places of an image, which has no time")
+                raise ValueError(
+                    f"{name} must be None: {type(self).__name__} mixes the places of an image, which has no "
+                    "time"
+                )
         return self.mix(x), None
 
 
 class Conv(Module):
-    """A convolution with weights [h, w, in / groups, out]; uniform in ±1/sqrt(fan in) at the beginning, as PyTorch's."""
+    """A convolution with weights [h, w, in / groups, out]; uniform in ±1/sqrt(fan in) at the beginning, as
+    PyTorch's."""
 
     torch_layout: ClassVar = {"weight": "[out, in, h, w]"}
 
@@ -61,12 +68,21 @@ class Conv(Module):
         shape = (positive("kernel", kernel), kernel, inputs // groups, outputs)
         bound = 1 / math.sqrt(math.prod(shape[:3]))
         self.weight = nnx.Param(jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound))
-        self.bias = nnx.Param(jax.random.uniform(rngs.params(), (outputs,), minval=-bound, maxval=bound)) if bias else None
+        self.bias = (
+            nnx.Param(jax.random.uniform(rngs.params(), (outputs,), minval=-bound, maxval=bound))
+            if bias
+            else None
+        )
         self.stride, self.padding, self.groups = positive("stride", stride), padding, groups
 
     def __call__(self, x: Map) -> Float[Array, "b i j o"]:
         weight = self.weight[...].astype(x.dtype)
-        same = weight.shape[2] == 1 and x.shape[3] == weight.shape[3] and self.stride == 1 and 2 * self.padding + 1 == weight.shape[0]
+        same = (
+            weight.shape[2] == 1
+            and x.shape[3] == weight.shape[3]
+            and self.stride == 1
+            and 2 * self.padding + 1 == weight.shape[0]
+        )
         if same and jax.default_backend() == "cpu":  # XLA's own is a hundred times slower there
             y = depthwise(x, weight[:, :, 0])
         elif self.groups == 1:
@@ -77,16 +93,20 @@ class Conv(Module):
 
 
 class ConvTranspose(Module):
-    """A transposed convolution with weights [h, w, in, out]: every place is spread over kernel × kernel places, `stride` apart.
+    """A transposed convolution with weights [h, w, in, out]: every place is spread over kernel × kernel
+    places, `stride` apart.
 
-        y[stride i + p - padding] += W[p] x[i]        for both axes; a side of n becomes (n - 1) stride - 2 padding + kernel
+        y[stride i + p - padding] += W[p] x[i]        for both axes; a side of n becomes (n - 1) stride - 2
+        padding + kernel
 
     It is the gradient of a convolution from outputs to inputs with the same weights, stride and padding.
     """
 
     torch_layout: ClassVar = {"weight": "[in, out, h, w]"}
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, *, stride: int, padding: int = 0, rngs: nnx.Rngs):
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int, *, stride: int, padding: int = 0, rngs: nnx.Rngs
+    ):
         shape = (positive("kernel", kernel), kernel, positive("inputs", inputs), positive("outputs", outputs))
         bound = 1 / math.sqrt(kernel * kernel * outputs)  # PyTorch's fan in of transposed weights
         self.weight = nnx.Param(jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound))
@@ -104,7 +124,8 @@ def batch_normed(norm: BatchNorm, x: Map) -> Map:
 
 
 class MapNorm(Module):
-    """(x - mean) / sqrt(var + eps) * weight + bias, mean and variance over a whole map: group norm of one group (arXiv 1803.08494)."""
+    """(x - mean) / sqrt(var + eps) * weight + bias, mean and variance over a whole map: group norm of one
+    group (arXiv 1803.08494)."""
 
     def __init__(self, dim: int, *, eps: float = 1e-5, bias: bool = True, rngs: nnx.Rngs | None = None):
         self.weight = nnx.Param(jnp.ones((positive("dim", dim),)))
@@ -122,7 +143,8 @@ class MapNorm(Module):
 class StarReLU(Module):
     """scale * relu(x)^2 + bias, two learnt numbers (arXiv 2210.13452).
 
-    The paper derives 0.8944 and -0.4472, which make mean 0 and variance 1 of a unit normal; its code, and we, begin at 1 and 0.
+    The paper derives 0.8944 and -0.4472, which make mean 0 and variance 1 of a unit normal; its code, and we,
+    begin at 1 and 0.
     """
 
     def __init__(self, dim: int | None = None, *, rngs: nnx.Rngs | None = None):
@@ -133,7 +155,8 @@ class StarReLU(Module):
 
 
 class Downsample(Module):
-    """A strided convolution between a norm before it and one behind, either of which may be None: a stem, or the way to the next stage."""
+    """A strided convolution between a norm before it and one behind, either of which may be None: a stem, or
+    the way to the next stage."""
 
     torch_names: ClassVar = {"norm_before": "pre_norm", "norm_after": "post_norm"}
 

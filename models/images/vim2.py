@@ -1,7 +1,8 @@
-"""ViM2: images scanned in four directions, channels in two, and learned sums of all earlier outputs (arXiv 2403.19888, first version).
+"""ViM2: images scanned in four directions, channels in two, and learned sums of all earlier outputs (arXiv
+2403.19888, first version).
 
-The authors released no code. The token mixer is VMamba's first (arXiv 2401.10166), which their figure shows; what else their text leaves
-open is said in place.
+The authors released no code. The token mixer is VMamba's first (arXiv 2401.10166), which their figure shows;
+what else their text leaves open is said in place.
 """
 
 import functools
@@ -24,20 +25,22 @@ partial = functools.partial
 
 
 def scan_orders(height: int, width: int) -> Int[np.ndarray, "4 s"]:
-    """The four orders in which the places of a map are visited, as numbers of places counted row by row: along the rows, along the
-    columns, and both backwards."""
+    """The four orders in which the places of a map are visited, as numbers of places counted row by row:
+    along the rows, along the columns, and both backwards."""
     rows = np.arange(height * width).reshape(height, width)
     forwards = np.stack([rows.ravel(), rows.T.ravel()])
     return np.concatenate([forwards, forwards[:, ::-1]])
 
 
 class FourScans(ImageMixer):
-    """ViM2's token mixer: one projection, one convolution and one gate; a selection and a scan of its own for each of four directions.
+    """ViM2's token mixer: one projection, one convolution and one gate; a selection and a scan of its own for
+    each of four directions.
 
-        a, z = in_proj(x);  c = silu(conv3x3(a));  y = Σ_k undone_k(scan_k(ordered_k(c)));  out_proj(norm(y) * silu(z))
+        a, z = in_proj(x);  c = silu(conv3x3(a));  y = Σ_k undone_k(scan_k(ordered_k(c)));  out_proj(norm(y) *
+        silu(z))
 
-    Every place sees every other, at a cost that is linear in their number; maps may have any size. The norm stands in VMamba only:
-    `norm=LayerNorm`. Sizes are those of `SelectiveMixer`.
+    Every place sees every other, at a cost that is linear in their number; maps may have any size. The norm
+    stands in VMamba only: `norm=LayerNorm`. Sizes are those of `SelectiveMixer`.
     """
 
     def __init__(
@@ -84,9 +87,9 @@ class FourScans(ImageMixer):
 class InRows(ImageMixer):
     """A mixer of sequences over the places of a map, row after row.
 
-    `mixer` is called as mixer(dim, rngs=rngs), and with `tokens`, the number of places, where that is given: with `SelectiveChannelMixer`
-    this is ViM2's channel mixer. (The paper scans the grid in four orders before it; they only permute the features of that mixer, which
-    its projections undo.)
+    `mixer` is called as mixer(dim, rngs=rngs), and with `tokens`, the number of places, where that is given:
+    with `SelectiveChannelMixer` this is ViM2's channel mixer. (The paper scans the grid in four orders before
+    it; they only permute the features of that mixer, which its projections undo.)
     """
 
     def __init__(self, dim: int, *, mixer: Factory, tokens: int | None = None, rngs: nnx.Rngs):
@@ -105,13 +108,17 @@ class ViM2Backbone(Module):
     """The maps behind every stage of ViM2: stages are `MambaMixerStack`s, whose sums begin anew in each.
 
     Args:
-      widths, depths: of the stages; a depth is that of the stack, one token mixer and one channel mixer each, as in the equations. (The
-        paper's table has two token mixers for a channel mixer, which its equations do not.)
-      image: height and width of the images, which channel mixers of the paper's kind need to know: their weights belong to one number of
-        places, and grow with its square. (At 224 × 224 that does not fit the sizes which the paper prints.) None for any size.
-      token_mixer, channel_mixer: called as token_mixer(width, rngs=rngs) and channel_mixer(width, tokens=places, rngs=rngs), without
-        `tokens` where `image` is None: InRows with a `GroupedChannelMixer` is a selective mixer of channels for any size.
-      stem, down: as in `ImageBackbone`. By default patches of 4 × 4, and merging of 2 × 2 places under a norm.
+      widths, depths: of the stages; a depth is that of the stack, one token mixer and one channel mixer each,
+        as in the equations. (The paper's table has two token mixers for a channel mixer, which its equations
+        do not.)
+      image: height and width of the images, which channel mixers of the paper's kind need to know: their
+        weights belong to one number of places, and grow with its square. (At 224 × 224 that does not fit the
+        sizes which the paper prints.) None for any size.
+      token_mixer, channel_mixer: called as token_mixer(width, rngs=rngs) and channel_mixer(width,
+        tokens=places, rngs=rngs), without `tokens` where `image` is None: InRows with a `GroupedChannelMixer`
+        is a selective mixer of channels for any size.
+      stem, down: as in `ImageBackbone`. By default patches of 4 × 4, and merging of 2 × 2 places under a
+        norm.
     """
 
     def __init__(
@@ -133,7 +140,9 @@ class ViM2Backbone(Module):
         stem = partial(Downsample, kernel=4, stride=4, padding=0) if stem is None else stem
         down = partial(Downsample, kernel=2, padding=0, before=LayerNorm) if down is None else down
         ways = [stem] + [down] * (len(widths) - 1)
-        self.downs = nnx.List([way(a, b, rngs=rngs) for way, a, b in zip(ways, (inputs, *widths[:-1]), widths, strict=True)])
+        self.downs = nnx.List(
+            [way(a, b, rngs=rngs) for way, a, b in zip(ways, (inputs, *widths[:-1]), widths, strict=True)]
+        )
         self.stages = nnx.List()
         shape = None if image is None else (1, *image, inputs)
         for down, dim, depth in zip(self.downs, widths, depths, strict=True):
@@ -160,7 +169,8 @@ VIM2S = {
 
 
 def vim2(size: str, outputs: int = 1000, *, rngs: nnx.Rngs, **changes: object) -> ImageClassifier:
-    """ViM2 with the widths of the paper's "t", "s" or "b"; `changes` are arguments of `ViM2Backbone` that shall differ."""
+    """ViM2 with the widths of the paper's "t", "s" or "b"; `changes` are arguments of `ViM2Backbone` that
+    shall differ."""
     check_name(size, tuple(VIM2S), "size")
     widths, depths = VIM2S[size]
     backbone = partial(ViM2Backbone, **({"widths": widths, "depths": depths} | changes))

@@ -1,6 +1,8 @@
-"""WaveMix: wavelets mix the places, transposed convolutions bring them back to full resolution (arXiv 2203.03689, 2205.14375).
+"""WaveMix: wavelets mix the places, transposed convolutions bring them back to full resolution (arXiv
+2203.03689, 2205.14375).
 
-A network is the image backbone with one stage, no norms and no channel mixer: x + mixer(x), the mixer being one of the blocks here.
+A network is the image backbone with one stage, no norms and no channel mixer: x + mixer(x), the mixer being
+one of the blocks here.
 """
 
 import functools
@@ -25,7 +27,8 @@ gelu = ACTIVATIONS["gelu"]
 
 
 def packed(low: Map, bands: Float[Array, "b i j d 3"]) -> Map:
-    """What a level hands on, [b, i, j, 4 d]: all channels of the low band, then channel by channel the three others."""
+    """What a level hands on, [b, i, j, 4 d]: all channels of the low band, then channel by channel the three
+    others."""
     return jnp.concatenate([low, bands.reshape(*bands.shape[:3], -1)], axis=-1)
 
 
@@ -34,7 +37,9 @@ class FeedForward(Module):
 
     torch_names: ClassVar = {"up": "0", "down": "3", "spread": "4", "norm": "5"}
 
-    def __init__(self, inputs: int, inner: int, hidden: int, outputs: int, *, dropout: float = 0.0, rngs: nnx.Rngs):
+    def __init__(
+        self, inputs: int, inner: int, hidden: int, outputs: int, *, dropout: float = 0.0, rngs: nnx.Rngs
+    ):
         self.up = uniform_linear(inputs, inner, rngs=rngs)
         self.dropout = Dropout(dropout, rngs=rngs) if dropout else None
         self.down = uniform_linear(inner, hidden, rngs=rngs)
@@ -48,12 +53,15 @@ class FeedForward(Module):
 
 
 class WaveMixing(ImageMixer):
-    """The block of WaveMix (its second version), without the stream that it is added to; with one level that of WaveMix-Lite.
+    """The block of WaveMix (its second version), without the stream that it is added to; with one level that
+    of WaveMix-Lite.
 
-        y = reduction(x), a quarter of the channels        z_1 .. z_L = the levels of its Haar transform, dim channels each
+        y = reduction(x), a quarter of the channels        z_1 .. z_L = the levels of its Haar transform, dim
+        channels each
         t_L = FF_L(z_L)        t_j = FF_j([z_j, t_{j+1}])        the output is t_1
 
-    Maps may have any size; what a level of odd length gives beyond it is cut off. (The original asks for multiples of 2^levels.)
+    Maps may have any size; what a level of odd length gives beyond it is cut off. (The original asks for
+    multiples of 2^levels.)
 
     Args:
       levels: of the transform.
@@ -62,17 +70,28 @@ class WaveMixing(ImageMixer):
       dropout: in the perceptrons.
 
     Pitfalls:
-      Bands are packed channel by channel, three numbers each, behind the low band of all channels. Another order trains as well, but no
-      published weights fit it.
+      Bands are packed channel by channel, three numbers each, behind the low band of all channels. Another
+      order trains as well, but no published weights fit it.
     """
 
-    def __init__(self, dim: int, *, levels: int = 3, expand: int = 2, hidden: int | None = None, dropout: float = 0.0, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        dim: int,
+        *,
+        levels: int = 3,
+        expand: int = 2,
+        hidden: int | None = None,
+        dropout: float = 0.0,
+        rngs: nnx.Rngs,
+    ):
         self.dim, self.levels = dim, positive("levels", levels)
         hidden = dim if hidden is None else positive("hidden", hidden)
         self.reduction = uniform_linear(dim, _quarter(dim), rngs=rngs)
         for j in range(1, levels + 1):
             inputs, outputs = dim + (dim // 2 if j < levels else 0), dim if j == 1 else dim // 2
-            part = FeedForward(inputs, positive("expand", expand) * dim, hidden, outputs, dropout=dropout, rngs=rngs)
+            part = FeedForward(
+                inputs, positive("expand", expand) * dim, hidden, outputs, dropout=dropout, rngs=rngs
+            )
             setattr(self, self._name(j), part)  # an attribute each: so the published names are ours
 
     def _name(self, level: int) -> str:
@@ -92,16 +111,33 @@ class WaveMixing(ImageMixer):
 
 
 class ParallelWaveMixing(ImageMixer):
-    """The block of WaveMix's first version: all levels side by side through one perceptron, and a convolution over their results.
+    """The block of WaveMix's first version: all levels side by side through one perceptron, and a convolution
+    over their results.
 
-        y = reduction(x)        t_j = spread_j(down(gelu(up z_j))) back at full resolution        norm(gelu(depthwise([t_1 .. t_L])))
+        y = reduction(x)        t_j = spread_j(down(gelu(up z_j))) back at full resolution
+        norm(gelu(depthwise([t_1 .. t_L])))
 
-    A spread of level j has a kernel of 2^j + 2 at stride 2^j. `levels` divides dim; the other arguments are those of `WaveMixing`.
+    A spread of level j has a kernel of 2^j + 2 at stride 2^j. `levels` divides dim; the other arguments are
+    those of `WaveMixing`.
     """
 
-    torch_names: ClassVar = {"up": "feedforward.0", "down": "feedforward.3", "depthwise": "depthconv.0", "norm": "depthconv.2"}
+    torch_names: ClassVar = {
+        "up": "feedforward.0",
+        "down": "feedforward.3",
+        "depthwise": "depthconv.0",
+        "norm": "depthconv.2",
+    }
 
-    def __init__(self, dim: int, *, levels: int = 4, expand: int = 2, hidden: int | None = None, dropout: float = 0.0, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        dim: int,
+        *,
+        levels: int = 4,
+        expand: int = 2,
+        hidden: int | None = None,
+        dropout: float = 0.0,
+        rngs: nnx.Rngs,
+    ):
         divisor("levels", levels, "dim", dim)
         self.dim, self.levels = dim, levels
         hidden = dim if hidden is None else positive("hidden", hidden)
@@ -110,7 +146,11 @@ class ParallelWaveMixing(ImageMixer):
         self.dropout = Dropout(dropout, rngs=rngs) if dropout else None
         self.down = uniform_linear(expand * dim, hidden, rngs=rngs)
         for j in range(1, levels + 1):
-            setattr(self, f"ff{j}", ConvTranspose(hidden, dim // levels, 2**j + 2, stride=2**j, padding=1, rngs=rngs))
+            setattr(
+                self,
+                f"ff{j}",
+                ConvTranspose(hidden, dim // levels, 2**j + 2, stride=2**j, padding=1, rngs=rngs),
+            )
         self.depthwise = Conv(dim, dim, 5, padding=2, groups=dim, rngs=rngs)
         self.norm = BatchNorm(dim)
 
@@ -127,7 +167,8 @@ class ParallelWaveMixing(ImageMixer):
 
 
 class ShuffleWaveMixing(ImageMixer):
-    """The block of WaveMix's third version: one level, whose channels become places again without any weights.
+    """The block of WaveMix's third version: one level, whose channels become places again without any
+    weights.
 
         norm(conv3x3(shuffle(dropout(gelu(up packed(dwt(reduction(x))))))))
 
@@ -146,7 +187,9 @@ class ShuffleWaveMixing(ImageMixer):
     def mix(self, x: Map) -> Map:
         low, (bands,) = kernels.dwt(self.reduction(x))
         y = gelu(self.up(packed(low, bands)))
-        y = rearrange(y if self.dropout is None else self.dropout(y), "b i j (d p q) -> b (i p) (j q) d", p=2, q=2)
+        y = rearrange(
+            y if self.dropout is None else self.dropout(y), "b i j (d p q) -> b (i p) (j q) d", p=2, q=2
+        )
         return batch_normed(self.norm, self.conv(y[:, : x.shape[1], : x.shape[2]]))
 
 
@@ -157,12 +200,16 @@ def _quarter(dim: int) -> int:
 
 
 class PatchStem(Module):
-    """WaveMix's way in for classification: two 3 × 3 convolutions, one of `patch` × `patch` places that do not overlap, gelu, norm."""
+    """WaveMix's way in for classification: two 3 × 3 convolutions, one of `patch` × `patch` places that do
+    not overlap, gelu, norm."""
 
     torch_names: ClassVar = {"convs": "", "norm": "4"}
 
     def __init__(self, inputs: int, dim: int, *, patch: int = 4, rngs: nnx.Rngs):
-        first = Conv(inputs, _quarter(dim), 3, padding=1, rngs=rngs), Conv(dim // 4, dim // 2, 3, padding=1, rngs=rngs)
+        first = (
+            Conv(inputs, _quarter(dim), 3, padding=1, rngs=rngs),
+            Conv(dim // 4, dim // 2, 3, padding=1, rngs=rngs),
+        )
         self.convs = nnx.List([*first, Conv(dim // 2, dim, patch, stride=patch, rngs=rngs)])
         self.norm = BatchNorm(dim)
 
@@ -173,7 +220,8 @@ class PatchStem(Module):
 
 
 class StridedStem(Module):
-    """The other way in: two 3 × 3 convolutions with a stride, and nothing else. With stride 1 it keeps the resolution."""
+    """The other way in: two 3 × 3 convolutions with a stride, and nothing else. With stride 1 it keeps the
+    resolution."""
 
     torch_names: ClassVar = {"convs": ""}
 
@@ -188,10 +236,18 @@ class StridedStem(Module):
 
 
 def wave_backbone(
-    dim: int = 192, depth: int = 16, *, mixer: Factory = WaveMixing, stem: Factory = PatchStem, inputs: int = 3, rngs: nnx.Rngs
+    dim: int = 192,
+    depth: int = 16,
+    *,
+    mixer: Factory = WaveMixing,
+    stem: Factory = PatchStem,
+    inputs: int = 3,
+    rngs: nnx.Rngs,
 ) -> ImageBackbone:
     """WaveMix-`dim`/`depth` without its head: published with dropout 0.5 in its mixers."""
-    return ImageBackbone((dim,), (depth,), mixer, inputs=inputs, channel_mixer=None, norm=Identity, stem=stem, rngs=rngs)
+    return ImageBackbone(
+        (dim,), (depth,), mixer, inputs=inputs, channel_mixer=None, norm=Identity, stem=stem, rngs=rngs
+    )
 
 
 def wavemix(

@@ -1,8 +1,9 @@
 """How fast the ops are on this machine, once they are known to be right: `seqlab bench`.
 
-Of every case first the parity: values and gradients against the definition in float64, of the very numbers that are timed. What is wrong
-gets no time. Then contestants take turns, a time is that of the device, and beside it stands what share it is of a large copy and of a
-large product of matrices, measured in the same run. `timing` has the clock, `cases` the calls, `peers` who else computes the same.
+Of every case first the parity: values and gradients against the definition in float64, of the very numbers
+that are timed. What is wrong gets no time. Then contestants take turns, a time is that of the device, and
+beside it stands what share it is of a large copy and of a large product of matrices, measured in the same
+run. `timing` has the clock, `cases` the calls, `peers` who else computes the same.
 """
 
 import contextlib
@@ -29,7 +30,8 @@ class BenchError(ValueError):
 
 
 class Plan(NamedTuple):
-    """The cases, and the implementations that compete in each, the first of which the others are compared with."""
+    """The cases, and the implementations that compete in each, the first of which the others are compared
+    with."""
 
     cases: list[Case]
     contestants: list[list[str]]
@@ -38,7 +40,8 @@ class Plan(NamedTuple):
 
 
 class Result(NamedTuple):
-    """One contestant in one case. Without `seconds` it is wrong, or interpreted; a peer has no error of its own."""
+    """One contestant in one case. Without `seconds` it is wrong, or interpreted; a peer has no error of its
+    own."""
 
     name: str
     error: float | None
@@ -73,7 +76,8 @@ def plan(
       shape: names of the op's `specs`, and changes of their fields such as "t=512".
       dtype: of the arrays; by default that of the shape.
       backward: gradients too.
-      interpret: simulate the kernels for TPUs on this machine, which shows whether they are right and nothing of their speed.
+      interpret: simulate the kernels for TPUs on this machine, which shows whether they are right and nothing
+        of their speed.
     """
     chosen = cases.op_named(op)
     for name in implementations:
@@ -83,8 +87,14 @@ def plan(
     if backward and op in cases.FORWARD_ONLY:
         raise BenchError(f"{op} has no gradient: leave out --backward")
     kinds = (False, True) if backward else (False,)
-    made = [cases.make(chosen, name, spec, dtype, g) for name, spec in cases.chosen_shapes(chosen, list(shape)).items() for g in kinds]
-    competing, absent = zip(*(_contestants(case, list(implementations), interpret) for case in made), strict=True)
+    made = [
+        cases.make(chosen, name, spec, dtype, g)
+        for name, spec in cases.chosen_shapes(chosen, list(shape)).items()
+        for g in kinds
+    ]
+    competing, absent = zip(
+        *(_contestants(case, list(implementations), interpret) for case in made), strict=True
+    )
     return Plan(made, list(competing), list(absent), interpret)
 
 
@@ -97,7 +107,11 @@ def _contestants(case: Case, named: list[str], interpret: bool) -> tuple[list[st
                 jax.eval_shape(case.timed(name), (case.arguments, case.cotangents()))
             except NotImplementedError as reason:
                 if named:
-                    advice = "; pytest tests/test_triton.py interprets it" if name == "triton_gpu" else "; --interpret simulates it"
+                    advice = (
+                        "; pytest tests/test_triton.py interprets it"
+                        if name == "triton_gpu"
+                        else "; --interpret simulates it"
+                    )
                     raise BenchError(f"{case.op.name} {name} does not run here: {reason}{advice}") from None
                 absent[name] = str(reason)
                 continue
@@ -110,7 +124,11 @@ def _contestants(case: Case, named: list[str], interpret: bool) -> tuple[list[st
 
 def _by_default(case: Case, interpret: bool) -> list[str]:
     kernels = [name for name in case.op.implementations if name not in ("reference", "xla")]
-    return [*(["pallas_tpu"] if interpret else kernels), "xla", *["reference"] * (jax.default_backend() == "cpu")]
+    return [
+        *(["pallas_tpu"] if interpret else kernels),
+        "xla",
+        *["reference"] * (jax.default_backend() == "cpu"),
+    ]
 
 
 @contextlib.contextmanager
@@ -133,7 +151,14 @@ def run(planned: Plan, rounds: int = 5) -> Iterator[Outcome]:
         yield _compare(case, names, dict(left_out), rounds, most.get(case.dtype), planned.interpret)
 
 
-def _compare(case: Case, names: list[str], left_out: dict[str, str], rounds: int, most: timing.Ceilings | None, interpret: bool) -> Outcome:
+def _compare(
+    case: Case,
+    names: list[str],
+    left_out: dict[str, str],
+    rounds: int,
+    most: timing.Ceilings | None,
+    interpret: bool,
+) -> Outcome:
     source, expected = truth(case)
     cotangents, programs, results = case.cotangents(), {}, {}
     with jax.default_matmul_precision("highest" if case.dtype == "float32" else None):
@@ -169,8 +194,8 @@ def _peer(case: Case, make: peers.Peer, cotangents: Any, expected: Any) -> timin
 
 
 def truth(case: Case) -> tuple[str, Any]:
-    """The same from the same numbers in float64: by the definition, or where that needs too much memory by the chunks of `xla`, which
-    the tests hold to the definition."""
+    """The same from the same numbers in float64: by the definition, or where that needs too much memory by
+    the chunks of `xla`, which the tests hold to the definition."""
     name = "reference" if case.dense else "xla"
 
     def wide(x):
@@ -183,9 +208,14 @@ def truth(case: Case) -> tuple[str, Any]:
 
 
 def parity(case: Case, found: Any, expected: Any) -> tuple[float, str]:
-    """The largest error of values and gradients, relative to the largest number of each array; and where it is more than it may be."""
+    """The largest error of values and gradients, relative to the largest number of each array; and where it
+    is more than it may be."""
     worst, wrong = 0.0, ""
-    parts = zip(case.allowed, found, expected, strict=True) if case.gradients else [(case.allowed[0], found, expected)]
+    parts = (
+        zip(case.allowed, found, expected, strict=True)
+        if case.gradients
+        else [(case.allowed[0], found, expected)]
+    )
     for allowed, actual, wanted in parts:
         pairs = zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(wanted), strict=True)
         for (path, a), e in pairs:
@@ -197,7 +227,8 @@ def parity(case: Case, found: Any, expected: Any) -> tuple[float, str]:
 
 
 def distance(a: np.ndarray, e: np.ndarray) -> float:
-    """The largest error of `a`, relative to the largest number of what was expected; infinite where other numbers are finite."""
+    """The largest error of `a`, relative to the largest number of what was expected; infinite where other
+    numbers are finite."""
     finite = np.isfinite(e)
     if not np.array_equal(finite, np.isfinite(a)):
         return np.inf
@@ -206,7 +237,8 @@ def distance(a: np.ndarray, e: np.ndarray) -> float:
 
 
 def record(outcome: Outcome) -> dict[str, Any]:
-    """An outcome as plain data. Shares are of the ceilings, `ratio` is how many times as long the contestant takes as the first one."""
+    """An outcome as plain data. Shares are of the ceilings, `ratio` is how many times as long the contestant
+    takes as the first one."""
     case, most = outcome.case, outcome.ceilings
     first = outcome.results[0].seconds
     rows = []
@@ -237,7 +269,12 @@ def record(outcome: Outcome) -> dict[str, Any]:
 
 def about() -> dict[str, str]:
     """What figures depend on besides the code."""
-    return {"device": device(), "platform": jax.default_backend(), "jax": jax.__version__, "seqlab": __version__}
+    return {
+        "device": device(),
+        "platform": jax.default_backend(),
+        "jax": jax.__version__,
+        "seqlab": __version__,
+    }
 
 
 def write(file: pathlib.Path, content: dict[str, Any]) -> None:

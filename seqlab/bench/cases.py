@@ -1,4 +1,5 @@
-"""What is timed: calls of the ops at the shapes of their `specs`, what they must at least move and compute, and how exact they can be."""
+"""What is timed: calls of the ops at the shapes of their `specs`, what they must at least move and compute,
+and how exact they can be."""
 
 import dataclasses
 import importlib
@@ -21,8 +22,8 @@ _DENSE = 2**31  # bytes that a reference in float64 may take
 
 
 class Facts(NamedTuple):
-    """Of one call by its spec: operations of the definition, the lengths of the sums behind values and gradients, and the numbers that
-    the reference holds at once."""
+    """Of one call by its spec: operations of the definition, the lengths of the sums behind values and
+    gradients, and the numbers that the reference holds at once."""
 
     flops: Callable[[Any], float]
     sums: Callable[[Any], tuple[int, int]]
@@ -36,29 +37,48 @@ def _pairs(s: Any) -> float:
 
 
 FACTS = {
-    "attention": Facts(lambda s: 2 * _pairs(s) * (s.k + s.v), lambda s: (s.s, s.t * s.h // s.g), lambda s: 4.0 * s.b * s.h * s.t * s.s),
+    "attention": Facts(
+        lambda s: 2 * _pairs(s) * (s.k + s.v),
+        lambda s: (s.s, s.t * s.h // s.g),
+        lambda s: 4.0 * s.b * s.h * s.t * s.s,
+    ),
     "block_attention": Facts(
         lambda s: 2.0 * s.b * s.t * s.h * s.c * s.block * (s.k + s.v),
         lambda s: (s.c * s.block, s.t * s.h // s.g),
         lambda s: 4.0 * s.b * s.h * s.t * s.n * s.block,
     ),
-    "conv": Facts(lambda s: 2.0 * s.w * s.b * s.t * s.d, lambda s: (s.w, s.b * s.t), lambda s: s.w * s.b * s.t * s.d),
+    "conv": Facts(
+        lambda s: 2.0 * s.w * s.b * s.t * s.d, lambda s: (s.w, s.b * s.t), lambda s: s.w * s.b * s.t * s.d
+    ),
     "decode_attention": Facts(
-        lambda s: 2.0 * s.b * s.h * s.s * (s.k + s.v), lambda s: (s.s, 0), lambda s: 2.0 * s.b * s.s * s.h * (s.k + s.v)
+        lambda s: 2.0 * s.b * s.h * s.s * (s.k + s.v),
+        lambda s: (s.s, 0),
+        lambda s: 2.0 * s.b * s.s * s.h * (s.k + s.v),
     ),
-    "dwt": Facts(lambda s: 3.0 * s.b * s.h * s.w * s.d, lambda s: (4, 4), lambda s: 4.0 * s.b * s.h * s.w * s.d),
+    "dwt": Facts(
+        lambda s: 3.0 * s.b * s.h * s.w * s.d, lambda s: (4, 4), lambda s: 4.0 * s.b * s.h * s.w * s.d
+    ),
     "linear_attention": Facts(
-        lambda s: s.b * s.t * s.h * s.k * s.v * (8.0 if s.beta else 4.0), lambda s: (s.t, s.t), lambda s: s.b * s.t * s.h * s.k * s.v
+        lambda s: s.b * s.t * s.h * s.k * s.v * (8.0 if s.beta else 4.0),
+        lambda s: (s.t, s.t),
+        lambda s: s.b * s.t * s.h * s.k * s.v,
     ),
-    "lmu": Facts(lambda s: 2.0 * s.b * s.t * s.q * s.d * (s.d + 1), lambda s: (s.t, s.t), lambda s: s.b * s.t * s.q * s.d),
-    "scan": Facts(lambda s: 7.0 * s.b * s.t * s.e * s.n, lambda s: (s.t, s.b * s.t), lambda s: s.b * s.t * s.e * s.n),
+    "lmu": Facts(
+        lambda s: 2.0 * s.b * s.t * s.q * s.d * (s.d + 1),
+        lambda s: (s.t, s.t),
+        lambda s: s.b * s.t * s.q * s.d,
+    ),
+    "scan": Facts(
+        lambda s: 7.0 * s.b * s.t * s.e * s.n, lambda s: (s.t, s.b * s.t), lambda s: s.b * s.t * s.e * s.n
+    ),
 }
 FORWARD_ONLY = ("decode_attention",)
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A call of an op: arrays by argument, everything else in `options`; with `gradients` values and gradients of it."""
+    """A call of an op: arrays by argument, everything else in `options`; with `gradients` values and
+    gradients of it."""
 
     op: Op
     name: str
@@ -80,15 +100,17 @@ class Case:
 
     @property
     def bytes(self) -> float:
-        """Every argument is read and every result written once; for gradients a second time, and the cotangents are read."""
+        """Every argument is read and every result written once; for gradients a second time, and the
+        cotangents are read."""
         results = jax.eval_shape(self.call("xla"), self.arguments)
         once = _bytes(self.arguments) + _bytes(results)
         return once + _bytes(self.arguments) + 2 * _bytes(results) if self.gradients else once
 
     @property
     def allowed(self) -> tuple[float, float]:
-        """The error that values and gradients may have, relative to their largest. Rounding errors of a sum grow with the root of its
-        length. In bfloat16 the factors of products are rounded, too, before each sum, of which a gradient has up to four in a row."""
+        """The error that values and gradients may have, relative to their largest. Rounding errors of a sum
+        grow with the root of its length. In bfloat16 the factors of products are rounded, too, before each
+        sum, of which a gradient has up to four in a row."""
         values, gradients = (_UNIT * max(n, 1) ** 0.5 for n in FACTS[self.op.name].sums(self.spec))
         rough = _BFLOAT16 if any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(self.arguments)) else 0.0
         return values + 2 * rough, 4 * (max(values, gradients) + rough)
@@ -106,11 +128,18 @@ class Case:
     def cotangents(self) -> Any:
         """A fixed random gradient by every value."""
         shapes, random = jax.eval_shape(self.call("xla"), self.arguments), np.random.default_rng(7)
-        return jax.tree.map(lambda x: jnp.asarray(random.standard_normal(x.shape, np.float32), x.dtype), shapes)
+        return jax.tree.map(
+            lambda x: jnp.asarray(random.standard_normal(x.shape, np.float32), x.dtype), shapes
+        )
 
     def timed(self, implementation: str) -> Callable[[Any], Any]:
-        """What is timed, of `(arguments, cotangents)`: the values, or the values and the gradients by all floating-point arguments."""
-        return with_gradients(self.call(implementation)) if self.gradients else lambda both: self.call(implementation)(both[0])
+        """What is timed, of `(arguments, cotangents)`: the values, or the values and the gradients by all
+        floating-point arguments."""
+        return (
+            with_gradients(self.call(implementation))
+            if self.gradients
+            else lambda both: self.call(implementation)(both[0])
+        )
 
 
 def with_gradients(function: Callable[[dict[str, Any]], Any]) -> Callable[[Any], Any]:
@@ -118,7 +147,11 @@ def with_gradients(function: Callable[[dict[str, Any]], Any]) -> Callable[[Any],
 
     def both(inputs):
         arguments, cotangents = inputs
-        floats = {name: x for name, x in arguments.items() if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)}
+        floats = {
+            name: x
+            for name, x in arguments.items()
+            if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+        }
         values, pull = jax.vjp(lambda floats: function({**arguments, **floats}), floats)
         return values, pull(cotangents)[0]
 
@@ -136,7 +169,8 @@ def op_named(name: str) -> Op:
 
 
 def make(op: Op, name: str, spec: Any, dtype: str | None = None, gradients: bool = False) -> Case:
-    """The case of a spec. A sequence begins afresh, as in training; a single step goes on from a state, as in decoding."""
+    """The case of a spec. A sequence begins afresh, as in training; a single step goes on from a state, as in
+    decoding."""
     module = _specs(op.name)
     if hasattr(spec, "dtype"):
         fields = {field: dtype for field in ("dtype", "wide") if hasattr(spec, field)} if dtype else {}
@@ -147,9 +181,15 @@ def make(op: Op, name: str, spec: Any, dtype: str | None = None, gradients: bool
         call = module.make(spec, dtype=dtype)
     if getattr(spec, "t", 1) > 1:
         call.pop("initial_state", None)
-    arguments = {key: x for key, x in call.items() if x is not None and all(isinstance(y, jax.Array) for y in jax.tree.leaves(x))}
+    arguments = {
+        key: x
+        for key, x in call.items()
+        if x is not None and all(isinstance(y, jax.Array) for y in jax.tree.leaves(x))
+    }
     options = {key: x for key, x in call.items() if x is not None and key not in arguments}
-    options |= {key: getattr(spec, key) for key in ("chunk", "levels") if getattr(spec, key, None) is not None}
+    options |= {
+        key: getattr(spec, key) for key in ("chunk", "levels") if getattr(spec, key, None) is not None
+    }
     return Case(op, name, spec, dtype, arguments, options, gradients)
 
 
@@ -166,12 +206,15 @@ def default_shapes(op: Op, large: bool | None = None) -> dict[str, Any]:
 
 
 def chosen_shapes(op: Op, words: list[str]) -> dict[str, Any]:
-    """The shapes that words ask for: names, and changes such as t=512 of all of them (of the first one where there is no name)."""
+    """The shapes that words ask for: names, and changes such as t=512 of all of them (of the first one where
+    there is no name)."""
     known, names = shapes(op), [word for word in words if "=" not in word]
     for name in names:
         check_name(name, tuple(known), f"shape of {op.name}")
     changes = [word.partition("=") for word in words if "=" in word]
-    found = {name: known[name] for name in names} or (dict([next(iter(known.items()))]) if changes else default_shapes(op))
+    found = {name: known[name] for name in names} or (
+        dict([next(iter(known.items()))]) if changes else default_shapes(op)
+    )
     for field, _, text in changes:
         found = {name: _changed(op, spec, field, text) for name, spec in found.items()}
     return found
@@ -182,8 +225,14 @@ def _changed(op: Op, spec: Any, field: str, text: str) -> Any:
     check_name(field, tuple(kinds), f"field of a shape of {op.name}")
     value = _read(text, kinds[field])
     if value is _read:
-        raise ValueError(f"--shape {field}: got {text!r}, expected {getattr(kinds[field], '__name__', kinds[field])}")
-    return spec._replace(**{field: value}) if hasattr(spec, "_replace") else dataclasses.replace(spec, **{field: value})
+        raise ValueError(
+            f"--shape {field}: got {text!r}, expected {getattr(kinds[field], '__name__', kinds[field])}"
+        )
+    return (
+        spec._replace(**{field: value})
+        if hasattr(spec, "_replace")
+        else dataclasses.replace(spec, **{field: value})
+    )
 
 
 def _read(text: str, kind: Any) -> Any:
@@ -204,12 +253,22 @@ def _read(text: str, kind: Any) -> Any:
 
 
 def describe(spec: Any) -> str:
-    """The fields of a spec that differ from their defaults, and those without one; its dtype is said elsewhere."""
+    """The fields of a spec that differ from their defaults, and those without one; its dtype is said
+    elsewhere."""
     if dataclasses.is_dataclass(spec):
-        values = {field.name: (getattr(spec, field.name), field.default) for field in dataclasses.fields(spec)}
+        values = {
+            field.name: (getattr(spec, field.name), field.default) for field in dataclasses.fields(spec)
+        }
     else:
-        values = {name: (value, spec._field_defaults.get(name, dataclasses.MISSING)) for name, value in spec._asdict().items()}
-    return " ".join(f"{name}={value}" for name, (value, default) in values.items() if value != default and name not in ("dtype", "wide"))
+        values = {
+            name: (value, spec._field_defaults.get(name, dataclasses.MISSING))
+            for name, value in spec._asdict().items()
+        }
+    return " ".join(
+        f"{name}={value}"
+        for name, (value, default) in values.items()
+        if value != default and name not in ("dtype", "wide")
+    )
 
 
 def _specs(name: str) -> Any:

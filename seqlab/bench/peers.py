@@ -1,6 +1,8 @@
-"""Others who compute the same, where they can be imported: JAX's own operations, and kernels that PyTorch brings or that go with it.
+"""Others who compute the same, where they can be imported: JAX's own operations, and kernels that PyTorch
+brings or that go with it.
 
-A peer is asked for a case and answers with what is to be timed, or raises: NotImplementedError for a case that it does not take.
+A peer is asked for a case and answers with what is to be timed, or raises: NotImplementedError for a case
+that it does not take.
 """
 
 import importlib
@@ -14,12 +16,16 @@ import numpy as np
 from seqlab.bench.cases import Case, with_gradients
 from seqlab.bench.timing import Program, calls_of, repeated
 
-Peer = Callable[[Case, Any], Program]  # of a case and its cotangents; the first array of the result is the output, in our layout
+Peer = Callable[
+    [Case, Any], Program
+]  # of a case and its cotangents; the first array of the result is the output, in our layout
 
 
 def of(case: Case) -> dict[str, Peer]:
     """The peers of an op on this platform, by name."""
-    return _EVERYWHERE.get(case.op.name, {}) | (_ON_GPUS.get(case.op.name, {}) if jax.default_backend() == "gpu" else {})
+    return _EVERYWHERE.get(case.op.name, {}) | (
+        _ON_GPUS.get(case.op.name, {}) if jax.default_backend() == "gpu" else {}
+    )
 
 
 # --- in JAX
@@ -28,15 +34,20 @@ def of(case: Case) -> dict[str, Peer]:
 def _in_jax(function: Callable[[dict[str, Any]], Any]) -> Peer:
     def make(case: Case, cotangents: Any) -> Program:
         inputs = (case.arguments, jax.tree.leaves(cotangents)[0])
-        return repeated(with_gradients(function) if case.gradients else lambda both: function(both[0]), inputs)
+        return repeated(
+            with_gradients(function) if case.gradients else lambda both: function(both[0]), inputs
+        )
 
     return make
 
 
 def _plain(case: Case) -> bool:
-    """Whether attention is dense, or over all of a cache: what everybody has. Returns what `causal` then comes to."""
+    """Whether attention is dense, or over all of a cache: what everybody has. Returns what `causal` then
+    comes to."""
     spec = case.spec
-    special = (spec.window, spec.softcap, spec.scale) != (None,) * 3 or spec.sink_logits or spec.places != "default"
+    special = (
+        (spec.window, spec.softcap, spec.scale) != (None,) * 3 or spec.sink_logits or spec.places != "default"
+    )
     if special or (spec.causal and spec.t not in (1, spec.s)):
         raise NotImplementedError("takes dense attention, or one query over all keys")
     return spec.causal and spec.t > 1
@@ -45,7 +56,9 @@ def _plain(case: Case) -> bool:
 def _jax_attention(implementation: str) -> Peer:
     def make(case: Case, cotangents: Any) -> Program:
         options = {"is_causal": _plain(case), "implementation": implementation}
-        return _in_jax(lambda a: jax.nn.dot_product_attention(a["q"], a["k"], a["v"], **options))(case, cotangents)
+        return _in_jax(lambda a: jax.nn.dot_product_attention(a["q"], a["k"], a["v"], **options))(
+            case, cotangents
+        )
 
     return make
 
@@ -57,7 +70,12 @@ def _jax_conv(case: Case, cotangents: Any) -> Program:
     def function(a: dict[str, Any]) -> Any:
         w, d = a["weight"].shape
         y = jax.lax.conv_general_dilated(
-            a["x"], a["weight"][:, None], (1,), [(w - 1, 0)], dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=d
+            a["x"],
+            a["weight"][:, None],
+            (1,),
+            [(w - 1, 0)],
+            dimension_numbers=("NWC", "WIO", "NWC"),
+            feature_group_count=d,
         )
         return y + a["bias"] if "bias" in a else y
 
@@ -72,16 +90,26 @@ def _numbers(case: Case, cotangents: Any) -> Program:
     if case.spec.bits is None:
         raise NotImplementedError("the cache holds numbers already")
     arguments = dict(case.arguments)
-    arguments["k"], arguments["v"] = of_numbers(arguments["q"], arguments["k"], arguments["v"], arguments["q"].dtype)
-    return repeated(lambda a: decode_attention(**a, **case.options, implementation=("pallas_tpu", "triton_gpu", "xla")), arguments)
+    arguments["k"], arguments["v"] = of_numbers(
+        arguments["q"], arguments["k"], arguments["v"], arguments["q"].dtype
+    )
+    return repeated(
+        lambda a: decode_attention(**a, **case.options, implementation=("pallas_tpu", "triton_gpu", "xla")),
+        arguments,
+    )
 
 
 # --- in PyTorch
 
 
-def _in_torch(prepare: Callable[[Case, list[Any]], tuple[Callable[..., Any], list[Any]]], names: tuple[str, ...], package: str) -> Peer:
-    """`prepare` gives, for a case and its arguments of these names as tensors, a function and the tensors that it takes; it returns the
-    output in our layout. `package` is imported first, and what is not there says so."""
+def _in_torch(
+    prepare: Callable[[Case, list[Any]], tuple[Callable[..., Any], list[Any]]],
+    names: tuple[str, ...],
+    package: str,
+) -> Peer:
+    """`prepare` gives, for a case and its arguments of these names as tensors, a function and the tensors
+    that it takes; it returns the output in our layout. `package` is imported first, and what is not there
+    says so."""
 
     def make(case: Case, cotangents: Any) -> Program:
         importlib.import_module(package)
@@ -104,7 +132,12 @@ def _in_torch(prepare: Callable[[Case, list[Any]], tuple[Callable[..., Any], lis
         _settle(torch)
         seconds = time.perf_counter() - begin
         calls = calls_of(_torch_seconds(torch, step, 1))
-        return Program(step, out.detach().float().cpu().numpy(), seconds, lambda: _torch_seconds(torch, step, calls) / calls)
+        return Program(
+            step,
+            out.detach().float().cpu().numpy(),
+            seconds,
+            lambda: _torch_seconds(torch, step, calls) / calls,
+        )
 
     return make
 
@@ -157,7 +190,13 @@ def _mamba_ssm(case: Case, tensors: list[Any]) -> tuple[Callable[..., Any], list
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     u, delta, A, B, C = tensors
-    return lambda *a: selective_scan_fn(*a).transpose(1, 2), [_turned(u), _turned(delta), A.float(), _turned(B), _turned(C)]
+    return lambda *a: selective_scan_fn(*a).transpose(1, 2), [
+        _turned(u),
+        _turned(delta),
+        A.float(),
+        _turned(B),
+        _turned(C),
+    ]
 
 
 def _causal_conv1d(case: Case, tensors: list[Any]) -> tuple[Callable[..., Any], list[Any]]:
@@ -194,7 +233,10 @@ _FLA = {
 }
 OTHER_BYTES = ("a cache of numbers",)  # peers that move more than the case, of which they have no share then
 _EVERYWHERE = {
-    "attention": {"jax.nn.dot_product_attention": _jax_attention("xla"), "PyTorch SDPA": _in_torch(_sdpa, ("q", "k", "v"), "torch")},
+    "attention": {
+        "jax.nn.dot_product_attention": _jax_attention("xla"),
+        "PyTorch SDPA": _in_torch(_sdpa, ("q", "k", "v"), "torch"),
+    },
     "conv": {"lax.conv_general_dilated": _jax_conv},
     "decode_attention": {"a cache of numbers": _numbers},
 }

@@ -9,7 +9,8 @@ from seqlab.kernels.blocks import WIDEST
 
 
 def show(planned: bench.Plan, rounds: int, file: pathlib.Path | None) -> int:
-    """Run and print a plan, and write all of it as JSON into `file`; returns the number of implementations that are wrong."""
+    """Run and print a plan, and write all of it as JSON into `file`; returns the number of implementations
+    that are wrong."""
     about, outcomes = bench.about(), []
     print(f"{about['device']}, JAX {about['jax']} on {about['platform']}, seqlab {about['seqlab']}")
     for outcome in bench.run(planned, rounds):
@@ -34,7 +35,10 @@ def show_tuning(planned: bench.Plan, rounds: int, file: pathlib.Path) -> None:
         print(f"  {times}; {tried} other sizes tried, {len(each.trials) - tried} left out", flush=True)
         found.append(tune.record(each))
         bench.write(file, {**about, "rows": found})
-    print(f"\nwith seqlab.use_blocks({str(file)!r}), or SEQLAB_BLOCKS={file} in the environment, kernels take these")
+    print(
+        f"\nwith seqlab.use_blocks({str(file)!r}), or SEQLAB_BLOCKS={file} in the environment, kernels take "
+        "these"
+    )
 
 
 def as_text(outcome: bench.Outcome) -> str:
@@ -42,15 +46,21 @@ def as_text(outcome: bench.Outcome) -> str:
     case, most = outcome.case, outcome.ceilings
     lines = [
         case.title,
-        f"  errors against {outcome.truth}; allowed {' and '.join(f'{x:.1e}' for x in case.allowed[: 1 + case.gradients])}",
+        f"  errors against {outcome.truth}; allowed "
+        f"{' and '.join(f'{x:.1e}' for x in case.allowed[: 1 + case.gradients])}",
     ]
     if most:
-        lines[-1] += f"; ceilings {_rate(most.bytes, 'B')} of a copy, {_rate(most.flops, 'FLOP')} of a product"
+        lines[-1] += (
+            f"; ceilings {_rate(most.bytes, 'B')} of a copy, {_rate(most.flops, 'FLOP')} of a product"
+        )
     rows = bench.record(outcome)["contestants"]
     if most and any(row["seconds"] for row in rows):
         lines.append(_indented(report.as_text(_cells(case, rows))))
     else:
-        lines += [f"  {row['name']}: error {row['error']:.1e}, interpreted: no time, for a simulation has none" for row in rows]
+        lines += [
+            f"  {row['name']}: error {row['error']:.1e}, interpreted: no time, for a simulation has none"
+            for row in rows
+        ]
     lines += [f"  {row['name']} is WRONG, so it gets no time: {row['wrong']}" for row in rows if row["wrong"]]
     if any(row.get("copy_share", 0) > 1 for row in rows):
         lines.append("  above 100 %: the case stays in caches, which the large copy does not")
@@ -66,7 +76,9 @@ def _cells(case: Case, rows: list[dict]) -> list[list[str]]:
         ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}x"
         error = "-" if row["error"] is None else f"{row['error']:.1e}"
         shares = [f"{row[share]:.0%}" if share in row else "-" for share in ("copy_share", "product_share")]
-        cells.append([row["name"], error, _time(row["seconds"]), *shares, ratio, f"{row['compile_seconds']:.1f} s"])
+        cells.append(
+            [row["name"], error, _time(row["seconds"]), *shares, ratio, f"{row['compile_seconds']:.1f} s"]
+        )
     return cells
 
 

@@ -1,4 +1,5 @@
-"""Time on the device: loops of calls inside of one program, contestants in turn, and what this machine can do at most."""
+"""Time on the device: loops of calls inside of one program, contestants in turn, and what this machine can do
+at most."""
 
 import math
 import statistics
@@ -15,7 +16,8 @@ CALLS = 3, 1000  # of one measurement, at least and at most
 
 
 class Program(NamedTuple):
-    """A compiled call: what it returned, how long compiling took, and what measures the seconds of one call."""
+    """A compiled call: what it returned, how long compiling took, and what measures the seconds of one
+    call."""
 
     program: Callable[[Any], Any]
     result: Any
@@ -24,7 +26,8 @@ class Program(NamedTuple):
 
 
 class Ceilings(NamedTuple):
-    """What this machine has reached: bytes a second of a copy, operations a second of a product of matrices."""
+    """What this machine has reached: bytes a second of a copy, operations a second of a product of
+    matrices."""
 
     bytes: float
     flops: float
@@ -35,14 +38,17 @@ def compiled(function: Callable[[Any], Any], arguments: Any) -> Program:
     begin = time.perf_counter()
     program = jax.jit(function).lower(arguments).compile()
     seconds = time.perf_counter() - begin
-    return Program(program, jax.block_until_ready(program(arguments)), seconds, lambda: _seconds(program, arguments))
+    return Program(
+        program, jax.block_until_ready(program(arguments)), seconds, lambda: _seconds(program, arguments)
+    )
 
 
 def repeated(function: Callable[[Any], Any], arguments: Any) -> Program:
     """The same for calls that take little time: the seconds are those of one of many.
 
-    They are the less of two upper bounds. Calls in a loop of one program leave Python out, but what XLA moves out of a loop it has to keep
-    in memory, which can cost more than it saves. Calls that are asked for one after another cost the host's time, if that is more.
+    They are the less of two upper bounds. Calls in a loop of one program leave Python out, but what XLA moves
+    out of a loop it has to keep in memory, which can cost more than it saves. Calls that are asked for one
+    after another cost the host's time, if that is more.
     """
     once = compiled(function, arguments)
     seconds = min(once.measure() for _ in range(2))
@@ -68,12 +74,15 @@ def calls_of(seconds: float) -> int:
     return min(max(CALLS[0], math.ceil(LEAST / seconds)), CALLS[1])
 
 
-def _looped(function: Callable[[Any], Any] | None, arguments: Any, results: Any, calls: int) -> Callable[[Any], Any]:
+def _looped(
+    function: Callable[[Any], Any] | None, arguments: Any, results: Any, calls: int
+) -> Callable[[Any], Any]:
     """A program of so many calls, each after the one before; with None what that costs beside the calls.
 
-    What stays the same in a loop XLA computes before it, behind an optimization barrier too. So the first number of every argument is
-    written anew before every call, plus a 0 that is made of a number of the last results: in a loop of its own, since what is written
-    there is written in place, and fused with nothing.
+    What stays the same in a loop XLA computes before it, behind an optimization barrier too. So the first
+    number of every argument is
+    written anew before every call, plus a 0 that is made of a number of the last results: in a loop of its
+    own, since what is written there is written in place, and fused with nothing.
     """
 
     def corner(x):
@@ -86,8 +95,14 @@ def _looped(function: Callable[[Any], Any] | None, arguments: Any, results: Any,
             arguments, last, zero = carry
 
             def write(_, arguments):
-                numbers = jax.tree.map(lambda x: x | (zero != 0) if x.dtype == bool else x + zero.astype(x.dtype), own)
-                return jax.tree.map(lambda x, number: jax.lax.dynamic_update_slice(x, number, (0,) * x.ndim), arguments, numbers)
+                numbers = jax.tree.map(
+                    lambda x: x | (zero != 0) if x.dtype == bool else x + zero.astype(x.dtype), own
+                )
+                return jax.tree.map(
+                    lambda x, number: jax.lax.dynamic_update_slice(x, number, (0,) * x.ndim),
+                    arguments,
+                    numbers,
+                )
 
             arguments = jax.lax.fori_loop(0, 2, write, arguments)
             last = last if function is None else function(arguments)

@@ -1,7 +1,8 @@
 """Faster block sizes for this device, by trial: `seqlab bench OP --tune FILE`.
 
-From the blocks that a case takes now one size after another is halved and doubled, as long as something gains. A candidate counts if it
-compiles, if its results pass the same parity as in every bench, and if it is faster than the best so far in the same race.
+From the blocks that a case takes now one size after another is halved and doubled, as long as something
+gains. A candidate counts if it compiles, if its results pass the same parity as in every bench, and if it is
+faster than the best so far in the same race.
 """
 
 from collections.abc import Iterator
@@ -37,7 +38,8 @@ class Trial(NamedTuple):
 
 
 class Tuned(NamedTuple):
-    """What a case has found: the best row of a kernel, the time of the case with it, and with the blocks that it took before."""
+    """What a case has found: the best row of a kernel, the time of the case with it, and with the blocks that
+    it took before."""
 
     case: Case
     implementation: str
@@ -48,7 +50,8 @@ class Tuned(NamedTuple):
 
 
 def tune(planned: Plan, rounds: int = 5) -> Iterator[Tuned]:
-    """Kernel after kernel of every case, by its first implementation. Where several cases share a row the first one decides."""
+    """Kernel after kernel of every case, by its first implementation. Where several cases share a row the
+    first one decides."""
     if planned.interpret:
         raise BenchError("--tune needs times, and --interpret has none")
     rows: dict[tuple[str, int, int], Row] = {}
@@ -60,10 +63,15 @@ def tune(planned: Plan, rounds: int = 5) -> Iterator[Tuned]:
                 rows[row.place] = found.row
                 yield found
     if not rows:
-        raise BenchError(f"{planned.cases[0].op.name} has no block sizes that {planned.contestants[0][0]} takes at this shape")
+        raise BenchError(
+            f"{planned.cases[0].op.name} has no block sizes that {planned.contestants[0][0]} takes at this "
+            "shape"
+        )
 
 
-def _climb(case: Case, name: str, inputs: Any, expected: Any, others: list[Row], row: Row, rounds: int) -> Tuned:
+def _climb(
+    case: Case, name: str, inputs: Any, expected: Any, others: list[Row], row: Row, rounds: int
+) -> Tuned:
     first = best = _program(case, name, inputs, [*others, row])
     trials, seen, ahead = [], [row.blocks], list(neighbours(row))
     while ahead:
@@ -73,8 +81,12 @@ def _climb(case: Case, name: str, inputs: Any, expected: Any, others: list[Row],
         seen.append(candidate.blocks)
         try:
             program = _program(case, name, inputs, [*others, candidate])
-        except Exception as error:  # whatever a compiler or a kernel has against these sizes: they are not taken
-            trials.append(Trial(candidate, None, None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"))
+        except (
+            Exception
+        ) as error:  # whatever a compiler or a kernel has against these sizes: they are not taken
+            trials.append(
+                Trial(candidate, None, None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            )
             continue
         _, wrong = parity(case, program.result, expected)
         if wrong:

@@ -1,4 +1,5 @@
-"""Parity with the originals: one adapter a system, `check(case)`, which goes by `meta` and the names of arrays, never by file names."""
+"""Parity with the originals: one adapter a system, `check(case)`, which goes by `meta` and the names of
+arrays, never by file names."""
 
 import json
 import pathlib
@@ -12,8 +13,9 @@ import numpy as np
 class Case:
     """One golden case: arrays in, arrays expected, and which of those were compared.
 
-    `inputs`, `params`, `mids`, `outs` map names without their prefix to arrays, floating ones in the precision of this run; `meta` is
-    what the original's run was. `check` compares; `finish` insists that every output was compared.
+    `inputs`, `params`, `mids`, `outs` map names without their prefix to arrays, floating ones in the
+    precision of this run; `meta` is what the original's run was. `check` compares; `finish` insists that
+    every output was compared.
     """
 
     def __init__(self, path: pathlib.Path, precision: str = "float32"):
@@ -26,7 +28,9 @@ class Case:
         for name, value in arrays.items():
             group, _, rest = name.partition(".")
             kept = group in ("mid", "out")  # what is expected stays as it was written
-            groups[group][rest] = value.astype(precision) if np.issubdtype(value.dtype, np.floating) and not kept else value
+            groups[group][rest] = (
+                value.astype(precision) if np.issubdtype(value.dtype, np.floating) and not kept else value
+            )
         self.options = self.meta.get("config", self.meta.get("hyper", self.meta))
         self.tolerance, self.gradient_tolerance = tolerances(self.meta, precision)
         self.compared: set[str] = set()
@@ -47,7 +51,9 @@ class Case:
         gradient = name.startswith("grad") or name in ("dq", "dk", "dv")
         rtol, atol, scaled = self.gradient_tolerance if gradient else self.tolerance
         atol += scaled * np.abs(expected).max(initial=0.0)
-        np.testing.assert_allclose(actual.astype(np.float64), expected.astype(np.float64), rtol=rtol, atol=atol, err_msg=name)
+        np.testing.assert_allclose(
+            actual.astype(np.float64), expected.astype(np.float64), rtol=rtol, atol=atol, err_msg=name
+        )
 
     def check_all(self, values, **options):
         """Each of `values` (by name) that the case holds."""
@@ -73,10 +79,14 @@ class Tolerance(NamedTuple):
 
 
 def tolerances(meta, precision):
-    """What the case asks of a run in `precision`: for values, and for gradients where it says something else of them."""
+    """What the case asks of a run in `precision`: for values, and for gradients where it says something else
+    of them."""
     text = str(meta.get("tolerance", meta.get("tol", ""))).partition("; bf16")[0]
     if "float64" in text:  # the two precisions have a bound each
-        parts = {"float64": re.search(r"float64 (?:rel )?([\d.e-]+)", text), "float32": re.search(r"float32[a-z ]*?([\d.]+e-\d+)", text)}
+        parts = {
+            "float64": re.search(r"float64 (?:rel )?([\d.e-]+)", text),
+            "float32": re.search(r"float32[a-z ]*?([\d.]+e-\d+)", text),
+        }
         bound = Tolerance(scaled=float(parts[precision].group(1)))
         return bound, bound
     for name in ("atol", "atol_float32"):
@@ -92,16 +102,27 @@ def tolerances(meta, precision):
 
 def _named(text):
     found = dict(re.findall(r"(rtol|atol|abs|rel) ?([\d.]+e-?\d+)", text))
-    return Tolerance(float(found.get("rtol", found.get("rel", 0.0))), float(found.get("atol", found.get("abs", 0.0))))
+    return Tolerance(
+        float(found.get("rtol", found.get("rel", 0.0))), float(found.get("atol", found.get("abs", 0.0)))
+    )
 
 
 def in_order(state, sinks, recent):
-    """Keys, values and positions, in order, of the sinks and the last `recent` steps; a window's cache holds one more, the next to go."""
+    """Keys, values and positions, in order, of the sinks and the last `recent` steps; a window's cache holds
+    one more, the next to go."""
     positions, length = np.asarray(state.positions[0]), int(state.length[0])
-    order = [j for j in np.argsort(positions) if positions[j] < length and (positions[j] < sinks or positions[j] >= length - recent)]
+    order = [
+        j
+        for j in np.argsort(positions)
+        if positions[j] < length and (positions[j] < sinks or positions[j] >= length - recent)
+    ]
     return np.asarray(state.k)[:, :, order], np.asarray(state.v)[:, :, order], positions[order]
 
 
 def precisions(meta):
     """In which precisions a case is run: both where the numbers were made in float64."""
-    return ("float32", "float64") if "float64" in str(meta.get("tolerance", meta.get("tol", ""))) else ("float32",)
+    return (
+        ("float32", "float64")
+        if "float64" in str(meta.get("tolerance", meta.get("tol", "")))
+        else ("float32",)
+    )

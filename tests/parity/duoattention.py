@@ -15,7 +15,11 @@ from seqlab.weights import convert
 def check(case):
     if "items" in case.meta:
         for i, item in enumerate(case.meta["items"]):
-            case.check(f"mask{i}", _mask(case.expected(f"mask{i}").shape[0], item["sink"], item["recent"]), exact=True)
+            case.check(
+                f"mask{i}",
+                _mask(case.expected(f"mask{i}").shape[0], item["sink"], item["recent"]),
+                exact=True,
+            )
     elif "alpha" in case.inputs:
         _check_training(case)
     else:
@@ -28,7 +32,9 @@ def _mask(side, sinks, window):
 
 
 def _model(case):
-    return convert(streamingllm.llama({"rope_theta": 10000.0, **case.meta}, Full(64)), case.params, architecture="llama")
+    return convert(
+        streamingllm.llama({"rope_theta": 10000.0, **case.meta}, Full(64)), case.params, architecture="llama"
+    )
 
 
 def _check_training(case):
@@ -42,7 +48,14 @@ def _check_training(case):
         return loss.total, loss
 
     (_, loss), gradient = jax.value_and_grad(objective, has_aux=True)(case.array("alpha"))
-    case.check_all({"loss": loss.total, "distill_loss": loss.distill, "reg_loss": loss.regularizer, "grad_alpha": gradient})
+    case.check_all(
+        {
+            "loss": loss.total,
+            "distill_loss": loss.distill,
+            "reg_loss": loss.regularizer,
+            "grad_alpha": gradient,
+        }
+    )
     if "streaming_mask" in case.mids:
         case.check("streaming_mask", _mask(case.meta["T"], *options.values()), exact=True)
 

@@ -41,7 +41,9 @@ def _check_codes(case):
     case.check("v_code", _packed(codes, bits), exact=True)
     case.check("v_scale", groups.scale[..., None])
     case.check("v_min", groups.least[..., None])
-    case.tolerance = Tolerance(1e-6, 1e-6)  # code * scale + least: one rounding of numbers of size 4 more or less
+    case.tolerance = Tolerance(
+        1e-6, 1e-6
+    )  # code * scale + least: one rounding of numbers of size 4 more or less
     case.check("v_deq", dequantize(codes, groups))
     case.check("k_deq", decoded)
 
@@ -59,7 +61,12 @@ def _check_attention(case):
     bits, group, residual = o["k_bits"], o["group_size"], o["residual_length"]
     cache = Quantized(256, bits=bits, group=group, residual=residual, edge="call")
     mixer = Attention(
-        o["hidden"], heads=o["heads"], kv_heads=o["kv_heads"], rotary_base=o.get("rope_theta", 1e4), cache=cache, rngs=nnx.Rngs(0)
+        o["hidden"],
+        heads=o["heads"],
+        kv_heads=o["kv_heads"],
+        rotary_base=o.get("rope_theta", 1e4),
+        cache=cache,
+        rngs=nnx.Rngs(0),
     )
     mixer, x = convert(mixer, case.params), case.array("x")
     run, state = jax.jit(lambda x, state: mixer(x, state)), mixer.init_state(len(x))
@@ -73,7 +80,9 @@ def _check_attention(case):
     case.check("attn_out", np.concatenate(outputs, axis=1))
     case.check("lens_kq_kres_vq_vres_total", lengths, exact=True)
     case.check("final_k_code", _packed(codes_of(state.k.words, bits)[..., :keys], bits), exact=True)
-    case.check("final_v_code", _packed(codes_of(state.v.words, bits)[..., :values].swapaxes(2, 3), bits), exact=True)
+    case.check(
+        "final_v_code", _packed(codes_of(state.v.words, bits)[..., :values].swapaxes(2, 3), bits), exact=True
+    )
     k_groups = [np.asarray(x)[:, :, : keys // group] for x in state.k[1:]]
     v_groups = [np.asarray(x)[..., :values] for x in state.v[1:]]
     for name, (scale, least) in (("k", k_groups), ("v", v_groups)):

@@ -1,4 +1,5 @@
-"""The linear-attention family: the bare recurrences with their gradients, and the published layers with their memories."""
+"""The linear-attention family: the bare recurrences with their gradients, and the published layers with their
+memories."""
 
 import functools
 
@@ -25,8 +26,11 @@ def check(case):
 
 
 def _arguments(case):
-    """The arguments of `linear_attention` under the original's names; the decay is g per head or gk per channel."""
-    arrays = {name: case.array(name) for name in ("q", "k", "v", "beta", "initial_state") if name in case.inputs}
+    """The arguments of `linear_attention` under the original's names; the decay is g per head or gk per
+    channel."""
+    arrays = {
+        name: case.array(name) for name in ("q", "k", "v", "beta", "initial_state") if name in case.inputs
+    }
     decay = next((case.array(name) for name in ("gk", "g") if name in case.inputs), None)
     if decay is None and ("log_gamma" in case.mids or "retention" in str(case.meta)):
         decay = jnp.log1p(-(2.0 ** (-5 - jnp.arange(arrays["q"].shape[2], dtype=jnp.float32))))
@@ -44,16 +48,26 @@ def _check_op(case, call):
     if "log_gamma" in case.mids:
         case.check("log_gamma", arguments["decay"])
     if "state_after_cut" in case.mids:
-        steps = {name: x[:, : case.meta["cut"]] if name != "initial_state" and x.ndim > 1 else x for name, x in arguments.items()}
+        steps = {
+            name: x[:, : case.meta["cut"]] if name != "initial_state" and x.ndim > 1 else x
+            for name, x in arguments.items()
+        }
         case.check("state_after_cut", call(**steps)[1])
     if "o_elu_normalized" in case.outs:  # a normaliser is what a column of ones in v accumulates
         q, k = (jax.nn.elu(arguments[name]) + 1 for name in "qk")
         v = jnp.concatenate([arguments["v"], jnp.ones((*q.shape[:3], 1))], axis=-1)
-        start = jnp.concatenate([arguments["initial_state"], jnp.moveaxis(case.array("initial_z"), 1, -1)], axis=-1)
+        start = jnp.concatenate(
+            [arguments["initial_state"], jnp.moveaxis(case.array("initial_z"), 1, -1)], axis=-1
+        )
         for state, suffix in ((start, ""), (jnp.zeros_like(start), "_zero_init")):
             out, final = call(q, k, v, initial_state=state)
             case.check(f"o_elu_normalized{suffix}", out[..., :-1] / (out[..., -1:] + 1e-10))
-            case.check_all({f"final_state_elu{suffix}": final[..., :-1], f"final_z_elu{suffix}": jnp.moveaxis(final[..., -1:], -1, 1)})
+            case.check_all(
+                {
+                    f"final_state_elu{suffix}": final[..., :-1],
+                    f"final_z_elu{suffix}": jnp.moveaxis(final[..., -1:], -1, 1),
+                }
+            )
 
 
 def _check_gradients(case, call):
@@ -84,7 +98,8 @@ _OPTIONS = {
 }
 _SAME = ("expand_k", "expand_v", "head_dim", "feature_map", "norm_q", "norm_k", "norm_eps", "conv_bias")
 _SAME += ("qk_activation", "qk_norm", "use_beta")
-_LAYERS = {  # the original's class: ours, its default number of heads, whether it has short convolutions by default
+# the original's class: ours, its default number of heads, whether it has short convolutions by default
+_LAYERS = {
     "LinearAttention": (models.LinearAttention, 8, False),
     "MultiScaleRetention": (models.Retention, 8, False),
     "SimpleGatedLinearAttention": (models.SimpleGatedLinearAttention, 4, True),
@@ -93,19 +108,32 @@ _LAYERS = {  # the original's class: ours, its default number of heads, whether 
     "GatedDeltaNet": (models.GatedDeltaNet, 6, True),
     "KimiDeltaAttention": (models.KimiDeltaAttention, 16, True),
 }
-_HANDLED = {"hidden_size", "mode", "layer_idx", "fuse_norm", "elementwise_affine", "conv_size", "use_short_conv", "output_norm"}
+_HANDLED = {
+    "hidden_size",
+    "mode",
+    "layer_idx",
+    "fuse_norm",
+    "elementwise_affine",
+    "conv_size",
+    "use_short_conv",
+    "output_norm",
+}
 
 
 def layer(config, name):
     cls, heads, convolves = _LAYERS[name]
     unknown = set(config) - set(_OPTIONS) - set(_SAME) - _HANDLED
     assert not unknown, f"options of {name} that are not handled: {unknown}"
-    options = {"heads": heads} | {ours: config[theirs] for theirs, ours in _OPTIONS.items() if theirs in config}
+    options = {"heads": heads} | {
+        ours: config[theirs] for theirs, ours in _OPTIONS.items() if theirs in config
+    }
     options |= {option: config[option] for option in _SAME if option in config}
     if config.get("output_norm") == "identity":
         options["norm_eps"] = None
     if cls is not models.LinearAttention:
-        options["conv_width"] = config.get("conv_size", 4) if config.get("use_short_conv", convolves) else None
+        options["conv_width"] = (
+            config.get("conv_size", 4) if config.get("use_short_conv", convolves) else None
+        )
     if cls is models.GatedDeltaNet:
         options.setdefault("head_dim", 256)
     if cls is models.KimiDeltaAttention:
@@ -119,7 +147,11 @@ def _check_layer(case):
     # The norm behind a gate that is not fused goes by another name.
     params = {key.replace("g_norm.", "g_norm_swish_gate."): value for key, value in case.params.items()}
     if not case.options.get("elementwise_affine", True) and module.norm is not None:
-        params |= {name: np.ones(module.head_shape[1]) for ours, (name, *_) in published_names(module).items() if ours == "norm.weight"}
+        params |= {
+            name: np.ones(module.head_shape[1])
+            for ours, (name, *_) in published_names(module).items()
+            if ours == "norm.weight"
+        }
     module = convert(module, params)
     x = case.array("x")
     run = jax.jit(lambda x, state: module(x, state))

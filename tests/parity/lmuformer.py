@@ -1,5 +1,5 @@
-"""The Legendre memory and what is made of it: matrices, both LMUs, the cell with several memories, LIF neurons, LMUFormer with and without
-spikes."""
+"""The Legendre memory and what is made of it: matrices, both LMUs, the cell with several memories, LIF
+neurons, LMUFormer with and without spikes."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,13 @@ def _check_matrices(case):
         for name in ("zoh", "euler"):
             A, B = legendre(spec["order"], spec["theta"], name)
             suffix = f"{name}_{spec['index']}"
-            case.check_all({f"A_{suffix}": A, f"B_{suffix}": B[:, None], f"H_{suffix}": impulse_response(A, B, spec["impulse_len"]).T})
+            case.check_all(
+                {
+                    f"A_{suffix}": A,
+                    f"B_{suffix}": B[:, None],
+                    f"H_{suffix}": impulse_response(A, B, spec["impulse_len"]).T,
+                }
+            )
 
 
 def _check_constants(case):
@@ -43,11 +49,15 @@ def _check_constants(case):
         order, steps = value.shape
         A, B = legendre(order, case.options["theta"], case.options.get("discretizer", "zoh"))
         expected = {"A": A, "B": B[:, None], "H": impulse_response(A, B, steps).T}[name.rpartition(".")[2]]
-        np.testing.assert_allclose(value, expected, atol=1e-12 if value.dtype == np.float64 else 1e-5, err_msg=name)
+        np.testing.assert_allclose(
+            value, expected, atol=1e-12 if value.dtype == np.float64 else 1e-5, err_msg=name
+        )
 
 
 def _without_constants(case):
-    return {name: value for name, value in case.params.items() if name.rpartition(".")[2] not in ("A", "B", "H")}
+    return {
+        name: value for name, value in case.params.items() if name.rpartition(".")[2] not in ("A", "B", "H")
+    }
 
 
 def _wide(module, case):
@@ -57,7 +67,9 @@ def _wide(module, case):
 
 def _check_parallel(case):
     o = case.options
-    module = LMU(o["input_size"], hidden=o["hidden_size"], order=o["memory_size"], theta=o["theta"], rngs=nnx.Rngs(0))
+    module = LMU(
+        o["input_size"], hidden=o["hidden_size"], order=o["memory_size"], theta=o["theta"], rngs=nnx.Rngs(0)
+    )
     module = convert(_wide(module, case), _without_constants(case))
     x = case.array("x")
     u = jax.nn.relu(module.W_u(x))
@@ -71,16 +83,22 @@ def _check_parallel(case):
 
 def _check_cell(case):
     o = case.options
-    module = RecurrentLMU(o["input_size"], hidden=o["hidden_size"], order=o["memory_size"], theta=o["theta"], rngs=nnx.Rngs(0))
+    module = RecurrentLMU(
+        o["input_size"], hidden=o["hidden_size"], order=o["memory_size"], theta=o["theta"], rngs=nnx.Rngs(0)
+    )
     module = convert(_wide(module, case), _without_constants(case), prefix="cell.")
     x = case.array("x")
     h, state = module(x, module.init_state(len(x), x.dtype))
     case.check_all({"h": h, "h_n": state.hidden, "m_n": state.memory[:, 0]})
     case.check("h", module(x)[0])
     if "h0" in case.inputs:
-        start = module.init_state(len(x), x.dtype)._replace(hidden=case.array("h0"), memory=case.array("m0")[:, None])
+        start = module.init_state(len(x), x.dtype)._replace(
+            hidden=case.array("h0"), memory=case.array("m0")[:, None]
+        )
         h, state = module(x, start)
-        case.check_all({"h_from_state": h, "h_n_from_state": state.hidden, "m_n_from_state": state.memory[:, 0]})
+        case.check_all(
+            {"h_from_state": h, "h_n_from_state": state.hidden, "m_n_from_state": state.memory[:, 0]}
+        )
 
 
 def _check_multi_channel(case):
@@ -125,9 +143,17 @@ def _check_multi_channel(case):
 def _check_lif(case):
     o = case.options
     alpha = float(o["surrogate"].split("alpha")[1]) if "alpha" in o.get("surrogate", "") else 4.0
-    names = {"tau": "tau", "threshold": "v_threshold", "rest": "v_reset", "decay_input": "decay_input", "detach_reset": "detach_reset"}
+    names = {
+        "tau": "tau",
+        "threshold": "v_threshold",
+        "rest": "v_reset",
+        "decay_input": "decay_input",
+        "detach_reset": "detach_reset",
+    }
     options = {ours: o[theirs] for ours, theirs in names.items() if theirs in o} | {"alpha": alpha}
-    x, weight = (jnp.moveaxis(case.array(name), 0, 1) for name in ("x", "loss_weight"))  # time leads in the original
+    x, weight = (
+        jnp.moveaxis(case.array(name), 0, 1) for name in ("x", "loss_weight")
+    )  # time leads in the original
     (spikes, membranes), pull = jax.vjp(lambda x: lif(x, **options), x)
     case.check("spikes", jnp.moveaxis(spikes, 1, 0), exact=True)
     case.check("v_after", jnp.moveaxis(membranes, 1, 0))
@@ -173,13 +199,20 @@ def _intermediates(model, x):
             u = unit.spike_u(unit.W_u(s))[0]
             m = unit.spike_m(_memory(unit, u))[0]
             h = unit(s, (None,) * 4, None, None)[0]
-            mids |= {f"block{i}.attn.lmu.f_u": jnp.moveaxis(u, 1, 0), f"block{i}.attn.lmu.f_m": m.transpose(1, 2, 0)}
+            mids |= {
+                f"block{i}.attn.lmu.f_u": jnp.moveaxis(u, 1, 0),
+                f"block{i}.attn.lmu.f_m": m.transpose(1, 2, 0),
+            }
         else:
             h = mixer.lmu(z)[0]
         z = z + mixed
         channels = block.channel_mixer(z)[0]
         z = z + channels
-        mids |= {f"block{i}.attn.lmu": h, f"block{i}.attn": mixed.swapaxes(1, 2), f"block{i}.mlp": channels.swapaxes(1, 2)}
+        mids |= {
+            f"block{i}.attn.lmu": h,
+            f"block{i}.attn": mixed.swapaxes(1, 2),
+            f"block{i}.mlp": channels.swapaxes(1, 2),
+        }
         mids[f"block{i}"] = z.swapaxes(1, 2)
         np.testing.assert_allclose(block(before)[0], z, atol=1e-6)
     return mids
@@ -197,4 +230,6 @@ def _check_stream(model, x, logits):
         y, state = step(x[:, t : t + 1], state)
         streamed.append(y)
     late = model.lookahead
-    np.testing.assert_allclose(np.concatenate(streamed, axis=1)[:, late:], logits[:, : x.shape[1] - late], atol=2e-5)
+    np.testing.assert_allclose(
+        np.concatenate(streamed, axis=1)[:, late:], logits[:, : x.shape[1] - late], atol=2e-5
+    )

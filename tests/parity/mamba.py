@@ -16,7 +16,9 @@ def check(case):
     if "input_ids" in case.inputs:
         check_language_model(case, "mamba", mixer(case.options))
     elif "x" in case.inputs:
-        check_mixer(case, convert(mixer(case.options)(case.options["hidden_size"], rngs=nnx.Rngs(0)), case.params))
+        check_mixer(
+            case, convert(mixer(case.options)(case.options["hidden_size"], rngs=nnx.Rngs(0)), case.params)
+        )
     else:
         for implementation in ("reference", "xla"):
             _check_scan(case, functools.partial(scan, implementation=implementation))
@@ -41,18 +43,24 @@ def check_mixer(case, module, layout=lambda ssm: ssm):
     y, state = run(x, module.init_state(len(x)))
     case.check("y", y)
     case.check_all(_states(state, case, "", layout))
-    segments = case.meta.get("segments") or ([case.meta["prefill"], *[1] * case.meta["steps"]] if "prefill" in case.meta else [])
+    segments = case.meta.get("segments") or (
+        [case.meta["prefill"], *[1] * case.meta["steps"]] if "prefill" in case.meta else []
+    )
     if segments:
         state, pieces = module.init_state(len(x)), []
         for i, end in enumerate(np.cumsum(segments)):
             y, state = run(x[:, end - segments[i] : end], state)
             pieces.append(y)
-            case.check_all(_states(state, case, f"_{i}", layout) | (_states(state, case, "_prefill", layout) if i == 0 else {}))
+            case.check_all(
+                _states(state, case, f"_{i}", layout)
+                | (_states(state, case, "_prefill", layout) if i == 0 else {})
+            )
         case.check("y_stream", np.concatenate(pieces, axis=1))
 
 
 def _states(state, case, suffix, layout):
-    """The original keeps one input of the convolution more than a step needs: compared are those that it needs."""
+    """The original keeps one input of the convolution more than a step needs: compared are those that it
+    needs."""
     name = f"conv_state{suffix}"
     if name not in case.outs and name not in case.mids:
         return {}
@@ -82,14 +90,19 @@ def check_language_model(case, architecture, factory):
     logits = model.read_out(x)
     case.check_all(mids)
     case.check("logits", logits)
-    losses = jax.nn.logsumexp(logits[:, :-1], axis=-1) - jnp.take_along_axis(logits[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
+    losses = (
+        jax.nn.logsumexp(logits[:, :-1], axis=-1)
+        - jnp.take_along_axis(logits[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
+    )
     case.check("loss", losses.mean())
 
 
 def original_padding(model, tokens, mask):
-    """What the original does with padded steps: it lets them write into the residual stream, and its linear biases into the convolution.
+    """What the original does with padded steps: it lets them write into the residual stream, and its linear
+    biases into the convolution.
 
-    seqlab's `valid` keeps them out of everything. The original's numbers come from the same mixers with the mask applied where it
+    seqlab's `valid` keeps them out of everything. The original's numbers come from the same mixers with the
+    mask applied where it
     applies it: on the input of the mixer and behind the convolution.
     """
     x, mids, keep = model.embedding(tokens), {}, jnp.asarray(mask, jnp.float32)[..., None]

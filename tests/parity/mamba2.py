@@ -21,7 +21,9 @@ def check(case):
             _check_ssd(case, functools.partial(linear_attention, implementation=implementation))
     else:
         module = convert(mixer(case.options)(case.options["hidden_size"], rngs=nnx.Rngs(0)), case.params)
-        mamba.check_mixer(case, module, lambda ssm: ssm.swapaxes(2, 3))  # the original keeps values before keys
+        mamba.check_mixer(
+            case, module, lambda ssm: ssm.swapaxes(2, 3)
+        )  # the original keeps values before keys
 
 
 def mixer(options):
@@ -52,7 +54,9 @@ def _check_ssd(case, linear_attention):
         delta = jnp.clip(jax.nn.softplus(delta) if case.meta.get("dt_softplus", True) else delta, low, high)
         start = None if f.initial_state is None else f.initial_state.swapaxes(2, 3)
         chunk = 8 if case.meta["chunk_size"] <= 8 else 16
-        y, state = linear_attention(C, B, delta[..., None] * x, decay=delta * f.A, scale=1.0, initial_state=start, chunk=chunk)
+        y, state = linear_attention(
+            C, B, delta[..., None] * x, decay=delta * f.A, scale=1.0, initial_state=start, chunk=chunk
+        )
         return y if f.D is None else y + f.D[:, None] * x, state.swapaxes(2, 3)
 
     (y, state), pull = jax.vjp(run, floats)

@@ -1,7 +1,8 @@
-"""MambaMixer, TSM2 and ViM2: the scan, mixers of one, two and four directions, the stack of weighted sums, a whole TSM2.
+"""MambaMixer, TSM2 and ViM2: the scan, mixers of one, two and four directions, the stack of weighted sums, a
+whole TSM2.
 
-The cases were derived from the paper's equations, whose directions share arrays [K, ...]; a channel mixer is known by the `layout` of the
-case, a stack by its weights alpha, TSM2 by its patches.
+The cases were derived from the paper's equations, whose directions share arrays [K, ...]; a channel mixer is
+known by the `layout` of the case, a stack by its weights alpha, TSM2 by its patches.
 """
 
 import functools
@@ -16,7 +17,13 @@ from seqlab.models.images import FourScans, scan_orders
 from seqlab.weights import convert
 
 # of one direction: ours, theirs
-PARTS = {"conv1d.weight": "conv_weight", "conv1d.bias": "conv_bias", "x_proj.weight": "x_proj", "A_log": "A_log", "D": "D"} | {
+PARTS = {
+    "conv1d.weight": "conv_weight",
+    "conv1d.bias": "conv_bias",
+    "x_proj.weight": "x_proj",
+    "A_log": "A_log",
+    "D": "D",
+} | {
     "dt_proj.weight": "dt_proj_weight",
     "dt_proj.bias": "dt_proj_bias",
 }
@@ -54,7 +61,8 @@ def part(params, prefix):
 
 
 def mixer_weights(params, prefix=""):
-    """The arrays of one mixer under the names that `convert` expects; its directions stand in one array, one after the other."""
+    """The arrays of one mixer under the names that `convert` expects; its directions stand in one array, one
+    after the other."""
     renamed = {f"{prefix}{name}.weight": params[name] for name in ("in_proj", "out_proj")}
     for k in range(len(params["x_proj"])):
         for ours, theirs in PARTS.items():
@@ -86,12 +94,15 @@ def check_mixer(case):
 
 
 def stack_weights(case, names, norms, prefix=""):
-    """A stack's arrays; `names` and `norms` are the original's words for the token mixer and the channel mixer and their norms."""
+    """A stack's arrays; `names` and `norms` are the original's words for the token mixer and the channel
+    mixer and their norms."""
     renamed = {f"{prefix}{name}": case.params[name] for name in SUMS}
     for i in range(case.options["depth"]):
         block = part(case.params, f"block{i + 1}.")
         for ours, theirs in zip(("token", "channel"), names, strict=True):
-            nested = "" if theirs == "token" else "mixer."  # only the token mixer of a plain stack is the bare SelectiveMixer
+            nested = (
+                "" if theirs == "token" else "mixer."
+            )  # only the token mixer of a plain stack is the bare SelectiveMixer
             renamed |= mixer_weights(part(block, f"{theirs}."), f"{prefix}{ours}_mixers.{i}.{nested}")
             renamed[f"{prefix}{ours}_norms.{i}.{norms}"] = block[f"norm_{theirs}_weight"]
             renamed[f"{prefix}{ours}_norms.{i}.bias"] = block[f"norm_{theirs}_bias"]
@@ -104,9 +115,13 @@ def check_stack(case):
     stack = MambaMixerStack(
         x.shape[2],
         options["depth"],
-        functools.partial(SelectiveMixer, **sizes(part(first, "token.")), bidirectional=len(first["token.x_proj"]) == 2),
         functools.partial(
-            SelectiveChannelMixer, tokens=x.shape[1], mixer=functools.partial(SelectiveMixer, **sizes(part(first, "channel.")))
+            SelectiveMixer, **sizes(part(first, "token.")), bidirectional=len(first["token.x_proj"]) == 2
+        ),
+        functools.partial(
+            SelectiveChannelMixer,
+            tokens=x.shape[1],
+            mixer=functools.partial(SelectiveMixer, **sizes(part(first, "channel."))),
         ),
         final_sum=False,
         rngs=nnx.Rngs(0),
@@ -119,7 +134,8 @@ def check_stack(case):
 
 
 def record(stack, token, channel):
-    """What every mixer reads (before its norm) and writes, by the original's names, once the stack has run."""
+    """What every mixer reads (before its norm) and writes, by the original's names, once the stack has
+    run."""
     found = {}
 
     def watch(modules, i, name):
@@ -135,7 +151,9 @@ def record(stack, token, channel):
     for ours, theirs in (("token", token), ("channel", channel)):
         for attribute, letter in ((f"{ours}_norms", "x"), (f"{ours}_mixers", "y")):
             modules = list(getattr(stack, attribute))
-            vars(stack)[attribute] = [watch(modules, i, f"{letter}_{theirs}_{i + 1}") for i in range(len(modules))]
+            vars(stack)[attribute] = [
+                watch(modules, i, f"{letter}_{theirs}_{i + 1}") for i in range(len(modules))
+            ]
     return found
 
 
@@ -156,7 +174,9 @@ def check_tsm2(case):
         rngs=nnx.Rngs(0),
     )
     renamed = stack_weights(case, ("time", "variate"), "scale", "stack.")
-    renamed = {name: value.T if "_norms." in name else value for name, value in renamed.items()}  # [m, n] there, [n, m] here
+    renamed = {
+        name: value.T if "_norms." in name else value for name, value in renamed.items()
+    }  # [m, n] there, [n, m] here
     for ours, theirs in (("embed", "patch"), ("head", "head")):
         renamed |= {f"{ours}.{kind}": case.params[f"{theirs}_{kind}"] for kind in ("weight", "bias")}
     model = convert(model, renamed)
@@ -173,11 +193,22 @@ def check_four_scans(case):
     case.check_all({"scan_order": scan_orders(height, width)}, exact=True)
     names = {name: theirs for name, theirs in PARTS.items() if not name.startswith("conv1d")}
     weights = {f"{name}.weight": params[name] for name in ("in_proj", "out_proj")}
-    weights |= {f"directions.{k}.{ours}": params[theirs][k] for k in range(len(params["D"])) for ours, theirs in names.items()}
+    weights |= {
+        f"directions.{k}.{ours}": params[theirs][k]
+        for k in range(len(params["D"]))
+        for ours, theirs in names.items()
+    }
     weights |= {"conv.weight": params["dwconv_weight"][:, None], "conv.bias": params["dwconv_bias"]}
     norm = {"norm.weight": params.get("out_norm_weight"), "norm.bias": params.get("out_norm_bias")}
-    shapes = {"inner": params["A_log"].shape[1], "state_size": params["A_log"].shape[2], "dt_rank": params["dt_proj_weight"].shape[2]}
-    for name, factory in (("y", None), ("y_with_out_norm", functools.partial(LayerNorm, eps=case.options.get("layernorm_eps", 1e-5)))):
+    shapes = {
+        "inner": params["A_log"].shape[1],
+        "state_size": params["A_log"].shape[2],
+        "dt_rank": params["dt_proj_weight"].shape[2],
+    }
+    for name, factory in (
+        ("y", None),
+        ("y_with_out_norm", functools.partial(LayerNorm, eps=case.options.get("layernorm_eps", 1e-5))),
+    ):
         if name in case.outs:
             mixer = FourScans(dim, **shapes, norm=factory, rngs=nnx.Rngs(0))
             mixer = convert(mixer, weights if factory is None else weights | norm)
@@ -190,7 +221,9 @@ def check_scan(case):
         if f"y{suffix}" in case.outs:
             y, state = scan(u, delta, A, B, C, initial_state=h0)
             case.check_all({f"y{suffix}": y + D * u, f"h_last{suffix}": state})
-    if "y_exact_zoh_b" in case.outs:  # (exp(ΔA) - 1) / A instead of Δ: the inputs differ by n, so there is one scan for every column of A
+    if (
+        "y_exact_zoh_b" in case.outs
+    ):  # (exp(ΔA) - 1) / A instead of Δ: the inputs differ by n, so there is one scan for every column of A
         total, states = D * u, []
         for n in range(A.shape[1]):
             held = u * jnp.expm1(delta * A[:, n]) / (delta * A[:, n])

@@ -17,7 +17,9 @@ def check(case):
     policy = MoBA(block, top_k, capacity=-(-max(lens) // block) * block)
 
     run = jax.jit(lambda q, k, v, state, reset: policy(q, k, v, state, reset, None, unturned))
-    out, pull = jax.jit(lambda *floats: jax.vjp(lambda *floats: run(*floats, None, reset)[0], *floats))(q, k, v)
+    out, pull = jax.jit(lambda *floats: jax.vjp(lambda *floats: run(*floats, None, reset)[0], *floats))(
+        q, k, v
+    )
     case.check("o", out[0])
     for letter, gradient in zip("qkv", pull(d_out), strict=True):
         case.check(f"d{letter}", gradient[0])
@@ -31,7 +33,8 @@ def check(case):
 
 
 def _check_choice(case, i, policy, q, k, v):
-    """Which blocks each query sees, its own included, and the mean keys they are chosen by; of GQA the original repeats the keys."""
+    """Which blocks each query sees, its own included, and the mean keys they are chosen by; of GQA the
+    original repeats the keys."""
     length, block = q.shape[1], policy.block
     blocks = policy.whole(k, v)
     chosen = np.asarray(policy.choose(q, blocks, segments((1, length), 0, None, None)))[0]
@@ -43,7 +46,9 @@ def _check_choice(case, i, policy, q, k, v):
     case.check(f"block_selected_seq{i}", seen, exact=True)
     means = np.asarray(blocks.sums[0]) / block
     closed = case.expected(f"block_centroid_seq{i}")[: len(means)]
-    np.testing.assert_allclose(np.repeat(means, q.shape[2] // k.shape[2], axis=1), closed, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        np.repeat(means, q.shape[2] // k.shape[2], axis=1), closed, rtol=1e-5, atol=1e-6
+    )
 
 
 def unturned(x, positions):

@@ -1,6 +1,8 @@
-"""PoolFormer and the MetaFormer baselines: mixers, a block, whole networks with what they show of their inside.
+"""PoolFormer and the MetaFormer baselines: mixers, a block, whole networks with what they show of their
+inside.
 
-The first paper's code keeps maps as [b, c, h, w], the second's as [b, h, w, c] behind the input; the case's `layout` says which.
+The first paper's code keeps maps as [b, c, h, w], the second's as [b, h, w, c] behind the input; the case's
+`layout` says which.
 """
 
 import functools
@@ -10,7 +12,15 @@ import numpy as np
 from flax import nnx
 
 from seqlab.models import MLP, Block
-from seqlab.models.images import ImageAttention, ImageBackbone, ImageClassifier, ImagePyramid, MapNorm, Pooling, SepConv
+from seqlab.models.images import (
+    ImageAttention,
+    ImageBackbone,
+    ImageClassifier,
+    ImagePyramid,
+    MapNorm,
+    Pooling,
+    SepConv,
+)
 from seqlab.models.images import baseline as build_baseline
 from seqlab.weights import convert
 
@@ -53,7 +63,9 @@ def _check_mixer(case):
     if "dwconv.weight" in case.params:
         mixer = SepConv(dim, expand=o["expansion"], kernel=o["kernel"], rngs=nnx.Rngs(0))
     elif "qkv.weight" in case.params:
-        mixer = ImageAttention(dim, head_dim=o.get("head_dim", 32), bias="proj.bias" in case.params, rngs=nnx.Rngs(0))
+        mixer = ImageAttention(
+            dim, head_dim=o.get("head_dim", 32), bias="proj.bias" in case.params, rngs=nnx.Rngs(0)
+        )
     else:
         mixer = Pooling(dim, size=o["pool_size"])
     y, _ = convert(mixer, case.params)(x)
@@ -75,7 +87,16 @@ def _check_block(case):
     mixed = block.mixer(normed)[0]
     between = x + mixed * (1.0 if block.layer_scale_1 is None else block.layer_scale_1[...])
     second = block.channel_norm(between)
-    _compare(case, {"norm1": normed, "token_mixer": mixed, "norm2": second, "mlp": block.channel_mixer(second)[0], "y": block(x)[0]})
+    _compare(
+        case,
+        {
+            "norm1": normed,
+            "token_mixer": mixed,
+            "norm2": second,
+            "mlp": block.channel_mixer(second)[0],
+            "y": block(x)[0],
+        },
+    )
 
 
 def _check_network(case):
@@ -94,7 +115,9 @@ def _check_network(case):
         for name, y in zip(sorted(case.outs), model(x), strict=True):
             _compare(case, {name: y})
         return
-    model = convert(ImageClassifier(o["num_classes"], backbone, rngs=nnx.Rngs(0)), case.params, architecture="poolformer")
+    model = convert(
+        ImageClassifier(o["num_classes"], backbone, rngs=nnx.Rngs(0)), case.params, architecture="poolformer"
+    )
     maps, logits = jax.jit(lambda x: (_inside(model.backbone, x), model(x)))(x)
     named = {"patch_embed": maps[0]} | {f"network.{i}": y for i, y in enumerate(maps[1:])}
     _compare(case, named | {"norm": model.norm(maps[-1]), "y": logits})
@@ -117,9 +140,15 @@ def _check_baseline(case):
     x, o = _nhwc(case, case.array("x")), case.options
     mixers = []
     for i in range(len(o["dims"])):
-        held = {name.partition("token_mixer.")[2] for name in case.params if name.startswith(f"stages.{i}.0.token_mixer.")}
+        held = {
+            name.partition("token_mixer.")[2]
+            for name in case.params
+            if name.startswith(f"stages.{i}.0.token_mixer.")
+        }
         mixers.append(next((kind for name, kind in _KINDS.items() if name in held), Pooling))
-    scales = tuple(1.0 if f"stages.{i}.0.res_scale1.scale" in case.params else None for i in range(len(o["dims"])))
+    scales = tuple(
+        1.0 if f"stages.{i}.0.res_scale1.scale" in case.params else None for i in range(len(o["dims"]))
+    )
     per_place = "(H,W,C)" not in o.get("norm", "")
     model = build_baseline(
         o["dims"],
@@ -133,5 +162,7 @@ def _check_baseline(case):
     )
     model = convert(model, case.params, architecture="metaformer")
     maps, logits = jax.jit(lambda x: (_inside(model.backbone, x), model(x)))(x)
-    named = {f"downsample_layers.{i}": y for i, y in enumerate(maps[::2])} | {f"stages.{i}": y for i, y in enumerate(maps[1::2])}
+    named = {f"downsample_layers.{i}": y for i, y in enumerate(maps[::2])} | {
+        f"stages.{i}": y for i, y in enumerate(maps[1::2])
+    }
     _compare(case, named | {"norm": model.pooled(maps[-1]), "y": logits})

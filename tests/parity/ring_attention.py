@@ -1,4 +1,5 @@
-"""Attention and decayed linear attention with the sequence on several devices: layouts, partial sums, states handed on, gradients."""
+"""Attention and decayed linear attention with the sequence on several devices: layouts, partial sums, states
+handed on, gradients."""
 
 import functools
 
@@ -39,13 +40,18 @@ def _check_attention(case, mesh, devices):
 
 
 def _check_blocks(case, attend, causal, devices, q, k, v):
-    """Block after block on every device, each from the device before it: who sees what, and the sums so far."""
+    """Block after block on every device, each from the device before it: who sees what, and the sums so
+    far."""
     positions = jnp.asarray(case.inputs["permutation"], jnp.int32).reshape(devices, -1)
     q, k, v = (jnp.stack([x[:, here] for here in positions]) for x in (q, k, v))
     places = jnp.broadcast_to(positions[:, None], (devices, q.shape[1], positions.shape[1]))
     source = (np.arange(devices)[:, None] - np.arange(devices)) % devices
     case.check("kv_source", source, exact=True)
-    seen = positions[:, None, :, None] >= positions[source][:, :, None, :] if causal else jnp.ones((*source.shape, *2 * places.shape[2:]))
+    seen = (
+        positions[:, None, :, None] >= positions[source][:, :, None, :]
+        if causal
+        else jnp.ones((*source.shape, *2 * places.shape[2:]))
+    )
     case.check("allowed_pairs", seen.sum((2, 3)), exact=True)
 
     def part(q, here, k, v, there):
@@ -59,7 +65,9 @@ def _check_blocks(case, attend, causal, devices, q, k, v):
         with np.errstate(divide="ignore"):
             expected = tops + np.log(total)
         np.testing.assert_allclose(lse.swapaxes(-1, -2), expected, atol=1e-5)
-        np.testing.assert_allclose(out * np.where(total == 0, 1, total).swapaxes(-1, -2)[..., None], mass, atol=1e-5)
+        np.testing.assert_allclose(
+            out * np.where(total == 0, 1, total).swapaxes(-1, -2)[..., None], mass, atol=1e-5
+        )
         if step < devices:
             keys = source[:, step]
             out, lse = merge(out, lse, *parts(q, places, k[keys], v[keys], places[keys]))
@@ -95,6 +103,8 @@ def _check_linear(case, mesh, devices):
     nudges = jnp.zeros(case.expected("KV_received").shape)
     _, pull, states = jax.vjp(lambda nudges: chunked(nudges, arrays), nudges, has_aux=True)
     (received,) = pull(dout)
-    fade = jnp.exp(decay)[:, None, None]  # the original hands on what the next step will read, one decay later than our state
+    fade = jnp.exp(decay)[
+        :, None, None
+    ]  # the original hands on what the next step will read, one decay later than our state
     case.check("KV_received", fade * states)
     case.check("dKV_received", jnp.concatenate([received[1:], jnp.zeros_like(received[:1])]) / fade)

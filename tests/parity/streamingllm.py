@@ -1,4 +1,5 @@
-"""StreamingLLM: sinks and a window with positions in the cache, token by token and turn by turn, in models of two architectures."""
+"""StreamingLLM: sinks and a window with positions in the cache, token by token and turn by turn, in models of
+two architectures."""
 
 import functools
 
@@ -26,15 +27,25 @@ def check(case):
 def _check_video(case):
     """StreamingVLM's positions in time, height and width, which start anew with what is left in the cache."""
     o, tokens = case.meta, case.inputs["input_ids"]
-    options = {"video_token": o["video_token"], "merge": o["spatial_merge_size"], "tokens_per_second": o["tokens_per_second"]}
-    positions = video_positions(tokens, case.inputs["video_grid_thw"], seconds_per_grid=2 / o["fps"], **options)
+    options = {
+        "video_token": o["video_token"],
+        "merge": o["spatial_merge_size"],
+        "tokens_per_second": o["tokens_per_second"],
+    }
+    positions = video_positions(
+        tokens, case.inputs["video_grid_thw"], seconds_per_grid=2 / o["fps"], **options
+    )
     case.check("position_ids", np.moveaxis(positions, 2, 0), exact=True)
     case.check("delta", positions.max(axis=(1, 2))[:, None] + 1 - tokens.shape[1], exact=True)
 
 
 def llama(options, cache):
     attention = functools.partial(
-        Attention, heads=options["heads"], kv_heads=options["kv_heads"], cache=cache, rotary_base=options["rope_theta"]
+        Attention,
+        heads=options["heads"],
+        kv_heads=options["kv_heads"],
+        cache=cache,
+        rotary_base=options["rope_theta"],
     )
     return LanguageModel(
         options["vocab"],
@@ -76,7 +87,8 @@ def _check_steps(case):
 
 
 def _step(model, parallel, tokens, state):
-    """The logits, and what the first layer's attention adds; NeoX lets attention and channels read the same input."""
+    """The logits, and what the first layer's attention adds; NeoX lets attention and channels read the same
+    input."""
     x, new, first = model.embedding(tokens), [], None
     for block, (mixed, channel) in zip(model.backbone.blocks, state, strict=True):
         y, mixed = block.mixer(block.mixer_norm(x), mixed)
@@ -88,7 +100,8 @@ def _step(model, parallel, tokens, state):
 
 
 def _check_tables(case, tables, sinks, recent):
-    """Which tokens are seen, and kept behind the step; places in the cache count from 0. The original pads its rows with -1."""
+    """Which tokens are seen, and kept behind the step; places in the cache count from 0. The original pads
+    its rows with -1."""
     width = sinks + recent
     seen = np.full(case.expected("attended_token_index").shape, -1)
     kept = np.full(case.expected("cache_token_index_after").shape, -1)
@@ -110,7 +123,9 @@ def _kept(state, attention, sinks, recent):
     places = jnp.broadcast_to(jnp.asarray(positions), (len(k), len(positions)))
     half = attention.rotary_width // 2
 
-    def swapped(x):  # the two halves that turn together: with them exchanged a rotation goes the other way round
+    def swapped(
+        x,
+    ):  # the two halves that turn together: with them exchanged a rotation goes the other way round
         return jnp.concatenate([x[..., half : 2 * half], x[..., :half], x[..., 2 * half :]], axis=-1)
 
     k = swapped(attention.rotary(swapped(jnp.asarray(k).swapaxes(1, 2)), places))
@@ -142,7 +157,11 @@ def _check_turns(case):
     case.check("q_positions", places, exact=True)
     case.check("cache_len_after_each_call", lengths, exact=True)
     expected = case.expected("kept_token_index_per_turn")
-    case.check("kept_token_index_per_turn", [[*row, *[-1] * (expected.shape[1] - len(row))] for row in kept], exact=True)
+    case.check(
+        "kept_token_index_per_turn",
+        [[*row, *[-1] * (expected.shape[1] - len(row))] for row in kept],
+        exact=True,
+    )
     case.check("final_cache_token_index", _table(state), exact=True)
     for layer in range(options["layers"]):
         k, v = _kept(state[layer][0], model.backbone.blocks[layer].mixer, sinks, recent)
@@ -182,7 +201,9 @@ def _neox(options, cache, params):
             parts = np.split(value.reshape(heads, 3, width, -1), 3, axis=1)
             for part, letter in zip(parts, "qkv", strict=True):
                 flat = part.reshape(heads * width, -1)
-                renamed[name.replace("query_key_value", f"{letter}_proj")] = flat[:, 0] if name.endswith("bias") else flat
+                renamed[name.replace("query_key_value", f"{letter}_proj")] = (
+                    flat[:, 0] if name.endswith("bias") else flat
+                )
         elif "inv_freq" not in name:
             renamed[name] = value
     return model, renamed

@@ -1,4 +1,5 @@
-"""WaveMix: the transform, blocks of every version and level, networks with running statistics. Arrays there are [b, c, h, w]."""
+"""WaveMix: the transform, blocks of every version and level, networks with running statistics. Arrays there
+are [b, c, h, w]."""
 
 import functools
 
@@ -47,7 +48,9 @@ def _check_transform(case):
         case.check("low", _there(low))
         for j, high in enumerate(bands, 1):
             case.check(f"high_{j}", high.transpose(0, 3, 4, 1, 2))
-        np.testing.assert_allclose(idwt(low, bands, x.shape[1:3], implementation=implementation), x, atol=1e-6)
+        np.testing.assert_allclose(
+            idwt(low, bands, x.shape[1:3], implementation=implementation), x, atol=1e-6
+        )
 
 
 def _mixer(case, params):
@@ -81,7 +84,11 @@ def _record(mixer):
 
         return call
 
-    for name in ("reduction", "feedforward", *(f"{kind}{j}" for kind in ("feedforward", "ff") for j in range(1, 5))):
+    for name in (
+        "reduction",
+        "feedforward",
+        *(f"{kind}{j}" for kind in ("feedforward", "ff") for j in range(1, 5)),
+    ):
         if hasattr(mixer, name):
             vars(mixer)[name] = noted(name, getattr(mixer, name))
     return found
@@ -89,19 +96,31 @@ def _record(mixer):
 
 def _check_network(case):
     x, o, params = _image(case), case.options, case.params
-    first = {name.removeprefix("layers.0."): value for name, value in params.items() if name.startswith("layers.0.")}
+    first = {
+        name.removeprefix("layers.0."): value
+        for name, value in params.items()
+        if name.startswith("layers.0.")
+    }
     dim, depth = o["final_dim"], o["depth"]
     if "conv.2.weight" in params:
         stem = partial(PatchStem, patch=params["conv.2.weight"].shape[-1])
     else:
-        stem = partial(StridedStem, stride=o.get("stride", 1 if "expand.0.weight" in params and "num_classes" not in o else 2))
+        stem = partial(
+            StridedStem,
+            stride=o.get("stride", 1 if "expand.0.weight" in params and "num_classes" not in o else 2),
+        )
     options = {"mixer": _mixer(case, first), "stem": stem, "inputs": x.shape[-1]}
     if "pool.2.weight" in params:
         model = wavemix(o["num_classes"], dim, depth, **options, rngs=nnx.Rngs(0))
     else:
         spreads = [params[f"expand.{i}.weight"].shape for i in range(8) if f"expand.{i}.weight" in params]
         *spreads, last = spreads
-        model = ImageToMap(last[0], partial(wave_backbone, dim, depth, **options), widths=[s[1] for s in spreads], rngs=nnx.Rngs(0))
+        model = ImageToMap(
+            last[0],
+            partial(wave_backbone, dim, depth, **options),
+            widths=[s[1] for s in spreads],
+            rngs=nnx.Rngs(0),
+        )
     model = convert(model, params, architecture="wavemix")
 
     def run(x):

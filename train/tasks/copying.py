@@ -1,6 +1,8 @@
-"""Copying and selective copying (as in S4, arXiv 2111.00396, and Mamba, arXiv 2312.00752): repeat the data, leave out the noise.
+"""Copying and selective copying (as in S4, arXiv 2111.00396, and Mamba, arXiv 2312.00752): repeat the data,
+leave out the noise.
 
-Where the data stand at the beginning, a convolution of fixed length solves it; where they stand anywhere, the model has to select.
+Where the data stand at the beginning, a convolution of fixed length solves it; where they stand anywhere, the
+model has to select.
 """
 
 import dataclasses
@@ -13,7 +15,8 @@ from seqlab.train.tasks.examples import VALIDATION, Examples, Symbols, answers_a
 
 @dataclasses.dataclass(frozen=True)
 class Copying:
-    """`data` tokens among noise, then as many markers, at which they are to be given back in order; `length` steps in all.
+    """`data` tokens among noise, then as many markers, at which they are to be given back in order; `length`
+    steps in all.
 
     Args:
       length: steps of an example, the markers included; the original's L is `length - 2 * data`.
@@ -52,11 +55,16 @@ class Copying:
         if self.selective:
             places = rng.permuted(np.tile(np.arange(self.length - self.data), (count, 1)), axis=1)
             slots = np.sort(places[:, : self.data], axis=1)
-        return answers_at_the_end(copying(tokens, slots, noise=self.length - 2 * self.data, alphabet=self.alphabet), tokens)
+        return answers_at_the_end(
+            copying(tokens, slots, noise=self.length - 2 * self.data, alphabet=self.alphabet), tokens
+        )
 
 
-def copying(tokens: Int[np.ndarray, "n m"], slots: Int[np.ndarray, "n m"], *, noise: int, alphabet: int) -> Int[np.ndarray, "n t"]:
-    """The inputs of drawn numbers: `noise + m` steps with token i at slot i and 0 elsewhere, then m markers."""
+def copying(
+    tokens: Int[np.ndarray, "n m"], slots: Int[np.ndarray, "n m"], *, noise: int, alphabet: int
+) -> Int[np.ndarray, "n t"]:
+    """The inputs of drawn numbers: `noise + m` steps with token i at slot i and 0 elsewhere, then m
+    markers."""
     count, data = tokens.shape
     inputs = np.zeros((count, noise + 2 * data), np.int64)
     np.put_along_axis(inputs, slots, tokens, axis=1)

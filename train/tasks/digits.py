@@ -1,4 +1,5 @@
-"""Handwritten digits as sequences: the 8 x 8 images of scikit-learn, one grey value a step (the small kin of sequential MNIST)."""
+"""Handwritten digits as sequences: the 8 x 8 images of scikit-learn, one grey value a step (the small kin of
+sequential MNIST)."""
 
 import dataclasses
 
@@ -17,7 +18,8 @@ class Digits:
     Args:
       held_out: images to validate on, the same for every seed.
     Raises:
-      ModuleNotFoundError: without scikit-learn, whose images they are (`pip install scikit-learn`); only once data are asked for.
+      ModuleNotFoundError: without scikit-learn, whose images they are (`pip install scikit-learn`); only once
+      data are asked for.
     """
 
     held_out: int = 360
@@ -27,7 +29,9 @@ class Digits:
     def __post_init__(self) -> None:
         at_least("held_out", self.held_out, 1)
         if self.held_out > 1500:
-            raise ValueError(f"held_out must leave some of the 1797 images to train on (1500 at most), got {self.held_out}")
+            raise ValueError(
+                f"held_out must leave some of the 1797 images to train on (1500 at most), got {self.held_out}"
+            )
 
     def train(self, seed: int) -> Examples:
         """The same images for every seed; their order is drawn by `Batches`."""
@@ -42,7 +46,8 @@ class Digits:
 
 
 def digit_arrays(held_out: int, *, train: bool) -> tuple[Float[np.ndarray, "n 8 8"], Int[np.ndarray, " n"]]:
-    """The images, values in [0, 1], and their digits: all but the first `held_out` of one fixed order to train on, or these."""
+    """The images, values in [0, 1], and their digits: all but the first `held_out` of one fixed order to
+    train on, or these."""
     from sklearn.datasets import load_digits
 
     images = load_digits()

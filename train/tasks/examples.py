@@ -15,7 +15,8 @@ VALIDATION = 2**31  # seeds of what is held out begin here: no run trains on the
 
 
 class Examples:
-    """A task's examples in memory, each an `Item`: `inputs`, `targets`, and `valid`, True where a step is scored.
+    """A task's examples in memory, each an `Item`: `inputs`, `targets`, and `valid`, True where a step is
+    scored.
 
     Args:
       inputs: [n, t] tokens, or [n, t, channels] numbers.
@@ -24,7 +25,9 @@ class Examples:
 
     def __init__(self, inputs: Num[np.ndarray, "n t *c"], labels: Int[np.ndarray, "n t"]) -> None:
         if inputs.shape[:2] != labels.shape:
-            raise ValueError(f"labels must have the shape {inputs.shape[:2]} of the inputs, got {labels.shape}")
+            raise ValueError(
+                f"labels must have the shape {inputs.shape[:2]} of the inputs, got {labels.shape}"
+            )
         self.inputs, self.labels = _compact(inputs), _compact(labels)
 
     def __len__(self) -> int:
@@ -84,7 +87,10 @@ class Symbols:
         words = (text.decode() if isinstance(text, bytes) else text).split()
         unknown = [word for word in words if word not in self._ids]
         if unknown:
-            raise ValueError(f"{unknown[0]!r} is no token of this task; its {self.vocab_size} tokens are {' '.join(self.names[:20])} ...")
+            raise ValueError(
+                f"{unknown[0]!r} is no token of this task; its {self.vocab_size} tokens are "
+                f"{' '.join(self.names[:20])} ..."
+            )
         return np.array([self._ids[word] for word in words], np.int32)
 
     def decode(self, tokens: Iterable[int]) -> str:
@@ -114,4 +120,6 @@ def numbers(vocab_size: int) -> Symbols:
 def at_least(name: str, value: int, least: int, why: str = "") -> None:
     """Refuse what is not an integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}{f' ({why})' if why else ''}, got {value!r}")
+        raise ValueError(
+            f"{name} must be an integer of at least {least}{f' ({why})' if why else ''}, got {value!r}"
+        )

@@ -1,4 +1,5 @@
-"""ListOps as in the Long Range Arena (arXiv 1804.06028, 2011.04006): nested MIN, MAX, MED and SM of digits; what is the value?"""
+"""ListOps as in the Long Range Arena (arXiv 1804.06028, 2011.04006): nested MIN, MAX, MED and SM of digits;
+what is the value?"""
 
 import dataclasses
 import random
@@ -24,7 +25,8 @@ class Tree(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ListOps:
-    """Expressions of more than `shortest` and fewer than `length` tokens, padded behind; at the last token the value, as a digit's token.
+    """Expressions of more than `shortest` and fewer than `length` tokens, padded behind; at the last token
+    the value, as a digit's token.
 
     The published task has length 2000, shortest 500, depth 10, arguments 10 and 96 000 examples.
     """
@@ -56,7 +58,9 @@ class ListOps:
         return self._pad(self._trees(VALIDATION, self.held_out))
 
     def _trees(self, seed: int, count: int, known: set[Tree] | None = None) -> list[Tree]:
-        trees = listops(random.Random(seed), self.depth, self.arguments, self.shortest, self.length, known or set())
+        trees = listops(
+            random.Random(seed), self.depth, self.arguments, self.shortest, self.length, known or set()
+        )
         return [next(trees) for _ in range(count)]
 
     def _pad(self, trees: list[Tree]) -> Examples:
@@ -69,9 +73,15 @@ class ListOps:
 
 
 def listops(
-    rng: random.Random, depth: int, arguments: int, shortest: int, longest: int, known: set[Tree] | frozenset[Tree] = frozenset()
+    rng: random.Random,
+    depth: int,
+    arguments: int,
+    shortest: int,
+    longest: int,
+    known: set[Tree] | frozenset[Tree] = frozenset(),
 ) -> Iterator[Tree]:
-    """Different trees of more than `shortest` and fewer than `longest` tokens, in the order of the original's draws, none of them `known`.
+    """Different trees of more than `shortest` and fewer than `longest` tokens, in the order of the original's
+    draws, none of them `known`.
 
     Raises ValueError where 20 000 draws in a row give nothing new.
     """
@@ -84,13 +94,15 @@ def listops(
             last = 0
             yield tree
     raise ValueError(
-        f"examples: hardly any new expression of {shortest + 1} to {longest - 1} tokens (depth={depth}, arguments={arguments}) after "
+        f"examples: hardly any new expression of {shortest + 1} to {longest - 1} tokens (depth={depth}, "
+        f"arguments={arguments}) after "
         f"{len(seen) - len(known)} of them; ask for fewer, or for larger ones"
     )
 
 
 def draw(rng: random.Random, depth: int, arguments: int, level: int = 1) -> Tree:
-    """One tree: a digit or an operator of 2 to `arguments` trees; at level `depth` digits only. The operator is drawn behind its trees."""
+    """One tree: a digit or an operator of 2 to `arguments` trees; at level `depth` digits only. The operator
+    is drawn behind its trees."""
     if level == depth or rng.random() > _LEAF:
         digit = rng.randint(0, 9)
         return Tree((1 + digit,), digit)
@@ -126,7 +138,9 @@ def evaluate(tokens: Sequence[int]) -> int:
         elif token != PAD:
             raise ValueError(f"tokens: got {token} at place {place}, which ends nothing and begins nothing")
     if len(stack) > 1 or len(stack[0][1]) != 1:
-        raise ValueError(f"tokens: got {len(stack[0][1])} values and {len(stack) - 1} open lists, expected one expression")
+        raise ValueError(
+            f"tokens: got {len(stack[0][1])} values and {len(stack) - 1} open lists, expected one expression"
+        )
     return stack[0][1][0]
 
 

@@ -1,4 +1,5 @@
-"""Multi-query associative recall (Zoology, arXiv 2312.04927): pairs of key and value, then keys again, each to be answered by its value."""
+"""Multi-query associative recall (Zoology, arXiv 2312.04927): pairs of key and value, then keys again, each
+to be answered by its value."""
 
 import dataclasses
 
@@ -10,11 +11,14 @@ from seqlab.train.tasks.examples import IGNORE, VALIDATION, Examples, Symbols, a
 
 @dataclasses.dataclass(frozen=True)
 class MQAR:
-    """`pairs` bindings in `length` steps over `vocab_size` tokens, the lower half keys, the upper half values.
+    """`pairs` bindings in `length` steps over `vocab_size` tokens, the lower half keys, the upper half
+    values.
 
     Args:
-      power: where the queries stand: the chance of slot s behind the pairs is as s^(power - 1). 0.01 puts most of them close, 1 anywhere.
-      fill: what stands between the queries: random tokens (as published since), or the token 0 (as in the paper's figure).
+      power: where the queries stand: the chance of slot s behind the pairs is as s^(power - 1). 0.01 puts
+        most of them close, 1 anywhere.
+      fill: what stands between the queries: random tokens (as published since), or the token 0 (as in the
+        paper's figure).
       examples, held_out: how many there are to train and to validate on.
     """
 
@@ -29,7 +33,12 @@ class MQAR:
     def __post_init__(self) -> None:
         at_least("pairs", self.pairs, 1)
         at_least("length", self.length, 4 * self.pairs, f"4 * pairs, pairs={self.pairs}")
-        at_least("vocab_size", self.vocab_size, 2 * self.pairs + 2, f"pairs={self.pairs} keys are drawn from half of it")
+        at_least(
+            "vocab_size",
+            self.vocab_size,
+            2 * self.pairs + 2,
+            f"pairs={self.pairs} keys are drawn from half of it",
+        )
         if self.length % 2:
             raise ValueError(f"length must be even, got {self.length}")
         if not self.power > 0:
@@ -49,15 +58,29 @@ class MQAR:
 
     def _draw(self, count: int, seed: int) -> Examples:
         inputs, labels, _ = mqar(
-            seed, count, vocab_size=self.vocab_size, length=self.length, pairs=self.pairs, power=self.power, fill=self.fill
+            seed,
+            count,
+            vocab_size=self.vocab_size,
+            length=self.length,
+            pairs=self.pairs,
+            power=self.power,
+            fill=self.fill,
         )
         return Examples(inputs, labels)
 
 
 def mqar(
-    seed: int, count: int, *, vocab_size: int, length: int, pairs: int, power: float = 0.01, fill: bool = False
+    seed: int,
+    count: int,
+    *,
+    vocab_size: int,
+    length: int,
+    pairs: int,
+    power: float = 0.01,
+    fill: bool = False,
 ) -> tuple[Int[np.ndarray, "n t"], Int[np.ndarray, "n t"], Int[np.ndarray, "n k"]]:
-    """Inputs, labels, and the slot of each pair's query: the numbers of the original under `np.random.seed(seed)`.
+    """Inputs, labels, and the slot of each pair's query: the numbers of the original under
+    `np.random.seed(seed)`.
 
     Only what fills the gaps comes from a generator of ours; the original draws it with torch.
     """
@@ -80,7 +103,8 @@ def assemble(
     length: int,
     noise: Int[np.ndarray, "n t"] | None = None,
 ) -> tuple[Int[np.ndarray, "n t"], Int[np.ndarray, "n t"]]:
-    """Inputs and labels of drawn numbers: k1 v1 k2 v2 ..., then key i at step 2k + 2 gap_i, whose label, there, is value i.
+    """Inputs and labels of drawn numbers: k1 v1 k2 v2 ..., then key i at step 2k + 2 gap_i, whose label,
+    there, is value i.
 
     `noise` stands where neither a pair nor a query does; without it, 0.
     """

@@ -1,9 +1,11 @@
-"""Pass keys in text: names with numbers, hidden in a haystack of bytes, each number to be given back when its name is asked for.
+"""Pass keys in text: names with numbers, hidden in a haystack of bytes, each number to be given back when its
+name is asked for.
 
     ...the haystack <X4071> goes on...<X4071>           context, then a question "<X" with the answer "4071"
 
-As in the needle tests of long-context models: one key at a chosen depth is pass-key retrieval, several with a question each the shared
-context of SCBench (arXiv 2412.10319), whose questions go to one cache in turn or each to a copy of it.
+As in the needle tests of long-context models: one key at a chosen depth is pass-key retrieval, several with a
+question each the shared context of SCBench (arXiv 2412.10319), whose questions go to one cache in turn or
+each to a copy of it.
 """
 
 import dataclasses
@@ -25,7 +27,8 @@ FRAME = 3  # bytes of a key that are not its number: "<", a name, ">"
 class Quiz(NamedTuple):
     """Contexts of one length, and for each the same number of turns.
 
-    A question ends where its answer begins, and an answer's last byte closes it: joined behind the context they are a conversation.
+    A question ends where its answer begins, and an answer's last byte closes it: joined behind the context
+    they are a conversation.
     """
 
     context: Int[np.ndarray, "n c"]
@@ -39,9 +42,15 @@ class Quiz(NamedTuple):
 
 
 def quiz(
-    rng: np.random.Generator, haystacks: Int[np.ndarray, "n c"], *, keys: int, digits: int = DIGITS, depth: float | None = None
+    rng: np.random.Generator,
+    haystacks: Int[np.ndarray, "n c"],
+    *,
+    keys: int,
+    digits: int = DIGITS,
+    depth: float | None = None,
 ) -> Quiz:
-    """`keys` names and numbers put into every haystack in place of its last bytes, and asked for in an order of their own.
+    """`keys` names and numbers put into every haystack in place of its last bytes, and asked for in an order
+    of their own.
 
     Args:
       haystacks: bytes; the first one stays first.
@@ -55,7 +64,8 @@ def quiz(
     room = haystacks.shape[1] - 1 - keys * needle
     if room < 0:
         raise ValueError(
-            f"haystacks must have at least {1 + keys * needle} bytes for keys={keys} of {needle} bytes, got {haystacks.shape[1]}"
+            f"haystacks must have at least {1 + keys * needle} bytes for keys={keys} of {needle} bytes, got "
+            f"{haystacks.shape[1]}"
         )
     if depth is not None and not 0 <= depth <= 1:
         raise ValueError(f"depth must be from 0 to 1, or None, got {depth}")
@@ -82,9 +92,12 @@ class Passkeys:
 
     Args:
       length: steps of an example, questions and answers included.
-      paths: where the text comes from, as in `Text`: files and folders, or nothing for the sources of the Python standard library.
-      keys: numbers a context; several, for as many contexts of each: where there is little text between them finding is learnt sooner.
-      digits: of a number. One is the hardest to find: the first digits of longer ones nearly give away the rest.
+      paths: where the text comes from, as in `Text`: files and folders, or nothing for the sources of the
+        Python standard library.
+      keys: numbers a context; several, for as many contexts of each: where there is little text between them
+        finding is learnt sooner.
+      digits: of a number. One is the hardest to find: the first digits of longer ones nearly give away the
+        rest.
       examples, held_out: how many there are to train and to validate on.
     """
 
@@ -103,7 +116,12 @@ class Passkeys:
         for keys in self._keys:
             at_least("keys", keys, 1)
         turns = max(self._keys) * (self.digits + FRAME)
-        at_least("length", self.length, 2 * turns, f"twice the {turns} bytes of keys={self.keys} questions and answers")
+        at_least(
+            "length",
+            self.length,
+            2 * turns,
+            f"twice the {turns} bytes of keys={self.keys} questions and answers",
+        )
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -121,14 +139,24 @@ class Passkeys:
 
     def _examples(self, split: str, count: int, seed: int) -> Examples:
         rng, kinds = np.random.default_rng(seed), len(self._keys)
-        parts = [self._asked(rng, split, count // kinds + (i < count % kinds), keys) for i, keys in enumerate(self._keys)]
+        parts = [
+            self._asked(rng, split, count // kinds + (i < count % kinds), keys)
+            for i, keys in enumerate(self._keys)
+        ]
         tokens, scored = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return Examples(tokens[:, :-1], np.where(scored, tokens, IGNORE)[:, 1:])
 
-    def _asked(self, rng: np.random.Generator, split: str, count: int, keys: int) -> tuple[np.ndarray, np.ndarray]:
+    def _asked(
+        self, rng: np.random.Generator, split: str, count: int, keys: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Conversations about so many keys each, and which of their bytes are digits of an answer."""
         turns = keys * (self.digits + FRAME)
-        tokens = quiz(rng, haystacks(rng, count, self.length + 1 - turns, self.paths, split), keys=keys, digits=self.digits).joined()
+        tokens = quiz(
+            rng,
+            haystacks(rng, count, self.length + 1 - turns, self.paths, split),
+            keys=keys,
+            digits=self.digits,
+        ).joined()
         scored = np.zeros(tokens.shape, bool)
         place = np.arange(turns) % (self.digits + FRAME) - (FRAME - 1)
         scored[:, -turns:] = (place >= 0) & (place < self.digits)
@@ -136,14 +164,16 @@ class Passkeys:
 
 
 def digits_of(data: object) -> int:
-    """How many digits the numbers have that a run with this `data` can be asked for: those it was trained on, if it was."""
+    """How many digits the numbers have that a run with this `data` can be asked for: those it was trained on,
+    if it was."""
     return data.digits if isinstance(data, Passkeys) else DIGITS
 
 
 def haystacks(
     rng: np.random.Generator, count: int, length: int, paths: tuple[str, ...] = (), split: str = "train"
 ) -> UInt8[np.ndarray, "n c"]:
-    """`count` pieces of text of one length, each behind the byte that begins documents; as many documents are read as that takes.
+    """`count` pieces of text of one length, each behind the byte that begins documents; as many documents are
+    read as that takes.
 
     In small letters: capitals name keys, and nothing else.
     """
@@ -156,7 +186,9 @@ def haystacks(
             break
     text = np.concatenate(texts)
     text = np.where((text >= ord("A")) & (text <= ord("Z")), text + 32, text).astype(np.uint8)
-    text = np.resize(text, count * (length - 1)).reshape(count, length - 1)  # over again where there is too little
+    text = np.resize(text, count * (length - 1)).reshape(
+        count, length - 1
+    )  # over again where there is too little
     return np.concatenate([np.full((count, 1), bos, np.uint8), text], axis=1)
 
 

@@ -1,6 +1,8 @@
-"""Induction heads and associative recall (Hungry Hungry Hippos, arXiv 2212.14052): what followed the sign the last time?
+"""Induction heads and associative recall (Hungry Hungry Hippos, arXiv 2212.14052): what followed the sign the
+last time?
 
-Tokens are numbered as in the original, whose vocabulary is a sorted list of strings: "." first, then "0", "1", "10", ..., and "=>" last.
+Tokens are numbered as in the original, whose vocabulary is a sorted list of strings: "." first, then "0",
+"1", "10", ..., and "=>" last.
 """
 
 import dataclasses
@@ -41,7 +43,8 @@ class _Recall:
 
 @dataclasses.dataclass(frozen=True)
 class Induction(_Recall):
-    """Random tokens with "=>" somewhere and again at the end, where what followed it the first time is to be repeated.
+    """Random tokens with "=>" somewhere and again at the end, where what followed it the first time is to be
+    repeated.
 
     Args:
       length: steps of an example; the last sign stands `copied` steps before its end.
@@ -65,13 +68,21 @@ class Induction(_Recall):
 
     def _examples(self, count: int, seed: int, everywhere: bool = False) -> Examples:
         rng = np.random.default_rng(seed)
-        options = {"vocab_size": self.vocab_size, "length": self.length - self.copied, "copied": self.copied, "triggers": self.triggers}
-        return next_tokens(distinct(lambda n: induction(rng, n, **options), count), None if everywhere else self.copied)
+        options = {
+            "vocab_size": self.vocab_size,
+            "length": self.length - self.copied,
+            "copied": self.copied,
+            "triggers": self.triggers,
+        }
+        return next_tokens(
+            distinct(lambda n: induction(rng, n, **options), count), None if everywhere else self.copied
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class AssociativeRecall(_Recall):
-    """Keys with their values in turn, "=>", a key: its value is to be given, or "." where the key has not been seen.
+    """Keys with their values in turn, "=>", a key: its value is to be given, or "." where the key has not
+    been seen.
 
     Args:
       length: steps of an example, the sign and the key behind it included: a multiple of `keys + 1`.
@@ -91,19 +102,26 @@ class AssociativeRecall(_Recall):
 
     def _examples(self, count: int, seed: int) -> Examples:
         rng = np.random.default_rng(seed)
-        options = {"vocab_size": self.vocab_size, "length": self.length - self.keys - 1, "keys": self.keys, "allow_dot": self.allow_dot}
+        options = {
+            "vocab_size": self.vocab_size,
+            "length": self.length - self.keys - 1,
+            "keys": self.keys,
+            "allow_dot": self.allow_dot,
+        }
         return next_tokens(distinct(lambda n: associative_recall(rng, n, **options), count), 1)
 
 
 def vocabulary(vocab_size: int) -> list[str]:
-    """The names of the tokens by number: those of `vocab_size - 2` numbers, "." and "=>", sorted as strings."""
+    """The names of the tokens by number: those of `vocab_size - 2` numbers, "." and "=>", sorted as
+    strings."""
     return sorted([*map(str, range(vocab_size - 2)), DOT, SIGN])
 
 
 def induction(
     rng: np.random.Generator, count: int, *, vocab_size: int, length: int, copied: int = 1, triggers: int = 1
 ) -> Int[np.ndarray, "n t"]:
-    """`count` sequences of `length` random tokens, the sign and the `copied` answers, drawn from `rng` as the original draws them."""
+    """`count` sequences of `length` random tokens, the sign and the `copied` answers, drawn from `rng` as the
+    original draws them."""
     names = vocabulary(vocab_size)
     sign = names.index(SIGN)
     chance = np.array([0.0 if name in (DOT, SIGN) else 1 / (vocab_size - 2) for name in names])
@@ -123,12 +141,20 @@ def induction(
 
 
 def associative_recall(
-    rng: np.random.Generator, count: int, *, vocab_size: int, length: int, keys: int = 1, allow_dot: bool = True
+    rng: np.random.Generator,
+    count: int,
+    *,
+    vocab_size: int,
+    length: int,
+    keys: int = 1,
+    allow_dot: bool = True,
 ) -> Int[np.ndarray, "n t"]:
-    """`count` sequences of `length` tokens of pairs (a rest that is no pair left out), the sign, a key and its value.
+    """`count` sequences of `length` tokens of pairs (a rest that is no pair left out), the sign, a key and
+    its value.
 
     Drawn from `rng` as the original draws them.
-    The map from keys to values is drawn anew for every sequence. Half of the numbers, in the order of strings, are keys, half values.
+    The map from keys to values is drawn anew for every sequence. Half of the numbers, in the order of
+    strings, are keys, half values.
     """
     names = vocabulary(vocab_size)
     plain = [i for i, name in enumerate(names) if name not in (DOT, SIGN)]
@@ -172,4 +198,6 @@ def distinct(draw: Callable[[int], Int[np.ndarray, "n t"]], count: int) -> Int[n
         in_vain = 0 if len(found) > before else in_vain + missing
         if in_vain >= 10_000:
             break
-    raise ValueError(f"examples: only {len(found)} different ones were found of {count}; ask for fewer, or for longer ones")
+    raise ValueError(
+        f"examples: only {len(found)} different ones were found of {count}; ask for fewer, or for longer ones"
+    )
