@@ -33,8 +33,8 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 docs: setup
-	$(BIN)/python -m seqlab.pages docs/mixers
-	$(BIN)/python -m seqlab.reference docs/reference
+	$(BIN)/python -m seqlab.tooling.mixer_pages docs/mixers
+	$(BIN)/python -m seqlab.tooling.reference_pages docs/reference
 
 # The site has an environment of its own: the pages are Markdown, and nobody needs a generator to work on the code.
 # (The variable silences what mkdocs-material says of a future mkdocs.)

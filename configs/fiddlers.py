@@ -6,8 +6,9 @@ from typing import Any
 import fiddle as fdl
 from fiddle import selectors
 
+from seqlab.checks import UserError, nearest
 from seqlab.models import Attention, Full, GatedDeltaNet, GatedLinearAttention, Mamba2, Window
-from seqlab.train.override import fields, named, nearest
+from seqlab.train.override import fields, named
 
 
 def tiny(cfg: fdl.Config) -> None:
@@ -41,7 +42,7 @@ def mixer(cfg: fdl.Config, name: str, **options: Any) -> None:
         options["cache"] = fdl.Config(Full, capacity=cfg.data.length)
     for option in options:
         if option not in known:
-            raise ValueError(f"{cls.__name__} has no option {option!r}{nearest(option, known)}")
+            raise UserError(f"{cls.__name__} has no option {option!r}{nearest(option, known)}")
     cfg.model.mixers = fdl.Partial(cls, **options)
 
 
@@ -79,6 +80,6 @@ def longer(cfg: fdl.Config, factor: int = 2) -> None:
 def stretch(cfg: fdl.Config, factor: int = 2) -> None:
     """Windows `factor` times as long, with the tokens of a batch kept."""
     if cfg.batch_size % factor:
-        raise ValueError(f"factor must divide batch_size={cfg.batch_size}, got {factor}")
+        raise UserError(f"factor must divide batch_size={cfg.batch_size}, got {factor}")
     cfg.data.length *= factor
     cfg.batch_size //= factor

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from seqlab.kernels.dispatch import check_name
+from seqlab.checks import UserError, check_choice
 
 ANY, WIDEST = 0, 2**31 - 1  # numbers of any size, and any width
 
@@ -199,11 +199,11 @@ def load(path: str | os.PathLike) -> list[Row]:
             [Row(*(row[name] for name in Row._fields)) for row in content["rows"]],
         )
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: expected what `seqlab bench OP --tune FILE` writes, got {type(error).__name__}: {error}"
         ) from None
     if measured != device():
-        raise ValueError(
+        raise UserError(
             f"{path} was measured on {measured}, and this is {device()}: `seqlab bench OP --tune` measures "
             "here"
         )
@@ -212,20 +212,20 @@ def load(path: str | os.PathLike) -> list[Row]:
 
 def _checked(row: Row, source: str) -> Row:
     """The row, if the table has its place and the built-in blocks the same fields."""
-    check_name(row.kernel, tuple(TABLE), f"{source}: kernel")
+    check_choice(row.kernel, tuple(TABLE), f"{source}: kernel")
     own = TABLE[row.kernel].get(row.bytes, {}).get(row.width)
     if own is None:
         places = [
             f"bytes={size} width={width}" for size, widths in TABLE[row.kernel].items() for width in widths
         ]
-        raise ValueError(
+        raise UserError(
             f"{source}: {row.kernel} has rows for {', '.join(places)}, got bytes={row.bytes} "
             f"width={row.width}"
         )
     for name, value in row.blocks.items():
-        check_name(name, tuple(own), f"{source}: block size of {row.kernel}")
+        check_choice(name, tuple(own), f"{source}: block size of {row.kernel}")
         if type(value) is not type(own[name]) or (isinstance(value, int) and value < 1):
-            raise ValueError(
+            raise UserError(
                 f"{source}: {row.kernel} {name}: got {value!r}, expected something like {own[name]!r}"
             )
     return row

@@ -12,7 +12,6 @@ nothing of a backend is imported, probed or queried before somebody asks for it.
 import contextlib
 import contextvars
 import dataclasses
-import difflib
 import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
+
+from seqlab.checks import check_choice
 
 # In order of preference on a platform. `reference` is the truth, slow, and only ever chosen by name. Kernels
 # for accelerators are here from the day on which they were run on one: a compiler's error there would come
@@ -75,7 +76,7 @@ class Op:
         declined: list[tuple[str, str]] = []
         for candidate in _PREFERENCE.get(jax.default_backend(), ("xla",)) if named is None else named:
             if candidate not in self.implementations:
-                check_name(candidate, NAMES + self.implementations, f"implementation of {self.name}")
+                check_choice(candidate, NAMES + self.implementations, f"implementation of {self.name}")
                 continue
             try:
                 result = self.load(candidate)(*args, **kwargs)
@@ -94,16 +95,8 @@ class Op:
 
     def load(self, implementation: str) -> Callable[..., Any]:
         """The function of one implementation; raises ValueError if the op has none of that name."""
-        check_name(implementation, self.implementations, f"implementation of {self.name}")
+        check_choice(implementation, self.implementations, f"implementation of {self.name}")
         return getattr(importlib.import_module(f"{self.package}.{implementation}"), self.name)
-
-
-def check_name(value: str, valid: tuple[str, ...], what: str) -> None:
-    """Refuse a name that is not among `valid`, naming the nearest."""
-    if value not in valid:
-        near = difflib.get_close_matches(str(value), valid, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{what}: got {value!r}, expected one of {', '.join(map(repr, valid))}{hint}")
 
 
 @contextlib.contextmanager

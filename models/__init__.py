@@ -9,29 +9,29 @@ from seqlab.models.attention import Attention
 from seqlab.models.backbone import Backbone, Block
 from seqlab.models.batch_norm import BatchNorm
 from seqlab.models.cache import Full, Window
-from seqlab.models.delta import DeltaNet, GatedDeltaNet, KimiDeltaAttention
 from seqlab.models.language_model import LanguageModel
 from seqlab.models.layers import MLP, Embedding, Identity, LayerNorm, Linear, RMSNorm, ShortConv, SwiGLU
-from seqlab.models.linear_attention import (
+from seqlab.models.legendre.lmu import LMU, RecurrentLMU
+from seqlab.models.legendre.lmuformer import LMUFormer, LMUMixer, SpikingLMUMixer
+from seqlab.models.linear_memory.delta import DeltaNet, GatedDeltaNet, KimiDeltaAttention
+from seqlab.models.linear_memory.linear_attention import (
     GatedLinearAttention,
     LinearAttention,
     Retention,
     SimpleGatedLinearAttention,
 )
-from seqlab.models.lmu import LMU, RecurrentLMU
-from seqlab.models.lmuformer import LMUFormer, LMUMixer, SpikingLMUMixer
 from seqlab.models.local import CausalPooling, CausalWavelets
-from seqlab.models.mamba import Mamba
-from seqlab.models.mamba2 import Mamba2
-from seqlab.models.mambamixer import (
+from seqlab.models.sequence_model import SequenceModel
+from seqlab.models.state_space.mamba import Mamba
+from seqlab.models.state_space.mamba2 import Mamba2
+from seqlab.models.state_space.mambamixer import (
     GroupedChannelMixer,
     MambaMixerStack,
     SelectiveChannelMixer,
     SelectiveMixer,
 )
-from seqlab.models.sequence_model import SequenceModel
-from seqlab.models.tsm2 import TSM2
-from seqlab.models.tsm2_streaming import StreamingTSM2
+from seqlab.models.state_space.tsm2 import TSM2
+from seqlab.models.state_space.tsm2_streaming import StreamingTSM2
 
 __all__ = [
     "LMU",

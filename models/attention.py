@@ -9,10 +9,10 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from seqlab.kernels.dispatch import check_name
+from seqlab.checks import UserError, check_choice, check_divides, check_positive
 from seqlab.models.cache import Full, parse_cache
 from seqlab.models.cache.common import end
-from seqlab.models.layers import Linear, RMSNorm, RotaryScaling, ShortConv, divisor, positive, rotate
+from seqlab.models.layers import Linear, RMSNorm, RotaryScaling, ShortConv, rotate
 from seqlab.module import Module
 from seqlab.shapes import Activations, Keys, LogSumExp, Queries, Steps, Values
 from seqlab.state import State, mask_steps, state_bytes
@@ -90,19 +90,21 @@ class Attention(Module):
         out_scale: float = 1.0,
         rngs: nnx.Rngs,
     ):
-        self.dim, self.heads = dim, positive("heads", heads)
-        self.kv_heads = divisor("kv_heads", kv_heads, "heads", heads)
+        self.dim, self.heads = dim, check_positive("heads", heads)
+        self.kv_heads = check_divides("kv_heads", kv_heads, "heads", heads)
         if head_dim is None and dim % heads:
-            raise ValueError(f"heads must divide dim={dim} where head_dim is not given, got {heads}")
-        self.head_dim = dim // heads if head_dim is None else positive("head_dim", head_dim)
-        self.rotary_width = self.head_dim if rotary_width is None else positive("rotary_width", rotary_width)
+            raise UserError(f"heads must divide dim={dim} where head_dim is not given, got {heads}")
+        self.head_dim = dim // heads if head_dim is None else check_positive("head_dim", head_dim)
+        self.rotary_width = (
+            self.head_dim if rotary_width is None else check_positive("rotary_width", rotary_width)
+        )
         if rotary_base is not None and self.rotary_width % 2:
             name = "head_dim" if rotary_width is None else "rotary_width"
-            raise ValueError(f"{name} must be even for rotary positions, got {self.rotary_width}")
+            raise UserError(f"{name} must be even for rotary positions, got {self.rotary_width}")
         if self.rotary_width > self.head_dim:
-            raise ValueError(f"rotary_width must not exceed head_dim={self.head_dim}, got {rotary_width}")
+            raise UserError(f"rotary_width must not exceed head_dim={self.head_dim}, got {rotary_width}")
         if sink is not None:
-            check_name(sink, ("zero", "learned"), "sink")
+            check_choice(sink, ("zero", "learned"), "sink")
         self.cache, self.rotary_base, self.rotary_scaling, self.sink = (
             cache,
             rotary_base,
@@ -190,7 +192,7 @@ class Attention(Module):
     def rewind(self, state: State, steps: Int[Array, " b"]) -> State:
         """The state `steps` steps ago; ValueError where the cache no longer has it."""
         if self.key_conv is not None:
-            raise ValueError(
+            raise UserError(
                 f"steps={jnp.asarray(steps).tolist()} cannot be taken back: key_conv has forgotten the keys "
                 "before its last"
             )
@@ -217,7 +219,7 @@ def with_cache(model: Module, cache: str | Policy | Sequence[Policy]) -> Module:
     layers = [module for _, module in nnx.iter_modules(copy) if isinstance(module, Attention)]
     policies = list(cache) if isinstance(cache, Sequence) else [cache] * len(layers)
     if len(policies) != len(layers) or not layers:
-        raise ValueError(f"the model has {len(layers)} attention layers, got {len(policies)} caches")
+        raise UserError(f"the model has {len(layers)} attention layers, got {len(policies)} caches")
     for layer, policy in zip(layers, policies, strict=True):
         layer.cache = policy
     return copy

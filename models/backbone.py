@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from seqlab.kernels.dispatch import check_name
+from seqlab.checks import UserError, check_choice, check_positive
 from seqlab.models.batch_norm import moved_statistics, normed, put_statistics
-from seqlab.models.layers import Factory, RMSNorm, SwiGLU, positive
+from seqlab.models.layers import Factory, RMSNorm, SwiGLU
 from seqlab.models.stochastic import DropPath
 from seqlab.module import Module, merge, split
+from seqlab.parallel.sharding import along_time
 from seqlab.shapes import Activations, Steps
-from seqlab.sharding import along_time
 from seqlab.state import Stacked, State, mask_steps
 
 
@@ -123,12 +123,17 @@ class Backbone(Module):
         mixers = tuple(mixers) if isinstance(mixers, tuple | list) else (mixers,)
         channels = tuple(channel_mixer) if isinstance(channel_mixer, tuple | list) else (channel_mixer,)
         if not mixers or not channels:
-            raise ValueError("mixers and channel_mixer must name at least one factory each")
-        check_name(remat, ("none", "dots", "block"), "remat")
-        self.dim, self.depth, self.scan_layers, self.remat = dim, positive("depth", depth), scan_layers, remat
+            raise UserError("mixers and channel_mixer must name at least one factory each")
+        check_choice(remat, ("none", "dots", "block"), "remat")
+        self.dim, self.depth, self.scan_layers, self.remat = (
+            dim,
+            check_positive("depth", depth),
+            scan_layers,
+            remat,
+        )
         period = max(len(mixers), len(channels)) if scan_layers else depth
         if scan_layers and depth % period:
-            raise ValueError(
+            raise UserError(
                 f"depth={depth} must be a multiple of the pattern's length {period} where scan_layers is set"
             )
 

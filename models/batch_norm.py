@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from seqlab.models.layers import positive
+from seqlab.checks import check_positive
 from seqlab.module import Module
 from seqlab.shapes import Steps, accumulator
 from seqlab.state import mask_steps
@@ -31,7 +31,7 @@ class BatchNorm(Module):
     """
 
     def __init__(self, dim: int, *, eps: float = 1e-5, momentum: float = 0.1, rngs: nnx.Rngs | None = None):
-        self.weight = nnx.Param(jnp.ones((positive("dim", dim),)))
+        self.weight = nnx.Param(jnp.ones((check_positive("dim", dim),)))
         self.bias = nnx.Param(jnp.zeros((dim,)))
         self.running_mean = nnx.BatchStat(jnp.zeros((dim,)))
         self.running_var = nnx.BatchStat(jnp.ones((dim,)))

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from seqlab import kernels
+from seqlab.checks import UserError
 from seqlab.models.attention import Attention
 from seqlab.models.backbone import Block
 from seqlab.models.language_model import LanguageModel
@@ -30,7 +31,7 @@ def gates(model: LanguageModel) -> Gates:
     layers = [block.mixer for block in model.backbone.blocks]
     for i, mixer in enumerate(layers):
         if not isinstance(mixer, Attention):
-            raise ValueError(
+            raise UserError(
                 f"every mixer of model must be an Attention, layer {i} has a {type(mixer).__name__}"
             )
     return jnp.ones((len(layers), layers[0].kv_heads))
@@ -125,7 +126,7 @@ def retrieval_heads(alpha: Gates, sparsity: float, seed: int = 0) -> list[list[b
     """Which heads keep everything: by layer and key/value head. The share `sparsity` of all heads with the
     smallest gates streams."""
     if not 0 <= sparsity <= 1:
-        raise ValueError(f"sparsity must be a share between 0 and 1, got {sparsity}")
+        raise UserError(f"sparsity must be a share between 0 and 1, got {sparsity}")
     if sparsity in (0, 1):
         return np.full(alpha.shape, sparsity == 0).tolist()
     noisy = np.asarray(alpha, np.float64) + np.random.default_rng(seed).uniform(

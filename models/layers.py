@@ -15,9 +15,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Num
 
-from seqlab import kernels, sequence_parallel
-from seqlab.kernels.dispatch import check_name
+from seqlab import kernels
+from seqlab.checks import UserError, check_choice, check_positive
 from seqlab.module import Module
+from seqlab.parallel import sequence_parallel
 from seqlab.shapes import Activations, Steps, Tokens, accumulator
 from seqlab.state import State, mask_steps
 
@@ -42,15 +43,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 def activation(name: str) -> Callable[[Array], Array]:
     """The activation function of that name; ValueError with the nearest name otherwise."""
-    check_name(name, tuple(ACTIVATIONS), "activation")
+    check_choice(name, tuple(ACTIVATIONS), "activation")
     return ACTIVATIONS[name]
-
-
-def positive(name: str, value: int) -> int:
-    """`value`, refused unless it is a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    return int(value)
 
 
 def step_size_bias(
@@ -78,24 +72,15 @@ def matmul(
     )
 
 
-def divisor(name: str, value: int | None, whole_name: str, whole: int) -> int:
-    """`value`, or `whole` for None; refused unless it divides `whole`."""
-    if value is None:
-        return whole
-    if whole % positive(name, value):
-        raise ValueError(f"{name} must divide {whole_name}={whole}, got {value}")
-    return int(value)
-
-
 class Linear(Module):
     """y = x W + b with W [in, out], initialised normal with standard deviation `scale` / sqrt(in)."""
 
     torch_layout: ClassVar = {"weight": "[out, in]"}
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool = False, scale: float = 1.0, rngs: nnx.Rngs):
-        std = scale / math.sqrt(positive("inputs", inputs))
+        std = scale / math.sqrt(check_positive("inputs", inputs))
         self.weight = nnx.Param(
-            std * jax.random.normal(rngs.params(), (inputs, positive("outputs", outputs)))
+            std * jax.random.normal(rngs.params(), (inputs, check_positive("outputs", outputs)))
         )
         self.bias = nnx.Param(jnp.zeros((outputs,))) if bias else None
 
@@ -118,7 +103,7 @@ class RMSNorm(Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich, arXiv 1910.07467)."""
 
     def __init__(self, dim: int, *, eps: float = 1e-5, rngs: nnx.Rngs | None = None):
-        self.weight = nnx.Param(jnp.ones((positive("dim", dim),)))
+        self.weight = nnx.Param(jnp.ones((check_positive("dim", dim),)))
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
@@ -131,7 +116,7 @@ class LayerNorm(Module):
     """(x - mean) / sqrt(var + eps) * weight + bias over the last axis (arXiv 1607.06450)."""
 
     def __init__(self, dim: int, *, eps: float = 1e-5, bias: bool = True, rngs: nnx.Rngs | None = None):
-        self.weight = nnx.Param(jnp.ones((positive("dim", dim),)))
+        self.weight = nnx.Param(jnp.ones((check_positive("dim", dim),)))
         self.bias = nnx.Param(jnp.zeros((dim,))) if bias else None
         self.eps = eps
 
@@ -152,7 +137,10 @@ class Embedding(Module):
 
     def __init__(self, vocab_size: int, dim: int, *, std: float = 0.02, rngs: nnx.Rngs):
         self.weight = nnx.Param(
-            std * jax.random.normal(rngs.params(), (positive("vocab_size", vocab_size), positive("dim", dim)))
+            std
+            * jax.random.normal(
+                rngs.params(), (check_positive("vocab_size", vocab_size), check_positive("dim", dim))
+            )
         )
 
     def __call__(self, tokens: Tokens) -> Activations:
@@ -171,7 +159,7 @@ class ShortConv(Module):
     def __init__(
         self, dim: int, *, width: int = 4, bias: bool = False, activation: str | None = "silu", rngs: nnx.Rngs
     ):
-        bound = 1 / math.sqrt(positive("width", width))
+        bound = 1 / math.sqrt(check_positive("width", width))
         self.dim, self.width = dim, width
         self.weight = nnx.Param(jax.random.uniform(rngs.params(), (width, dim), minval=-bound, maxval=bound))
         self.bias = (
@@ -181,7 +169,7 @@ class ShortConv(Module):
         )
         self.activation = activation
         if activation is not None:
-            check_name(activation, tuple(ACTIVATIONS), "activation")
+            check_choice(activation, tuple(ACTIVATIONS), "activation")
 
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "b w-1 d"]:
         return jnp.zeros((batch, self.width - 1, self.dim), dtype)
@@ -228,9 +216,11 @@ class MLP(Module):
         out_scale: float = 1.0,
         rngs: nnx.Rngs,
     ):
-        hidden = positive("expand", expand) * dim if hidden is None else positive("hidden", hidden)
+        hidden = (
+            check_positive("expand", expand) * dim if hidden is None else check_positive("hidden", hidden)
+        )
         if isinstance(activation, str):
-            check_name(activation, tuple(ACTIVATIONS), "activation")
+            check_choice(activation, tuple(ACTIVATIONS), "activation")
         self.dim = dim
         self.up = Linear(dim, hidden, bias=bias, rngs=rngs)
         self.activation = activation if isinstance(activation, str) else activation(hidden, rngs=rngs)
@@ -262,7 +252,7 @@ class SwiGLU(Module):
     torch_names: ClassVar = {"gate_up": ("gate_proj", "up_proj"), "down": "down_proj"}
 
     def __init__(self, dim: int, *, hidden: int | None = None, out_scale: float = 1.0, rngs: nnx.Rngs):
-        hidden = -(-8 * dim // (3 * 64)) * 64 if hidden is None else positive("hidden", hidden)
+        hidden = -(-8 * dim // (3 * 64)) * 64 if hidden is None else check_positive("hidden", hidden)
         self.dim = dim
         self.gate_up = Linear(dim, 2 * hidden, rngs=rngs)  # one matrix product for both halves
         self.down = Linear(hidden, dim, scale=out_scale, rngs=rngs)
@@ -333,7 +323,7 @@ def rotary_phases(
     elif sum(sections) == width // 2 and len(sections) == positions.shape[-1]:
         positions = positions[..., np.repeat(np.arange(len(sections)), sections)]
     else:
-        raise ValueError(
+        raise UserError(
             f"sections must give each of {positions.shape[-1]} axes its part of {width // 2} frequencies, "
             f"got {sections}"
         )

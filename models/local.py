@@ -14,7 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from seqlab import kernels
-from seqlab.models.layers import ACTIVATIONS, Linear, positive
+from seqlab.checks import check_positive
+from seqlab.models.layers import ACTIVATIONS, Linear
 from seqlab.module import Module
 from seqlab.shapes import Activations, Steps
 from seqlab.state import State, mask_steps
@@ -49,7 +50,7 @@ class CausalPooling(Module):
     causal, lookahead, exact = True, 0, True
 
     def __init__(self, dim: int, *, size: int = 3, rngs: nnx.Rngs | None = None):
-        self.dim, self.size = positive("dim", dim), positive("size", size)
+        self.dim, self.size = check_positive("dim", dim), check_positive("size", size)
 
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> PoolingState:
         return PoolingState(jnp.zeros((batch, self.size - 1, self.dim + 1), dtype))
@@ -110,10 +111,12 @@ class CausalWavelets(Module):
         out_scale: float = 1.0,
         rngs: nnx.Rngs,
     ):
-        self.dim, self.levels = positive("dim", dim), positive("levels", levels)
-        self.reduced = -(-dim // 4) if reduced is None else positive("reduced", reduced)
+        self.dim, self.levels = check_positive("dim", dim), check_positive("levels", levels)
+        self.reduced = -(-dim // 4) if reduced is None else check_positive("reduced", reduced)
         self.reduction = Linear(dim, self.reduced, bias=True, rngs=rngs)
-        self.up = Linear((levels + 1) * self.reduced, positive("expand", expand) * dim, bias=True, rngs=rngs)
+        self.up = Linear(
+            (levels + 1) * self.reduced, check_positive("expand", expand) * dim, bias=True, rngs=rngs
+        )
         self.down = Linear(expand * dim, dim, bias=True, scale=out_scale, rngs=rngs)
 
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> WaveletState:

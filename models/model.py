@@ -6,6 +6,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
+from seqlab.checks import UserError
 from seqlab.models.backbone import Backbone, unrolled
 from seqlab.module import Module
 from seqlab.shapes import Activations, Steps
@@ -107,5 +108,5 @@ class Model(Module):
 def check_dtype(dtype: str) -> str:
     """`dtype`, refused unless it is one that models compute in."""
     if dtype not in ("float32", "bfloat16", "float64"):
-        raise ValueError(f"dtype must be 'float32', 'bfloat16' or 'float64', got {dtype!r}")
+        raise UserError(f"dtype must be 'float32', 'bfloat16' or 'float64', got {dtype!r}")
     return dtype

@@ -4,8 +4,9 @@ every step."""
 from flax import nnx
 from jaxtyping import Array, Float
 
+from seqlab.checks import check_positive
 from seqlab.models.backbone import Backbone
-from seqlab.models.layers import Factory, Linear, RMSNorm, SwiGLU, positive
+from seqlab.models.layers import Factory, Linear, RMSNorm, SwiGLU
 from seqlab.models.model import Model, check_dtype
 from seqlab.shapes import Activations, Steps, accumulator
 from seqlab.state import mask_steps
@@ -40,8 +41,8 @@ class SequenceModel(Model):
         rngs: nnx.Rngs,
     ):
         self.inputs, self.outputs, self.dtype = (
-            positive("inputs", inputs),
-            positive("outputs", outputs),
+            check_positive("inputs", inputs),
+            check_positive("outputs", outputs),
             check_dtype(dtype),
         )
         self.inlet = Linear(inputs, dim, bias=True, rngs=rngs)

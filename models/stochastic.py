@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from seqlab.checks import UserError
 from seqlab.module import Module
 
 
@@ -41,7 +42,7 @@ class Dropout(Module):
 
     def __init__(self, rate: float, *, rngs: nnx.Rngs):
         if not 0 <= rate < 1:
-            raise ValueError(f"rate must be a probability below 1, got {rate!r}")
+            raise UserError(f"rate must be a probability below 1, got {rate!r}")
         self.rate, self.deterministic = rate, True
         self.key = Draws(jax.random.key_data(rngs.params())) if rate else None
 

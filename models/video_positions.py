@@ -4,6 +4,8 @@
 import numpy as np
 from jaxtyping import Float, Int
 
+from seqlab.checks import UserError
+
 
 def video_positions(
     tokens: Int[np.ndarray, "b t"],
@@ -42,7 +44,7 @@ def video_positions(
             shape = next(shapes, (0, 0, 0))
             size = int(np.prod(shape))
             if not size or (ids[at : at + size] != video_token).any() or at + size > len(ids):
-                raise ValueError(
+                raise UserError(
                     f"grids must account for the video tokens from place {at} of row {row} on, got {grids} "
                     f"with merge={merge}"
                 )
@@ -52,5 +54,5 @@ def video_positions(
             )
             at, first = at + size, out[row, at : at + size].max() + 1
     if next(shapes, None) is not None:
-        raise ValueError(f"grids must account for the video tokens, more of them than videos: {grids}")
+        raise UserError(f"grids must account for the video tokens, more of them than videos: {grids}")
     return out

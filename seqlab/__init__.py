@@ -13,6 +13,9 @@ first used.
 
 import importlib
 import pathlib
+import sys
+
+from seqlab._moved import Finder
 
 __version__ = "0.1.0"
 
@@ -30,13 +33,13 @@ _PUBLIC = {
     "load_state": "seqlab.state",
     "Report": "seqlab.verify",
     "verify_streaming": "seqlab.verify",
-    "verify_devices": "seqlab.verify_devices",
-    "ByteTokenizer": "seqlab.tokens",
-    "stream_generate": "seqlab.generate",
-    "rewind_stream": "seqlab.generate",
-    "load": "seqlab.runs",
-    "convert": "seqlab.weights",
-    "save_pretrained": "seqlab.pretrained",
+    "verify_devices": "seqlab.verify",
+    "ByteTokenizer": "seqlab.tokenizers",
+    "stream_generate": "seqlab.streaming.generate",
+    "rewind_stream": "seqlab.streaming.generate",
+    "load": "seqlab.studies.runs",
+    "convert": "seqlab.interop.convert",
+    "save_pretrained": "seqlab.interop.huggingface",
     "explain": "seqlab.kernels.dispatch",
     "use_blocks": "seqlab.kernels.blocks",
     "use_implementation": "seqlab.kernels.dispatch",
@@ -50,6 +53,7 @@ __all__ = ["__version__", *_PUBLIC]
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 if (_ROOT / "pyproject.toml").is_file() and str(_ROOT) not in __path__:
     __path__.append(str(_ROOT))
+sys.meta_path.append(Finder)
 
 
 def __getattr__(name: str):

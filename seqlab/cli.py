@@ -337,7 +337,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from seqlab import compare, report
+    from seqlab.studies import compare, report
 
     candidates = compare.plan(args.configs, args.mixers, args.fiddler, args.steps, args.set)
     workdir = args.workdir or pathlib.Path("runs") / "_".join(
@@ -357,7 +357,7 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _cache_bench(args: argparse.Namespace) -> int:
-    from seqlab import cache_bench, gates, report
+    from seqlab.studies import cache_bench, gates, report
 
     _enable_compile_cache()
     if args.fit_gates is not None:
@@ -374,9 +374,9 @@ def _cache_bench(args: argparse.Namespace) -> int:
 
 
 def _stream(args: argparse.Namespace) -> int:
-    from seqlab import runs
-    from seqlab.generate import stream_generate
     from seqlab.models.attention import bytes_per_step, with_cache
+    from seqlab.streaming.generate import stream_generate
+    from seqlab.studies import runs
 
     _enable_compile_cache()
     run = runs.load(args.workdir, args.step)
@@ -422,7 +422,7 @@ def _stream(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from seqlab import runs
+    from seqlab.studies import runs
     from seqlab.train import config
 
     _enable_compile_cache()
@@ -452,8 +452,9 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from seqlab import export, runs
+    from seqlab.interop import export
     from seqlab.models.attention import with_cache
+    from seqlab.studies import runs
 
     run = runs.load(args.workdir, args.step)
     model = with_cache(run.model, args.cache) if args.cache else run.model
@@ -473,8 +474,8 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    from seqlab.runs import RunError
-    from seqlab.show import show
+    from seqlab.studies.runs import RunError
+    from seqlab.studies.show import show
 
     if args.count < 1:
         raise RunError(f"--count must be at least 1, got {args.count}")
@@ -484,7 +485,7 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from seqlab import catalog
+    from seqlab.tooling import catalog
 
     content = catalog.catalog()
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
@@ -493,7 +494,7 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from seqlab import doctor
+    from seqlab.tooling import doctor
 
     report = doctor.report(_compile_cache())
     print(json.dumps(report, indent=1) if args.json else doctor.as_text(report))

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from seqlab.sequence_parallel import running_max, running_sum
+from seqlab.checks import UserError
+from seqlab.parallel.sequence_parallel import running_max, running_sum
 from seqlab.shapes import Activations, Steps
 
 State = Any  # a pytree of arrays, by convention a NamedTuple
@@ -171,7 +172,7 @@ def load_state(path: str | os.PathLike[str], like: T) -> T:
     wanted = {name for name, _ in named}
     if wanted != arrays.keys():
         missing, extra = sorted(wanted - arrays.keys())[:3], sorted(arrays.keys() - wanted)[:3]
-        raise ValueError(f"{path}: not a state of this model: missing {missing}, left over {extra}")
+        raise UserError(f"{path}: not a state of this model: missing {missing}, left over {extra}")
     leaves = []
     for name, leaf in named:
         value = jnp.asarray(arrays[name]).astype(dtypes[name])
@@ -180,7 +181,7 @@ def load_state(path: str | os.PathLike[str], like: T) -> T:
             or value.ndim != leaf.ndim
             or sum(a != b for a, b in zip(value.shape, leaf.shape, strict=True)) > 1
         ):
-            raise ValueError(
+            raise UserError(
                 f"{path}: {name} is {value.dtype}{value.shape}, the model has {leaf.dtype}{leaf.shape}"
             )
         leaves.append(value)

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from seqlab import merge, split
 from seqlab.models import Attention, Full, GatedDeltaNet, LanguageModel, Mamba
-from seqlab.sharding import make_mesh
+from seqlab.parallel.sharding import make_mesh
 from seqlab.train.step import next_token_loss
 
 DEVICES = 8

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import seqlab
-from seqlab import cache_bench, cli, gates
+from seqlab import cli
 from seqlab.models.attention import with_cache
 from seqlab.state import state_bytes
+from seqlab.studies import cache_bench, gates
 from seqlab.train.tasks import Quiz
 
 pytestmark = pytest.mark.filterwarnings("default")  # grain and orbax warn as they please

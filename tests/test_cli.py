@@ -159,13 +159,14 @@ def test_an_interrupted_stream_says_how_it_went(folder, monkeypatch, capsys):
             }
 
         def __iter__(self):
-            yield seqlab.generate.Token(0, 0, 65, "A", 0.0, None)
+            yield seqlab.streaming.generate.Token(0, 0, 65, "A", 0.0, None)
             raise KeyboardInterrupt
 
     monkeypatch.setattr(
-        "seqlab.runs.load", lambda workdir, step: seqlab.runs.Run(None, seqlab.ByteTokenizer(), None, 0)
+        "seqlab.studies.runs.load",
+        lambda workdir, step: seqlab.studies.runs.Run(None, seqlab.ByteTokenizer(), None, 0),
     )
-    monkeypatch.setattr("seqlab.generate.stream_generate", lambda *args, **kwargs: Stopped())
+    monkeypatch.setattr("seqlab.streaming.generate.stream_generate", lambda *args, **kwargs: Stopped())
     assert cli.main(["stream", "anything"]) == 130
     printed = capsys.readouterr()
     assert printed.out == "A"
@@ -252,7 +253,7 @@ def test_codes_of_training(folder, monkeypatch, capsys):
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
-    from seqlab import runs
+    from seqlab.studies import runs
 
     # a line of seqlab fails that has no raise statement: not what a user could put right
     monkeypatch.setattr(runs, "split", lambda model: (1, 2, 3))
@@ -308,7 +309,7 @@ def test_list(capsys):
         "state_bytes": 4 * inner * (3 + states),
         "parameters": parameters,
         "source": "arXiv 2312.00752",
-        "module": "seqlab.models.mamba",
+        "module": "seqlab.models.state_space.mamba",
         "summary": "",
     }
     assert mixers["GatedLinearAttention"]["state_bytes"] == 4 * 32 * 64 // 4
@@ -348,8 +349,8 @@ def test_doctor_tries_every_kernel(folder, capsys):
 
 
 def test_doctor_says_why_a_kernel_does_not_run(monkeypatch):
-    from seqlab import doctor
     from seqlab.kernels.dispatch import Op
+    from seqlab.tooling import doctor
 
     def load(op, name):
         raise NotImplementedError("needs a device of another kind\nand more")

@@ -7,9 +7,10 @@ import pathlib
 import pytest
 
 import seqlab
-from seqlab import cli, compare, report
+from seqlab import cli
 from seqlab.module import count_params
 from seqlab.state import state_bytes
+from seqlab.studies import compare, report
 from seqlab.train import config, loop
 
 pytestmark = pytest.mark.filterwarnings("default")  # grain and orbax warn as they please

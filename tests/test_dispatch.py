@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import seqlab
+from seqlab.checks import check_choice
 from seqlab.kernels import dispatch
-from seqlab.kernels.dispatch import Choice, Op, check_name
+from seqlab.kernels.dispatch import Choice, Op
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -96,7 +97,7 @@ def test_an_unknown_name_is_refused_with_the_nearest(double):
     ):
         double(jnp.ones(2))
     with pytest.raises(ValueError, match=r"colour: got 'zzz', expected one of 'red', 'green'$"):
-        check_name("zzz", ("red", "green"), "colour")
+        check_choice("zzz", ("red", "green"), "colour")
 
 
 def test_explain_names_the_choice_and_the_reasons_of_those_that_declined(double):

@@ -6,7 +6,9 @@ import re
 
 import pytest
 
-from seqlab import catalog, pages, reference
+from seqlab.tooling import catalog
+from seqlab.tooling import mixer_pages as pages
+from seqlab.tooling import reference_pages as reference
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "mixers"

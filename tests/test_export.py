@@ -15,7 +15,7 @@ import zoo
 from flax import nnx
 
 from seqlab import cli, load, merge, split, stream_generate
-from seqlab.export import ExportError, bundle, streaming_functions
+from seqlab.interop.export import ExportError, bundle, streaming_functions
 from seqlab.models import TSM2, LanguageModel
 from seqlab.train.tasks.examples import numbers
 

@@ -13,9 +13,9 @@ from flax import nnx
 from helpers import assert_close
 
 import seqlab
-from seqlab.generate import Sampling, draw, stream_state
 from seqlab.models import Attention, Full, LanguageModel, Mamba, Window
 from seqlab.module import Module
+from seqlab.streaming.generate import Sampling, draw, stream_state
 
 PROMPT = "whole = any split into chunks"
 
@@ -160,7 +160,7 @@ def test_two_prompts_of_any_length_cost_a_bounded_number_of_programs():
     for length in (1, 3, 17, 100, 200, 601):
         stream = seqlab.stream_generate(net, b"a" * length, max_tokens=20)
         assert len(tokens(stream)) == 20
-    assert stream.stats["programs"] == len(seqlab.generate.PREFILL_CHUNKS) + 1
+    assert stream.stats["programs"] == len(seqlab.streaming.generate.PREFILL_CHUNKS) + 1
     assert stream.stats["state_bytes"] == sum(leaf.nbytes for leaf in jax.tree.leaves(stream.state))
 
 

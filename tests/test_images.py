@@ -10,6 +10,7 @@ from flax import nnx
 from helpers import abstract, assert_close, assert_identical, random
 
 from seqlab import split
+from seqlab.interop.convert import convert, published_names
 from seqlab.models import MLP
 from seqlab.models.images import (
     METAFORMERS,
@@ -29,7 +30,6 @@ from seqlab.models.images import (
 from seqlab.models.images.convolution import depthwise
 from seqlab.models.stochastic import DropPath, draw
 from seqlab.module import count_params, params_of, statistics_of
-from seqlab.weights import convert, published_names
 
 partial = functools.partial
 

@@ -14,10 +14,10 @@ from helpers import assert_close, assert_identical, random
 
 from seqlab import merge, split, state_bytes, verify_streaming
 from seqlab.models import LMU, LMUFormer, RecurrentLMU, spiking
-from seqlab.models.in_turn import TimeConv
 from seqlab.models.layers import Linear
-from seqlab.models.lmuformer import RunningMean
-from seqlab.models.spiking import lif
+from seqlab.models.legendre.in_turn import TimeConv
+from seqlab.models.legendre.lmuformer import RunningMean
+from seqlab.models.legendre.spiking import lif
 from seqlab.module import count_params
 from seqlab.train.optim import adamw
 from seqlab.train.step import init_state, train_step

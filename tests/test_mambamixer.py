@@ -21,7 +21,7 @@ from seqlab.models import (
     SelectiveMixer,
     StreamingTSM2,
 )
-from seqlab.models.mambamixer import ends
+from seqlab.models.state_space.mambamixer import ends
 from seqlab.module import merge, split
 
 SMALL = functools.partial(SelectiveMixer, state_size=2)
@@ -192,7 +192,7 @@ def test_steps_between_patches_keep_the_forecast_and_a_young_sequence_has_none()
 
 
 def test_running_statistics_are_those_of_the_formula():
-    from seqlab.models.tsm2_streaming import Scale, running_scale
+    from seqlab.models.state_space.tsm2_streaming import Scale, running_scale
 
     x = random(0, 1, 9, 2) + 1000.0  # far from 0, where sums of squares lose every digit
     zero = jnp.zeros((1, 2))

@@ -22,7 +22,7 @@ from test_train import experiment
 
 from seqlab import merge, split
 from seqlab.models import GatedLinearAttention, LanguageModel
-from seqlab.sharding import MeshSizes, make_mesh
+from seqlab.parallel.sharding import MeshSizes, make_mesh
 from seqlab.train import config, loop
 from seqlab.train.loop import run
 from seqlab.train.step import cross_entropy

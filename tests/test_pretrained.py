@@ -14,9 +14,9 @@ from flax import nnx
 from helpers import assert_close, assert_identical
 
 import seqlab
+from seqlab.interop.huggingface import PretrainedError, load_pretrained, save_pretrained
 from seqlab.models import Attention, GatedDeltaNet, LanguageModel, Window
 from seqlab.module import params_of
-from seqlab.pretrained import PretrainedError, load_pretrained, save_pretrained
 
 FOLDER = pathlib.Path(__file__).parent / "pretrained"
 FAMILIES = sorted(path.name for path in FOLDER.iterdir())

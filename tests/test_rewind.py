@@ -14,9 +14,9 @@ from helpers import assert_close
 
 import seqlab
 from seqlab import state_bytes
-from seqlab.generate import stream_state
 from seqlab.models import Attention, Full, LanguageModel, Window
 from seqlab.models.cache import MoBA, Quantized, duo
+from seqlab.streaming.generate import stream_state
 
 CHUNK = 10
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 31, (4, 2, CHUNK)))

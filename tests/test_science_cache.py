@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 
 import seqlab
-from seqlab import cache_bench, gates
 from seqlab.models.attention import with_cache
 from seqlab.models.cache import Full, Quantized
 from seqlab.module import merge, split
 from seqlab.state import state_bytes
+from seqlab.studies import cache_bench, gates
 from seqlab.train import config, loop
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # grain and orbax warn as they please

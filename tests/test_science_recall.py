@@ -1,14 +1,14 @@
 """What the field says about recall, shown at the size of a laptop: some memories hold what others of the same
 size lose.
 
-Every test trains a few small models on one task and one budget through `seqlab.compare` and holds their
+Every test trains a few small models on one task and one budget through `seqlab.studies.compare` and holds their
 accuracies against the claim.
 """
 
 import figures
 import pytest
 
-from seqlab import compare, report
+from seqlab.studies import compare, report
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # grain and orbax warn as they please
 

@@ -17,7 +17,7 @@ from seqlab import kernels, merge, split, verify_devices
 from seqlab.kernels.attention.ring import LAYOUTS, permutation, use_layout
 from seqlab.kernels.lmu import legendre
 from seqlab.module import Module
-from seqlab.sharding import compiler_options, make_mesh
+from seqlab.parallel.sharding import compiler_options, make_mesh
 from seqlab.state import segments
 
 B, TIME = 2, 29  # which no number of devices divides

@@ -8,7 +8,7 @@ import zoo
 from jax.sharding import PartitionSpec
 
 from seqlab import merge, params_of, split
-from seqlab.sharding import constrain, make_mesh, param_shardings
+from seqlab.parallel.sharding import constrain, make_mesh, param_shardings
 
 
 def test_one_device_needs_no_mesh():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqlab.tokens import TextDecoder
+from seqlab.tokenizers import TextDecoder
 from seqlab.train.data import Batches
 from seqlab.train.quality import accuracy, bits_per_token, metric, quality_of
 from seqlab.train.step import next_token_loss

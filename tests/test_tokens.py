@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seqlab.tokens import ByteTokenizer, TextDecoder, Tokenizer
+from seqlab.tokenizers import ByteTokenizer, TextDecoder, Tokenizer
 
 bytewise = ByteTokenizer()
 
@@ -79,5 +79,5 @@ def test_other_tokens_are_refused(token):
 
 
 def test_importing_it_imports_no_jax():
-    code = "import sys, seqlab.tokens; assert 'jax' not in sys.modules, 'jax was imported'"
+    code = "import sys, seqlab.tokenizers; assert 'jax' not in sys.modules, 'jax was imported'"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=pathlib.Path(__file__).parent.parent)

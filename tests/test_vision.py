@@ -15,7 +15,7 @@ from helpers import assert_close, assert_identical, random
 
 from seqlab import split
 from seqlab.models import Linear
-from seqlab.show import Views, _answers, _colours, captions, show
+from seqlab.studies.show import Views, _answers, _colours, captions, show
 from seqlab.train.augment import GEOMETRIC, OPERATIONS, Augment, warp
 from seqlab.train.data import Batches, validation_batches
 from seqlab.train.images import DigitImages, DigitScenes, FolderImages, TfdsImages, in_memory, scaled
@@ -303,7 +303,7 @@ def test_runs_are_judged_and_loaded_by_the_average(tmp_path, monkeypatch):
     those of one go."""
     from PIL import Image
 
-    from seqlab import runs
+    from seqlab.studies import runs
     from seqlab.train import config, loop
 
     cfg = config.fiddle(config.load("digits_wavemix"), "tiny")

@@ -12,6 +12,7 @@ from flax import nnx
 from helpers import abstract, assert_close, random
 
 from seqlab import merge, split
+from seqlab.interop.convert import convert, published_names
 from seqlab.kernels.dwt import dwt
 from seqlab.models.images import (
     ImageToMap,
@@ -26,10 +27,9 @@ from seqlab.models.images import (
 from seqlab.models.images.convolution import convolve, convolve_transposed
 from seqlab.models.images.wavemix import packed
 from seqlab.module import count_params, params_of, statistics_of
-from seqlab.sharding import MeshSizes
+from seqlab.parallel.sharding import MeshSizes
 from seqlab.train.placement import begin, place, spread
 from seqlab.train.step import init_state, train_step
-from seqlab.weights import convert, published_names
 
 partial = functools.partial
 

@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 
 from seqlab import params_of
+from seqlab.interop.convert import convert, published_names
 from seqlab.models import DeltaNet, LanguageModel, Mamba, Mamba2
-from seqlab.weights import convert, published_names
 
 
 def model(mixer, channel_mixer=None, **options):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float
 
-from seqlab.kernels.dispatch import check_name
+from seqlab.checks import UserError, check_choice
 
 Picture = Float[np.ndarray, "h w c"]
 Targets = Float[np.ndarray, " k"]
@@ -131,12 +131,12 @@ class Augment:
         ):
             value = getattr(self, name)
             if value < 0 or (highest is not None and value > highest):
-                raise ValueError(
+                raise UserError(
                     f"{name} must be at least 0{'' if highest is None else f' and at most {highest:g}'}, "
                     f"got {value!r}"
                 )
         for name in self.names or ():
-            check_name(name, tuple(OPERATIONS), "names")
+            check_choice(name, tuple(OPERATIONS), "names")
 
     @property
     def mixes(self) -> bool:

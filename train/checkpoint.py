@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqlab.kernels.dispatch import check_name
+from seqlab.checks import UserError, check_choice
 from seqlab.train.manifest import (
     COMMIT,
     FORMAT,
@@ -75,9 +75,9 @@ class Checkpoints:
 
     def __init__(self, directory: str | os.PathLike[str], keep: int = 3) -> None:
         if "://" in os.fspath(directory):
-            raise ValueError(f"directory: got {os.fspath(directory)!r}, expected a local or mounted folder")
+            raise UserError(f"directory: got {os.fspath(directory)!r}, expected a local or mounted folder")
         if keep < 1:
-            raise ValueError(f"keep: got {keep}, expected at least 1")
+            raise UserError(f"keep: got {keep}, expected at least 1")
         self.directory = pathlib.Path(directory).expanduser().absolute()
         self._keep = keep
         self._manager: Any = None
@@ -105,7 +105,7 @@ class Checkpoints:
         self.wait()
         step = operator.index(step)
         if step < 0:
-            raise ValueError(f"step: got {step}, expected 0 or more")
+            raise UserError(f"step: got {step}, expected 0 or more")
         leaves = flatten(state)
         manifest = sealed({"format": FORMAT, "step": step, "leaves": describe(leaves)})
         if not self._make_room(step, manifest):
@@ -322,7 +322,7 @@ class Checkpoints:
             folder = self._folder(step)
             entries = read_manifest(folder)["leaves"]
             if only is not None:
-                check_name(
+                check_choice(
                     only,
                     tuple(sorted({entry["keys"][0] for entry in entries})),
                     f"only, an entry of {folder}",

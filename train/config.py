@@ -27,19 +27,9 @@ from typing import Any
 import fiddle as fdl
 from flax import nnx
 
+from seqlab.checks import nearest
 from seqlab.train.experiment import Experiment
-from seqlab.train.override import (
-    ConfigError,
-    check,
-    children,
-    fields,
-    fit,
-    literal,
-    named,
-    nearest,
-    override,
-    tree,
-)
+from seqlab.train.override import ConfigError, check, children, fields, fit, literal, named, override, tree
 
 __all__ = [
     "ConfigError",

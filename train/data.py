@@ -25,7 +25,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from seqlab.kernels.dispatch import check_name
+from seqlab.checks import UserError, check_choice
 from seqlab.train.packing import DataSource, Item, Windows, pack
 
 __all__ = [
@@ -84,9 +84,9 @@ class FileSource:
         exclude: Sequence[str] = (),
         validation: float = 1 / 20,
     ) -> None:
-        check_name(split, ("train", "validation"), "split")
+        check_choice(split, ("train", "validation"), "split")
         if not 0 <= validation < 1:
-            raise ValueError(
+            raise UserError(
                 f"validation: got {validation}, expected a share of the data, 0 <= validation < 1"
             )
         if paths is None:
@@ -102,7 +102,7 @@ class FileSource:
         files = _list_files(roots, include or ("*",), exclude)
         self._documents = _choose(files, split, validation)
         if not self._documents:
-            raise ValueError(
+            raise UserError(
                 f"no data for {split}: looked in {', '.join(map(str, roots)) or 'no paths at all'} for "
                 f"{', '.join(include or '*')}"
                 f" and found {len(files)} files that are not empty (validation share {validation:g})"
@@ -235,14 +235,14 @@ class TfdsSource:
 
         features, self._source = tfds_source(name, split, data_dir)
         if key not in features:
-            raise ValueError(
+            raise UserError(
                 f"key: data set {name!r} has no feature {key!r}, but {', '.join(map(repr, features))}"
             )
         self._text = isinstance(features[key], tfds.features.Text)
         if not self._text and not (
             features[key].shape == (None,) and np.issubdtype(features[key].np_dtype, np.integer)
         ):
-            raise ValueError(
+            raise UserError(
                 f"key: feature {key!r} of data set {name!r} is {features[key]}, expected Text or 1-D integers"
             )
         self._key = key
@@ -268,16 +268,16 @@ def tfds_source(name: str, split: str, data_dir: str | os.PathLike[str] | None =
     try:
         builder = tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError as error:
-        raise ValueError(
+        raise UserError(
             f"data set {name!r} is not in {where}, nor known to tensorflow_datasets; if it exists, {remedy}"
         ) from error
     if not builder.is_prepared():
-        raise ValueError(f"data set {name!r} is not prepared in {where}; {remedy}")
+        raise UserError(f"data set {name!r} is not prepared in {where}; {remedy}")
     try:
         return builder.info.features, builder.as_data_source(split)
     except NotImplementedError as error:  # a format that can only be read from the start
         stored = builder.info.file_format.value
-        raise ValueError(
+        raise UserError(
             f"data set {name!r} in {where} is stored as {stored}; delete it and {remedy}"
         ) from error
 
@@ -316,11 +316,11 @@ class Batches:
         index, count = _process(process_index, process_count)
         rows = _rows(batch_size, count)
         if len(items) < batch_size:
-            raise ValueError(
+            raise UserError(
                 f"too little data: {len(items)} windows, and one batch takes batch_size = {batch_size}"
             )
         if workers < 0:
-            raise ValueError(f"workers: got {workers}, expected 0 or more")
+            raise UserError(f"workers: got {workers}, expected 0 or more")
         # Grain seeds epoch e with seed + e: unmixed, seed 1 would see the second epoch of seed 0 as its
         # first.
         mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
@@ -416,9 +416,9 @@ def validation_batches(
     index, count = _process(process_index, process_count)
     _rows(batch_size, count)
     if not len(items):
-        raise ValueError("too little data: no windows for validation")
+        raise UserError("too little data: no windows for validation")
     if limit is not None and limit < 1:
-        raise ValueError(f"limit: got {limit}, expected at least one batch, or None for all")
+        raise UserError(f"limit: got {limit}, expected at least one batch, or None for all")
     total = -(-len(items) // batch_size)
     chosen = range(total if limit is None else min(limit, total))
     return _FixedBatches(
@@ -428,7 +428,7 @@ def validation_batches(
 
 def _padding(item: Item) -> Item:
     if "valid" not in item:
-        raise ValueError(
+        raise UserError(
             f"items with {', '.join(sorted(item))} have no `valid`, so the rows that a last batch lacks "
             "cannot be told apart"
         )
@@ -444,7 +444,7 @@ def _step(step: int) -> int:
 
 def _rows(batch_size: int, process_count: int) -> int:
     if batch_size < 1 or batch_size % process_count:
-        raise ValueError(
+        raise UserError(
             f"batch_size: got {batch_size}, expected a positive multiple of the number of processes, "
             f"{process_count}"
         )
@@ -457,7 +457,7 @@ def _process(index: int | None, count: int | None) -> tuple[int, int]:
 
         return jax.process_index(), jax.process_count()
     if index is None or count is None or not 0 <= index < count:
-        raise ValueError(
+        raise UserError(
             f"process_index: got {index} of process_count {count}, expected 0 <= process_index < "
             "process_count, or neither"
         )

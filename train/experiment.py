@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from seqlab.checks import UserError
 from seqlab.module import Module
-from seqlab.sharding import MeshSizes
+from seqlab.parallel.sharding import MeshSizes
 from seqlab.train.quality import bits_per_token
 from seqlab.train.step import Loss, next_token_loss
 
@@ -60,8 +61,8 @@ class Experiment:
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+                raise UserError(f"{name} must be a positive integer, got {value!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be an integer in [0, 2**32), got {self.seed!r}")
+            raise UserError(f"seed must be an integer in [0, 2**32), got {self.seed!r}")
         if self.batch_size % self.accumulate:
-            raise ValueError(f"accumulate must divide batch_size={self.batch_size}, got {self.accumulate}")
+            raise UserError(f"accumulate must divide batch_size={self.batch_size}, got {self.accumulate}")

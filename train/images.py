@@ -16,12 +16,12 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float, Int, Num, UInt8
 
-from seqlab.kernels.dispatch import check_name
+from seqlab.checks import UserError, check_at_least, check_choice
 from seqlab.train.augment import Augment
 from seqlab.train.data import FileSource, tfds_source
 from seqlab.train.packing import Item
 from seqlab.train.tasks.digits import digit_arrays
-from seqlab.train.tasks.examples import VALIDATION, at_least
+from seqlab.train.tasks.examples import VALIDATION
 
 _SUFFIXES = ("*.png", "*.jpg", "*.jpeg", "*.bmp", "*.gif", "*.webp")
 
@@ -57,7 +57,7 @@ class Pictures:
             fingerprint,
         )
         if change not in (None, Augment()) and targets.ndim != 1:
-            raise ValueError(
+            raise UserError(
                 "augment must be None where targets are maps: a picture and its targets would no longer agree"
             )
 
@@ -154,7 +154,7 @@ class FolderImages:
     def _class(self, file: pathlib.Path) -> str:
         parts = file.relative_to(pathlib.Path(self.path).expanduser()).parts
         if len(parts) < 2:
-            raise ValueError(f"path: {file} lies in no folder below {self.path}, so its class is unknown")
+            raise UserError(f"path: {file} lies in no folder below {self.path}, so its class is unknown")
         return parts[0]
 
     def _pictures(self, split: str, change: Augment | None) -> Pictures:
@@ -220,14 +220,14 @@ class TfdsImages:
         features, source = tfds_source(self.name, split, self.data_dir)
         for key in (self.image, self.label):
             if key not in features:
-                raise ValueError(
+                raise UserError(
                     f"image, label: data set {self.name!r} has no feature {key!r}, but "
                     f"{', '.join(map(repr, features))}"
                 )
         classes = getattr(features[self.label], "num_classes", None)
         if classes is None or len(features[self.image].shape) != 3:
             found = f"{features[self.image]} and {features[self.label]}"
-            raise ValueError(
+            raise UserError(
                 f"image, label: the features of data set {self.name!r} are {found}, expected a picture and "
                 "a class"
             )
@@ -305,11 +305,11 @@ class DigitScenes:
     tokenizer = None
 
     def __post_init__(self) -> None:
-        check_name(self.task, ("segment", "upscale"), "task")
+        check_choice(self.task, ("segment", "upscale"), "task")
         if self.size < 8 or self.size % 2:
-            raise ValueError(f"size must be even and at least 8, a digit's, got {self.size}")
+            raise UserError(f"size must be even and at least 8, a digit's, got {self.size}")
         for name in ("digits", "examples", "held_out"):
-            at_least(name, getattr(self, name), 1)
+            check_at_least(name, getattr(self, name), 1)
 
     def train(self, seed: int) -> Pictures:
         return self._scenes(self.examples, seed, train=True)
@@ -341,7 +341,7 @@ class DigitScenes:
 
 def _sized(size: tuple[int, int], channels: int) -> None:
     if len(size) != 2 or min(size) < 1 or channels not in (1, 3):
-        raise ValueError(
+        raise UserError(
             f"size must be (height, width) and channels 1 or 3, got size={size}, channels={channels}"
         )
 

@@ -14,8 +14,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from seqlab.checks import UserError
 from seqlab.module import Params, Static, count_params, split
-from seqlab.sharding import compiler_options, param_shardings
+from seqlab.parallel.sharding import compiler_options, param_shardings
 from seqlab.state import state_bytes
 from seqlab.train import processes
 from seqlab.train.checkpoint import Checkpoints
@@ -194,7 +195,7 @@ def _check_data(workdir: pathlib.Path, fingerprint: str | None) -> None:
         return
     if path.exists() and path.read_text().strip() != fingerprint:
         begun = path.read_text().strip()
-        raise ValueError(
+        raise UserError(
             f"{workdir} was begun on other data (fingerprint {begun}, now {fingerprint}): use another workdir"
         )
     if processes.first():

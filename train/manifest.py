@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from seqlab.checks import UserError
+
 State = dict[str, Any]
 Leaves = dict[str, tuple[tuple[str, ...], Any]]  # by name, in the order of the names: keys and value
 Entry = dict[str, Any]  # one leaf in a manifest, or a manifest
@@ -60,7 +62,7 @@ def flatten(tree: Mapping[str, Any]) -> Leaves:
                     )
                 visit((*keys, key), value[key])
         elif name in leaves:
-            raise ValueError(f"two leaves are named {name!r}: {leaves[name][0]} and {keys}")
+            raise UserError(f"two leaves are named {name!r}: {leaves[name][0]} and {keys}")
         else:
             leaves[name] = (keys, _checked(name or "state", value))
 
@@ -71,7 +73,7 @@ def flatten(tree: Mapping[str, Any]) -> Leaves:
     ) in leaves.items():  # a stored array is a folder of its name: none may lie inside another
         outer = next((part for part in _prefixes(name) if part in leaves), None)
         if outer is not None:
-            raise ValueError(
+            raise UserError(
                 f"leaf {keys} cannot be stored inside leaf {leaves[outer][0]}; rename one of them"
             )
     return dict(sorted(leaves.items()))
@@ -189,7 +191,7 @@ def read_manifest(folder: pathlib.Path) -> Entry:
     try:
         manifest = json.loads((folder / _MANIFEST).read_bytes())
         if manifest != sealed(manifest):
-            raise ValueError("it does not match its own hash")
+            raise UserError("it does not match its own hash")
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise DamageError(f"{_MANIFEST}: {brief(error)}") from error
     if manifest["format"] != FORMAT:

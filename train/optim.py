@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
+from seqlab.checks import UserError
 from seqlab.module import Params
 
 # Never decayed: norms, biases, the parameters of recurrences, whose size has a meaning, and MambaMixer's
@@ -34,7 +35,7 @@ def adamw(
     `parameter_average`.
     """
     if steps < 1 or warmup < 0 or peak <= 0:
-        raise ValueError(
+        raise UserError(
             f"steps and peak must be positive and warmup not negative, got steps={steps}, peak={peak}, "
             f"warmup={warmup}"
         )
@@ -69,7 +70,7 @@ def parameter_average(decay: float) -> optax.GradientTransformation:
       ValueError: a decay outside [0, 1).
     """
     if not 0 <= decay < 1:
-        raise ValueError(f"average, the decay of the parameters' average, must be in [0, 1), got {decay!r}")
+        raise UserError(f"average, the decay of the parameters' average, must be in [0, 1), got {decay!r}")
 
     def init(params: Params) -> AverageState:
         return AverageState(

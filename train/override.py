@@ -8,7 +8,6 @@ holds a value against an annotation.
 import ast
 import collections.abc
 import dataclasses
-import difflib
 import importlib
 import inspect
 import numbers
@@ -21,8 +20,10 @@ from typing import Any, NamedTuple
 import fiddle as fdl
 from flax import nnx
 
+from seqlab.checks import UserError, nearest
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError):
     """A config that cannot be run. The message begins with the place, as one would write it on the command
     line."""
 
@@ -200,13 +201,6 @@ def named(name: str) -> Any:
 
 def _plain(name: str) -> str:
     return name.replace("_", "").lower()
-
-
-def nearest(name: str, known: collections.abc.Iterable[str]) -> str:
-    """The end of an error message: the nearest known name, if one is near, and all of them."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    return (f"; did you mean {near[0]!r}?" if near else ".") + f" Valid: {', '.join(known) or 'none'}"
 
 
 def _assigned(node: Any, keys: list[str | int], text: str, where: str, hint: Any) -> Any:

@@ -18,6 +18,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
+from seqlab.checks import UserError
+
 Item = dict[str, np.ndarray]
 
 
@@ -103,7 +105,7 @@ def pack(
       one whole window.
     """
     if length < 1 + lead:
-        raise ValueError(f"length: got {length}, expected at least {1 + lead} step{'s' * lead} a window")
+        raise UserError(f"length: got {length}, expected at least {1 + lead} step{'s' * lead} a window")
     documents = [
         document
         for document in (_document(source, index) for index in _order(len(source), seed))
@@ -112,7 +114,7 @@ def pack(
     dtype = np.uint8 if bos < 256 and all(document.dtype == np.uint8 for document in documents) else np.int32
     sizes = np.array([document.size + 1 for document in documents], np.int64)
     if sizes.sum() < length + 1:
-        raise ValueError(
+        raise UserError(
             f"too little data: {len(documents)} documents with {sizes.sum()} tokens, and one window of "
             f"length {length} takes {length + 1}"
         )
@@ -132,11 +134,11 @@ def _order(count: int, seed: int) -> list[int]:
 def _document(source: Any, index: int) -> Int[np.ndarray, " t"]:
     document = np.asarray(source[index])
     if document.ndim != 1 or not np.issubdtype(document.dtype, np.integer):
-        raise ValueError(
+        raise UserError(
             f"document {index}: got {document.dtype}{document.shape}, expected a 1-D array of integer tokens"
         )
     if document.size and document.dtype != np.uint8 and (document.min() < 0 or document.max() >= 2**31):
-        raise ValueError(
+        raise UserError(
             f"document {index}: tokens from {document.min()} to {document.max()}, expected 0 to 2**31-1"
         )
     return document

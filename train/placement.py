@@ -12,9 +12,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from seqlab.checks import UserError
 from seqlab.kernels.attention.ring import use_layout
 from seqlab.module import Params
-from seqlab.sharding import AXES, BATCH, MeshSizes, param_shardings
+from seqlab.parallel.sharding import AXES, BATCH, MeshSizes, param_shardings
 from seqlab.train.step import TrainState
 
 
@@ -64,7 +65,7 @@ def place(batch: dict[str, Any], mesh: Mesh | None) -> dict[str, Any]:
     def put(leaf: np.ndarray) -> jax.Array:
         rows, groups = len(leaf) * shared, _groups(mesh)
         if rows % groups:
-            raise ValueError(
+            raise UserError(
                 "batch_size (of each of the `accumulate` parts) must be a multiple of data * fsdp = "
                 f"{groups}, got {rows}"
             )

@@ -22,6 +22,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from seqlab.checks import UserError
+
 _PATIENCE = 20.0  # seconds of waiting for others before it is said
 _barriers = itertools.count()  # all processes come to the same ones in the same order
 
@@ -37,7 +39,7 @@ def join(spec: str) -> None:
         return
     found = re.fullmatch(r"(\S+:\d+),(\d+),(\d+)", spec)
     if not found or not int(found[3]) < int(found[2]):
-        raise ValueError(
+        raise UserError(
             f"distributed: got {spec!r}, expected HOST:PORT,COUNT,INDEX with INDEX from 0 to COUNT - 1, or "
             "nothing"
         )

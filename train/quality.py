@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from seqlab.kernels.dispatch import check_name
+from seqlab.checks import check_choice
 from seqlab.train.step import Batch, Loss, next_token_loss
 
 
@@ -33,7 +33,7 @@ class Quality(NamedTuple):
 
 def metric(words: str, better: str = "lower") -> Callable[[Loss], Loss]:
     """Mark a function as a metric: its own name in files, these words for people."""
-    check_name(better, ("higher", "lower"), "better")
+    check_choice(better, ("higher", "lower"), "better")
 
     def mark(function: Loss) -> Loss:
         function.quality = Quality(function.__name__, words, better)

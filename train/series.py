@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from seqlab.kernels.dispatch import check_name
+from seqlab.checks import UserError, check_choice
 from seqlab.train.packing import Item
 
 _MONTH = 30 * 24  # hours: the months of the Electricity Transformer Temperature data have 30 days
@@ -77,12 +77,12 @@ def split_ends(steps: int, rule: str) -> tuple[int, int, int]:
     "ett_hour" and "ett_minute": 12, 4 and 4 months of 30 days, of hours or of quarters of an hour; what
     follows is not used. "ratio": the first 0.7, and of what remains the last 0.2 of the whole are the test.
     """
-    check_name(rule, RULES[1:], "borders")
+    check_choice(rule, RULES[1:], "borders")
     if rule == "ratio":
         return int(steps * 0.7), steps - int(steps * 0.2), steps
     month = _MONTH * (4 if rule == "ett_minute" else 1)
     if steps < 20 * month:
-        raise ValueError(
+        raise UserError(
             f"borders={rule!r} takes 20 months, {20 * month} steps, and the series has {steps}; did you "
             "mean 'ratio'?"
         )
@@ -112,12 +112,12 @@ class SeriesData:
         for name in ("length", "horizon"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive number of steps, got {value!r}")
+                raise UserError(f"{name} must be a positive number of steps, got {value!r}")
         if not isinstance(self.columns, tuple) or not all(
             isinstance(item, str) and item for item in self.columns
         ):
-            raise ValueError(f"columns must be a tuple of strings that are not empty, got {self.columns!r}")
-        check_name(self.borders, RULES, "borders")
+            raise UserError(f"columns must be a tuple of strings that are not empty, got {self.columns!r}")
+        check_choice(self.borders, RULES, "borders")
 
     @property
     def tokenizer(self) -> None:
@@ -147,7 +147,7 @@ class SeriesData:
     def _windows(self, split: str) -> SeriesWindows:
         names, values = self.table()
         for name in self.columns:
-            check_name(name, names, "columns")
+            check_choice(name, names, "columns")
         values = values[:, [names.index(name) for name in self.columns]] if self.columns else values
         ends = split_ends(len(values), self._rule())
         places = dict(
@@ -155,7 +155,7 @@ class SeriesData:
         )
         begin, end = places[split]
         if end - self.horizon < max(begin, self.length):
-            raise ValueError(
+            raise UserError(
                 f"{self.title}: {split} has steps {begin} to {end}, too few for a window of "
                 f"length={self.length} and horizon={self.horizon}"
             )
@@ -187,7 +187,7 @@ class CsvSeries(SeriesData):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.path, str) or not self.path:
-            raise ValueError(f"path must be the path of a CSV file, got {self.path!r}")
+            raise UserError(f"path must be the path of a CSV file, got {self.path!r}")
 
     @property
     def title(self) -> str:
@@ -200,7 +200,7 @@ class CsvSeries(SeriesData):
             lines = csv.reader(file)
             header = next(lines, [])
             if len(header) < 2:
-                raise ValueError(
+                raise UserError(
                     f"{self.path}: expected a header with a date and the names of series, got "
                     f"{','.join(header)!r}"
                 )
@@ -210,7 +210,7 @@ class CsvSeries(SeriesData):
 
 def _numbers(line: list[str], header: list[str], where: str) -> list[float]:
     if len(line) != len(header):
-        raise ValueError(f"{where}: {len(line)} fields under {len(header)} names")
+        raise UserError(f"{where}: {len(line)} fields under {len(header)} names")
     numbers = []
     for name, text in zip(header[1:], line[1:], strict=True):
         try:
@@ -218,7 +218,7 @@ def _numbers(line: list[str], header: list[str], where: str) -> list[float]:
         except ValueError:
             numbers.append(float("nan"))
         if not np.isfinite(numbers[-1]):
-            raise ValueError(f"{where}: {name} is {text!r}, expected a finite number")
+            raise UserError(f"{where}: {name} is {text!r}, expected a finite number")
     return numbers
 
 
@@ -240,7 +240,7 @@ class StatsmodelsSeries(SeriesData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_name(self.name, STATSMODELS, "name")
+        check_choice(self.name, STATSMODELS, "name")
 
     @property
     def title(self) -> str:
@@ -251,7 +251,7 @@ class StatsmodelsSeries(SeriesData):
         try:
             import statsmodels.datasets
         except ImportError as error:
-            raise ValueError(
+            raise UserError(
                 f"the series {self.name!r} comes with statsmodels, which is not installed: pip install "
                 "statsmodels"
             ) from error

@@ -9,9 +9,9 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from seqlab.module import Params, Static, merge, params_of, statistics_of
-from seqlab.sequence_parallel import parts
+from seqlab.parallel.sequence_parallel import parts
+from seqlab.parallel.sharding import along_batch
 from seqlab.shapes import Steps
-from seqlab.sharding import along_batch
 from seqlab.train.optim import global_norm
 
 Batch = dict[str, Array]

@@ -3,7 +3,8 @@ before it is asked for."""
 
 import dataclasses
 
-from seqlab.tokens import ByteTokenizer, Tokenizer
+from seqlab.checks import UserError
+from seqlab.tokenizers import ByteTokenizer, Tokenizer
 from seqlab.train.data import FileSource, TfdsSource, Windows, pack
 
 _VALIDATION_ORDER = 0  # the held-out documents stand in one order, whatever the seed of the run
@@ -35,10 +36,10 @@ class Text:
         for name in ("paths", "include"):
             value = getattr(self, name)
             if not isinstance(value, tuple) or not all(isinstance(item, str) and item for item in value):
-                raise ValueError(f"{name} must be a tuple of strings that are not empty, got {value!r}")
+                raise UserError(f"{name} must be a tuple of strings that are not empty, got {value!r}")
         _check_length(self.length)
         if self.lead and self.length < 2:
-            raise ValueError(f"length must be at least 2 with lead, got {self.length}")
+            raise UserError(f"length must be at least 2 with lead, got {self.length}")
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -78,9 +79,9 @@ class TfdsText:
     def __post_init__(self) -> None:
         for name in ("name", "key", "train_split", "validation_split"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise ValueError(f"{name} must be a string that is not empty, got {getattr(self, name)!r}")
+                raise UserError(f"{name} must be a string that is not empty, got {getattr(self, name)!r}")
         if self.data_dir is not None and not isinstance(self.data_dir, str):
-            raise ValueError(f"data_dir must be a path or None, got {self.data_dir!r}")
+            raise UserError(f"data_dir must be a path or None, got {self.data_dir!r}")
         _check_length(self.length)
 
     @property
@@ -104,4 +105,4 @@ class TfdsText:
 
 def _check_length(length: int) -> None:
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-        raise ValueError(f"length must be a positive number of tokens, got {length!r}")
+        raise UserError(f"length must be a positive number of tokens, got {length!r}")

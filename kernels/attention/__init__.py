@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from seqlab import sequence_parallel
+from seqlab.checks import UserError
 from seqlab.kernels.attention.ring import ring
 from seqlab.kernels.dispatch import Op, vary_alike
+from seqlab.parallel import sequence_parallel
 from seqlab.shapes import Keys, LogSumExp, Queries, Values
 
 _op = Op("attention", __name__, ("reference", "xla", "pallas_tpu", "triton_gpu"))
@@ -139,10 +140,10 @@ def merge(
       ValueError: if the shapes do not fit each other.
     """
     if out_a.shape != out_b.shape:
-        raise ValueError(f"out_b must have the shape of out_a, {out_a.shape}; got {out_b.shape}")
+        raise UserError(f"out_b must have the shape of out_a, {out_a.shape}; got {out_b.shape}")
     for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
         if lse.shape != out_a.shape[:-1]:
-            raise ValueError(
+            raise UserError(
                 f"{name} must have the shape of out_a without its last axis, {out_a.shape[:-1]}; got "
                 f"{lse.shape}"
             )
@@ -167,21 +168,21 @@ def _without_padding(x: Array, segments: Array) -> Array:
 def _check_arrays(q: Array, k: Array, v: Array, sink_logits: Array | None) -> None:
     for name, x, axes in (("q", q, "[b, t, h, k]"), ("k", k, "[b, s, g, k]"), ("v", v, "[b, s, g, v]")):
         if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"{name} must be a floating-point array {axes}, got {x.dtype}{x.shape}")
+            raise UserError(f"{name} must be a floating-point array {axes}, got {x.dtype}{x.shape}")
     b, _, h, width = q.shape
     s, g = k.shape[1:3]
     if k.shape != (b, s, g, width) or width == 0:
-        raise ValueError(
+        raise UserError(
             f"k must be [b, s, g, k] with b={b} rows and width k={width} > 0 as q {q.shape}, got {k.shape}"
         )
     if v.shape[:3] != (b, s, g):
-        raise ValueError(f"v must begin with the axes of k, [b, s, g] = {(b, s, g)}, got {v.shape}")
+        raise UserError(f"v must begin with the axes of k, [b, s, g] = {(b, s, g)}, got {v.shape}")
     if g == 0 or h % g:
-        raise ValueError(f"k must have a number of heads that divides the {h} heads of q, got g={g}")
+        raise UserError(f"k must have a number of heads that divides the {h} heads of q, got g={g}")
     if sink_logits is not None and (
         sink_logits.shape != (h,) or not jnp.issubdtype(sink_logits.dtype, jnp.floating)
     ):
-        raise ValueError(
+        raise UserError(
             f"sink_logits must be a floating-point array [h] = ({h},), got "
             f"{sink_logits.dtype}{sink_logits.shape}"
         )
@@ -192,23 +193,23 @@ def _check_options(
 ) -> None:
     if window is not None:
         if not _is_number(window, numbers.Integral) or window < 1:
-            raise ValueError(
+            raise UserError(
                 "window must be an integer of at least 1 (the query's own key counts) or None, got "
                 f"{window!r}"
             )
         if not causal:
-            raise ValueError(f"window needs causal=True, got window={window!r} with causal={causal!r}")
+            raise UserError(f"window needs causal=True, got window={window!r} with causal={causal!r}")
     if not _is_number(sinks, numbers.Integral) or sinks < 0:
-        raise ValueError(f"sinks must be an integer of at least 0, got {sinks!r}")
+        raise UserError(f"sinks must be an integer of at least 0, got {sinks!r}")
     if softcap is not None and not (_is_number(softcap, numbers.Real) and 0 < softcap < math.inf):
-        raise ValueError(f"softcap must be a number above 0 or None, got {softcap!r}")
+        raise UserError(f"softcap must be a number above 0 or None, got {softcap!r}")
     if scale is not None and not (_is_number(scale, numbers.Real) and math.isfinite(scale)):
-        raise ValueError(f"scale must be a finite number or None (1 / sqrt of the width of k), got {scale!r}")
+        raise UserError(f"scale must be a finite number or None (1 / sqrt of the width of k), got {scale!r}")
 
 
 def _check_integers(name: str, value: Array | None, shape: tuple[int, int]) -> None:
     if value is not None and (value.shape != shape or not jnp.issubdtype(value.dtype, jnp.integer)):
-        raise ValueError(f"{name} must be an integer array of shape {shape}, got {value.dtype}{value.shape}")
+        raise UserError(f"{name} must be an integer array of shape {shape}, got {value.dtype}{value.shape}")
 
 
 def _is_number(value: object, kind: type) -> bool:

@@ -27,9 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from seqlab import sequence_parallel
-from seqlab.kernels.dispatch import Op, check_name
-from seqlab.sequence_parallel import AXIS, shift
+from seqlab.checks import UserError, check_choice
+from seqlab.kernels.dispatch import Op
+from seqlab.parallel import sequence_parallel
+from seqlab.parallel.sequence_parallel import AXIS, shift
 
 LAYOUTS = ("contiguous", "zigzag", "striped")
 
@@ -83,10 +84,10 @@ def permutation(layout: str, devices: int, time: int) -> Int[np.ndarray, " t"]:
     Raises:
       ValueError: an unknown layout, or a time that it cannot deal out.
     """
-    check_name(layout, LAYOUTS, "layout")
+    check_choice(layout, LAYOUTS, "layout")
     unit = 2 * devices if layout == "zigzag" else devices
     if time % unit:
-        raise ValueError(f"time must be a multiple of {unit} for {layout} over {devices} devices, got {time}")
+        raise UserError(f"time must be a multiple of {unit} for {layout} over {devices} devices, got {time}")
     positions = np.arange(time, dtype=np.int32)
     if layout == "striped":
         return positions.reshape(-1, devices).T.ravel()
@@ -100,7 +101,7 @@ def permutation(layout: str, devices: int, time: int) -> Int[np.ndarray, " t"]:
 def use_layout(layout: str) -> Iterator[None]:
     """Within the block attention over devices deals positions out in `layout`; functions compiled outside are
     traced anew."""
-    check_name(layout, LAYOUTS, "layout")
+    check_choice(layout, LAYOUTS, "layout")
     with _layout(layout):
         yield
 

@@ -9,6 +9,7 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from seqlab.checks import UserError
 from seqlab.kernels.dispatch import Op
 from seqlab.shapes import Keys, LogSumExp, Queries, Values
 
@@ -57,17 +58,17 @@ def block_attention(
     """
     for name, x, axes in (("q", q, "[b, t, h, k]"), ("k", k, "[b, s, g, k]"), ("v", v, "[b, s, g, v]")):
         if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"{name} must be a floating-point array {axes}, got {x.dtype}{x.shape}")
+            raise UserError(f"{name} must be a floating-point array {axes}, got {x.dtype}{x.shape}")
     (b, t, h, width), (s, g) = q.shape, k.shape[1:3]
     if k.shape != (b, s, g, width) or v.shape[:3] != (b, s, g) or g == 0 or h % g:
-        raise ValueError(
+        raise UserError(
             f"k and v must be [b, s, g, k] and [b, s, g, v] with g dividing h, for q {q.shape}; got "
             f"{k.shape}, {v.shape}"
         )
     if isinstance(block, bool) or not isinstance(block, int) or block < 1 or s % block:
-        raise ValueError(f"block must be a positive integer that divides the {s} keys, got {block!r}")
+        raise UserError(f"block must be a positive integer that divides the {s} keys, got {block!r}")
     if chosen.ndim != 4 or chosen.shape[:3] != (b, t, h) or not jnp.issubdtype(chosen.dtype, jnp.integer):
-        raise ValueError(
+        raise UserError(
             f"chosen must be an integer array [b, t, h, c] with [b, t, h] = {(b, t, h)}, got "
             f"{chosen.dtype}{chosen.shape}"
         )

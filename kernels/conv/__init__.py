@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from seqlab import sequence_parallel
+from seqlab.checks import UserError
 from seqlab.kernels.dispatch import Op, vary_alike
+from seqlab.parallel import sequence_parallel
 from seqlab.shapes import Activations, Steps
 
 _op = Op("conv", __name__, ("reference", "xla", "pallas_tpu", "triton_gpu"))
@@ -59,7 +60,7 @@ def conv(
     _check_arrays(x, weight, bias, initial_state)
     for name, flags in (("reset", reset), ("valid", valid)):
         if flags is not None and (flags.shape != x.shape[:2] or flags.dtype != bool):
-            raise ValueError(
+            raise UserError(
                 f"{name} must be a boolean array [b, t] = {x.shape[:2]}, got {flags.dtype}{flags.shape}"
             )
     (b, t, d), w = x.shape, weight.shape[0]
@@ -102,15 +103,15 @@ def _stretch(implementation: str | None, timed: tuple, whole: tuple) -> tuple[Ar
 
 def _check_arrays(x: Array, weight: Array, bias: Array | None, initial_state: Array | None) -> None:
     if x.ndim != 3:
-        raise ValueError(f"x must be an array [b, t, d], got {x.dtype}{x.shape}")
+        raise UserError(f"x must be an array [b, t, d], got {x.dtype}{x.shape}")
     b, _, d = x.shape
     if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != d:
-        raise ValueError(f"weight must be [w, d] with w >= 1 and d={d} as x {x.shape}, got {weight.shape}")
+        raise UserError(f"weight must be [w, d] with w >= 1 and d={d} as x {x.shape}, got {weight.shape}")
     if bias is not None and bias.shape != (d,):
-        raise ValueError(f"bias must be [d] = ({d},), got {bias.shape}")
+        raise UserError(f"bias must be [d] = ({d},), got {bias.shape}")
     state = (b, weight.shape[0] - 1, d)
     if initial_state is not None and initial_state.shape != state:
-        raise ValueError(f"initial_state must be [b, w-1, d] = {state}, got {initial_state.shape}")
+        raise UserError(f"initial_state must be [b, w-1, d] = {state}, got {initial_state.shape}")
     for name, array in (("x", x), ("weight", weight), ("bias", bias), ("initial_state", initial_state)):
         if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{name} must hold floating-point numbers, got {array.dtype}")
+            raise UserError(f"{name} must hold floating-point numbers, got {array.dtype}")

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
+from seqlab.checks import UserError
 from seqlab.kernels.dispatch import Named, Op
 
 _op = Op("decode_attention", __name__, ("reference", "xla", "pallas_tpu", "triton_gpu"))
@@ -76,7 +77,7 @@ def decode_attention(
     if softcap is not None and not (
         isinstance(softcap, numbers.Real) and not isinstance(softcap, bool) and 0 < softcap < math.inf
     ):
-        raise ValueError(f"softcap must be a number above 0 or None, got {softcap!r}")
+        raise UserError(f"softcap must be a number above 0 or None, got {softcap!r}")
     limits = {
         "softcap": None if softcap is None else float(softcap),
         "scale": q.shape[-1] ** -0.5 if scale is None else float(scale),
@@ -135,9 +136,9 @@ def bits_of(k: Coded, width: int) -> int:
 
 def _check(q: Array, k: Coded | Array, v: Coded | Array, visible: Array) -> None:
     if q.ndim != 3 or not jnp.issubdtype(q.dtype, jnp.floating):
-        raise ValueError(f"q must be a floating-point array [b, h, k], got {q.dtype}{q.shape}")
+        raise UserError(f"q must be a floating-point array [b, h, k], got {q.dtype}{q.shape}")
     if isinstance(k, Coded) != isinstance(v, Coded):
-        raise ValueError(
+        raise UserError(
             f"k and v must both be Coded or both arrays, got {type(k).__name__} and {type(v).__name__}"
         )
     (b, h, _), coded = q.shape, isinstance(k, Coded)
@@ -146,36 +147,36 @@ def _check(q: Array, k: Coded | Array, v: Coded | Array, visible: Array) -> None
             (x.words, "words, s", jnp.uint32, ".words") if coded else (x, f"s, {name}", jnp.floating, "")
         )
         if x.ndim != 4 or not jnp.issubdtype(x.dtype, kind) or x.shape[0] != b:
-            raise ValueError(
+            raise UserError(
                 f"{name}{suffix} must be an array [b, g, {axes}] of {kind.__name__} with b={b}, got "
                 f"{x.dtype}{x.shape}"
             )
     g = (k.words if coded else k).shape[1]
     if g == 0 or h % g:
-        raise ValueError(f"k must have a number of heads that divides the {h} heads of q, got g={g}")
+        raise UserError(f"k must have a number of heads that divides the {h} heads of q, got g={g}")
     (_check_codes if coded else _check_numbers)(q, k, v)
     s = k.words.shape[3] if coded else k.shape[2]
     if visible.shape != (b, s) or visible.dtype != bool:
-        raise ValueError(
+        raise UserError(
             f"visible must be a boolean array [b, s] = {(b, s)}, got {visible.dtype}{visible.shape}"
         )
 
 
 def _check_numbers(q: Array, k: Array, v: Array) -> None:
     if k.shape[3] != q.shape[2]:
-        raise ValueError(f"k must be [b, g, s, k] with the width k={q.shape[2]} of q, got {k.shape}")
+        raise UserError(f"k must be [b, g, s, k] with the width k={q.shape[2]} of q, got {k.shape}")
     if v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"v must begin with the axes of k, [b, g, s] = {k.shape[:3]}, got {v.shape}")
+        raise UserError(f"v must begin with the axes of k, [b, g, s] = {k.shape[:3]}, got {v.shape}")
 
 
 def _check_codes(q: Array, k: Coded, v: Coded) -> None:
     (b, _, width), (_, g, count, s) = q.shape, k.words.shape
     if v.words.shape[1] != g or v.words.shape[3] != s:
-        raise ValueError(
+        raise UserError(
             f"v.words must be [b, g, words, s] with g={g} and s={s} as k.words, got {v.words.shape}"
         )
     if 32 * count % width or 32 * count // width not in BITS:
-        raise ValueError(
+        raise UserError(
             f"k.words must hold {width} numbers of {', '.join(map(str, BITS))} bits, got {count} words of "
             "32 bits"
         )
@@ -192,4 +193,4 @@ def _check_codes(q: Array, k: Coded, v: Coded) -> None:
                 or divided % groups
                 or array.shape != x.scale.shape
             ):
-                raise ValueError(f"{name}.{part} must be {axes}, got {array.shape}")
+                raise UserError(f"{name}.{part} must be {axes}, got {array.shape}")

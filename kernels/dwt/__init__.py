@@ -7,6 +7,7 @@ default everywhere).
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from seqlab.checks import UserError
 from seqlab.kernels.dispatch import Op
 
 _op = Op("dwt", __name__, ("reference", "xla"))
@@ -40,11 +41,11 @@ def dwt(
     Source: the transform of pytorch_wavelets ("db1", mode "zero"), as WaveMix uses it (arXiv 2205.14375).
     """
     if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating) or 0 in x.shape[1:3]:
-        raise ValueError(
+        raise UserError(
             f"x must be a floating-point array [b, h, w, d] with h, w >= 1, got {x.dtype}{x.shape}"
         )
     if isinstance(levels, bool) or not isinstance(levels, int) or levels < 1:
-        raise ValueError(f"levels must be a positive integer, got {levels!r}")
+        raise UserError(f"levels must be a positive integer, got {levels!r}")
     bands = []
     for _ in range(levels):
         x, high = _op(_even(x), implementation=implementation)
@@ -77,7 +78,7 @@ def idwt(
     for j in reversed(range(len(bands))):
         high, size = bands[j], sizes[j]
         if high.shape != (*low.shape, 3) or tuple(-(-n // 2) for n in size) != low.shape[1:3]:
-            raise ValueError(
+            raise UserError(
                 f"bands[{j}] {high.shape} and the side {size} that it belongs to do not fit low {low.shape}"
             )
         low = _inverse(low, high, implementation=implementation)[:, : size[0], : size[1]]

@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from seqlab import sequence_parallel
+from seqlab.checks import UserError
 from seqlab.kernels.dispatch import Op, vary_alike
+from seqlab.parallel import sequence_parallel
 from seqlab.shapes import Steps, accumulator
 from seqlab.state import mask_steps
 
@@ -87,13 +88,13 @@ def linear_attention(
     _check_arrays(q, k, v, decay, beta, initial_state)
     for name, flags in (("reset", reset), ("valid", valid)):
         if flags is not None and (flags.shape != v.shape[:2] or flags.dtype != bool):
-            raise ValueError(
+            raise UserError(
                 f"{name} must be a boolean array [b, t] = {v.shape[:2]}, got {flags.dtype}{flags.shape}"
             )
     if chunk is not None and (
         isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1 or chunk & (chunk - 1)
     ):
-        raise ValueError(f"chunk must be a power of two or None, got {chunk!r}")
+        raise UserError(f"chunk must be a power of two or None, got {chunk!r}")
     (b, t, h, _), width = v.shape, k.shape[-1]
     dtype = accumulator(jnp.result_type(q, k, v))
     state = (
@@ -176,13 +177,13 @@ def _check_arrays(
 ) -> None:
     for name, x, axes in (("q", q, "b, t, g, k"), ("v", v, "b, t, h, v")):
         if x.ndim != 4 or 0 in (*x.shape[:1], *x.shape[2:]):
-            raise ValueError(
+            raise UserError(
                 f"{name} must be an array [{axes}] of one row, head and channel at least, got "
                 f"{x.dtype}{x.shape}"
             )
     (b, t, h, width), (g, keys) = v.shape, q.shape[2:]
     if h % g:
-        raise ValueError(f"v has {h} heads, which the {g} heads of q must divide")
+        raise UserError(f"v has {h} heads, which the {g} heads of q must divide")
     wanted = {
         "q": (q, {"b, t, g, k": (b, t, g, keys)}),
         "k": (k, {"b, t, g, k": (b, t, g, keys)}),
@@ -194,4 +195,4 @@ def _check_arrays(
     for name, (x, shapes) in wanted.items():
         if x is not None and (x.shape not in shapes.values() or not jnp.issubdtype(x.dtype, jnp.floating)):
             choices = " or ".join(f"[{axes}] = {shape}" for axes, shape in shapes.items())
-            raise ValueError(f"{name} must be a floating-point array {choices}, got {x.dtype}{x.shape}")
+            raise UserError(f"{name} must be a floating-point array {choices}, got {x.dtype}{x.shape}")

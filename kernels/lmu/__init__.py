@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from seqlab import sequence_parallel
+from seqlab.checks import UserError
 from seqlab.kernels.dispatch import Op, vary_alike
 from seqlab.kernels.lmu.legendre import delay_decoder, legendre
 from seqlab.kernels.lmu.xla import advance
+from seqlab.parallel import sequence_parallel
 from seqlab.shapes import Steps, accumulator
 
 __all__ = ["delay_decoder", "legendre", "lmu"]
@@ -69,11 +70,11 @@ def lmu(
     _check_arrays(u, A, B, initial_state)
     for name, flags in (("reset", reset), ("valid", valid)):
         if flags is not None and (flags.shape != u.shape[:2] or flags.dtype != bool):
-            raise ValueError(
+            raise UserError(
                 f"{name} must be a boolean array [b, t] = {u.shape[:2]}, got {flags.dtype}{flags.shape}"
             )
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
-        raise ValueError(f"chunk must be a positive integer or None, got {chunk!r}")
+        raise UserError(f"chunk must be a positive integer or None, got {chunk!r}")
     (b, t, q), d, dtype = u.shape, B.shape[0], accumulator(u.dtype)
     state = None if initial_state is None else initial_state.astype(dtype)
     if t == 0:
@@ -111,15 +112,15 @@ def _stretch(constants: tuple, options: dict, timed: tuple, whole: tuple) -> tup
 
 def _check_arrays(u: Array, A: Array, B: Array, initial_state: Array | None) -> None:
     if u.ndim != 3:
-        raise ValueError(f"u must be an array [b, t, q], got {u.dtype}{u.shape}")
+        raise UserError(f"u must be an array [b, t, q], got {u.dtype}{u.shape}")
     b, _, q = u.shape
     if A.ndim != 2 or A.shape[0] != A.shape[1] or A.shape[0] == 0:
-        raise ValueError(f"A must be a square matrix [d, d], got {A.shape}")
+        raise UserError(f"A must be a square matrix [d, d], got {A.shape}")
     d = A.shape[0]
     if B.shape != (d,):
-        raise ValueError(f"B must be [d] = ({d},) as A {A.shape}, got {B.shape}")
+        raise UserError(f"B must be [d] = ({d},) as A {A.shape}, got {B.shape}")
     if initial_state is not None and initial_state.shape != (b, q, d):
-        raise ValueError(f"initial_state must be [b, q, d] = {(b, q, d)}, got {initial_state.shape}")
+        raise UserError(f"initial_state must be [b, q, d] = {(b, q, d)}, got {initial_state.shape}")
     for name, array in (("u", u), ("A", A), ("B", B), ("initial_state", initial_state)):
         if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{name} must hold floating-point numbers, got {array.dtype}")
+            raise UserError(f"{name} must hold floating-point numbers, got {array.dtype}")

@@ -5,7 +5,7 @@ import functools
 
 import numpy as np
 
-from seqlab.kernels.dispatch import check_name
+from seqlab.checks import UserError, check_choice
 
 
 @functools.lru_cache(maxsize=64)
@@ -29,10 +29,10 @@ def legendre(order: int, theta: float, discretizer: str = "zoh") -> tuple[np.nda
     Source: Voelker, Kajić, Eliasmith, "Legendre Memory Units" (NeurIPS 2019), equations 1 and 2.
     """
     if isinstance(order, bool) or not isinstance(order, int) or order < 1:
-        raise ValueError(f"order must be a positive integer, got {order!r}")
+        raise UserError(f"order must be a positive integer, got {order!r}")
     if not theta > 0:
-        raise ValueError(f"theta must be a positive number of steps, got {theta!r}")
-    check_name(discretizer, ("zoh", "euler"), "discretizer")
+        raise UserError(f"theta must be a positive number of steps, got {theta!r}")
+    check_choice(discretizer, ("zoh", "euler"), "discretizer")
     i, j = np.arange(order)[:, None], np.arange(order)[None]
     rows = (2 * i + 1) / float(theta)
     A = rows * np.where(i < j, -1.0, (-1.0) ** (i - j + 1))
@@ -60,5 +60,5 @@ def delay_decoder(order: int, theta: float, delays: np.ndarray) -> np.ndarray:
     """
     delays = np.asarray(delays, np.float64)
     if delays.ndim != 1 or np.any(delays < 0) or np.any(delays > theta):
-        raise ValueError(f"delays must be a list of numbers between 0 and theta={theta}, got {delays}")
+        raise UserError(f"delays must be a list of numbers between 0 and theta={theta}, got {delays}")
     return np.polynomial.legendre.legvander(2 * delays / theta - 1, order - 1)

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from seqlab import sequence_parallel
+from seqlab.checks import UserError
 from seqlab.kernels.dispatch import Op, vary_alike
+from seqlab.parallel import sequence_parallel
 from seqlab.shapes import Steps, accumulator
 from seqlab.state import mask_steps
 
@@ -67,11 +68,11 @@ def scan(
     _check_arrays(u, delta, A, B, C, initial_state)
     for name, flags in (("reset", reset), ("valid", valid)):
         if flags is not None and (flags.shape != u.shape[:2] or flags.dtype != bool):
-            raise ValueError(
+            raise UserError(
                 f"{name} must be a boolean array [b, t] = {u.shape[:2]}, got {flags.dtype}{flags.shape}"
             )
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
-        raise ValueError(f"chunk must be a positive integer or None, got {chunk!r}")
+        raise UserError(f"chunk must be a positive integer or None, got {chunk!r}")
     dtype = accumulator(jnp.result_type(u, delta, A, B, C))
     state = jnp.zeros((u.shape[0], *A.shape), dtype) if initial_state is None else initial_state.astype(dtype)
     if u.shape[1] == 0:
@@ -106,10 +107,10 @@ def _stretch(options: dict, timed: tuple, whole: tuple) -> tuple[Array, Array]:
 
 def _check_arrays(u: Array, delta: Array, A: Array, B: Array, C: Array, initial_state: Array | None) -> None:
     if u.ndim != 3:
-        raise ValueError(f"u must be an array [b, t, e], got {u.dtype}{u.shape}")
+        raise UserError(f"u must be an array [b, t, e], got {u.dtype}{u.shape}")
     b, t, e = u.shape
     if A.ndim != 2 or A.shape[0] != e or A.shape[1] == 0:
-        raise ValueError(f"A must be [e, n] with e={e} as u {u.shape} and n > 0, got {A.shape}")
+        raise UserError(f"A must be [e, n] with e={e} as u {u.shape} and n > 0, got {A.shape}")
     n = A.shape[1]
     shapes = {
         "u": (b, t, e),
@@ -129,6 +130,6 @@ def _check_arrays(u: Array, delta: Array, A: Array, B: Array, C: Array, initial_
     }
     for (name, shape), x in zip(shapes.items(), (u, delta, A, B, C, initial_state), strict=True):
         if x is not None and (x.shape != shape or not jnp.issubdtype(x.dtype, jnp.floating)):
-            raise ValueError(
+            raise UserError(
                 f"{name} must be a floating-point array [{axes[name]}] = {shape}, got {x.dtype}{x.shape}"
             )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from seqlab import kernels
+from seqlab.checks import UserError
 from seqlab.shapes import Keys, Values
 from seqlab.state import Segments, Steps
 
@@ -150,9 +151,9 @@ def earlier(state: CacheState, steps: Int[Array, " b"]) -> Int[Array, " b"]:
     for jitted code."""
     length = state.length - jnp.asarray(steps, jnp.int32)
     if bool(jnp.any(length > state.length)):
-        raise ValueError(f"steps must be 0 or more, got {jnp.asarray(steps).tolist()}")
+        raise UserError(f"steps must be 0 or more, got {jnp.asarray(steps).tolist()}")
     if bool(jnp.any(length < 0)):
-        raise ValueError(
+        raise UserError(
             f"steps must not exceed the steps seen, {state.length.tolist()} by row, got "
             f"{jnp.asarray(steps).tolist()}"
         )

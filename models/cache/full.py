@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from seqlab import kernels
+from seqlab.checks import check_positive
 from seqlab.models.cache.common import (
     CacheState,
     Rotary,
@@ -22,7 +23,6 @@ from seqlab.models.cache.common import (
     stored_span,
     with_slots,
 )
-from seqlab.models.layers import positive
 from seqlab.shapes import Keys, LogSumExp, Queries, Steps, Values
 from seqlab.state import segments
 
@@ -44,7 +44,7 @@ class Full:
     exact = True
 
     def __post_init__(self):
-        positive("capacity", self.capacity)
+        check_positive("capacity", self.capacity)
 
     def __str__(self) -> str:
         return f"full({self.capacity})" + "+grows" * self.grows

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from seqlab.checks import UserError
 from seqlab.models.cache.common import Rotary, end
 from seqlab.models.cache.full import Full
 from seqlab.models.cache.window import Window
@@ -24,7 +25,7 @@ class Heads:
 
     def __post_init__(self):
         if not self.policies or sorted(set(self.of)) != list(range(len(self.policies))):
-            raise ValueError(
+            raise UserError(
                 f"of must name each of the {len(self.policies)} policies by its index, got {self.of}"
             )
 
@@ -48,7 +49,7 @@ class Heads:
         self, batch: int, kv_heads: int, width: int, dtype: jax.typing.DTypeLike
     ) -> tuple[Any, ...]:
         if kv_heads != len(self.of):
-            raise ValueError(
+            raise UserError(
                 f"of must have an entry for each of the {kv_heads} key/value heads, got {self.of}"
             )
         return tuple(
@@ -66,7 +67,7 @@ class Heads:
         rotary: Rotary,
     ) -> tuple[Float[Array, "b t h v"], LogSumExp, tuple[Any, ...] | None]:
         if k.shape[2] != len(self.of):
-            raise ValueError(
+            raise UserError(
                 f"of must have an entry for each of the {k.shape[2]} key/value heads, got {self.of}"
             )
         group, outs, lses, new, order = q.shape[2] // k.shape[2], [], [], [], []

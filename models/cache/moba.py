@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from seqlab import kernels
+from seqlab.checks import UserError, check_positive
 from seqlab.kernels.attention import merge
 from seqlab.models.cache.common import (
     NEVER,
@@ -25,7 +26,6 @@ from seqlab.models.cache.common import (
     store,
     with_slots,
 )
-from seqlab.models.layers import positive
 from seqlab.shapes import Keys, LogSumExp, Queries, Steps, Values, accumulator
 from seqlab.state import Segments, mask_steps, segments
 
@@ -76,19 +76,19 @@ class MoBA:
     exact = True
 
     def __post_init__(self):
-        positive("block", self.block)
-        positive("top_k", self.top_k)
+        check_positive("block", self.block)
+        check_positive("top_k", self.top_k)
         if (self.capacity is None) == (self.stored is None):
-            raise ValueError(
+            raise UserError(
                 f"give capacity or stored, the other one None, got capacity={self.capacity}, "
                 f"stored={self.stored}"
             )
         if self.stored is not None:
-            positive("stored", self.stored)
+            check_positive("stored", self.stored)
             if self.grows:
-                raise ValueError(f"grows changes nothing where the last stored={self.stored} blocks are kept")
-        elif positive("capacity", self.capacity) % self.block:
-            raise ValueError(f"capacity must be a multiple of block={self.block}, got {self.capacity}")
+                raise UserError(f"grows changes nothing where the last stored={self.stored} blocks are kept")
+        elif check_positive("capacity", self.capacity) % self.block:
+            raise UserError(f"capacity must be a multiple of block={self.block}, got {self.capacity}")
 
     def __str__(self) -> str:
         held = f"full({self.capacity})" if self.stored is None else f"window({self.span})"
@@ -188,7 +188,7 @@ class MoBA:
         if self.stored is not None:
             needed = jnp.maximum(length // self.block - self.stored + 1, 0) * self.block
             if bool(jnp.any(state.cache.length - self.span > needed)):
-                raise ValueError(
+                raise UserError(
                     f"steps={jnp.asarray(steps).tolist()} cannot be taken back: {self} has overwritten the "
                     "blocks before them"
                 )

@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from seqlab.checks import UserError, check_choice, check_positive
 from seqlab.kernels import decode_attention
 from seqlab.kernels.attention import merge
 from seqlab.kernels.decode_attention import BITS, Coded, keys_of, values_of, words_of
-from seqlab.kernels.dispatch import check_name
 from seqlab.models.cache.common import Rotary, earlier
 from seqlab.models.cache.quantize import Groups, decode, dequantize, encode, groups_of, quantize
-from seqlab.models.layers import positive
 from seqlab.shapes import Keys, LogSumExp, Queries, Steps, Values, accumulator
 from seqlab.state import Segments, segments
 
@@ -77,20 +76,20 @@ class Quantized:
 
     def __post_init__(self):
         if (self.capacity is None) == (self.window is None):
-            raise ValueError(
+            raise UserError(
                 f"give capacity or window, the other one None, got capacity={self.capacity}, "
                 f"window={self.window}"
             )
         for name in ("capacity", "window"):
             if getattr(self, name) is not None:
-                positive(name, getattr(self, name))
-        check_name(self.edge, ("step", "call"), "edge")
+                check_positive(name, getattr(self, name))
+        check_choice(self.edge, ("step", "call"), "edge")
         if self.bits not in BITS:
-            raise ValueError(f"bits must be one of {BITS}, got {self.bits!r}")
-        if positive("residual", self.residual) % positive("group", self.group):
-            raise ValueError(f"residual must be a multiple of group={self.group}, got {self.residual}")
+            raise UserError(f"bits must be one of {BITS}, got {self.bits!r}")
+        if check_positive("residual", self.residual) % check_positive("group", self.group):
+            raise UserError(f"residual must be a multiple of group={self.group}, got {self.residual}")
         if isinstance(self.sinks, bool) or not isinstance(self.sinks, int) or self.sinks < 0:
-            raise ValueError(f"sinks must be an integer of at least 0, got {self.sinks!r}")
+            raise UserError(f"sinks must be an integer of at least 0, got {self.sinks!r}")
 
     def __str__(self) -> str:
         held = f"full({self.capacity})" if self.window is None else f"window({self.window})"
@@ -116,7 +115,7 @@ class Quantized:
         self, batch: int, kv_heads: int, width: int, dtype: jax.typing.DTypeLike
     ) -> QuantizedState:
         if width % self.group or width * self.bits % 32:
-            raise ValueError(
+            raise UserError(
                 f"group must divide the {width} channels of a head, which must fill words of 32 bits, got "
                 f"{self.group}"
             )
@@ -168,7 +167,7 @@ class Quantized:
         the sinks none is."""
         length = earlier(state, steps)
         if bool(jnp.any((self._ends(state)[1] > 0) & (length < state.length)[:, None])):
-            raise ValueError(
+            raise UserError(
                 f"steps={jnp.asarray(steps).tolist()} cannot be taken back: {self} has coded the steps "
                 "before them"
             )

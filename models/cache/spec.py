@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from seqlab.kernels.dispatch import check_name
+from seqlab.checks import UserError, check_choice
 from seqlab.models.cache.full import Full
 from seqlab.models.cache.moba import MoBA
 from seqlab.models.cache.quantized import Quantized
@@ -34,11 +34,11 @@ def parse_cache(spec: str) -> Any:
     for text in filter(None, (part.strip() for part in spec.split("+"))):
         found = re.fullmatch(r"(\w+)(?:\((.*)\))?", text)
         if found is None:
-            raise ValueError(f"cache: {text!r} is not a term such as window(128); terms: {', '.join(_TERMS)}")
+            raise UserError(f"cache: {text!r} is not a term such as window(128); terms: {', '.join(_TERMS)}")
         name = found.group(1)
-        check_name(name, _TERMS, "cache term")
+        check_choice(name, _TERMS, "cache term")
         if name in terms:
-            raise ValueError(f"cache: {name} stands twice in {spec!r}")
+            raise UserError(f"cache: {name} stands twice in {spec!r}")
         terms[name] = _arguments(text, found.group(2))
     bits = [name for name in terms if name.startswith("int")]
     counts = {
@@ -50,7 +50,7 @@ def parse_cache(spec: str) -> Any:
     if bits:
         numbers, options = terms[bits[0]]
         if numbers or set(options) - {"group", "residual"}:
-            raise ValueError(
+            raise UserError(
                 f"cache: {bits[0]} takes group and residual, got {', '.join([*map(str, numbers), *options])}"
             )
         return Quantized(
@@ -68,22 +68,22 @@ def parse_cache(spec: str) -> Any:
 
 def _check_product(spec: str, terms: dict[str, Any], bits: list[str]) -> None:
     if ("full" in terms) == ("window" in terms):
-        raise ValueError(
+        raise UserError(
             f"cache: {spec!r} must hold one of full(n) and window(n): either every key stays or the last n do"
         )
     if "sinks" in terms and "full" in terms:
-        raise ValueError(f"cache: sinks add nothing in {spec!r}: a full cache keeps the first keys anyway")
+        raise UserError(f"cache: sinks add nothing in {spec!r}: a full cache keeps the first keys anyway")
     if len(bits) > 1:
-        raise ValueError(f"cache: {spec!r} asks for {' and '.join(bits)} at once")
+        raise UserError(f"cache: {spec!r} asks for {' and '.join(bits)} at once")
     if "in_place" in terms and bits:
-        raise ValueError(
+        raise UserError(
             f"cache: in_place and {bits[0]} do not go together: keys are coded as they are turned, at "
             "absolute positions"
         )
     if "in_place" in terms and "full" in terms:
-        raise ValueError(f"cache: in_place changes nothing in {spec!r}: nothing is ever dropped")
+        raise UserError(f"cache: in_place changes nothing in {spec!r}: nothing is ever dropped")
     if "grows" in terms and (bits or "window" in terms):
-        raise ValueError(
+        raise UserError(
             f"cache: grows and {bits[0] if bits else 'window'} do not go together: only caches full(n) of "
             "exact keys grow"
         )
@@ -93,17 +93,17 @@ def _check_product(spec: str, terms: dict[str, Any], bits: list[str]) -> None:
 
 def _check_blocks(spec: str, terms: dict[str, Any], bits: list[str]) -> None:
     if "sinks" in terms:
-        raise ValueError(
+        raise UserError(
             f"cache: sinks and moba do not go together in {spec!r}: what a query sees behind its own block, "
             "it chooses"
         )
     if bits:
-        raise ValueError(
+        raise UserError(
             f"cache: {bits[0]} and moba do not go together: blocks are read one by one, for each query "
             "others, and exactly"
         )
     if "in_place" in terms:
-        raise ValueError(
+        raise UserError(
             "cache: in_place and moba do not go together: the means of blocks are those of keys as they "
             "are turned once"
         )
@@ -115,7 +115,7 @@ def _blocks(
     if window is None:
         return MoBA(block, top_k, full, grows=grows)
     if block and window % block:
-        raise ValueError(
+        raise UserError(
             f"cache: window must hold whole blocks of moba({block}, {top_k}), got window({window})"
         )
     return MoBA(block, top_k, None, stored=window // max(block, 1))
@@ -126,7 +126,7 @@ def _arguments(term: str, text: str | None) -> tuple[list[int], dict[str, int]]:
     for part in filter(None, (part.strip() for part in (text or "").split(","))):
         found = re.fullmatch(r"(?:(\w+) *= *)?(\d+)", part)
         if found is None:
-            raise ValueError(f"cache: cannot read {part!r} in {term!r}: a number, or name=number")
+            raise UserError(f"cache: cannot read {part!r} in {term!r}: a number, or name=number")
         if found.group(1) is None:
             numbers.append(int(found.group(2)))
         else:
@@ -137,5 +137,5 @@ def _arguments(term: str, text: str | None) -> tuple[list[int], dict[str, int]]:
 def _numbers(name: str, term: tuple[list[int], dict[str, int]], form: str, count: int) -> list[int]:
     numbers, options = term
     if len(numbers) != count or options:
-        raise ValueError(f"cache: {name} takes {('one number', 'two numbers')[count - 1]}, {form}")
+        raise UserError(f"cache: {name} takes {('one number', 'two numbers')[count - 1]}, {form}")
     return numbers

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from seqlab.checks import UserError, check_choice, check_positive
 from seqlab.kernels.attention import merge
-from seqlab.kernels.dispatch import check_name
 from seqlab.models.cache.common import (
     NEVER,
     CacheState,
@@ -24,7 +24,6 @@ from seqlab.models.cache.common import (
     stored_span,
 )
 from seqlab.models.cache.full import parallel
-from seqlab.models.layers import positive
 from seqlab.shapes import Keys, LogSumExp, Queries, Steps, Values
 from seqlab.state import Segments, segments
 
@@ -56,11 +55,11 @@ class Window:
     edge: str = "step"
 
     def __post_init__(self):
-        positive("window", self.window)
+        check_positive("window", self.window)
         if self.sinks:
-            positive("sinks", self.sinks)
-        check_name(self.positions, ("absolute", "cache"), "positions")
-        check_name(self.edge, ("step", "call"), "edge")
+            check_positive("sinks", self.sinks)
+        check_choice(self.positions, ("absolute", "cache"), "positions")
+        check_choice(self.edge, ("step", "call"), "edge")
 
     @classmethod
     def published(cls, sinks: int, recent: int) -> "Window":
@@ -172,7 +171,7 @@ class Window:
         length = earlier(state, steps)
         needed = jnp.maximum(length - self.window + 1, self.sinks)
         if bool(jnp.any((state.length - self.window > needed) & (length > self.sinks))):
-            raise ValueError(
+            raise UserError(
                 f"steps={jnp.asarray(steps).tolist()} cannot be taken back: {self} has overwritten the keys "
                 "before them"
             )

@@ -6,8 +6,9 @@ from typing import ClassVar
 from flax import nnx
 from jaxtyping import Array, Float
 
+from seqlab.checks import check_positive
 from seqlab.models.images.parts import ConvTranspose, Map
-from seqlab.models.layers import Factory, Linear, positive
+from seqlab.models.layers import Factory, Linear
 from seqlab.models.model import check_dtype
 from seqlab.module import Module
 from seqlab.shapes import accumulator
@@ -56,7 +57,7 @@ class ImageToMap(Module):
         dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
-        self.outputs, self.dtype = positive("outputs", outputs), check_dtype(dtype)
+        self.outputs, self.dtype = check_positive("outputs", outputs), check_dtype(dtype)
         self.backbone = backbone(rngs=rngs)
         self.head = MapHead(self.backbone.widths[-1], outputs, widths=widths, rngs=rngs)
 

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from seqlab.kernels.dispatch import check_name
+from seqlab.checks import UserError, check_choice, check_positive
 from seqlab.models.backbone import Block
 from seqlab.models.images.mixers import IdentityMixing, ImageAttention, Pooling, RandomMixing, SepConv
 from seqlab.models.images.parts import Downsample, Map, MapNorm, StarReLU
-from seqlab.models.layers import MLP, Factory, LayerNorm, Linear, positive
+from seqlab.models.layers import MLP, Factory, LayerNorm, Linear
 from seqlab.models.model import check_dtype
 from seqlab.models.stochastic import Dropout
 from seqlab.module import Module
@@ -75,13 +75,13 @@ class ImageBackbone(Module):
         rngs: nnx.Rngs,
     ):
         if len(widths) != len(depths) or not widths:
-            raise ValueError(f"widths and depths must name the same stages, got {widths} and {depths}")
+            raise UserError(f"widths and depths must name the same stages, got {widths} and {depths}")
         self.widths, self.depths = tuple(widths), tuple(depths)
         ways = [stem] + [down] * (len(widths) - 1)
         self.downs = nnx.List(
             [way(a, b, rngs=rngs) for way, a, b in zip(ways, (inputs, *widths[:-1]), widths, strict=True)]
         )
-        self.stages, done, total = nnx.List(), 0, sum(positive("depths", depth) for depth in depths)
+        self.stages, done, total = nnx.List(), 0, sum(check_positive("depths", depth) for depth in depths)
         for i, (dim, depth) in enumerate(zip(widths, depths, strict=True)):
             mixed = _of_stage("mixers", mixers, i, len(widths))
             mixed = mixed if isinstance(mixed, tuple) else (mixed,)
@@ -117,7 +117,7 @@ def _of_stage(name: str, value: Any, i: int, stages: int) -> Any:
     if not isinstance(value, tuple | list):
         return value
     if len(value) != stages:
-        raise ValueError(f"{name} must be one value or one for each of {stages} stages, got {len(value)}")
+        raise UserError(f"{name} must be one value or one for each of {stages} stages, got {len(value)}")
     return tuple(value[i]) if isinstance(value[i], list) else value[i]
 
 
@@ -133,7 +133,7 @@ class Positions(Module):
 
     def __call__(self, x: Map) -> Map:
         if x.shape[1:] != self.weight.shape:
-            raise ValueError(
+            raise UserError(
                 f"x must be [b, h, w, d] with {self.weight.shape}, to which the embedding belongs, got "
                 f"{x.shape}"
             )
@@ -179,8 +179,12 @@ class ImageClassifier(Module):
         dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
-        check_name(normalise, ("map", "mean"), "normalise")
-        self.outputs, self.normalise, self.dtype = positive("outputs", outputs), normalise, check_dtype(dtype)
+        check_choice(normalise, ("map", "mean"), "normalise")
+        self.outputs, self.normalise, self.dtype = (
+            check_positive("outputs", outputs),
+            normalise,
+            check_dtype(dtype),
+        )
         self.backbone = backbone(rngs=rngs)
         width = self.backbone.widths[-1]
         self.norm = None if norm is None else norm(width, rngs=rngs)
@@ -260,7 +264,7 @@ def poolformer(size: str, outputs: int = 1000, *, rngs: nnx.Rngs, **changes: Any
 
     Published weights: convert(model, tensors, architecture="poolformer").
     """
-    check_name(size, tuple(POOLFORMERS), "size")
+    check_choice(size, tuple(POOLFORMERS), "size")
     widths, depths, drop_path, scale = POOLFORMERS[size]
     options = {
         "widths": widths,
@@ -279,7 +283,7 @@ def metaformer(name: str, outputs: int = 1000, *, rngs: nnx.Rngs, **changes: Any
     `changes` are arguments of `ImageBackbone` that shall differ, such as `drop_path`, 0 by default. Published
     weights: convert(model, tensors, architecture="metaformer").
     """
-    check_name(name, METAFORMERS, "name")
+    check_choice(name, METAFORMERS, "name")
     kind, _, size = name.partition("_")
     hybrid = kind in ("convformer", "caformer")
     widths, depths = (_HYBRIDS if hybrid else POOLFORMERS)[size][:2]

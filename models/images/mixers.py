@@ -10,16 +10,17 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from seqlab import kernels
+from seqlab.checks import UserError, check_positive
 from seqlab.models.images.parts import Conv, ImageMixer, Map, StarReLU
-from seqlab.models.layers import Linear, positive
+from seqlab.models.layers import Linear
 from seqlab.shapes import accumulator
 
 
 def mean_around(x: Map, size: int) -> Map:
     """The mean over the size × size places around each, of those only that the map has: at a corner of 3 × 3
     they are four."""
-    if positive("size", size) % 2 == 0:
-        raise ValueError(f"size must be odd, so that a window has a middle, got {size}")
+    if check_positive("size", size) % 2 == 0:
+        raise UserError(f"size must be odd, so that a window has a middle, got {size}")
     wide = x.astype(accumulator(x.dtype))
     for axis in (1, 2):
         length, reach = x.shape[axis], size // 2
@@ -48,7 +49,7 @@ class Pooling(ImageMixer):
     """
 
     def __init__(self, dim: int, *, size: int = 3, rngs: nnx.Rngs | None = None):
-        self.dim, self.size = dim, positive("size", size)
+        self.dim, self.size = dim, check_positive("size", size)
 
     def mix(self, x: Map) -> Map:
         return mean_around(x, self.size) - x
@@ -77,7 +78,7 @@ class RandomMixing(ImageMixer):
     torch_names: ClassVar = {"matrix": "random_matrix"}
 
     def __init__(self, dim: int, *, tokens: int = 196, rngs: nnx.Rngs):
-        self.dim, self.tokens = dim, positive("tokens", tokens)
+        self.dim, self.tokens = dim, check_positive("tokens", tokens)
         self.matrix = nnx.BatchStat(
             jax.nn.softmax(jax.random.uniform(rngs.params(), (tokens, tokens)), axis=-1)
         )
@@ -90,7 +91,7 @@ class SpatialLinear(ImageMixer):
     """A learnt linear map over places, shared by all channels; `tokens` as in `RandomMixing`."""
 
     def __init__(self, dim: int, *, tokens: int = 196, rngs: nnx.Rngs):
-        self.dim, self.tokens = dim, positive("tokens", tokens)
+        self.dim, self.tokens = dim, check_positive("tokens", tokens)
         self.fc = Linear(tokens, tokens, rngs=rngs)
 
     def mix(self, x: Map) -> Map:
@@ -100,7 +101,7 @@ class SpatialLinear(ImageMixer):
 def over_places(x: Map, matrix: Float[Array, "s s"], tokens: int) -> Map:
     """matrix x, where x is seen as [places, d]."""
     if x.shape[1] * x.shape[2] != tokens:
-        raise ValueError(
+        raise UserError(
             f"x must have tokens={tokens} places, to which the matrix belongs, got {x.shape[1]} x "
             f"{x.shape[2]}"
         )
@@ -116,7 +117,7 @@ class SepConv(ImageMixer):
     torch_names: ClassVar = {"up": "pwconv1", "act": "act1", "conv": "dwconv", "down": "pwconv2"}
 
     def __init__(self, dim: int, *, expand: int = 2, kernel: int = 7, rngs: nnx.Rngs):
-        inner = positive("expand", expand) * dim
+        inner = check_positive("expand", expand) * dim
         self.dim = dim
         self.up, self.act = Linear(dim, inner, rngs=rngs), StarReLU(rngs=rngs)
         self.conv = Conv(inner, inner, kernel, padding=kernel // 2, groups=inner, bias=False, rngs=rngs)
@@ -134,7 +135,11 @@ class ImageAttention(ImageMixer):
     """
 
     def __init__(self, dim: int, *, head_dim: int = 32, bias: bool = False, rngs: nnx.Rngs):
-        self.dim, self.heads, self.head_dim = dim, max(dim // positive("head_dim", head_dim), 1), head_dim
+        self.dim, self.heads, self.head_dim = (
+            dim,
+            max(dim // check_positive("head_dim", head_dim), 1),
+            head_dim,
+        )
         self.qkv = Linear(dim, 3 * self.heads * head_dim, rngs=rngs)
         self.proj = Linear(self.heads * head_dim, dim, bias=bias, rngs=rngs)
 

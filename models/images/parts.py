@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from seqlab.checks import UserError, check_positive
 from seqlab.models.batch_norm import BatchNorm
 from seqlab.models.images.convolution import Map, convolve, convolve_transposed, depthwise, grouped
-from seqlab.models.layers import Factory, positive
+from seqlab.models.layers import Factory
 from seqlab.module import Module
 from seqlab.shapes import Steps, accumulator
 from seqlab.state import State
@@ -38,7 +39,7 @@ class ImageMixer(Module):
     ) -> tuple[Map, None]:
         for name, value in (("state", state), ("reset", reset), ("valid", valid)):
             if value is not None:
-                raise ValueError(
+                raise UserError(
                     f"{name} must be None: {type(self).__name__} mixes the places of an image, which has no "
                     "time"
                 )
@@ -63,9 +64,12 @@ class Conv(Module):
         bias: bool = True,
         rngs: nnx.Rngs,
     ):
-        if positive("inputs", inputs) % positive("groups", groups) or positive("outputs", outputs) % groups:
-            raise ValueError(f"groups must divide inputs={inputs} and outputs={outputs}, got {groups}")
-        shape = (positive("kernel", kernel), kernel, inputs // groups, outputs)
+        if (
+            check_positive("inputs", inputs) % check_positive("groups", groups)
+            or check_positive("outputs", outputs) % groups
+        ):
+            raise UserError(f"groups must divide inputs={inputs} and outputs={outputs}, got {groups}")
+        shape = (check_positive("kernel", kernel), kernel, inputs // groups, outputs)
         bound = 1 / math.sqrt(math.prod(shape[:3]))
         self.weight = nnx.Param(jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound))
         self.bias = (
@@ -73,7 +77,7 @@ class Conv(Module):
             if bias
             else None
         )
-        self.stride, self.padding, self.groups = positive("stride", stride), padding, groups
+        self.stride, self.padding, self.groups = check_positive("stride", stride), padding, groups
 
     def __call__(self, x: Map) -> Float[Array, "b i j o"]:
         weight = self.weight[...].astype(x.dtype)
@@ -107,11 +111,16 @@ class ConvTranspose(Module):
     def __init__(
         self, inputs: int, outputs: int, kernel: int, *, stride: int, padding: int = 0, rngs: nnx.Rngs
     ):
-        shape = (positive("kernel", kernel), kernel, positive("inputs", inputs), positive("outputs", outputs))
+        shape = (
+            check_positive("kernel", kernel),
+            kernel,
+            check_positive("inputs", inputs),
+            check_positive("outputs", outputs),
+        )
         bound = 1 / math.sqrt(kernel * kernel * outputs)  # PyTorch's fan in of transposed weights
         self.weight = nnx.Param(jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound))
         self.bias = nnx.Param(jax.random.uniform(rngs.params(), (outputs,), minval=-bound, maxval=bound))
-        self.stride, self.padding = positive("stride", stride), padding
+        self.stride, self.padding = check_positive("stride", stride), padding
 
     def __call__(self, x: Map) -> Float[Array, "b i j o"]:
         y = convolve_transposed(x, self.weight[...].astype(x.dtype), self.stride, self.padding)
@@ -128,7 +137,7 @@ class MapNorm(Module):
     group (arXiv 1803.08494)."""
 
     def __init__(self, dim: int, *, eps: float = 1e-5, bias: bool = True, rngs: nnx.Rngs | None = None):
-        self.weight = nnx.Param(jnp.ones((positive("dim", dim),)))
+        self.weight = nnx.Param(jnp.ones((check_positive("dim", dim),)))
         self.bias = nnx.Param(jnp.zeros((dim,))) if bias else None
         self.eps = eps
 

@@ -14,11 +14,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from seqlab.kernels.dispatch import check_name
+from seqlab.checks import UserError, check_choice, check_positive
 from seqlab.models.images.metaformer import ImageClassifier
 from seqlab.models.images.parts import Conv, Downsample, ImageMixer, Map
-from seqlab.models.layers import Factory, LayerNorm, Linear, positive
-from seqlab.models.mambamixer import Direction, MambaMixerStack, SelectiveChannelMixer
+from seqlab.models.layers import Factory, LayerNorm, Linear
+from seqlab.models.state_space.mambamixer import Direction, MambaMixerStack, SelectiveChannelMixer
 from seqlab.module import Module
 
 partial = functools.partial
@@ -54,8 +54,8 @@ class FourScans(ImageMixer):
         norm: Factory | None = None,
         rngs: nnx.Rngs,
     ):
-        self.dim = positive("dim", dim)
-        inner = positive("expand", expand) * dim if inner is None else positive("inner", inner)
+        self.dim = check_positive("dim", dim)
+        inner = check_positive("expand", expand) * dim if inner is None else check_positive("inner", inner)
         options = {
             "dt_rank": -(-dim // 16) if dt_rank is None else dt_rank,
             "state_size": state_size,
@@ -135,7 +135,7 @@ class ViM2Backbone(Module):
         rngs: nnx.Rngs,
     ):
         if len(widths) != len(depths) or not widths:
-            raise ValueError(f"widths and depths must name the same stages, got {widths} and {depths}")
+            raise UserError(f"widths and depths must name the same stages, got {widths} and {depths}")
         self.widths, self.depths = tuple(widths), tuple(depths)
         stem = partial(Downsample, kernel=4, stride=4, padding=0) if stem is None else stem
         down = partial(Downsample, kernel=2, padding=0, before=LayerNorm) if down is None else down
@@ -171,7 +171,7 @@ VIM2S = {
 def vim2(size: str, outputs: int = 1000, *, rngs: nnx.Rngs, **changes: object) -> ImageClassifier:
     """ViM2 with the widths of the paper's "t", "s" or "b"; `changes` are arguments of `ViM2Backbone` that
     shall differ."""
-    check_name(size, tuple(VIM2S), "size")
+    check_choice(size, tuple(VIM2S), "size")
     widths, depths = VIM2S[size]
     backbone = partial(ViM2Backbone, **({"widths": widths, "depths": depths} | changes))
     return ImageClassifier(outputs, backbone, norm=None, rngs=rngs)

@@ -14,11 +14,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from seqlab import kernels
+from seqlab.checks import UserError, check_divides, check_positive
 from seqlab.models.batch_norm import BatchNorm
 from seqlab.models.images.metaformer import ImageBackbone, ImageClassifier
 from seqlab.models.images.parts import Conv, ConvTranspose, ImageMixer, Map, batch_normed
-from seqlab.models.layers import ACTIVATIONS, Factory, Identity, divisor, positive
-from seqlab.models.lmu import uniform_linear
+from seqlab.models.layers import ACTIVATIONS, Factory, Identity
+from seqlab.models.legendre.lmu import uniform_linear
 from seqlab.models.stochastic import Dropout
 from seqlab.module import Module
 
@@ -84,13 +85,13 @@ class WaveMixing(ImageMixer):
         dropout: float = 0.0,
         rngs: nnx.Rngs,
     ):
-        self.dim, self.levels = dim, positive("levels", levels)
-        hidden = dim if hidden is None else positive("hidden", hidden)
+        self.dim, self.levels = dim, check_positive("levels", levels)
+        hidden = dim if hidden is None else check_positive("hidden", hidden)
         self.reduction = uniform_linear(dim, _quarter(dim), rngs=rngs)
         for j in range(1, levels + 1):
             inputs, outputs = dim + (dim // 2 if j < levels else 0), dim if j == 1 else dim // 2
             part = FeedForward(
-                inputs, positive("expand", expand) * dim, hidden, outputs, dropout=dropout, rngs=rngs
+                inputs, check_positive("expand", expand) * dim, hidden, outputs, dropout=dropout, rngs=rngs
             )
             setattr(self, self._name(j), part)  # an attribute each: so the published names are ours
 
@@ -138,11 +139,11 @@ class ParallelWaveMixing(ImageMixer):
         dropout: float = 0.0,
         rngs: nnx.Rngs,
     ):
-        divisor("levels", levels, "dim", dim)
+        check_divides("levels", levels, "dim", dim)
         self.dim, self.levels = dim, levels
-        hidden = dim if hidden is None else positive("hidden", hidden)
+        hidden = dim if hidden is None else check_positive("hidden", hidden)
         self.reduction = uniform_linear(dim, _quarter(dim), rngs=rngs)
-        self.up = uniform_linear(dim, positive("expand", expand) * dim, rngs=rngs)
+        self.up = uniform_linear(dim, check_positive("expand", expand) * dim, rngs=rngs)
         self.dropout = Dropout(dropout, rngs=rngs) if dropout else None
         self.down = uniform_linear(expand * dim, hidden, rngs=rngs)
         for j in range(1, levels + 1):
@@ -194,8 +195,8 @@ class ShuffleWaveMixing(ImageMixer):
 
 
 def _quarter(dim: int) -> int:
-    if positive("dim", dim) % 4:
-        raise ValueError(f"dim must be a multiple of 4, the number of a transform's bands, got {dim}")
+    if check_positive("dim", dim) % 4:
+        raise UserError(f"dim must be a multiple of 4, the number of a transform's bands, got {dim}")
     return dim // 4
 
 

@@ -16,16 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqlab import __version__, report
+from seqlab import __version__
 from seqlab.bench import cases, peers, timing
 from seqlab.bench.cases import Case
+from seqlab.checks import UserError, check_choice
 from seqlab.kernels.blocks import device
-from seqlab.kernels.dispatch import check_name
+from seqlab.studies import report
 
 _ROUGH = 0.05  # a peer that differs by more computes something else
 
 
-class BenchError(ValueError):
+class BenchError(UserError):
     """Something that the user can put right."""
 
 
@@ -81,9 +82,9 @@ def plan(
     """
     chosen = cases.op_named(op)
     for name in implementations:
-        check_name(name, chosen.implementations, f"implementation of {op}")
+        check_choice(name, chosen.implementations, f"implementation of {op}")
     if dtype is not None:
-        check_name(dtype, ("float32", "bfloat16", "float16"), "dtype")
+        check_choice(dtype, ("float32", "bfloat16", "float16"), "dtype")
     if backward and op in cases.FORWARD_ONLY:
         raise BenchError(f"{op} has no gradient: leave out --backward")
     kinds = (False, True) if backward else (False,)

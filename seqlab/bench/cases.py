@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqlab import kernels
-from seqlab.kernels.dispatch import Op, check_name
+from seqlab.checks import UserError, check_choice
+from seqlab.kernels.dispatch import Op
 
 _UNIT = 2.0**-20  # float32: products are made of three in TF32 on GPUs, exponentials are the hardware's
 _BFLOAT16 = 2.0**-8  # of what is rounded to 8 bits
@@ -164,7 +165,7 @@ def _bytes(tree: Any) -> float:
 
 def op_named(name: str) -> Op:
     """The op of that name; raises ValueError with the nearest one."""
-    check_name(name, tuple(FACTS), "op")
+    check_choice(name, tuple(FACTS), "op")
     return importlib.import_module(f"seqlab.kernels.{name}")._op
 
 
@@ -210,7 +211,7 @@ def chosen_shapes(op: Op, words: list[str]) -> dict[str, Any]:
     there is no name)."""
     known, names = shapes(op), [word for word in words if "=" not in word]
     for name in names:
-        check_name(name, tuple(known), f"shape of {op.name}")
+        check_choice(name, tuple(known), f"shape of {op.name}")
     changes = [word.partition("=") for word in words if "=" in word]
     found = {name: known[name] for name in names} or (
         dict([next(iter(known.items()))]) if changes else default_shapes(op)
@@ -222,10 +223,10 @@ def chosen_shapes(op: Op, words: list[str]) -> dict[str, Any]:
 
 def _changed(op: Op, spec: Any, field: str, text: str) -> Any:
     kinds = typing.get_type_hints(type(spec))
-    check_name(field, tuple(kinds), f"field of a shape of {op.name}")
+    check_choice(field, tuple(kinds), f"field of a shape of {op.name}")
     value = _read(text, kinds[field])
     if value is _read:
-        raise ValueError(
+        raise UserError(
             f"--shape {field}: got {text!r}, expected {getattr(kinds[field], '__name__', kinds[field])}"
         )
     return (

@@ -2,10 +2,11 @@
 
 import pathlib
 
-from seqlab import bench, report
+from seqlab import bench
 from seqlab.bench import tune
 from seqlab.bench.cases import Case
 from seqlab.kernels.blocks import WIDEST
+from seqlab.studies import report
 
 
 def show(planned: bench.Plan, rounds: int, file: pathlib.Path | None) -> int:

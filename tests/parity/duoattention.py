@@ -4,12 +4,12 @@ import jax
 import numpy as np
 
 from parity import in_order, streamingllm
+from seqlab.interop.convert import convert
 from seqlab.kernels.attention.reference import visible
 from seqlab.models import Full
 from seqlab.models.attention import with_cache
 from seqlab.models.cache import duo
 from seqlab.models.duo import duo_loss, two_streams
-from seqlab.weights import convert
 
 
 def check(case):

@@ -5,11 +5,11 @@ import numpy as np
 from flax import nnx
 
 from parity import Tolerance
+from seqlab.interop.convert import convert
 from seqlab.kernels.decode_attention import codes_of
 from seqlab.models import Attention
 from seqlab.models.cache import Quantized
 from seqlab.models.cache.quantize import Groups, decode, dequantize, encode, groups_of, quantize
-from seqlab.weights import convert
 
 
 def check(case):

@@ -9,8 +9,8 @@ import numpy as np
 from flax import nnx
 
 from seqlab import models
+from seqlab.interop.convert import convert, published_names
 from seqlab.kernels import linear_attention
-from seqlab.weights import convert, published_names
 
 
 def check(case):

@@ -7,11 +7,11 @@ import numpy as np
 from flax import nnx
 
 from seqlab import kernels
+from seqlab.interop.convert import convert
 from seqlab.kernels.lmu import legendre
 from seqlab.kernels.lmu.xla import impulse_response
 from seqlab.models import LMU, LMUFormer, RecurrentLMU
-from seqlab.models.spiking import lif
-from seqlab.weights import convert
+from seqlab.models.legendre.spiking import lif
 
 
 def check(case):

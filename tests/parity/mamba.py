@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from seqlab.interop.convert import convert
 from seqlab.kernels import scan
 from seqlab.models import LanguageModel, Mamba, RMSNorm
-from seqlab.weights import convert
 
 
 def check(case):

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from parity import mamba
+from seqlab.interop.convert import convert
 from seqlab.kernels import linear_attention
 from seqlab.models import Mamba2
-from seqlab.weights import convert
 
 
 def check(case):

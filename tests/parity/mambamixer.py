@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from seqlab.interop.convert import convert
 from seqlab.kernels import scan
 from seqlab.models import TSM2, LayerNorm, MambaMixerStack, SelectiveChannelMixer, SelectiveMixer
 from seqlab.models.images import FourScans, scan_orders
-from seqlab.weights import convert
 
 # of one direction: ours, theirs
 PARTS = {

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from seqlab.interop.convert import convert
 from seqlab.models import MLP, Block
 from seqlab.models.images import (
     ImageAttention,
@@ -22,7 +23,6 @@ from seqlab.models.images import (
     SepConv,
 )
 from seqlab.models.images import baseline as build_baseline
-from seqlab.weights import convert
 
 partial = functools.partial
 

@@ -10,7 +10,7 @@ import numpy as np
 from seqlab import kernels
 from seqlab.kernels.attention import merge
 from seqlab.kernels.attention.ring import permutation, use_layout
-from seqlab.sharding import compiler_options, make_mesh
+from seqlab.parallel.sharding import compiler_options, make_mesh
 
 
 def check(case):

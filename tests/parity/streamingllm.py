@@ -9,10 +9,10 @@ import numpy as np
 from flax import nnx
 
 from parity import in_order
+from seqlab.interop.convert import convert
 from seqlab.models import Attention, LanguageModel, LayerNorm, RMSNorm, SwiGLU, Window
 from seqlab.models.layers import MLP
 from seqlab.models.video_positions import video_positions
-from seqlab.weights import convert
 
 
 def check(case):

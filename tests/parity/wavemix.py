@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from seqlab.interop.convert import convert
 from seqlab.kernels.dwt import dwt, idwt
 from seqlab.models.images import (
     ImageToMap,
@@ -19,7 +20,6 @@ from seqlab.models.images import (
     wave_backbone,
     wavemix,
 )
-from seqlab.weights import convert
 
 partial = functools.partial
 

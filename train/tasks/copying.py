@@ -10,7 +10,8 @@ import dataclasses
 import numpy as np
 from jaxtyping import Int
 
-from seqlab.train.tasks.examples import VALIDATION, Examples, Symbols, answers_at_the_end, at_least, numbers
+from seqlab.checks import check_at_least
+from seqlab.train.tasks.examples import VALIDATION, Examples, Symbols, answers_at_the_end, numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +33,11 @@ class Copying:
     held_out: int = 1000
 
     def __post_init__(self) -> None:
-        at_least("data", self.data, 1)
-        at_least("length", self.length, 2 * self.data, f"2 * data, data={self.data}")
-        at_least("alphabet", self.alphabet, 3, "noise, marker and one token of data")
+        check_at_least("data", self.data, 1)
+        check_at_least("length", self.length, 2 * self.data, f"2 * data, data={self.data}")
+        check_at_least("alphabet", self.alphabet, 3, "noise, marker and one token of data")
         for name in ("examples", "held_out"):
-            at_least(name, getattr(self, name), 1)
+            check_at_least(name, getattr(self, name), 1)
 
     @property
     def tokenizer(self) -> Symbols:

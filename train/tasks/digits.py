@@ -6,7 +6,8 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Int
 
-from seqlab.train.tasks.examples import Examples, answers_at_the_end, at_least
+from seqlab.checks import UserError, check_at_least
+from seqlab.train.tasks.examples import Examples, answers_at_the_end
 
 _SPLIT = 0  # the seed of what is held out
 
@@ -27,9 +28,9 @@ class Digits:
     length, tokenizer = 64, None  # of what is no field: numbers are no symbols
 
     def __post_init__(self) -> None:
-        at_least("held_out", self.held_out, 1)
+        check_at_least("held_out", self.held_out, 1)
         if self.held_out > 1500:
-            raise ValueError(
+            raise UserError(
                 f"held_out must leave some of the 1797 images to train on (1500 at most), got {self.held_out}"
             )
 

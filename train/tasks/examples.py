@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from jaxtyping import Int, Num
 
+from seqlab.checks import UserError
 from seqlab.train.packing import Item
 
 IGNORE = -100  # the label of a step that is not scored: the published generators' own sign
@@ -25,7 +26,7 @@ class Examples:
 
     def __init__(self, inputs: Num[np.ndarray, "n t *c"], labels: Int[np.ndarray, "n t"]) -> None:
         if inputs.shape[:2] != labels.shape:
-            raise ValueError(
+            raise UserError(
                 f"labels must have the shape {inputs.shape[:2]} of the inputs, got {labels.shape}"
             )
         self.inputs, self.labels = _compact(inputs), _compact(labels)
@@ -87,7 +88,7 @@ class Symbols:
         words = (text.decode() if isinstance(text, bytes) else text).split()
         unknown = [word for word in words if word not in self._ids]
         if unknown:
-            raise ValueError(
+            raise UserError(
                 f"{unknown[0]!r} is no token of this task; its {self.vocab_size} tokens are "
                 f"{' '.join(self.names[:20])} ..."
             )
@@ -104,7 +105,7 @@ class Symbols:
     def push(self, token: int) -> str:
         """The name of `token` and a blank."""
         if not 0 <= int(token) < self.vocab_size:
-            raise ValueError(f"token: got {int(token)}, expected 0 to {self.vocab_size - 1}")
+            raise UserError(f"token: got {int(token)}, expected 0 to {self.vocab_size - 1}")
         return f"{self.names[int(token)]} "
 
     def finish(self) -> str:
@@ -115,11 +116,3 @@ class Symbols:
 def numbers(vocab_size: int) -> Symbols:
     """Tokens that are called by their number."""
     return Symbols([str(i) for i in range(vocab_size)])
-
-
-def at_least(name: str, value: int, least: int, why: str = "") -> None:
-    """Refuse what is not an integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(
-            f"{name} must be an integer of at least {least}{f' ({why})' if why else ''}, got {value!r}"
-        )

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from seqlab.train.tasks.examples import IGNORE, VALIDATION, Examples, Symbols, at_least
+from seqlab.checks import UserError, check_at_least
+from seqlab.train.tasks.examples import IGNORE, VALIDATION, Examples, Symbols
 
 PAD, CLOSE = 0, 15
 OPERATORS = ("[MIN", "[MAX", "[MED", "[SM")
@@ -39,12 +40,12 @@ class ListOps:
     held_out: int = 1000
 
     def __post_init__(self) -> None:
-        at_least("arguments", self.arguments, 2)
-        at_least("depth", self.depth, 2)
-        at_least("shortest", self.shortest, 0)
-        at_least("length", self.length, self.shortest + 2, f"shortest={self.shortest}")
+        check_at_least("arguments", self.arguments, 2)
+        check_at_least("depth", self.depth, 2)
+        check_at_least("shortest", self.shortest, 0)
+        check_at_least("length", self.length, self.shortest + 2, f"shortest={self.shortest}")
         for name in ("examples", "held_out"):
-            at_least(name, getattr(self, name), 1)
+            check_at_least(name, getattr(self, name), 1)
 
     @property
     def tokenizer(self) -> Symbols:
@@ -93,7 +94,7 @@ def listops(
             seen.add(tree)
             last = 0
             yield tree
-    raise ValueError(
+    raise UserError(
         f"examples: hardly any new expression of {shortest + 1} to {longest - 1} tokens (depth={depth}, "
         f"arguments={arguments}) after "
         f"{len(seen) - len(known)} of them; ask for fewer, or for larger ones"
@@ -136,9 +137,9 @@ def evaluate(tokens: Sequence[int]) -> int:
         elif 10 < token < CLOSE:
             stack.append((TOKENS[token], []))
         elif token != PAD:
-            raise ValueError(f"tokens: got {token} at place {place}, which ends nothing and begins nothing")
+            raise UserError(f"tokens: got {token} at place {place}, which ends nothing and begins nothing")
     if len(stack) > 1 or len(stack[0][1]) != 1:
-        raise ValueError(
+        raise UserError(
             f"tokens: got {len(stack[0][1])} values and {len(stack) - 1} open lists, expected one expression"
         )
     return stack[0][1][0]
@@ -155,4 +156,4 @@ def bracketed(tokens: Sequence[int]) -> str:
         if not stack:
             return part
         stack[-1] = f"( {stack[-1]} {part} )"
-    raise ValueError("tokens: expected one whole expression")
+    raise UserError("tokens: expected one whole expression")

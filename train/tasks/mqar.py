@@ -6,7 +6,8 @@ import dataclasses
 import numpy as np
 from jaxtyping import Int
 
-from seqlab.train.tasks.examples import IGNORE, VALIDATION, Examples, Symbols, at_least, numbers
+from seqlab.checks import UserError, check_at_least
+from seqlab.train.tasks.examples import IGNORE, VALIDATION, Examples, Symbols, numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,20 +32,20 @@ class MQAR:
     held_out: int = 1000
 
     def __post_init__(self) -> None:
-        at_least("pairs", self.pairs, 1)
-        at_least("length", self.length, 4 * self.pairs, f"4 * pairs, pairs={self.pairs}")
-        at_least(
+        check_at_least("pairs", self.pairs, 1)
+        check_at_least("length", self.length, 4 * self.pairs, f"4 * pairs, pairs={self.pairs}")
+        check_at_least(
             "vocab_size",
             self.vocab_size,
             2 * self.pairs + 2,
             f"pairs={self.pairs} keys are drawn from half of it",
         )
         if self.length % 2:
-            raise ValueError(f"length must be even, got {self.length}")
+            raise UserError(f"length must be even, got {self.length}")
         if not self.power > 0:
-            raise ValueError(f"power must be positive, got {self.power!r}")
+            raise UserError(f"power must be positive, got {self.power!r}")
         for name in ("examples", "held_out"):
-            at_least(name, getattr(self, name), 1)
+            check_at_least(name, getattr(self, name), 1)
 
     @property
     def tokenizer(self) -> Symbols:

@@ -14,9 +14,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from seqlab.tokens import ByteTokenizer, Tokenizer
+from seqlab.checks import UserError, check_at_least
+from seqlab.tokenizers import ByteTokenizer, Tokenizer
 from seqlab.train.data import FileSource
-from seqlab.train.tasks.examples import IGNORE, VALIDATION, Examples, at_least
+from seqlab.train.tasks.examples import IGNORE, VALIDATION, Examples
 
 OPEN, CLOSE = b"<>"
 NAMES = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -58,17 +59,17 @@ def quiz(
     Raises:
       ValueError: a haystack too short for its keys, more keys than names, or a depth outside 0..1.
     """
-    at_least("keys", keys, 1)
-    at_least("digits", digits, 1)
+    check_at_least("keys", keys, 1)
+    check_at_least("digits", digits, 1)
     needle = digits + FRAME
     room = haystacks.shape[1] - 1 - keys * needle
     if room < 0:
-        raise ValueError(
+        raise UserError(
             f"haystacks must have at least {1 + keys * needle} bytes for keys={keys} of {needle} bytes, got "
             f"{haystacks.shape[1]}"
         )
     if depth is not None and not 0 <= depth <= 1:
-        raise ValueError(f"depth must be from 0 to 1, or None, got {depth}")
+        raise UserError(f"depth must be from 0 to 1, or None, got {depth}")
     contexts, questions, answers = [], [], []
     for hay in haystacks.astype(np.uint8):
         names = _names(rng, hay.tobytes(), keys)
@@ -110,13 +111,13 @@ class Passkeys:
 
     def __post_init__(self) -> None:
         for name in ("digits", "examples", "held_out"):
-            at_least(name, getattr(self, name), 1)
+            check_at_least(name, getattr(self, name), 1)
         if not self._keys:
-            raise ValueError("keys must be a number, or several, got ()")
+            raise UserError("keys must be a number, or several, got ()")
         for keys in self._keys:
-            at_least("keys", keys, 1)
+            check_at_least("keys", keys, 1)
         turns = max(self._keys) * (self.digits + FRAME)
-        at_least(
+        check_at_least(
             "length",
             self.length,
             2 * turns,
@@ -196,7 +197,7 @@ def _names(rng: np.random.Generator, hay: bytes, count: int) -> list[int]:
     """Different names that the haystack does not ask for itself."""
     free = [name for name in NAMES if bytes([OPEN, name]) not in hay]
     if count > len(free):
-        raise ValueError(f"keys must not exceed the {len(free)} names that the text leaves, got {count}")
+        raise UserError(f"keys must not exceed the {len(free)} names that the text leaves, got {count}")
     return [free[i] for i in rng.permutation(len(free))[:count]]
 
 

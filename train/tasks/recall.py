@@ -12,7 +12,8 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Int
 
-from seqlab.train.tasks.examples import IGNORE, VALIDATION, Examples, Symbols, at_least
+from seqlab.checks import UserError, check_at_least
+from seqlab.train.tasks.examples import IGNORE, VALIDATION, Examples, Symbols
 
 DOT, SIGN = ".", "=>"
 
@@ -25,10 +26,10 @@ class _Recall:
     held_out: int = 500
 
     def __post_init__(self) -> None:
-        at_least("vocab_size", self.vocab_size, 6, "two of them are signs")
-        at_least("length", self.length, 4)
+        check_at_least("vocab_size", self.vocab_size, 6, "two of them are signs")
+        check_at_least("length", self.length, 4)
         for name in ("examples", "held_out"):
-            at_least(name, getattr(self, name), 1)
+            check_at_least(name, getattr(self, name), 1)
 
     @property
     def tokenizer(self) -> Symbols:
@@ -59,9 +60,9 @@ class Induction(_Recall):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("copied", self.copied, 1)
-        at_least("triggers", self.triggers, 1)
-        at_least("length", self.length, 2 * self.copied + 2, f"2 * copied + 2, copied={self.copied}")
+        check_at_least("copied", self.copied, 1)
+        check_at_least("triggers", self.triggers, 1)
+        check_at_least("length", self.length, 2 * self.copied + 2, f"2 * copied + 2, copied={self.copied}")
 
     def train(self, seed: int) -> Examples:
         return self._examples(self.examples, seed % VALIDATION, everywhere=self.everywhere)
@@ -95,10 +96,10 @@ class AssociativeRecall(_Recall):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("keys", self.keys, 1)
-        at_least("length", self.length, 2 * (self.keys + 1), f"2 * (keys + 1), keys={self.keys}")
+        check_at_least("keys", self.keys, 1)
+        check_at_least("length", self.length, 2 * (self.keys + 1), f"2 * (keys + 1), keys={self.keys}")
         if self.length % (self.keys + 1):
-            raise ValueError(f"length must be a multiple of keys + 1 = {self.keys + 1}, got {self.length}")
+            raise UserError(f"length must be a multiple of keys + 1 = {self.keys + 1}, got {self.length}")
 
     def _examples(self, count: int, seed: int) -> Examples:
         rng = np.random.default_rng(seed)
@@ -198,6 +199,6 @@ def distinct(draw: Callable[[int], Int[np.ndarray, "n t"]], count: int) -> Int[n
         in_vain = 0 if len(found) > before else in_vain + missing
         if in_vain >= 10_000:
             break
-    raise ValueError(
+    raise UserError(
         f"examples: only {len(found)} different ones were found of {count}; ask for fewer, or for longer ones"
     )

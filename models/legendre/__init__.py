@@ -1,0 +1,1 @@
+"""Legendre memories: the LMU, the LMUFormer and its spiking form."""

@@ -1,0 +1,1 @@
+"""Selective state spaces: Mamba, Mamba-2, MambaMixer and TSM2."""

@@ -1,0 +1,133 @@
+"""Mamba-2: the state-space model whose decay is one number a head, so that its scan is linear attention
+(arXiv 2405.21060)."""
+
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float
+
+from seqlab import kernels
+from seqlab.checks import UserError, check_divides, check_positive
+from seqlab.models.layers import Linear, ShortConv, step_size_bias
+from seqlab.module import Module
+from seqlab.shapes import Activations, Steps, accumulator
+from seqlab.state import State, mask_steps
+
+
+class Mamba2State(NamedTuple):
+    """`conv` [b, w-1, e + 2 g n]: the last inputs of the convolution; `ssm` [b, h, n, p]: the recurrent
+    state, float32."""
+
+    conv: Float[Array, "b w-1 d"]
+    ssm: Float[Array, "b h n p"]
+
+
+class GatedRMSNorm(Module):
+    """RMS norm of y * silu(z), gate first, over `groups` equal parts of the channels by themselves."""
+
+    def __init__(self, dim: int, groups: int = 1, *, eps: float = 1e-5, rngs: nnx.Rngs | None = None):
+        self.weight = nnx.Param(jnp.ones((check_positive("dim", dim),)))
+        self.groups, self.eps = check_divides("groups", groups, "dim", dim), eps
+
+    def __call__(self, y: Float[Array, "b t e"], z: Float[Array, "b t e"]) -> Float[Array, "b t e"]:
+        wide = accumulator(y.dtype)
+        gated = rearrange(y.astype(wide) * jax.nn.silu(z.astype(wide)), "b t (g e) -> b t g e", g=self.groups)
+        normed = gated * jax.lax.rsqrt(jnp.mean(jnp.square(gated), axis=-1, keepdims=True) + self.eps)
+        return (rearrange(normed, "b t g e -> b t (g e)") * self.weight[...].astype(wide)).astype(y.dtype)
+
+
+class Mamba2(Module):
+    """The SSD mixer. Symbols of the paper: E = expand * d inner channels in H heads of P, G groups that share
+    B and C, N = state_size.
+
+        z, xBC, dt = in_proj(u);  x, B, C = silu(conv(xBC));  Δ = clip(softplus(dt + dt_bias), *dt_limit)
+        S_t = exp(-Δ_t exp(A_log)) S_{t-1} + B_t (Δ_t x_t)ᵀ;  y_t = S_tᵀ C_t + D x_t;  out_proj(norm(y *
+        silu(z)))
+
+    The limits of the step size hold for a single step as for a chunk (the published step forgets them).
+
+    Args:
+      head_dim: P, which must divide E.
+      groups: G, which must divide the number of heads; the norm works on G parts of the channels.
+      dt_limit: the least and the greatest step size.
+
+    Pitfalls:
+      The gate comes before the norm and the norm works on `groups` parts of the channels: only models with
+      several groups show the mistake. Heads share B and C in a row (head // (heads / groups)), not in turn.
+    """
+
+    causal, lookahead, exact = True, 0, True
+    torch_names: ClassVar = {"conv": "conv1d"}
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        expand: int = 2,
+        head_dim: int = 64,
+        state_size: int = 128,
+        groups: int = 1,
+        conv_width: int = 4,
+        dt_limit: tuple[float, float] = (0.0, float("inf")),
+        conv_bias: bool = True,
+        bias: bool = False,
+        norm_eps: float = 1e-5,
+        out_scale: float = 1.0,
+        rngs: nnx.Rngs,
+    ):
+        self.dim, self.inner, self.state_size = (
+            dim,
+            check_positive("expand", expand) * dim,
+            check_positive("state_size", state_size),
+        )
+        if self.inner % check_positive("head_dim", head_dim):
+            raise UserError(f"head_dim must divide expand * dim = {self.inner}, got {head_dim}")
+        low, high = dt_limit
+        if not 0 <= low < high:
+            raise UserError(f"dt_limit must be two numbers with 0 <= least < greatest, got {dt_limit}")
+        self.heads, self.groups = (
+            self.inner // head_dim,
+            check_divides("groups", groups, "heads", self.inner // head_dim),
+        )
+        self.dt_limit = (float(low), float(high))
+        mixed = self.inner + 2 * groups * state_size
+        self.splits = (self.inner, self.inner + mixed)
+        self.in_proj = Linear(dim, self.inner + mixed + self.heads, bias=bias, rngs=rngs)  # z | x B C | dt
+        self.conv = ShortConv(mixed, width=conv_width, bias=conv_bias, rngs=rngs)
+        self.dt_bias = nnx.Param(step_size_bias(rngs.params(), self.heads))
+        self.A_log = nnx.Param(
+            jnp.log(jax.random.uniform(rngs.params(), (self.heads,), minval=1.0, maxval=16.0))
+        )
+        self.D = nnx.Param(jnp.ones((self.heads,)))
+        self.norm = GatedRMSNorm(self.inner, groups, eps=norm_eps)
+        self.out_proj = Linear(self.inner, dim, bias=bias, scale=out_scale, rngs=rngs)
+
+    def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Mamba2State:
+        ssm = jnp.zeros((batch, self.heads, self.state_size, self.inner // self.heads), accumulator(dtype))
+        return Mamba2State(self.conv.init_state(batch, dtype), ssm)
+
+    def __call__(
+        self,
+        x: Activations,
+        state: State | None = None,
+        reset: Steps | None = None,
+        valid: Steps | None = None,
+    ):
+        conv, ssm = (None, None) if state is None else state
+        z, mixed, dt = jnp.split(self.in_proj(mask_steps(x, valid)), self.splits, axis=-1)
+        mixed, conv = self.conv(mixed, conv, reset, valid)
+        values, B, C = jnp.split(mixed, [self.inner, self.inner + self.groups * self.state_size], axis=-1)
+        values = rearrange(values, "b t (h p) -> b t h p", h=self.heads)
+        B, C = (rearrange(y, "b t (g n) -> b t g n", g=self.groups) for y in (B, C))
+        wide = accumulator(x.dtype)  # step sizes and decays in float32 whatever the activations are
+        delta = jnp.clip(jax.nn.softplus(dt.astype(wide) + self.dt_bias[...].astype(wide)), *self.dt_limit)
+        decay = -jnp.exp(self.A_log[...].astype(wide)) * delta
+        written = (delta[..., None] * values).astype(x.dtype)
+        y, ssm = kernels.linear_attention(
+            C, B, written, decay=decay, scale=1.0, initial_state=ssm, reset=reset, valid=valid
+        )
+        y = rearrange(y + self.D[...].astype(x.dtype)[:, None] * values, "b t h p -> b t (h p)")
+        return self.out_proj(self.norm(y, z)), (None if state is None else Mamba2State(conv, ssm))

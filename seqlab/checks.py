@@ -1,0 +1,47 @@
+"""Checks of arguments. Every refusal names the argument, the value, what was expected and, of names, the nearest."""
+
+import difflib
+import numbers
+from collections.abc import Iterable, Sequence
+
+
+class UserError(ValueError):
+    """What a user can put right: the message says what and how. The command line prints it in one line, exit code 2."""
+
+
+def check_choice(value: str, valid: Sequence[str], what: str) -> None:
+    """Refuse a name that is not among `valid`, naming the nearest."""
+    if value not in valid:
+        near = difflib.get_close_matches(str(value), valid, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"{what}: got {value!r}, expected one of {', '.join(map(repr, valid))}{hint}")
+
+
+def check_positive(name: str, value: int) -> int:
+    """`value` as an int, refused unless it is a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise UserError(f"{name} must be a positive integer, got {value!r}")
+    return int(value)
+
+
+def check_divides(name: str, value: int | None, whole_name: str, whole: int) -> int:
+    """`value`, or `whole` for None; refused unless it divides `whole`."""
+    if value is None:
+        return whole
+    if whole % check_positive(name, value):
+        raise UserError(f"{name} must divide {whole_name}={whole}, got {value}")
+    return int(value)
+
+
+def check_at_least(name: str, value: int, least: int, why: str = "") -> None:
+    """Refuse what is not an integer of at least `least`; `why` says where that bound comes from."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+        reason = f" ({why})" if why else ""
+        raise UserError(f"{name} must be an integer of at least {least}{reason}, got {value!r}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error message: the nearest known name, if one is near, and all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return (f"; did you mean {near[0]!r}?" if near else ".") + f" Valid: {', '.join(known) or 'none'}"

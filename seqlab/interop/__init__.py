@@ -1,0 +1,1 @@
+"""Weights and models in and out: published folders, names of weights, exported bundles."""

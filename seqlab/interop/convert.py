@@ -1,0 +1,293 @@
+"""Weights under their published names: `convert(model, tensors)` puts a PyTorch state dict into a model,
+`published(model)` gives one.
+
+A module says what its parts are called elsewhere, in attributes that only need to name what differs:
+
+    torch_names: dict[str, str | tuple[str, ...] | list[str]]   our attribute -> the published one ("" = at
+      this level, a tuple = joined
+                                                    outputs, a list = a name for each item of ours)
+    torch_layout: dict[str, str]                    our parameter -> the layout that PyTorch keeps it in, a
+      key of LAYOUTS
+    torch_sizes: dict[str, tuple[int, ...]]         (of the object) our attribute -> outputs of each joined
+      map, where they differ
+
+Names of a whole architecture (how a language model calls its layers) are tables of the same kind by class
+name, in ARCHITECTURES.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, ArrayLike
+
+from seqlab.checks import UserError, check_choice
+from seqlab.models.stochastic import Draws
+from seqlab.module import merge, split
+
+Names = Mapping[str, str | tuple[str, ...] | list[str]]
+
+# From PyTorch's layout to ours, and back.
+LAYOUTS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]] = {
+    "[out, in]": (np.transpose, np.transpose),
+    "[d, 1, w]": (lambda w: w[:, 0].T, lambda w: w.T[:, None]),  # a depthwise Conv1d
+    "[out, in, w]": (lambda w: w.transpose(2, 1, 0), lambda w: w.transpose(2, 1, 0)),  # a Conv1d
+    "[out, in, h, w]": (lambda w: w.transpose(2, 3, 1, 0), lambda w: w.transpose(3, 2, 0, 1)),  # a Conv2d
+    "[in, out, h, w]": (
+        lambda w: w.transpose(2, 3, 0, 1),
+        lambda w: w.transpose(2, 3, 0, 1),
+    ),  # a ConvTranspose2d
+    "[out, in, 1]": (lambda w: w[..., 0].T, lambda w: w.T[..., None]),  # a Conv1d of width 1 is a linear map
+    "[1, d, h, w]": (lambda w: w[0].transpose(1, 2, 0), lambda w: w.transpose(2, 0, 1)[None]),
+}
+
+_MAMBA: dict[str, Names] = {
+    "LanguageModel": {"embedding": "backbone.embeddings", "head": "lm_head"},
+    "Backbone": {"blocks": "layers", "norm": "norm_f"},
+    "Block": {"mixer_norm": "norm"},
+}
+
+_FLA: dict[str, Names] = {  # the models of flash-linear-attention around any of its layers
+    "LanguageModel": {"embedding": "model.embeddings", "backbone": "model", "head": "lm_head"},
+    "Backbone": {"blocks": "layers"},
+    "Block": {"mixer_norm": "attn_norm", "mixer": "attn", "channel_norm": "mlp_norm", "channel_mixer": "mlp"},
+}
+
+_LLAMA: dict[str, Names] = {
+    "LanguageModel": {"embedding": "model.embed_tokens", "backbone": "model", "head": "lm_head"},
+    "Backbone": {"blocks": "layers"},
+    "Block": {
+        "mixer_norm": "input_layernorm",
+        "mixer": "self_attn",
+        "channel_norm": "post_attention_layernorm",
+        "channel_mixer": "mlp",
+    },
+}
+
+_NEOX: dict[str, Names] = {
+    "LanguageModel": {"embedding": "gpt_neox.embed_in", "backbone": "gpt_neox", "head": "embed_out"},
+    "Backbone": {"blocks": "layers", "norm": "final_layer_norm"},
+    "Block": _LLAMA["Block"] | {"mixer": "attention"},
+    "Attention": {"out": "dense"},
+    "MLP": {"up": "dense_h_to_4h", "down": "dense_4h_to_h"},
+}
+
+_LMUFORMER: dict[str, Names] = {
+    "Backbone": {"blocks": "block"},
+    "Block": {"mixer": "attn", "channel_mixer": "mlp"},
+}
+
+# The image models of the two MetaFormer papers number the parts of the network one after the other, or by
+# stage.
+_METABLOCK: dict[str, Names] = {
+    "ImageClassifier": {"backbone": ""},
+    "Stage": {"blocks": ""},
+    "MLP": {"up": "fc1", "down": "fc2", "activation": "act"},
+}
+
+
+def _poolformer(positions: tuple[int, ...] = ()) -> dict[str, Names]:
+    """PoolFormer's names; the stages of `positions` have an embedding of places in front of them, which takes
+    a number too."""
+    stages, downs, embeddings, number = [], ["patch_embed"], [], 0
+    for i in range(4):
+        if i in positions:
+            embeddings.append(f"network.{number}")
+            number += 1
+        stages.append(f"network.{number}")
+        downs.append(f"network.{number + 1}")
+        number += 2
+    return _METABLOCK | {
+        "ImagePyramid": {"backbone": "", "norms": ["norm0", "norm2", "norm4", "norm6"]},
+        "ImageBackbone": {"downs": downs[:4], "stages": stages, "positions": embeddings},
+        "Downsample": {"conv": "proj"},
+        "Block": {
+            "mixer_norm": "norm1",
+            "mixer": "token_mixer",
+            "channel_norm": "norm2",
+            "channel_mixer": "mlp",
+        },
+    }
+
+
+_METAFORMER: dict[str, Names] = _METABLOCK | {
+    "ImageBackbone": {"downs": "downsample_layers"},
+    "Block": {
+        **_poolformer()["Block"],
+        **{f"residual_scale_{i}": f"res_scale{i}.scale" for i in (1, 2)},
+        **{f"layer_scale_{i}": f"layer_scale{i}.scale" for i in (1, 2)},
+    },
+}
+
+_WAVEMIX: dict[str, Names] = {
+    "ImageClassifier": {"backbone": "", "head": "pool.2"},
+    "ImageToMap": {"backbone": "", "head": "expand"},
+    "ImageBackbone": {"downs": ["conv"], "stages": [""]},
+    "Stage": {"blocks": "layers"},
+    "Block": {"mixer": ""},
+}
+
+ARCHITECTURES: dict[str, dict[str, Names]] = {
+    "mamba": _MAMBA,
+    "mamba2": _MAMBA,
+    "fla": _FLA,
+    "llama": _LLAMA,
+    "neox": _NEOX,
+    "lmuformer": _LMUFORMER,
+    "poolformer": _poolformer(),
+    "metaformer_ppaa": _poolformer(positions=(2, 3)),
+    "metaformer_pppa": _poolformer(positions=(3,)),
+    "metaformer": _METAFORMER,
+    "wavemix": _WAVEMIX,
+}
+
+# In state dicts, but not weights: counters, constants of positions and of Legendre memories, and the second
+# name of a tied head.
+IGNORED = (r".*\.num_batches_tracked", r".*rotary.*inv_freq", r".*\.lmu\.[ABH]", r"lm_head\.weight")
+
+
+def convert(
+    model: nnx.Module,
+    tensors: Mapping[str, ArrayLike],
+    *,
+    architecture: str | None = None,
+    prefix: str = "",
+    ignore: tuple[str, ...] = IGNORED,
+) -> Any:
+    """A copy of `model` with the published weights `tensors` (anything that NumPy can read, by their original
+    names).
+
+    Args:
+      architecture: how whole models are named, a key of ARCHITECTURES; modules on their own need none.
+      prefix: what the names of this model's tensors begin with; others are left alone.
+      ignore: regular expressions of names that may remain unused.
+
+    Raises:
+      KeyError: a tensor is missing (with the nearest name there is).
+      ValueError: a tensor has another shape than the parameter that it fills, or none of the model's
+      parameters uses it.
+    """
+    if architecture is not None:
+        check_choice(architecture, tuple(ARCHITECTURES), "architecture")
+    tables = ARCHITECTURES[architecture] if architecture else {}
+    tensors = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    static, params = split(model)
+    sources = {ours: (theirs, layout) for ours, theirs, layout, _ in _walk(model, "", ("",), tables)}
+    used, new = set(), {}
+    for name, old in params.items():
+        if name not in sources:  # nothing that anybody publishes
+            new[name] = old
+            continue
+        theirs, layout = sources[name]
+        parts = [_layed_out(_find(tensors, part, name), part, layout) for part in theirs]
+        value = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+        if value.shape != old.shape:
+            raise UserError(
+                f"{' + '.join(theirs)} has shape {value.shape} in this layout, parameter {name} needs "
+                f"{old.shape}"
+            )
+        new[name] = jnp.asarray(value, old.dtype)
+        used.update(theirs)
+    left = [
+        name
+        for name in tensors
+        if name not in used and not any(re.fullmatch(pattern, name) for pattern in ignore)
+    ]
+    if left:
+        raise UserError(
+            f"{len(left)} tensors have no place in the model: {', '.join(sorted(left)[:5])}; wrong options "
+            "or architecture?"
+        )
+    return merge(static, new)
+
+
+def published(model: nnx.Module, architecture: str | None = None) -> dict[str, np.ndarray]:
+    """The weights of `model` under their published names and in PyTorch's layouts: what `convert` takes. A
+    tied head is there once."""
+    if architecture is not None:
+        check_choice(architecture, tuple(ARCHITECTURES), "architecture")
+    _, params = split(model)
+    tensors = {}
+    for ours, theirs, layout, sizes in _walk(
+        model, "", ("",), ARCHITECTURES[architecture] if architecture else {}
+    ):
+        value = np.asarray(params[ours])
+        edges = len(theirs) if sizes is None else np.cumsum(sizes)[:-1]
+        for name, part in zip(theirs, np.split(value, edges, axis=-1), strict=True):
+            tensors[name] = np.ascontiguousarray(part if layout is None else LAYOUTS[layout][1](part))
+    return tensors
+
+
+def published_names(model: nnx.Module, architecture: str | None = None) -> dict[str, tuple[str, ...]]:
+    """Our parameter name -> the published name, or names where one of our parameters joins several."""
+    return {
+        ours: theirs
+        for ours, theirs, _, _ in _walk(model, "", ("",), ARCHITECTURES[architecture] if architecture else {})
+    }
+
+
+def _walk(
+    module: nnx.Module,
+    ours: str,
+    theirs: tuple[str, ...],
+    tables: Mapping[str, Names],
+    sizes: tuple[int, ...] | None = None,
+) -> Iterator[tuple[str, tuple[str, ...], str | None, tuple[int, ...] | None]]:
+    """(our name, published names, layout, sizes) of every parameter.
+
+    There are several names where outputs of several published maps are joined; `sizes` says how many are of
+    each, None where all have as many (a module's `torch_sizes` names the others by attribute).
+    """
+    cls = type(module)
+    names = {**getattr(cls, "torch_names", {}), **tables.get(cls.__name__, {})}
+    layouts, all_sizes = getattr(cls, "torch_layout", {}), getattr(module, "torch_sizes", {})
+    for attribute, value in vars(module).items():
+        listed = names.get(attribute, attribute)
+        joined = tuple(
+            _join(parent, name)
+            for parent in theirs
+            for name in ((listed,) if isinstance(listed, str) else listed)
+        )
+        if isinstance(value, Draws):
+            continue
+        if isinstance(value, nnx.Variable):
+            yield ours + attribute, joined, layouts.get(attribute), sizes
+        elif isinstance(value, nnx.List) and isinstance(listed, list):
+            for i, (item, name) in enumerate(
+                zip(value, joined[: len(value)], strict=True)
+            ):  # names beyond belong to larger models
+                yield from _walk(item, f"{ours}{attribute}.{i}.", (name,), tables)
+        elif isinstance(value, nnx.List):
+            for i, item in enumerate(value):
+                yield from _walk(
+                    item, f"{ours}{attribute}.{i}.", tuple(_join(name, str(i)) for name in joined), tables
+                )
+        elif isinstance(value, nnx.Module):
+            yield from _walk(value, f"{ours}{attribute}.", joined, tables, all_sizes.get(attribute, sizes))
+
+
+def _join(parent: str, name: str) -> str:
+    return f"{parent}.{name}" if parent and name else parent or name
+
+
+def _find(tensors: Mapping[str, ArrayLike], name: str, ours: str) -> np.ndarray:
+    if name not in tensors:
+        near = difflib.get_close_matches(name, tensors, 1)
+        raise KeyError(
+            f"no tensor {name} for parameter {ours}" + (f"; did you mean {near[0]}?" if near else "")
+        )
+    return np.asarray(tensors[name])
+
+
+def _layed_out(value: np.ndarray, name: str, layout: str | None) -> Array | np.ndarray:
+    if layout is None:
+        return value
+    if layout == "[out, in]":  # a convolution of width 1 is a linear map
+        value = value.reshape(value.shape[:2] + tuple(size for size in value.shape[2:] if size != 1))
+    if value.ndim != layout.count(",") + 1:
+        raise UserError(f"{name} has shape {value.shape}, expected {layout}")
+    return LAYOUTS[layout][0](value)

@@ -1,0 +1,208 @@
+"""Trained models for programs that know nothing of seqlab: weights, and the streaming functions as StableHLO.
+
+A bundle is a folder:
+
+    weights.safetensors          parameters by our names
+    init_state.bin               rows [b] (any numbers) -> state
+    prefill.bin                  params, inputs [b, c, ...], valid [b, c], state -> outputs [b, c, o], state
+    step.bin                     params, inputs [b, ...], state -> outputs [b, o], state
+    manifest.json                what they were made of and for
+    run.py                       30 lines that stream with it: jax, numpy and safetensors
+    published/                   config.json and safetensors as transformers reads them, for models of a
+    published family
+
+The three functions are serialized `jax.export`s for any number b of rows and every platform of the manifest;
+the state is a list of
+arrays. A prompt of any length goes through `prefill` in chunks of c steps, the last one padded and masked:
+the law makes that exact.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export as jax_export
+
+from seqlab import __version__
+from seqlab.checks import UserError
+from seqlab.interop.families import PretrainedError
+from seqlab.interop.huggingface import save_pretrained
+from seqlab.kernels.dispatch import use_implementation
+from seqlab.models.model import Model
+from seqlab.module import merge, split
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+class ExportError(UserError):
+    """A model that cannot be exported; the message says why."""
+
+
+def bundle(
+    model: Model,
+    folder: str | os.PathLike[str],
+    *,
+    chunk: int = 64,
+    platforms: Sequence[str] = PLATFORMS,
+    about: dict[str, Any] | None = None,
+    tokenizer_file: str | os.PathLike[str] | None = None,
+) -> pathlib.Path:
+    """Write `model` as a bundle into `folder`, which must not exist. The functions are those of the "xla"
+    implementation of every op.
+
+    Args:
+      chunk: steps that `prefill` takes at once.
+      platforms: what the functions can run on.
+      about: more entries for the manifest.
+      tokenizer_file: a tokenizer.json to put beside them.
+
+    Raises:
+      ExportError: the model has no streaming form, or a part of it cannot be exported for any number of rows.
+      FileExistsError: the folder exists.
+    """
+    folder = pathlib.Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists: nothing is overwritten")
+    functions, described = streaming_functions(model, chunk, platforms)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = pathlib.Path(
+        tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)
+    )  # whole or not at all
+    try:
+        from safetensors.flax import save_file
+
+        _, params = split(model)
+        save_file({name: jnp.asarray(value) for name, value in params.items()}, draft / "weights.safetensors")
+        for name, function in functions.items():
+            (draft / f"{name}.bin").write_bytes(function.serialize())
+        try:
+            save_pretrained(model, draft / "published")
+            described["published"] = "published"
+        except PretrainedError as error:
+            described["published"] = f"none: {error}"
+        if tokenizer_file is not None:
+            shutil.copy(tokenizer_file, draft / "tokenizer.json")
+        (draft / "manifest.json").write_text(json.dumps(described | (about or {}), indent=1) + "\n")
+        (draft / "run.py").write_text(_LOADER)
+        draft.chmod(0o755)
+        draft.rename(folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return folder
+
+
+def streaming_functions(
+    model: Model, chunk: int = 64, platforms: Sequence[str] = PLATFORMS
+) -> tuple[dict[str, jax_export.Exported], dict[str, Any]]:
+    """`init_state`, `prefill` and `step` of a model, exported for any number of rows, and what the manifest
+    says of them.
+
+    Raises:
+      ExportError: see `bundle`.
+    """
+    if chunk < 1:
+        raise ExportError(f"chunk must be a positive integer, got {chunk}")
+    unknown = sorted(set(platforms) - set(PLATFORMS))
+    if unknown or not platforms:
+        raise ExportError(
+            f"platforms: got {', '.join(unknown) or 'none'}, expected some of {', '.join(PLATFORMS)}"
+        )
+    if not isinstance(model, Model) or not model.causal:
+        raise ExportError(f"{type(model).__name__} has no streaming form, so there is no step to export")
+    model = model.unrolled()
+    static, params = split(model)
+    tree = jax.tree.structure(jax.eval_shape(lambda: model.init_state(1)))
+    form, dtype = ((), jnp.int32) if hasattr(model, "vocab_size") else ((model.inputs,), jnp.float32)
+
+    def init_state(rows: jax.Array) -> list[jax.Array]:
+        return jax.tree.leaves(model.init_state(rows.shape[0]))
+
+    def prefill(
+        params: Any, inputs: jax.Array, valid: jax.Array, state: list[jax.Array]
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        outputs, new = merge(static, params)(inputs, jax.tree.unflatten(tree, state), None, valid)
+        return outputs, jax.tree.leaves(new)
+
+    def step(params: Any, inputs: jax.Array, state: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
+        outputs, new = merge(static, params)(inputs[:, None], jax.tree.unflatten(tree, state))
+        return outputs[:, 0], jax.tree.leaves(new)
+
+    (b,) = jax_export.symbolic_shape("b")
+    array = jax.ShapeDtypeStruct
+    weights = {name: array(value.shape, value.dtype) for name, value in params.items()}
+    state = jax.eval_shape(init_state, array((b,), jnp.int32))
+    arguments: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+        "init_state": (init_state, (array((b,), jnp.int32),)),
+        "prefill": (prefill, (weights, array((b, chunk, *form), dtype), array((b, chunk), jnp.bool_), state)),
+        "step": (step, (weights, array((b, *form), dtype), state)),
+    }
+    functions = {}
+    with use_implementation("xla"):
+        for name, (function, given) in arguments.items():
+            try:
+                functions[name] = jax_export.export(jax.jit(function), platforms=platforms)(*given)
+            except (TypeError, ValueError, NotImplementedError, jax.errors.JAXTypeError) as error:
+                raise ExportError(
+                    f"{name} cannot be exported for any number of rows: {str(error).splitlines()[0]}"
+                ) from error
+    described = {
+        "seqlab": __version__,
+        "jax": jax.__version__,
+        "platforms": list(platforms),
+        "chunk": chunk,
+        "inputs": {"shape": ["b", "t", *form], "dtype": np.dtype(dtype).name},
+        "state": [{"shape": [str(size) for size in leaf.shape], "dtype": leaf.dtype.name} for leaf in state],
+        "capacity": model.capacity,
+    }
+    return functions, described
+
+
+_LOADER = '''\
+"""Streams the model of this folder: python run.py 'a prompt' 200. It needs jax, numpy and safetensors."""
+
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+from safetensors.numpy import load_file
+
+HERE = pathlib.Path(__file__).resolve().parent
+ABOUT = json.loads((HERE / "manifest.json").read_text())
+PARAMS = load_file(HERE / "weights.safetensors")
+INIT, PREFILL, STEP = (jax.jit(jax.export.deserialize((HERE / f"{n}.bin").read_bytes()).call) for n in ("init_state", "prefill", "step"))
+
+
+def read(rows):
+    """Outputs [b, o] after the last of the prompts' steps, rows [b, t, ...] of one length, and the state."""
+    state, chunk = INIT(np.zeros(len(rows), np.int32)), ABOUT["chunk"]
+    for begin in range(0, rows.shape[1], chunk):
+        part = rows[:, begin : begin + chunk]
+        padding = [(0, 0), (0, chunk - part.shape[1])] + [(0, 0)] * (rows.ndim - 2)
+        valid = np.broadcast_to(np.arange(chunk) < part.shape[1], (len(rows), chunk))
+        outputs, state = PREFILL(PARAMS, np.pad(part, padding).astype(ABOUT["inputs"]["dtype"]), valid, state)
+    return outputs[:, part.shape[1] - 1], state
+
+
+def generate(rows, count):
+    """The `count` likeliest tokens after each row of tokens [b, t], one after the other."""
+    outputs, state = read(np.asarray(rows))
+    for _ in range(count):
+        tokens = np.asarray(outputs).argmax(-1).astype(np.int32)
+        yield tokens
+        outputs, state = STEP(PARAMS, tokens, state)
+
+
+if __name__ == "__main__":
+    tokens = np.frombuffer(sys.argv[1].encode(), np.uint8)[None]  # a model of bytes
+    sys.stdout.buffer.write(bytes(int(token[0]) for token in generate(tokens, int(sys.argv[2]))) + b"\\n")
+'''

@@ -1,0 +1,1 @@
+"""Meshes, shardings, and recurrences over a sequence that is split over devices."""

@@ -1,0 +1,1 @@
+"""Streaming inference: `stream_generate`, its sampling, and the states of streams."""

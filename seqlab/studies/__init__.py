@@ -1,0 +1,1 @@
+"""Runs as values, and studies over them: comparisons, caches, gates, pictures."""
