@@ -221,6 +221,24 @@ def test_a_step_can_be_saved_again_only_if_it_is_the_same(saved):
         assert_state(checkpoints.restore()[1], state_of(3))
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["run [2]", "a\\b", "a*b?c", "two\nlines", "%20 #~", "ünï😀", "\udcff", "x" * 200, "a/../b", "link/[c]"],
+)
+def test_every_path_that_the_file_system_takes_holds_checkpoints(tmp_path, name):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    (tmp_path / "axb0c").mkdir()  # what a pattern would match
+    with Checkpoints(tmp_path / name, keep=1) as checkpoints:
+        checkpoints.try_out()
+        for step in (1, 2):
+            checkpoints.save(step, {"w": np.arange(3.0) + step})
+    assert Checkpoints(tmp_path / name).restore()[1]["w"].tolist() == [2.0, 3.0, 4.0]
+    assert [path.name for path in (tmp_path / name).iterdir()] == ["2"]
+    assert not list((tmp_path / "axb0c").iterdir())
+    assert not (tmp_path / "a" / "b").exists()
+
+
 # Damage
 
 
@@ -267,6 +285,12 @@ def test_a_manifest_cannot_lie(saved):
     path.write_text("[]")
     with pytest.raises(CheckpointError, match=r"step 3 .* is damaged: manifest/manifest.json: "):
         Checkpoints(saved).restore(3)
+
+
+def test_a_step_that_was_copied_under_another_number_is_damage(saved, caplog):
+    shutil.copytree(saved / "1", saved / "7")
+    assert Checkpoints(saved).restore()[0] == 3
+    assert f"step 7 in {saved} is passed over: it is a copy of step 1 under another number" in caplog.text
 
 
 def test_leaves_that_changed_places_are_damage(saved):
@@ -386,6 +410,65 @@ def test_a_full_disk_is_an_error_and_no_loss(saved, full_disk, size, wait):
     assert Checkpoints(saved).steps() == [2, 3, 4]
 
 
+def test_a_save_counts_once_it_has_been_read_back(saved, monkeypatch):
+    from seqlab.train import writing
+
+    whole = writing.read
+
+    def read_of_a_bad_disk(folder, *arguments):
+        flip(largest(folder))
+        return whole(folder, *arguments)
+
+    with Checkpoints(saved) as checkpoints:
+        monkeypatch.setattr(writing, "read", read_of_a_bad_disk)
+        with pytest.raises(CheckpointError, match=r"step 4 could not be saved.*cannot be read back: leaf"):
+            checkpoints.save(4, state_of(4), wait=True)
+        assert sorted(path.name for path in saved.iterdir()) == ["1", "2", "3"]
+        monkeypatch.undo()
+        checkpoints.save(4, state_of(4), wait=True)
+    assert_state(Checkpoints(saved).restore(4)[1], state_of(4))
+
+
+@in_orbax
+def test_what_threads_of_a_failed_save_still_write_is_in_nobodys_way(saved, full_disk, monkeypatch):
+    from seqlab.train import checkpoint
+
+    drafts = []
+
+    def noted(saver, draft, *arguments):
+        drafts.append(draft)
+        return checkpoint_save(saver, draft, *arguments)
+
+    checkpoint_save = checkpoint.Save
+    monkeypatch.setattr(checkpoint, "Save", noted)
+    with Checkpoints(saved, keep=2) as checkpoints:
+        full_disk(3000)
+        with pytest.raises(CheckpointError, match="step 4 could not be saved"):
+            checkpoints.save(4, state_of(4), wait=True)
+        full_disk(None)
+        (drafts[0] / "state" / "ocdbt.process_0").mkdir(parents=True)  # as a thread that is late would
+        checkpoints.save(4, state_of(4), wait=True)
+        assert_state(checkpoints.restore(4)[1], state_of(4))
+        assert drafts[0].exists() and drafts[1] != drafts[0]
+        for step in (5, 6, 7):
+            checkpoints.save(step, state_of(step))
+    assert sorted(path.name for path in saved.iterdir()) == ["6", "7"]
+
+
+@in_orbax
+def test_a_folder_that_cannot_hold_checkpoints_is_known_before_there_are_any(saved, full_disk):
+    checkpoints = Checkpoints(saved)
+    checkpoints.try_out()
+    full_disk(20)
+    with pytest.raises(CheckpointError, match=f"{saved} cannot hold checkpoints: "):
+        checkpoints.try_out()
+    full_disk(None)
+    assert sorted(path.name for path in saved.iterdir()) == ["1", "2", "3"]
+    (saved.parent / "file").write_text("in the way")
+    with pytest.raises(CheckpointError, match="file/run cannot hold checkpoints: NotADirectoryError"):
+        Checkpoints(saved.parent / "file" / "run").try_out()
+
+
 @in_orbax
 def test_a_failed_save_surfaces_when_closing(saved, full_disk):
     checkpoints = Checkpoints(saved)
@@ -417,7 +500,7 @@ os.kill(os.getpid(), signal.SIGKILL)
         [sys.executable, "-c", code, tmp_path], cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, check=False
     )
     assert done.returncode == -signal.SIGKILL
-    assert (tmp_path / "2").is_dir()  # it had begun
+    assert list(tmp_path.glob("2.saving-*"))  # it had begun
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.steps() == [1]
     step, state = checkpoints.restore()

@@ -1,13 +1,15 @@
 """Checkpoints that can be trusted: whole or absent, every leaf hashed, the last good one found by itself.
 
-Orbax writes them: asynchronously, and committed by a file that is written last, so that an interrupted save
-is not a checkpoint. What Orbax does not do is notice that bytes have changed since. So each step carries a
-manifest with the SHA-256 of every leaf, committed with it, and nothing is handed out that does not match.
+Orbax writes the arrays, in the background. What it does not do is notice that bytes are missing or have
+changed. So each step carries a manifest with the SHA-256 of every leaf, and nothing is handed out that does
+not match. A save counts once it has been read back like that: it is written under another name, and gets its
+own when it has proved good.
 
     <directory>/<step>/commit_success.txt          written last
     <directory>/<step>/manifest/manifest.json      name, shape, dtype and hash of every leaf; Python numbers
     and strings themselves
     <directory>/<step>/state/                      the arrays, by name, in Orbax's format
+    <directory>/<step>.saving-<token>              a save in progress, or one that a kill has interrupted
     <directory>/<step>.damaged-<n>                 a damaged step whose number was needed again
 
 A state is a nested dictionary with string keys. A leaf is named by its keys joined with "/".
@@ -20,9 +22,9 @@ import operator
 import os
 import pathlib
 import re
+import secrets
 import shutil
 import threading
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqlab.checks import UserError, check_choice
+from seqlab.train.folder import locate
 from seqlab.train.manifest import (
     COMMIT,
     FORMAT,
@@ -49,13 +52,14 @@ from seqlab.train.manifest import (
     read_manifest,
     sealed,
 )
+from seqlab.train.writing import Save, everywhere, remove_while_written
 
 __all__ = ["CheckpointError", "Checkpoints"]
 
 logger = logging.getLogger(__name__)
 
 _Files = tuple[tuple[str, int, int], ...]  # of one step: name, size, time
-_LEFTOVER = r"(0|[1-9][0-9]*)(\.damaged-[0-9]+)?"
+_LEFTOVER = r"(0|[1-9][0-9]*)(\.damaged-[0-9]+|\.saving-[0-9a-f]+)?"
 
 
 class Checkpoints:
@@ -78,10 +82,10 @@ class Checkpoints:
             raise UserError(f"directory: got {os.fspath(directory)!r}, expected a local or mounted folder")
         if keep < 1:
             raise UserError(f"keep: got {keep}, expected at least 1")
-        self.directory = pathlib.Path(directory).expanduser().absolute()
+        self.directory = locate(directory)
         self._keep = keep
-        self._manager: Any = None
-        self._pending: int | None = None
+        self._saver: Any = None
+        self._pending: tuple[int, Save] | None = None
         self._known: dict[
             int, tuple[_Files, bool]
         ] = {}  # step: the files it had when it was found good or damaged
@@ -113,27 +117,48 @@ class Checkpoints:
         arrays = {
             name: value for name, (_, value) in leaves.items() if getattr(value, "size", 0)
         }  # Orbax refuses empty arrays
+        draft = self.directory / f"{step}.saving-{_shared_token()}"
         try:
-            self._start(step, manifest, arrays)
+            save = Save(self._orbax(), draft, self._folder(step), manifest, arrays)
         except Exception as error:
-            raise self._failure(step, error) from error
-        self._pending = step
+            raise self._failure(step, draft, error) from error
+        self._pending = (step, save)
         _unfinished.add(self)
         if wait:
             self.wait()
+
+    def try_out(self) -> None:
+        """Write a few numbers and read them back, so that a folder that cannot hold checkpoints is known before
+        there is work to lose. Raises CheckpointError."""
+        self.wait()
+        leaves = flatten({"trial": np.arange(3, dtype=np.float32)})
+        manifest = sealed({"format": FORMAT, "step": 0, "leaves": describe(leaves)})
+        draft = self.directory / f"0.saving-{_shared_token()}{'0' * 10}"  # as long as names will get
+        error: Exception | None = None
+        try:
+            save = Save(
+                self._orbax(), draft, None, manifest, {name: leaf[1] for name, leaf in leaves.items()}
+            )
+            save.wait()
+            error = save.error
+        except Exception as failure:
+            error = failure
+        if jax.process_index() == 0:
+            remove_while_written(draft)
+        if not everywhere(error is None):
+            reason = brief(error) if error else "another process cannot write there"
+            raise CheckpointError(f"{self.directory} cannot hold checkpoints: {reason}") from error
 
     def wait(self) -> None:
         """Wait until the save in progress is committed. Raises CheckpointError, once, if it failed."""
         if self._pending is None:
             return
-        step, self._pending = self._pending, None
+        (step, save), self._pending = self._pending, None
         _unfinished.discard(self)
-        try:
-            self._manager.wait_until_finished()
-            if not (self._folder(step) / COMMIT).is_file():
-                raise OSError(f"{COMMIT} is missing although the save reported success")
-        except Exception as error:
-            raise self._failure(step, error) from error
+        save.wait()
+        if not everywhere(save.error is None):
+            error = save.error or OSError("another process could not write its part")
+            raise self._failure(step, save.draft, error) from error
         self._known[step] = (self._files(step), True)
         self._rotate()
 
@@ -159,7 +184,7 @@ class Checkpoints:
         template = None if like is None else flatten(like)
         if step is not None:
             step = operator.index(step)
-            if not _everywhere(self._folder(step).is_dir()):
+            if not everywhere(self._folder(step).is_dir()):
                 raise CheckpointError(
                     f"there is no step {step} in {self.directory}; there are "
                     f"{few(self.steps(), 10) or 'none'}"
@@ -185,9 +210,9 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            manager, self._manager = self._manager, None
-            if manager is not None:
-                manager.close()
+            saver, self._saver = self._saver, None
+            if saver is not None:
+                saver.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -197,47 +222,30 @@ class Checkpoints:
 
     # Writing
 
-    def _start(self, step: int, manifest: Entry, arrays: Mapping[str, Any]) -> None:
+    def _orbax(self) -> Any:
+        """Orbax's writer of arrays, made when it is needed: importing it takes a second."""
         import orbax.checkpoint as ocp
 
-        if self._manager is None:
+        if self._saver is None:
             logging.getLogger("absl").addFilter(_not_a_repetition)  # once, however often
-            atomicity = ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
-            self._manager = ocp.CheckpointManager(
-                self.directory,
-                options=ocp.CheckpointManagerOptions(
-                    max_to_keep=None,
-                    atomicity_options=atomicity,
-                    lightweight_initialize=True,
-                    # Or threads wait for their folders, for minutes if the program ends before there are any.
-                    async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-                ),
-                item_names=("state", "manifest"),
-                item_handlers={
-                    "state": ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False),
-                    "manifest": ocp.JsonCheckpointHandler("manifest.json"),
-                },
+            self._saver = ocp.AsyncCheckpointer(
+                ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False),
+                # Or threads wait for their folders, for minutes if the program ends before there are any.
+                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             )
-        self._manager.reload()  # it remembers steps that were moved or deleted since
-        items = {"manifest": ocp.args.JsonSave(manifest)} | (
-            {"state": ocp.args.PyTreeSave(dict(arrays))} if arrays else {}
-        )
-        # Without force Orbax skips, silently, a step below one that exists: after a fall-back that would be
-        # every step.
-        if not self._manager.save(step, args=ocp.args.Composite(**items), force=True):
-            raise OSError("Orbax declined to save")
+        return self._saver
 
-    def _failure(self, step: int, error: Exception) -> CheckpointError:
+    def _failure(self, step: int, draft: pathlib.Path, error: Exception) -> CheckpointError:
         """Clear up after a save that failed; what it wrote was never a checkpoint, and the disk may be
         full."""
-        manager, self._manager = self._manager, None
+        saver, self._saver = self._saver, None
         try:
-            if manager is not None:
-                manager.close()
+            if saver is not None:
+                saver.close()
         except Exception:
             logger.debug("closing after a failed save", exc_info=True)
-        if jax.process_index() == 0 and not (self._folder(step) / COMMIT).is_file():
-            _remove_while_written(self._folder(step))
+        if jax.process_index() == 0:
+            remove_while_written(draft)
         left = f"steps {few(self.steps(), 10)} are untouched" if self.steps() else "there is no earlier step"
         return CheckpointError(
             f"step {step} could not be saved to {self._folder(step)}: {brief(error)}; {left}"
@@ -245,10 +253,10 @@ class Checkpoints:
 
     def _make_room(self, step: int, manifest: Entry) -> bool:
         folder = self._folder(step)
-        if _everywhere(not folder.exists()):
+        if everywhere(not folder.exists()):
             return True
         if self._is_good(step):
-            if read_manifest(folder)["sha256"] == manifest["sha256"]:
+            if read_manifest(folder, step)["sha256"] == manifest["sha256"]:
                 logger.info("step %d is already saved in %s", step, self.directory)
                 return False
             raise CheckpointError(
@@ -264,7 +272,7 @@ class Checkpoints:
             folder.rename(aside)
             logger.warning("damaged step %d in %s is moved aside to %s", step, self.directory, aside.name)
         self._known.pop(step, None)
-        _everywhere(True)  # nobody writes before it is moved
+        everywhere(True)  # nobody writes before it is moved
         return True
 
     # What is on disk
@@ -289,9 +297,9 @@ class Checkpoints:
     def _is_good(self, step: int) -> bool:
         files = self._files(step)
         known, good = self._known.get(step, (None, False))
-        if not _everywhere(known == files):
+        if not everywhere(known == files):
             try:
-                _agreed(lambda: [None for _ in read(self._folder(step), None)])
+                _agreed(lambda: [None for _ in read(self._folder(step), None, step)])
                 good = True
             except DamageError as damage:
                 logger.warning("step %d in %s is damaged: %s", step, self.directory, damage)
@@ -315,12 +323,12 @@ class Checkpoints:
                 match = re.fullmatch(_LEFTOVER, path.name)
                 if match and int(match[1]) < oldest:
                     _delete(path)
-        _everywhere(True)  # all see the same steps afterwards
+        everywhere(True)  # all see the same steps afterwards
 
     def _load(self, step: int, template: Leaves | None, only: str | None) -> State:
         def load() -> State:
             folder = self._folder(step)
-            entries = read_manifest(folder)["leaves"]
+            entries = read_manifest(folder, step)["leaves"]
             if only is not None:
                 check_choice(
                     only,
@@ -332,7 +340,10 @@ class Checkpoints:
                 check_fit(entries, template, folder)
             like = {name: value for name, (_, value) in (template or {}).items()}
             return nested(
-                [(entry["keys"], _placed(entry["name"], value, like)) for entry, value in read(folder, only)]
+                [
+                    (entry["keys"], _placed(entry["name"], value, like))
+                    for entry, value in read(folder, only, step)
+                ]
             )
 
         files = self._files(step)
@@ -384,13 +395,14 @@ def _placed(name: str, value: Any, like: Mapping[str, Any]) -> Any:
     return array
 
 
-def _everywhere(flag: bool) -> bool:
-    """Whether `flag` is true in all processes; also a barrier."""
-    if jax.process_count() == 1:
-        return flag
-    from jax.experimental import multihost_utils
+def _shared_token() -> str:
+    """A name that no save had before, the same in all processes."""
+    token = secrets.randbits(31)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
 
-    return bool(np.all(multihost_utils.process_allgather(np.asarray(flag))))
+        token = int(multihost_utils.broadcast_one_to_all(np.int32(token)))
+    return f"{token:08x}"
 
 
 def _from_first(steps: list[int]) -> list[int]:
@@ -411,7 +423,7 @@ def _agreed(function: Callable[[], Any]) -> Any:
         result = function()
     except DamageError as error:
         damage = error
-    if not _everywhere(damage is None):
+    if not everywhere(damage is None):
         raise damage or DamageError("another process finds it damaged")
     return result
 
@@ -422,15 +434,6 @@ def _delete(folder: pathlib.Path) -> None:
         shutil.rmtree(folder)
     except OSError as error:
         logger.warning("%s is no longer needed and could not be deleted: %s", folder, error)
-
-
-def _remove_while_written(folder: pathlib.Path) -> None:
-    """Remove a folder into which threads of a save that has failed may still be writing."""
-    for _ in range(50):
-        shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
-            return
-        time.sleep(0.1)
 
 
 def _not_a_repetition(record: logging.LogRecord) -> bool:

@@ -9,6 +9,7 @@ dictionaries are in the manifest itself.
 import concurrent.futures
 import hashlib
 import json
+import math
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -19,14 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqlab.checks import UserError
+from seqlab.train.folder import plain
 
 State = dict[str, Any]
 Leaves = dict[str, tuple[tuple[str, ...], Any]]  # by name, in the order of the names: keys and value
 Entry = dict[str, Any]  # one leaf in a manifest, or a manifest
 
 FORMAT = "seqlab.checkpoint.1"
-COMMIT = "commit_success.txt"  # Orbax's name for the file that makes a folder a checkpoint
-_MANIFEST = "manifest/manifest.json"
+COMMIT = "commit_success.txt"  # the file that is written last
+MANIFEST = "manifest/manifest.json"
 _GROUP = 2**30  # bytes of arrays in host memory at a time while a step is read
 
 
@@ -139,7 +141,9 @@ def check_fit(entries: list[Entry], template: Leaves, folder: pathlib.Path) -> N
 def _kind(entry: Entry) -> str:
     if "dtype" in entry:
         return f"{entry['dtype']}{entry['shape']}"
-    return "an empty dictionary" if "empty" in entry else f"a Python {type(entry['value']).__name__}"
+    if "empty" in entry:
+        return "an empty dictionary"
+    return f"a Python {'float' if 'float' in entry else type(entry['value']).__name__}"
 
 
 def describe(leaves: Leaves, hashed: bool = True) -> list[Entry]:
@@ -154,6 +158,8 @@ def describe(leaves: Leaves, hashed: bool = True) -> list[Entry]:
             entry: Entry = {"name": name, "keys": list(keys)}
             if isinstance(value, Mapping):
                 entry["empty"] = True
+            elif isinstance(value, float) and not math.isfinite(value):
+                entry["float"] = str(value)  # JSON has no such numbers
             elif not hasattr(value, "dtype"):
                 entry["value"] = value
             else:
@@ -184,37 +190,35 @@ def sealed(manifest: Entry) -> Entry:
     return {**body, "sha256": hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()}
 
 
-def read_manifest(folder: pathlib.Path) -> Entry:
-    """The manifest of a step. Raises DamageError if it is not committed, missing or changed."""
+def read_manifest(folder: pathlib.Path, step: int) -> Entry:
+    """The manifest of `step`. Raises DamageError if it is not committed, missing, changed or that of another
+    step."""
     if not (folder / COMMIT).is_file():
         raise DamageError(f"it was never committed: {COMMIT} is missing", committed=False)
     try:
-        manifest = json.loads((folder / _MANIFEST).read_bytes())
+        manifest = json.loads((folder / MANIFEST).read_bytes())
         if manifest != sealed(manifest):
             raise UserError("it does not match its own hash")
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise DamageError(f"{_MANIFEST}: {brief(error)}") from error
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise DamageError(f"{MANIFEST}: {brief(error)}") from error
     if manifest["format"] != FORMAT:
         raise CheckpointError(f"{folder} has format {manifest['format']!r}, this version reads {FORMAT!r}")
+    if manifest["step"] != step:
+        raise DamageError(f"it is a copy of step {manifest['step']} under another number")
     return manifest
 
 
-def read(folder: pathlib.Path, only: str | None) -> Iterator[tuple[Entry, Any]]:
-    """Every leaf, or those below the key `only`, with its value, arrays on the host and verified. Raises
-    DamageError naming a leaf."""
+def read(folder: pathlib.Path, only: str | None, step: int) -> Iterator[tuple[Entry, Any]]:
+    """Every leaf of `step` in `folder`, or those below the key `only`, with its value, arrays on the host and
+    verified. Raises DamageError naming a leaf."""
     group: list[Entry] = []
     size = 0
-    for entry in read_manifest(folder)["leaves"]:
+    for entry in read_manifest(folder, step)["leaves"]:
         if only not in (None, entry["keys"][0]):
             continue
         count = int(np.prod(entry.get("shape", [0])))
         if count == 0:
-            yield (
-                entry,
-                np.zeros(entry["shape"], jnp.dtype(entry["dtype"]))
-                if "dtype" in entry
-                else entry.get("value", {}),
-            )
+            yield entry, _held(entry)
             continue
         group.append(entry)
         size += count * jnp.dtype(entry["dtype"]).itemsize
@@ -224,28 +228,16 @@ def read(folder: pathlib.Path, only: str | None) -> Iterator[tuple[Entry, Any]]:
     yield from _read_arrays(folder, group)
 
 
-def _read_arrays(folder: pathlib.Path, entries: list[Entry]) -> Iterator[tuple[Entry, np.ndarray]]:
-    # TensorStore is what Orbax reads with. Asked directly it says which leaf is broken, one at a time, and
-    # does not log from threads.
-    import tensorstore
+def _held(entry: Entry) -> Any:
+    """The value of a leaf that is in the manifest itself."""
+    if "dtype" in entry:
+        return np.zeros(entry["shape"], jnp.dtype(entry["dtype"]))
+    return float(entry["float"]) if "float" in entry else entry.get("value", {})
 
-    context = tensorstore.Context(
-        {"cache_pool": {"total_bytes_limit": 10**8}}
-    )  # not the default one: no cache may outlive a change
-    base = {"driver": "file", "path": f"{folder / 'state'}/"}
-    specs = [
-        {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{entry['name']}/"}}
-        for entry in entries
-    ]
-    opened = [tensorstore.open(spec, context=context, open=True) for spec in specs]
-    begun = [
-        _attempt(entry, lambda store=store: store.result().read())
-        for entry, store in zip(entries, opened, strict=True)
-    ]
-    arrays = [
-        _attempt(entry, lambda future=future: np.asarray(future.result()))
-        for entry, future in zip(entries, begun, strict=True)
-    ]
+
+def _read_arrays(folder: pathlib.Path, entries: list[Entry]) -> Iterator[tuple[Entry, np.ndarray]]:
+    with plain(folder) as reached:
+        arrays = _arrays(reached / "state", entries)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for entry, array, digest in zip(entries, arrays, pool.map(_sha256, arrays), strict=True):
             if (list(array.shape), str(array.dtype)) != (entry["shape"], entry["dtype"]):
@@ -256,6 +248,28 @@ def _read_arrays(folder: pathlib.Path, entries: list[Entry]) -> Iterator[tuple[E
             if digest != entry["sha256"]:
                 raise DamageError(f"leaf {entry['name']}: its bytes have changed since they were saved")
             yield entry, array
+
+
+def _arrays(folder: pathlib.Path, entries: list[Entry]) -> list[np.ndarray]:
+    # TensorStore is what Orbax reads with. Asked directly it says which leaf is broken, one at a time, and
+    # does not log from threads. Its default context would keep caches that outlive a change.
+    import tensorstore
+
+    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 10**8}})
+    base = {"driver": "file", "path": f"{folder}/"}
+    specs = [
+        {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{entry['name']}/"}}
+        for entry in entries
+    ]
+    opened = [tensorstore.open(spec, context=context, open=True) for spec in specs]
+    begun = [
+        _attempt(entry, lambda store=store: store.result().read())
+        for entry, store in zip(entries, opened, strict=True)
+    ]
+    return [
+        _attempt(entry, lambda future=future: np.asarray(future.result()))
+        for entry, future in zip(entries, begun, strict=True)
+    ]
 
 
 def _attempt(entry: Entry, action: Callable[[], Any]) -> Any:

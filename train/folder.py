@@ -1,0 +1,145 @@
+"""The folder of a run: where it is, who is training in it, and what libraries may be told of its path."""
+
+import contextlib
+import datetime
+import errno
+import json
+import os
+import pathlib
+import socket
+import tempfile
+from collections.abc import Iterator
+
+from seqlab.checks import UserError
+
+_LOCK = "lock"
+_ODD = frozenset("[]*?\\")  # Orbax takes paths for patterns, and TensorStore a backslash for a slash
+
+
+class BusyError(UserError):
+    """Somebody else is training in the folder; the message says who."""
+
+
+def locate(workdir: str | os.PathLike[str]) -> pathlib.Path:
+    """The folder that is meant, as an absolute path without `~`, `..` and links."""
+    text = os.fspath(workdir)
+    if "\0" in text:
+        raise UserError(f"workdir: got {text!r}, and no path holds a null character")
+    try:
+        return pathlib.Path(os.path.realpath(pathlib.Path(text).expanduser()))
+    except RuntimeError as error:  # "~nobody"
+        raise UserError(f"workdir: got {text!r}: {error}") from error
+
+
+def is_run(folder: pathlib.Path) -> bool:
+    """Whether `folder` is that of a run."""
+    return (folder / "config.json").is_file() and (
+        (folder / "checkpoints").is_dir() or (folder / "config.txt").is_file()
+    )
+
+
+def runs_near(workdir: str | os.PathLike[str], most: int = 20) -> list[str]:
+    """The runs that somebody may mean who has asked for `workdir`, the likeliest first: those below its nearest
+    parent that exists, two levels deep, as paths to be typed."""
+    import difflib
+
+    wanted = pathlib.Path(workdir).expanduser()
+    parent = next((path for path in wanted.parents if path.is_dir()), None)
+    if parent is None:
+        return []
+    found = []
+    for pattern in ("*", "*/*"):
+        with contextlib.suppress(OSError):
+            found += sorted(str(path.parent) for path in parent.glob(f"{pattern}/config.json"))[:1000]
+    found = [path for path in found if is_run(pathlib.Path(path))]
+    found.sort(key=lambda path: -difflib.SequenceMatcher(None, path, str(wanted)).ratio())
+    return found[:most]
+
+
+@contextlib.contextmanager
+def claimed(workdir: pathlib.Path) -> Iterator[None]:
+    """Within the block nobody else may train in `workdir`, which is made.
+
+    The lock is the operating system's: it ends with the process, however that ends, and no child inherits it.
+    Where the file system has no locks a line says so.
+
+    Raises:
+      BusyError: another process, or another thread of this one, is training there.
+      OSError: the folder cannot be made or written to.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(workdir / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    _held.add(descriptor)
+    try:
+        _lock(descriptor, workdir)
+        about = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, (json.dumps(about) + "\n").encode(), 0)
+        yield
+    finally:
+        _held.discard(descriptor)
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, workdir: pathlib.Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            import sys
+
+            print(
+                f"{workdir}: this file system has no locks; make sure that no second run is started here",
+                file=sys.stderr,
+            )
+            return
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN):
+            raise
+        raise BusyError(
+            f"{workdir}: another run is training in this folder ({_holder(descriptor)}); wait for it to end, "
+            "or choose another folder"
+        ) from None
+
+
+def _holder(descriptor: int) -> str:
+    try:
+        about = json.loads(os.pread(descriptor, 1000, 0))
+        return f"process {about['pid']} on {about['host']}, since {about['since']}"
+    except (OSError, ValueError, TypeError, KeyError):
+        return "which process is not known"
+
+
+def _now() -> str:
+    return datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+
+
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    """In a child after a fork: its copies of the descriptors would keep the locks when the parent is gone."""
+    for descriptor in _held:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
+
+@contextlib.contextmanager
+def plain(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A path of `folder`, which exists, that libraries take literally: its own, or that of a temporary link."""
+    text = os.fspath(folder)
+    if not _ODD & set(text) and text.isprintable():
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="seqlab-") as place:
+        link = pathlib.Path(place, "folder")
+        link.symlink_to(folder.absolute(), target_is_directory=True)
+        yield link
