@@ -9,10 +9,13 @@ import argparse
 import json
 import os
 import pathlib
+import re
 import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any
+
+from seqlab.names import search_current_folder
 
 _SIGNALS = {"finished": 0, "SIGINT": 130, "SIGTERM": 143}
 _EPILOG = """\
@@ -23,11 +26,9 @@ exit codes: 0 done; 1 bench found something wrong; 2 an error of yours, in one l
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line with `arguments` (those of the process by default); returns the exit code."""
     args = parser().parse_args(arguments)
-    if os.getcwd() not in sys.path:
-        sys.path.insert(
-            0, os.getcwd()
-        )  # as `python -m` does: configs may name modules of the folder one works in
     try:
+        if _names_code(args):
+            search_current_folder()
         return args.run(args)
     except KeyboardInterrupt:
         return 130
@@ -37,6 +38,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"seqlab {args.command}: error: {error}", file=sys.stderr)
         return code
+
+
+def _names_code(args: argparse.Namespace) -> bool:
+    """Whether the user typed the name of code (a config file, `module:Name`) or trusts the names of a file: only then
+    may modules lie in the folder one works in."""
+    given = (
+        getattr(args, name, None)
+        for name in ("config", "configs", "fiddler", "set", "mixers", "cache", "caches")
+    )
+    texts = [text for value in given if value for text in ([value] if isinstance(value, str) else value)]
+    typed = any(re.search(r"[A-Za-z_][\w.]*:[A-Za-z_]|\.py$", text) for text in texts)
+    return typed or getattr(args, "trust", False)
 
 
 def _exit_code(error: Exception) -> int | None:
@@ -288,6 +301,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         help="the folder of a run or of a published model, or the id of one at the hub",
     )
     parser.add_argument("--step", type=int, help="a checkpoint; default: the last good one")
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="import what the run's config names outside seqlab, your own mixers for instance: that runs its code",
+    )
 
 
 def _add_changes(parser: argparse.ArgumentParser) -> None:
@@ -361,8 +379,10 @@ def _cache_bench(args: argparse.Namespace) -> int:
 
     _enable_compile_cache()
     if args.fit_gates is not None:
-        gates.fit(args.workdir, args.fit_gates)
-    sizes = {name: getattr(args, name) for name in ("step", "length", "rows", "items", "turns", "out")}
+        gates.fit(args.workdir, args.fit_gates, trust=args.trust)
+    sizes = {
+        name: getattr(args, name) for name in ("step", "length", "rows", "items", "turns", "out", "trust")
+    }
     planned = cache_bench.plan(args.workdir, args.caches, **sizes)
     result = cache_bench.run(planned)
     if args.json:
@@ -379,7 +399,7 @@ def _stream(args: argparse.Namespace) -> int:
     from seqlab.studies import runs
 
     _enable_compile_cache()
-    run = runs.load(args.workdir, args.step)
+    run = runs.load(args.workdir, args.step, trust=args.trust)
     if run.tokenizer is None:
         raise runs.RunError(
             f"{args.workdir} is a model of numbers, not of tokens: there is nothing to stream as text"
@@ -426,7 +446,7 @@ def _eval(args: argparse.Namespace) -> int:
     from seqlab.train import config
 
     _enable_compile_cache()
-    run = runs.load(args.workdir, args.step)
+    run = runs.load(args.workdir, args.step, trust=args.trust)
     cfg = run.config
     for assignment in args.set:
         cfg = config.override(cfg, assignment)
@@ -456,7 +476,7 @@ def _export(args: argparse.Namespace) -> int:
     from seqlab.models.attention import with_cache
     from seqlab.studies import runs
 
-    run = runs.load(args.workdir, args.step)
+    run = runs.load(args.workdir, args.step, trust=args.trust)
     model = with_cache(run.model, args.cache) if args.cache else run.model
     tokenizer = args.workdir / "tokenizer.json"
     folder = export.bundle(
@@ -480,7 +500,7 @@ def _show(args: argparse.Namespace) -> int:
     if args.count < 1:
         raise RunError(f"--count must be at least 1, got {args.count}")
     _enable_compile_cache()
-    print(show(args.workdir, step=args.step, count=args.count, path=args.output))
+    print(show(args.workdir, step=args.step, trust=args.trust, count=args.count, path=args.output))
     return 0
 
 

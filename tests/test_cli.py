@@ -277,10 +277,16 @@ def test_the_users_compile_cache_is_left_alone(folder):
 def test_a_config_may_use_modules_of_the_working_folder(folder, capsys):
     (folder / "my_mixers.py").write_text("from seqlab.models import Mamba\n\nclass Mine(Mamba):\n    pass\n")
     assert train("model.mixers=my_mixers:Mine", "steps=1", "--fiddler", "scan_layers") == 0
-    assert type(seqlab.load("runs/lm_attention").model.backbone.blocks[0].mixer).__name__ == "Mine"
-    capsys.readouterr()
+    with pytest.raises(
+        ValueError, match=r"config.json: model.mixers: names 'my_mixers:Mine', which is no part"
+    ):
+        seqlab.load("runs/lm_attention")
+    assert cli.main(["stream", "runs/lm_attention", "--max-tokens", "3"]) == 2
+    assert "--trust" in capsys.readouterr().err
+    run = seqlab.load("runs/lm_attention", trust=True)
+    assert type(run.model.backbone.blocks[0].mixer).__name__ == "Mine"
     assert (
-        cli.main(["stream", "runs/lm_attention", "--max-tokens", "3"]) == 0
+        cli.main(["stream", "runs/lm_attention", "--max-tokens", "3", "--trust"]) == 0
     )  # layers that were scanned in training are not in decoding
     assert "3 tokens, " in capsys.readouterr().err
     sys.modules.pop("my_mixers")

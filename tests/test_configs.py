@@ -48,7 +48,7 @@ def test_all_files_are_found():
 def test_a_config_is_built_and_survives_json(name):
     cfg = config.load(name)
     experiment = config.build(cfg)
-    again = config.from_json(config.to_json(cfg))
+    again = config.from_json(config.to_json(cfg), trust=True)
     assert config.flat(again) == config.flat(cfg)
     assert config.diff(cfg, again) == []
     factories = {"model": None, "optimizer": None, "loss": None}  # equal ones are not the same
@@ -338,7 +338,7 @@ def test_json_holds_tuples_lists_tables_functions_and_classes():
         Odd, items=(1, (2.5, "x"), [None, True]), table={"a": (1,), "$b": [2]}, call=json.dumps
     )
     cfg = fdl.Config(Odd, items=(fdl.Partial(Mamba, expand=3), Window), call=inner)
-    again = config.from_json(config.to_json(cfg))
+    again = config.from_json(config.to_json(cfg), trust=True)
     assert config.flat(again) == config.flat(cfg)
     assert again.call.items == (1, (2.5, "x"), [None, True])
     assert again.call.table == {"a": (1,), "$b": [2]}
@@ -362,7 +362,7 @@ def test_json_holds_tuples_lists_tables_functions_and_classes():
 def test_json_refuses_what_would_not_come_back(value, message):
     cfg = fdl.Config(Odd, call=value)
     if message is None:
-        assert config.from_json(config.to_json(cfg)).call is value
+        assert config.from_json(config.to_json(cfg), trust=True).call is value
     else:
         with pytest.raises(ConfigError, match=message):
             config.to_json(cfg)
@@ -383,7 +383,7 @@ def test_defaults_that_json_cannot_hold_stay_with_the_code(cfg, tmp_path, monkey
     assert "init" not in json.loads(config.to_json(cfg))["config"]["model"]["mixers"]
     config.prepare(cfg, tmp_path)
     config.prepare(cfg, tmp_path)
-    config.build(config.from_json((tmp_path / "config.json").read_text()))
+    config.build(config.from_json((tmp_path / "config.json").read_text(), trust=True))
     cfg.model.mixers = fdl.Partial(Custom, init=nnx.initializers.lecun_normal())
     with pytest.raises(ConfigError, match=r"model.mixers.init: .*cannot be imported again"):
         config.to_json(cfg)
@@ -501,7 +501,7 @@ def test_names_that_do_not_exist(tmp_path):
 
 def test_a_saved_config_builds_the_same_parameters(cfg):
     cfg = config.fiddle(cfg, "tiny")
-    again = config.from_json(config.to_json(cfg))
+    again = config.from_json(config.to_json(cfg), trust=True)
     first, second = (params_of(config.build(c).model(rngs=nnx.Rngs(3))) for c in (cfg, again))
     assert_identical(first, second)
 

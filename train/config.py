@@ -21,12 +21,13 @@ import pkgutil
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import fiddle as fdl
 from flax import nnx
 
+from seqlab import names as names_of_code
 from seqlab.checks import nearest
 from seqlab.train.experiment import Experiment
 from seqlab.train.override import ConfigError, check, children, fields, fit, literal, named, override, tree
@@ -41,6 +42,7 @@ __all__ = [
     "from_json",
     "load",
     "names",
+    "names_in",
     "override",
     "prepare",
     "to_json",
@@ -189,15 +191,43 @@ def to_json(cfg: fdl.Config) -> str:
     return json.dumps({"format": FORMAT, "config": _encode(tree(cfg), "")}, indent=1) + "\n"
 
 
-def from_json(text: str) -> fdl.Config:
-    """The inverse of `to_json`. It imports what the text names: read only what you would run."""
+def from_json(text: str, *, trust: bool | Collection[str] = False) -> fdl.Config:
+    """The inverse of `to_json`.
+
+    Args:
+      trust: whether names outside seqlab are imported: all of them, none, or those named "module:Name". Code that
+        a config names runs when it is imported and when the config is built.
+
+    Raises:
+      ConfigError: not a saved config; it names something that is not there (any more), or that is not trusted.
+    """
     try:
         content = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"not JSON: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ConfigError(f"not a saved config: expected the format {FORMAT!r}")
-    return _decode(content["config"], "")
+    with contextlib.nullcontext() if trust is True else names_of_code.restricted(trust or ()):
+        cfg = _decode(content.get("config"), "")
+    if not isinstance(cfg, fdl.Buildable):
+        raise ConfigError("not a saved config: it holds no constructor")
+    return cfg
+
+
+def names_in(cfg: fdl.Config) -> set[str]:
+    """Every "module:Name" that the saved form of `cfg` holds."""
+    found: set[str] = set()
+
+    def collect(value: Any) -> None:
+        if isinstance(value, dict):
+            found.update(value[key] for key in ("$call", "$partial", "$name") if key in value)
+            value = list(value.values())
+        if isinstance(value, list):
+            for item in value:
+                collect(item)
+
+    collect(_encode(tree(cfg), ""))
+    return found
 
 
 def prepare(cfg: fdl.Config, workdir: str | os.PathLike[str]) -> None:
@@ -219,7 +249,7 @@ def prepare(cfg: fdl.Config, workdir: str | os.PathLike[str]) -> None:
         _write(file, text)
         return
     try:
-        saved = from_json(file.read_text())
+        saved = from_json(file.read_text(), trust=names_in(cfg))
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
     different = [line for line in diff(saved, cfg) if not line.startswith(_MAY_CHANGE)]
@@ -360,7 +390,7 @@ def _decode(value: Any, where: str) -> Any:
         return value
     if "$list" in value:
         return list(_decode(value["$list"], where))
-    if "$dict" in value:
+    if isinstance(value.get("$dict"), dict):
         return {key: _decode(item, f"{where}[{key!r}]") for key, item in value["$dict"].items()}
     if "$name" in value:
         return _imported(value["$name"], where)
@@ -378,7 +408,10 @@ def _decode(value: Any, where: str) -> Any:
             f"{where or 'config'}: {_name(call)} has no field {unknown[0]!r} any "
             f"more{nearest(unknown[0], known)}"
         )
-    return kind(call, **arguments)
+    try:
+        return kind(call, **arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where or 'config'}: {error}") from error
 
 
 def _imported(name: Any, where: str) -> Any:
@@ -386,7 +419,10 @@ def _imported(name: Any, where: str) -> Any:
         raise ConfigError(
             f"{where or 'config'}: expected the name of a constructor, module:name, got {name!r}"
         )
-    return named(name)
+    try:
+        return named(name)
+    except names_of_code.UntrustedNameError as error:
+        raise ConfigError(f"{where or 'config'}: {error}") from error
 
 
 def _write(path: pathlib.Path, text: str) -> None:

@@ -21,6 +21,7 @@ import fiddle as fdl
 from flax import nnx
 
 from seqlab.checks import UserError, nearest
+from seqlab.names import imported
 
 
 class ConfigError(UserError):
@@ -177,14 +178,12 @@ def named(name: str) -> Any:
     """The class of `seqlab.models` called `name` (GatedDeltaNet or gated_delta_net), or what "module:name"
     stands for."""
     if ":" in name:
-        module, _, attribute = name.partition(":")
         try:
-            found = importlib.import_module(module)
-            for part in attribute.split("."):
-                found = getattr(found, part)
-        except (ImportError, AttributeError) as error:
+            return imported(name)
+        except (ImportError, AttributeError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
             raise ConfigError(f"{name!r} cannot be imported: {error}") from error
-        return found
     models = importlib.import_module("seqlab.models")
     known = [
         each

@@ -150,6 +150,12 @@ ARCHITECTURES: dict[str, dict[str, Names]] = {
 IGNORED = (r".*\.num_batches_tracked", r".*rotary.*inv_freq", r".*\.lmu\.[ABH]", r"lm_head\.weight")
 
 
+class MissingTensorError(UserError, KeyError):
+    """A parameter whose published tensor is not among those given."""
+
+    __str__ = ValueError.__str__  # a KeyError would put the message into quotes
+
+
 def convert(
     model: nnx.Module,
     tensors: Mapping[str, ArrayLike],
@@ -167,14 +173,17 @@ def convert(
       ignore: regular expressions of names that may remain unused.
 
     Raises:
-      KeyError: a tensor is missing (with the nearest name there is).
+      MissingTensorError (a KeyError and a ValueError): a tensor is missing (with the nearest name there is).
       ValueError: a tensor has another shape than the parameter that it fills, or none of the model's
       parameters uses it.
     """
     if architecture is not None:
         check_choice(architecture, tuple(ARCHITECTURES), "architecture")
     tables = ARCHITECTURES[architecture] if architecture else {}
-    tensors = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    if prefix:
+        tensors = {
+            name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)
+        }
     static, params = split(model)
     sources = {ours: (theirs, layout) for ours, theirs, layout, _ in _walk(model, "", ("",), tables)}
     used, new = set(), {}
@@ -277,7 +286,7 @@ def _join(parent: str, name: str) -> str:
 def _find(tensors: Mapping[str, ArrayLike], name: str, ours: str) -> np.ndarray:
     if name not in tensors:
         near = difflib.get_close_matches(name, tensors, 1)
-        raise KeyError(
+        raise MissingTensorError(
             f"no tensor {name} for parameter {ours}" + (f"; did you mean {near[0]}?" if near else "")
         )
     return np.asarray(tensors[name])

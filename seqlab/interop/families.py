@@ -10,7 +10,8 @@ from typing import Any
 
 import fiddle as fdl
 
-from seqlab.checks import UserError, check_choice
+from seqlab.checks import check_choice
+from seqlab.interop.folder import PretrainedError
 from seqlab.models import Attention, Full, LanguageModel, Mamba, Mamba2, RMSNorm, SwiGLU, Window
 from seqlab.models.layers import RotaryScaling
 
@@ -23,11 +24,6 @@ FAMILIES = {
     "mamba": "mamba",
     "mamba2": "mamba2",
 }
-
-
-class PretrainedError(UserError):
-    """A folder that holds no published model, or one of a kind that is not supported; the message says which
-    part."""
 
 
 def model_config(published_config: Mapping[str, Any]) -> fdl.Config:

@@ -14,24 +14,23 @@ from typing import Any
 
 import fiddle as fdl
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from seqlab.checks import check_choice
+from seqlab.checks import UserError, check_choice
 from seqlab.interop.convert import convert, published
-from seqlab.interop.families import FAMILIES, PretrainedError, model_config, published_config
+from seqlab.interop.families import FAMILIES, model_config, published_config
+from seqlab.interop.folder import INDEX, Folder, PretrainedError
 from seqlab.models import LanguageModel
 from seqlab.tokenizers import FileTokenizer, Tokenizer
 
 _FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json")
-_INDEX = "model.safetensors.index.json"
 
 
 def is_pretrained(folder: pathlib.Path) -> bool:
     """Whether config.json in `folder` describes a published model (those of runs describe an experiment)."""
     try:
-        return "model_type" in json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
+        return "model_type" in Folder(folder).json("config.json")
+    except PretrainedError:
         return False
 
 
@@ -43,12 +42,13 @@ def is_hub_id(name: str) -> bool:
 def tokenizer_of(folder: pathlib.Path) -> Tokenizer | None:
     """The tokenizer of tokenizer.json in `folder`, with the first and last token that config.json names; None
     where there is none."""
-    if not (folder / "tokenizer.json").is_file():
+    file = Folder(folder).file("tokenizer.json")
+    if file is None:
         return None
-    described = json.loads((folder / "config.json").read_text())
+    described = Folder(folder).json("config.json")
     bos, eos = (described.get(f"{name}_token_id") for name in ("bos", "eos"))
     eos = eos[0] if isinstance(eos, list) else eos
-    return FileTokenizer(folder / "tokenizer.json", bos, eos)
+    return FileTokenizer(file, bos, eos)
 
 
 def fetch(name: str) -> pathlib.Path:
@@ -80,17 +80,22 @@ def load_pretrained(folder: str | os.PathLike[str]) -> tuple[LanguageModel, fdl.
       PretrainedError: not a folder of a published model, or of one that is not supported.
       KeyError, ValueError: weights that do not fit what config.json says, by name.
     """
-    folder = pathlib.Path(folder)
-    if not is_pretrained(folder):
-        raise PretrainedError(f"{folder} holds no config.json with a model_type")
-    described = json.loads((folder / "config.json").read_text())
+    source = Folder(folder)
+    described = source.json("config.json")
+    if "model_type" not in described:
+        raise PretrainedError(f"{source.path} holds no config.json with a model_type")
     try:
         cfg = model_config(described)
-    except PretrainedError as error:
-        raise PretrainedError(f"{folder / 'config.json'}: {error}") from error
-    tensors = _read(folder)
-    model = nnx.eval_shape(lambda: fdl.build(cfg)(rngs=nnx.Rngs(0)))
-    return convert(model, tensors, architecture=FAMILIES[described["model_type"]]), cfg
+        model = nnx.eval_shape(lambda: fdl.build(cfg)(rngs=nnx.Rngs(0)))
+    except (ValueError, TypeError, OverflowError) as error:
+        reason = str(getattr(error, "proxy_base_exception", error)).splitlines()[0]
+        raise PretrainedError(f"{source.path / 'config.json'}: {reason}") from error
+    try:
+        return convert(model, source.tensors(), architecture=FAMILIES[described["model_type"]]), cfg
+    except PretrainedError:
+        raise
+    except UserError as error:
+        raise type(error)(f"{source.path}: {error}") from error
 
 
 def save_pretrained(
@@ -138,30 +143,10 @@ def save_pretrained(
         written.append(folder / name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(x.nbytes for x in tensors.values())}, "weight_map": where}
-        (folder / _INDEX).write_text(json.dumps(index, indent=1) + "\n")
-        written.append(folder / _INDEX)
+        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+        written.append(folder / INDEX)
     (folder / "config.json").write_text(json.dumps(described | {"dtype": dtype}, indent=1) + "\n")
     return [*written, folder / "config.json"]
-
-
-def _read(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """All tensors of a folder, by name; bfloat16 comes as float32, exactly."""
-    from safetensors import safe_open
-
-    index, single = folder / _INDEX, folder / "model.safetensors"
-    if index.is_file():
-        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-    else:
-        files = [single] if single.is_file() else []
-    missing = [path.name for path in files if not path.is_file()]
-    if missing or not files:
-        raise PretrainedError(f"{folder} lacks {', '.join(missing) or single.name}")
-    tensors = {}
-    for path in files:
-        with safe_open(path, framework="flax") as file:
-            for name in file.keys():  # noqa: SIM118 - the file is no mapping
-                tensors[name] = np.asarray(file.get_tensor(name).astype(jnp.float32))
-    return tensors
 
 
 def _shards(tensors: Mapping[str, Any], limit: int) -> list[dict[str, Any]]:

@@ -128,11 +128,12 @@ def plan(
     items: int = 16,
     turns: int = 4,
     out: str | os.PathLike[str] | None = None,
+    trust: bool = False,
 ) -> Plan:
     """What is to be measured of the run in `workdir`: the caches named,
     "full(2048),sinks(4)+window(252)+int4", or a choice of them.
 
-    `duo(s)` streams the share s of all heads by the gates that were fitted (`seqlab.studies.gates`). Nothing is
+    `trust` as in `runs.load`. `duo(s)` streams the share s of all heads by the gates that were fitted (`seqlab.studies.gates`). Nothing is
     written.
 
     Raises:
@@ -140,7 +141,7 @@ def plan(
       do; a model without attention
         or of other than tokens; too little held-out data; a folder with figures of other settings.
     """
-    trained = runs.load(workdir, step)
+    trained = runs.load(workdir, step, trust=trust)
     model = trained.model.unrolled() if hasattr(trained.model, "unrolled") else trained.model
     trained = trained._replace(model=model)
     layers = [module for _, module in nnx.iter_modules(model) if isinstance(module, Attention)]

@@ -147,7 +147,7 @@ def compare(candidates: dict[str, fdl.Config], workdir: str | os.PathLike[str]) 
 
 def measure(name: str, workdir: pathlib.Path, experiment: Any) -> Row:
     """The figures of a finished run. Those of training are what it wrote down; streaming is measured now."""
-    trained = runs.load(workdir)
+    trained = runs.load(workdir, trust=True)  # the config that was just trained
     logged, key = read_rows(workdir / "metrics.jsonl"), f"validation_{quality_of(experiment.metric).name}"
     worth = {row["step"]: row[key] for row in logged if key in row}
     value = (

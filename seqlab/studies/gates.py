@@ -41,6 +41,7 @@ def fit(
     window: int | None = None,
     keys: int = 4,
     batch: int = 8,
+    trust: bool = False,
 ) -> Gates:
     """Fit gates to the run in `workdir` by distillation on pass keys in its training text, and keep them as
     gates.json.
@@ -49,11 +50,12 @@ def fit(
 
     Args:
       window: what a streaming head sees besides the sinks; an eighth of the trained length by default.
+      trust: as in `runs.load`.
     Raises:
       ValueError: a model of other than bytes, or with other mixers than attention; gates fitted otherwise are
       in the folder.
     """
-    trained = runs.load(workdir)
+    trained = runs.load(workdir, trust=trust)
     model = trained.model.unrolled() if hasattr(trained.model, "unrolled") else trained.model
     if not isinstance(trained.tokenizer, ByteTokenizer):
         raise runs.RunError(f"{workdir} does not read bytes: gates are fitted on pass keys in text")

@@ -1,5 +1,6 @@
 """Runs as values: the model of a run folder, ready to stream or to evaluate."""
 
+import contextlib
 import functools
 import os
 import pathlib
@@ -9,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from seqlab.checks import UserError
+from seqlab import names
+from seqlab.checks import UserError, nearest
 from seqlab.module import Module, merge, split
 from seqlab.tokenizers import Tokenizer
 from seqlab.train.quality import Quality, quality_of
@@ -41,48 +43,57 @@ class Evaluation(NamedTuple):
     targets: int
 
 
-def load(workdir: str | os.PathLike[str], step: int | None = None) -> Run:
+def load(workdir: str | os.PathLike[str], step: int | None = None, *, trust: bool = False) -> Run:
     """The model of a run folder, from its last good checkpoint or that of `step`; or a published model
     (Llama, Mamba, ...) from its folder or, as "organisation/name", from the hub.
 
-    The config of a run is executed: load only what you would run. Published models are data alone.
+    Published models are data alone. The config of a run is executed, so it may only name what seqlab's own configs
+    are made of.
+
+    Args:
+      trust: also import what the config of a run names outside seqlab, mixers of your own for instance. That runs
+        its code: say so only of runs whose config you know. It changes nothing for published models.
 
     Raises:
       RunError: `workdir` is not the folder of a run, or the run has no checkpoint yet.
       PretrainedError: a published model that cannot be had or is not supported, with the reason.
-      ConfigError: its config names something that is not there (any more).
+      ConfigError: its config names something that is not there (any more), or that is not trusted.
       CheckpointError: `step` does not exist or is damaged, or no checkpoint is good, with the reasons.
     """
     from seqlab.interop import huggingface as pretrained
-    from seqlab.train import config
-    from seqlab.train.checkpoint import Checkpoints
-    from seqlab.train.optim import average_of
-    from seqlab.train.step import init_state
 
     name, workdir = str(workdir), pathlib.Path(workdir)
-    if pretrained.is_hub_id(name) and not workdir.exists():
+    if not workdir.exists() and pretrained.is_hub_id(name):
+        _check_no_run(workdir)
         workdir = pretrained.fetch(name)
+        if not pretrained.is_pretrained(workdir):
+            raise pretrained.PretrainedError(
+                f"{name} is no published model: its config.json has no model_type"
+            )
     if pretrained.is_pretrained(workdir):
         if step is not None:
             raise RunError(f"step: got {step}, but {name} is a published model, which has no steps")
         model, cfg = pretrained.load_pretrained(workdir)
         return Run(model, pretrained.tokenizer_of(workdir), cfg, 0)
+    return _load_run(workdir, step, trust)
+
+
+def _load_run(workdir: pathlib.Path, step: int | None, trust: bool) -> Run:
+    from seqlab.train import config
+    from seqlab.train.checkpoint import Checkpoints
+    from seqlab.train.optim import average_of
+    from seqlab.train.step import init_state
+
     file = workdir / "config.json"
     if not file.is_file():
-        what = (
-            "does not exist"
-            if not workdir.exists()
-            else "is not a folder"
-            if not workdir.is_dir()
-            else "holds no config.json"
-        )
-        raise RunError(f"{workdir} is not the folder of a run: it {what}")
+        raise RunError(_no_run(workdir))
     try:
-        cfg = config.from_json(file.read_text())
+        cfg = config.from_json(file.read_text(), trust=trust)
     except config.ConfigError as error:
         raise config.ConfigError(f"{file}: {error}") from error
-    experiment = config.build(cfg)
-    static, abstract = split(nnx.eval_shape(lambda: experiment.model(rngs=nnx.Rngs(0))))
+    with contextlib.nullcontext() if trust else names.restricted():
+        experiment = config.build(cfg)
+        static, abstract = split(nnx.eval_shape(lambda: experiment.model(rngs=nnx.Rngs(0))))
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         restored = checkpoints.restore(step, like={"params": abstract}, only="params")
         if restored is None:
@@ -94,6 +105,23 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Run:
             params |= checkpoints.restore(number, like={"average": average}, only="average")[1]["average"]
     model = merge(static, {name: jnp.asarray(value) for name, value in params.items()})
     return Run(model, experiment.data.tokenizer, cfg, number)
+
+
+def _no_run(workdir: pathlib.Path) -> str:
+    """Why `workdir` is not the folder of a run, and which runs there are beside it."""
+    if workdir.is_dir():
+        return f"{workdir} is not the folder of a run: it holds no config.json"
+    if workdir.exists():
+        return f"{workdir} is not the folder of a run: it is not a folder"
+    beside = sorted(str(file.parent) for file in workdir.parent.glob("*/config.json"))
+    known = nearest(str(workdir), beside).replace(" Valid:", " Runs there:") if beside else ""
+    return f"{workdir} is not the folder of a run: it does not exist{known}"
+
+
+def _check_no_run(workdir: pathlib.Path) -> None:
+    """Refuse a misspelt run: where its parent holds runs, no hub is asked."""
+    if any(workdir.parent.glob("*/config.json")):
+        raise RunError(_no_run(workdir))
 
 
 def evaluate(model: Module, experiment: Any) -> Evaluation:

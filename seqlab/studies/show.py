@@ -44,12 +44,13 @@ def show(
     step: int | None = None,
     count: int = 6,
     path: str | os.PathLike[str] | None = None,
+    trust: bool = False,
 ) -> pathlib.Path:
     """Draw `count` held-out pictures with the model's answers and feature maps; returns where, `path` or
     WORKDIR/show.png.
 
     Of a map [i, j, d] the three directions in which it varies most, over all pictures drawn, are its red,
-    green and blue.
+    green and blue. `trust` as in `runs.load`.
 
     Raises:
       RunError: as `runs.load`, or the model is not one of images.
@@ -59,7 +60,7 @@ def show(
 
     from seqlab.train import config
 
-    run = load(workdir, step)
+    run = load(workdir, step, trust=trust)
     seen = views(run.model, config.build(run.config), count)
     columns = [("picture", list(map(_as_picture, seen.inputs))), *_answers(seen)]
     columns += [
