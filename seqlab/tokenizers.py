@@ -8,7 +8,7 @@ character is not text.
 
 import codecs
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -34,7 +34,7 @@ class Tokenizer(Protocol):
     """What generation and training ask of a tokenizer. `bos` begins every document and so also tells where
     one ends.
 
-    A tokenizer may have an `eos` too: a row of a stream ends after this token.
+    A tokenizer may have an `eos` too, or several `ends`: a row of a stream ends after such a token.
     """
 
     vocab_size: int
@@ -96,69 +96,252 @@ class ByteDecoder:
 
 class FileTokenizer:
     """The tokenizer of a tokenizer.json, as the `tokenizers` library writes it (an optional package, imported
-    here).
+    here). Files are read as data; no code of a model's own is run for its tokens.
 
     Args:
       path: the file.
-      bos, eos: the tokens that begin and end documents, which the file does not tell; None for none.
+      bos: a token that goes in front of every text, whatever the file says; None for what the file says.
+      eos: the token, or tokens, that end a text; None for none.
+      settings: what tokenizer_config.json says: `add_bos_token`, `add_eos_token`, the names of the special tokens,
+        and tokens that tokenizer.json lacks.
+      template: the chat template, Jinja's text.
+      start: the token that an empty text begins with where the files put none in front.
+
+    `bos` is None where nothing goes in front of a text, `eos` the first of the tokens that end one and `ends` all of
+    them; `special` has the text of every special token by its number.
 
     Raises:
       ImportError: `tokenizers` is not installed.
-      FileNotFoundError, ValueError: there is no such file, or it is no tokenizer.
+      FileNotFoundError, UserError: there is no such file, or it is no tokenizer; settings that contradict it.
     """
 
-    def __init__(self, path: str | os.PathLike[str], bos: int | None = None, eos: int | None = None):
-        try:
-            import tokenizers
-        except ImportError as error:
-            raise ImportError(
-                f"reading {path} needs the tokenizers package: pip install tokenizers"
-            ) from error
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"path: there is no file {path}")
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(os.fspath(path))
-        except Exception as error:  # the library raises plain Exception
-            raise UserError(f"path: {path} is no tokenizer ({error})") from error
-        self.vocab_size, self.bos, self.eos = self._tokenizer.get_vocab_size(), bos, eos
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        bos: int | None = None,
+        eos: int | Iterable[int] | None = None,
+        *,
+        settings: Mapping[str, Any] | None = None,
+        template: str | None = None,
+        start: int | None = None,
+    ):
+        self._tokenizer = _read(path)
+        self.template, self.names = template, _special_names(settings or {})
+        _add_tokens(self._tokenizer, settings or {}, self.names, path)
+        self.special = {
+            number: token.content
+            for number, token in self._tokenizer.get_added_tokens_decoder().items()
+            if token.special
+        }
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)
+        self._edges = {
+            edge: (
+                (settings or {}).get(f"add_{edge}_token"),
+                self._tokenizer.token_to_id(self.names.get(name, "")),
+            )
+            for edge, name in (("bos", "bos_token"), ("eos", "eos_token"))
+        }
+        if bos is not None:
+            self._edges["bos"] = (True, bos)
+        self._start = None
+        self.prefix, self.suffix = self._around()
+        self._start = start
+        self.bos = self.prefix[0] if self.prefix else None
+        ends = () if eos is None else (eos,) if isinstance(eos, int | np.integer) else tuple(eos)
+        self.eos, self.ends = (ends[0] if ends else None), frozenset(ends)
 
     def encode(self, text: str | bytes) -> Int[np.ndarray, " t"]:
         """`text` as int32 tokens, without any special ones around it."""
-        text = text.decode("utf-8") if isinstance(text, bytes) else text
-        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        return np.asarray(self._tokenizer.encode(_as_text(text), add_special_tokens=False).ids, np.int32)
+
+    def begin(self, text: str | bytes) -> Int[np.ndarray, " t"]:
+        """`text` as int32 tokens with those that the tokenizer's files put around a text: its post-processor, and
+        `add_bos_token` and `add_eos_token` of the settings where they are there."""
+        text = _as_text(text)
+        ids = self._tokenizer.encode(text, add_special_tokens=True).ids
+        plain = self._tokenizer.encode(text, add_special_tokens=False).ids
+        for edge, place in (("bos", 0), ("eos", -1)):
+            wanted, token = self._edges[edge]
+            there, own = (bool(some) and some[place] == token for some in (ids, plain))
+            if wanted is True and token is not None and not there:
+                ids = [token, *ids] if place == 0 else [*ids, token]
+            elif wanted is False and there and not own:
+                ids = ids[1:] if place == 0 else ids[:-1]
+        if not ids and self._start is not None:
+            ids = [self._start]
+        return np.asarray(ids, np.int32)
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of `tokens`; special ones have none."""
         return self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True)
 
+    def number(self, token: str) -> int | None:
+        """The number of the token that is written so, None where there is none."""
+        return self._tokenizer.token_to_id(token)
+
     def decoder(self) -> "FileDecoder":
         """A new decoder for one stream of tokens."""
-        return FileDecoder(self._tokenizer)
+        return FileDecoder(self)
+
+    def as_json(self) -> str:
+        """The text of a tokenizer.json that encodes and decodes as this one does."""
+        return self._tokenizer.to_str()
+
+    def _around(self) -> tuple[list[int], list[int]]:
+        """What goes in front of a text, and behind it."""
+        for text in ("a", "0", "the"):
+            plain, whole = self.encode(text).tolist(), self.begin(text).tolist()
+            for place in range(len(whole) - len(plain) + 1):
+                if plain and whole[place : place + len(plain)] == plain:
+                    return whole[:place], whole[place + len(plain) :]
+        return self.begin("").tolist(), []
 
 
 class FileDecoder:
-    """Holds tokens back until their text can no longer change by what follows."""
+    """Holds tokens back until their text can no longer change by what follows.
 
-    def __init__(self, tokenizer: Any) -> None:
+    The text of a token depends on its neighbours (a first space that is cut, a character of several tokens), so the
+    new text is what a few tokens say with the new one beyond what they said without it.
+    """
+
+    def __init__(self, tokenizer: FileTokenizer) -> None:
         self._tokenizer = tokenizer
         self._begin()
 
     def _begin(self) -> None:
-        from tokenizers.decoders import DecodeStream
-
-        self._stream, self._held = DecodeStream(skip_special_tokens=True), []
+        self._tokens: list[int] = []  # those whose text was given, as context, and those that are held back
+        self._given = 0  # how many of these are context
 
     def push(self, token: int) -> str:
         """The text that `token` completes, "" inside a character."""
-        self._held.append(int(token))
-        text = self._stream.step(self._tokenizer, int(token))
-        if text is None:
+        if int(token) in self._tokenizer.special:
             return ""
-        self._held.clear()
-        return text
+        self._tokens.append(int(token))
+        text, count = self._text(), len(self._tokens)
+        if text.endswith("\ufffd"):
+            if count - self._given <= _HELD:
+                return ""
+            count -= 3  # at most so many tokens wait for the end of a character
+        return self._give(count)
 
     def finish(self) -> str:
         """The text of what was held back; the decoder is as new afterwards."""
-        rest = self._tokenizer.decode(self._held, skip_special_tokens=True)
+        rest = self._give(len(self._tokens)) if self._tokens else ""
         self._begin()
         return rest
+
+    def _text(self, count: int | None = None) -> str:
+        return self._tokenizer.decode(self._tokens[:count])
+
+    def _give(self, count: int) -> str:
+        """What the first `count` tokens say beyond the context. What was new in them is the next context."""
+        before, text = self._text(self._given), self._text(count)
+        if count > self._given:
+            self._tokens = self._tokens[self._given :]
+            self._given = count - self._given
+        return text[len(before) :]
+
+
+def begin(tokenizer: Tokenizer, text: str | bytes) -> Int[np.ndarray, " t"]:
+    """`text` at the start of a stream, as tokens: with what the tokenizer's files put around it where it has any, else
+    behind its `bos`."""
+    if isinstance(tokenizer, FileTokenizer):
+        return tokenizer.begin(text)
+    ids = np.asarray(tokenizer.encode(text), np.int32)
+    return ids if tokenizer.bos is None else np.concatenate([np.asarray([tokenizer.bos], np.int32), ids])
+
+
+def ends_of(tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens that end a text: all of a tokenizer's `ends`, or its one `eos`, or none."""
+    eos = getattr(tokenizer, "eos", None)
+    return getattr(tokenizer, "ends", frozenset() if eos is None else frozenset((eos,)))
+
+
+def special_text(tokenizer: Tokenizer, token: int) -> str:
+    """How a special token is written, which streams as no text; "" for any other."""
+    return getattr(tokenizer, "special", {}).get(token, "")
+
+
+def decoder_after(tokenizer: Tokenizer, tokens: Sequence[int]) -> TextDecoder:
+    """A new decoder for what follows `tokens`: their text and that of the stream, joined, is the text of all."""
+    tokens = [int(token) for token in tokens]
+    for begin in range(4):  # not inside a character, which has four bytes at most
+        decoder = tokenizer.decoder()
+        try:
+            text = "".join(map(decoder.push, tokens[-2 * _HELD - begin :]))
+        except ValueError:  # numbers that are no text
+            return tokenizer.decoder()
+        if not text.startswith("\ufffd"):
+            break
+    return decoder
+
+
+_HELD = 8  # tokens without a whole character after which the text is broken, and is given as it is
+
+
+def _as_text(text: str | bytes) -> str:
+    try:
+        return text.decode("utf-8") if isinstance(text, bytes) else text
+    except UnicodeDecodeError as error:
+        raise UserError(f"text: this tokenizer reads UTF-8, and the bytes are none: {error}") from error
+
+
+def _read(path: str | os.PathLike[str]) -> Any:
+    """The library's tokenizer of a file, which neither cuts nor pads."""
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ImportError(f"reading {path} needs the tokenizers package: pip install tokenizers") from error
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"path: there is no file {path}")
+    try:
+        found = tokenizers.Tokenizer.from_file(os.fspath(path))
+        found.no_truncation()
+        found.no_padding()
+    except BaseException as error:  # the library raises plain Exception, and panics with something else
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise UserError(f"path: {path} is no tokenizer ({str(error).splitlines()[0]})") from error
+    return found
+
+
+def _content(token: Any) -> str | None:
+    """The text of a token as tokenizer_config.json writes one: itself, or an object with its options."""
+    found = token.get("content") if isinstance(token, Mapping) else token
+    return found if isinstance(found, str) else None
+
+
+def _special_names(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The special tokens that have a name ("bos_token", ...): name -> text."""
+    names = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+    found = {name: _content(settings.get(name)) for name in names}
+    return {name: text for name, text in found.items() if text}
+
+
+def _add_tokens(tokenizer: Any, settings: Mapping[str, Any], names: Mapping[str, str], path: Any) -> None:
+    """Add what tokenizer_config.json has and tokenizer.json lacks, and mark special tokens as such."""
+    from tokenizers import AddedToken
+
+    extra = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
+    extra = list(extra.values()) if isinstance(extra, Mapping) else extra
+    special = [*names.values(), *filter(None, map(_content, extra if isinstance(extra, list) else []))]
+    decoder = settings.get("added_tokens_decoder")
+    listed = {int(key): value for key, value in decoder.items()} if isinstance(decoder, Mapping) else {}
+    for number, token in sorted(listed.items()):
+        content = _content(token)
+        if content is None:
+            continue
+        if tokenizer.token_to_id(content) is None:
+            options = ("single_word", "lstrip", "rstrip", "normalized", "special")
+            chosen = {name: bool(token[name]) for name in options if name in token}
+            (tokenizer.add_special_tokens if chosen.get("special") else tokenizer.add_tokens)(
+                [AddedToken(content, **chosen)]
+            )
+        if tokenizer.token_to_id(content) != number:
+            raise UserError(
+                f"{path}: token {content!r} is {tokenizer.token_to_id(content)} there and {number} in the settings"
+            )
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    for content in special:
+        if content not in known:
+            tokenizer.add_special_tokens([AddedToken(content, normalized=False, special=True)])

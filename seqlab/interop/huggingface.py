@@ -23,7 +23,11 @@ from seqlab.interop.folder import INDEX, Folder, PretrainedError
 from seqlab.models import LanguageModel
 from seqlab.tokenizers import FileTokenizer, Tokenizer
 
-_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json")
+_WEIGHTS = ("config.json", "model*.safetensors", INDEX)
+_TEXTS = (  # what goes with the weights: the tokenizer, the ends of a text, the chat template
+    *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("chat_template.jinja", "chat_template.json"),
+)
 
 
 def is_pretrained(folder: pathlib.Path) -> bool:
@@ -39,16 +43,59 @@ def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None
 
 
-def tokenizer_of(folder: pathlib.Path) -> Tokenizer | None:
-    """The tokenizer of tokenizer.json in `folder`, with the first and last token that config.json names; None
-    where there is none."""
-    file = Folder(folder).file("tokenizer.json")
+def tokenizer_of(folder: str | os.PathLike[str]) -> Tokenizer | None:
+    """The tokenizer of a published folder; None where there is no tokenizer.json.
+
+    What goes in front of a text is what the tokenizer's own files say (its post-processor, `add_bos_token` in
+    tokenizer_config.json), as in transformers; `bos_token_id` only begins an empty text. A text ends with any token
+    that generation_config.json names, else config.json, else tokenizer_config.json.
+
+    Raises:
+      PretrainedError: files that cannot be read, or the optional package `tokenizers` is missing.
+    """
+    source = Folder(folder)
+    file = source.file("tokenizer.json")
     if file is None:
         return None
-    described = Folder(folder).json("config.json")
-    bos, eos = (described.get(f"{name}_token_id") for name in ("bos", "eos"))
-    eos = eos[0] if isinstance(eos, list) else eos
-    return FileTokenizer(file, bos, eos)
+    described, generation = source.json("config.json"), source.json("generation_config.json")
+    settings = {**source.json("special_tokens_map.json"), **source.json("tokenizer_config.json")}
+    ends = _ids(generation, "eos_token_id", source) or _ids(described, "eos_token_id", source)
+    start = _ids(generation, "bos_token_id", source) or _ids(described, "bos_token_id", source)
+    try:
+        found = FileTokenizer(
+            file,
+            eos=ends or None,
+            settings=settings,
+            template=_template(source, settings),
+            start=start[0] if start else None,
+        )
+    except (ImportError, UserError) as error:
+        raise PretrainedError(str(error)) from error
+    if not ends and "eos_token" in found.names:
+        end = found.number(found.names["eos_token"])
+        found.eos, found.ends = end, frozenset((end,))
+    return found
+
+
+def _ids(described: Mapping[str, Any], key: str, source: Folder) -> tuple[int, ...]:
+    """The tokens under `key`: none, one or a list."""
+    given = described.get(key)
+    listed = given if isinstance(given, list) else [] if given is None else [given]
+    if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in listed):
+        raise PretrainedError(
+            f"{source.path}: {key}: got {given!r}, expected a token's number or a list of them"
+        )
+    return tuple(listed)
+
+
+def _template(source: Folder, settings: Mapping[str, Any]) -> str | None:
+    """The chat template: of its own file, or of tokenizer_config.json (there one text, or several with names)."""
+    given = source.text("chat_template.jinja") or source.json("chat_template.json").get("chat_template")
+    given = given or settings.get("chat_template")
+    if isinstance(given, list):
+        named = {item.get("name"): item.get("template") for item in given if isinstance(item, Mapping)}
+        given = named.get("default")
+    return given if isinstance(given, str) else None
 
 
 def fetch(name: str) -> pathlib.Path:
@@ -65,7 +112,7 @@ def fetch(name: str) -> pathlib.Path:
             f"{name} is no folder here; for models of the hub: pip install huggingface_hub"
         ) from error
     try:
-        return pathlib.Path(snapshot_download(name, allow_patterns=list(_FILES)))
+        return pathlib.Path(snapshot_download(name, allow_patterns=[*_WEIGHTS, *_TEXTS]))
     except Exception as error:  # whatever the network layer of the day raises
         raise PretrainedError(
             f"{name} is no folder here and cannot be had from the hub ({type(error).__name__}: {error})"
@@ -120,7 +167,7 @@ def save_pretrained(
 
     described = published_config(model)
     folder = pathlib.Path(folder)
-    taken = [path.name for pattern in _FILES[:3] for path in folder.glob(pattern)]
+    taken = [path.name for pattern in _WEIGHTS for path in folder.glob(pattern)]
     if taken:
         raise FileExistsError(
             f"{folder} holds a model already ({', '.join(sorted(taken)[:3])}): nothing is overwritten"

@@ -22,7 +22,7 @@ from seqlab.models.attention import with_cache
 from seqlab.module import Module, Static, merge, split
 from seqlab.state import State
 from seqlab.streaming.sampling import Sampling, check_sampling, draw
-from seqlab.tokenizers import ByteTokenizer, Tokenizer
+from seqlab.tokenizers import ByteTokenizer, Tokenizer, begin, decoder_after, ends_of, special_text
 
 PREFILL_CHUNKS = (16, 128, 512)
 _BLOCK_LIMIT = 128  # tokens in one dispatch at most
@@ -116,7 +116,7 @@ def stream_generate(
 
     Args:
       prompt: text, bytes or token ids, or a list of prompts of any lengths, one a row. Text at the start of a
-        stream is preceded by the tokenizer's `bos`. May be empty where `state` is given.
+        stream is preceded by the tokenizer's `bos`, or by what a published tokenizer's files say. May be empty where `state` is given.
       max_tokens: tokens a row; None for no end.
       temperature: 0 takes the likeliest token; `top_k`, `top_p` restrict the draw to the k likeliest, or to
         the smallest set of probability p.
@@ -179,8 +179,8 @@ class Stream(Iterator[Token]):
             np.int64
         )
         self._room, self._fixed_block, self._block = room, block, block or 8
-        self._decoders = [tokenizer.decoder() for _ in rows]
-        self._eos = getattr(tokenizer, "eos", None)
+        self._decoders = [decoder_after(tokenizer, row) for row in rows]
+        self._tokenizer, self._ends = tokenizer, ends_of(tokenizer)
         self._stops = tuple(s.encode() if isinstance(s, str) else s for s in stops)
         self._tails = [b""] * len(rows)
         self._made = np.zeros(len(rows), np.int64)
@@ -283,12 +283,13 @@ class Stream(Iterator[Token]):
         self._left[row] -= 1
         text, finished = self._decoders[row].push(token), None
         if self._stops:
-            tail = self._tails[row] + text.encode()
-            finished = "stop" if text and any(stop in tail for stop in self._stops) else None
+            seen = text + special_text(self._tokenizer, token)  # what chat formats end turns with has no text
+            tail = self._tails[row] + seen.encode()
+            finished = "stop" if seen and any(stop in tail for stop in self._stops) else None
             self._tails[row] = (
                 tail[-max(map(len, self._stops)) + 1 :] if max(map(len, self._stops)) > 1 else b""
             )
-        if token == self._eos:
+        if token in self._ends:
             finished = "stop"
         if finished is None and self._left[row] < 1:
             finished = "capacity" if self._made[row] >= self._room[row] else "length"
@@ -397,9 +398,7 @@ def _rows(prompt: Any, tokenizer: Tokenizer, vocab_size: int, fresh: bool) -> li
     rows = []
     for i, item in enumerate([prompt] if one else prompt):
         if isinstance(item, str | bytes):
-            ids = np.asarray(tokenizer.encode(item), np.int64)
-            if fresh and tokenizer.bos is not None:
-                ids = np.concatenate([[tokenizer.bos], ids])
+            ids = np.asarray(begin(tokenizer, item) if fresh else tokenizer.encode(item), np.int64)
         else:
             ids = np.asarray(item, np.int64).ravel()
         if fresh and not len(ids):
