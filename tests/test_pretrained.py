@@ -6,7 +6,10 @@ for some tokens in one pass.
 
 import json
 import pathlib
+import shutil
+from functools import partial
 
+import fiddle as fdl
 import jax
 import numpy as np
 import pytest
@@ -14,8 +17,9 @@ from flax import nnx
 from helpers import assert_close, assert_identical
 
 import seqlab
+from seqlab.interop.families import model_config
 from seqlab.interop.huggingface import PretrainedError, load_pretrained, save_pretrained
-from seqlab.models import Attention, GatedDeltaNet, LanguageModel, Window
+from seqlab.models import Attention, GatedDeltaNet, LanguageModel, Mamba2, Window
 from seqlab.module import params_of
 
 FOLDER = pathlib.Path(__file__).parent / "pretrained"
@@ -82,12 +86,172 @@ def test_what_is_saved_is_what_was_loaded(name, tmp_path):
             {"layer_types": ["full_attention", "chunked_attention"]},
             "layer_types: got 'chunked_attention', expected",
         ),
+        ({"is_causal": False}, "is_causal: got False, expected True"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention: got True"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "the weights are quantized .'fp8'."),
+        (
+            {"auto_map": {"AutoModel": "modeling.Mine"}},
+            "auto_map: the model has code of its own, which is not run",
+        ),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "expected .'LlamaForCausalLM'."),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping: got 30.0, and no llama has this key"),
+        ({"no_rope_layers": [1, 0]}, "no_rope_layers: got .1, 0., and no llama has this key"),
+        ({"per_layer_config": {"0": {"head_dim": 4}}}, "per_layer_config: got"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "a llama has full_attention alone"),
+        ({"layer_types": ["full_attention"]}, "expected a list of num_hidden_layers=2"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: got 0.5, expected 1.0"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling: rope_type: got 'yarn'"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling: factor is missing"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 1}},
+            "beta_fast: got 1, which rope_type",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
+            "rope_parameters: low_freq_factor is missing",
+        ),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
+            "rope_parameters: full_attention: got",
+        ),
+        ({"num_attention_heads": 0}, "num_attention_heads: got 0, expected an integer from 1"),
+        (
+            {"num_hidden_layers": 10**9},
+            "num_hidden_layers: got 1000000000, expected an integer from 1 to 10000",
+        ),
+        ({"hidden_size": "16"}, "hidden_size: got '16', expected an integer"),
+        ({"rms_norm_eps": {"__float__": "NaN"}}, "rms_norm_eps: got nan, expected a positive number"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings: got 'yes', expected true or false"),
+        ({"num_key_value_heads": 3}, "kv_heads must divide heads"),
     ],
 )
 def test_what_is_not_computed_is_refused_before_weights_are_read(changes, message, tmp_path):
     described = json.loads((FOLDER / "llama" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(described | changes))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(PretrainedError, match=message) as error:
+        seqlab.load(tmp_path)
+    assert "\n" not in str(error.value) and str(tmp_path / "config.json") in str(error.value)
+
+
+def layer(changes, family="llama", removed=()):
+    """The first layer's mixer of the model that a changed description stands for."""
+    described = json.loads((FOLDER / family / "config.json").read_text()) | changes
+    cfg = model_config({key: value for key, value in described.items() if key not in removed})
+    return nnx.eval_shape(lambda: fdl.build(cfg)(rngs=nnx.Rngs(0))).backbone.blocks[0].mixer
+
+
+def test_missing_keys_stand_for_what_transformers_takes():
+    assert layer({}, removed=["max_position_embeddings"]).cache.capacity == 2048
+    assert layer({}, "mistral", ["sliding_window"]).cache == Window(4096)
+    assert layer({"sliding_window": None}, "mistral").cache.capacity is not None
+    assert layer({}, "qwen3", ["head_dim"]).head_dim == 128
+    assert layer({"num_attention_heads": 8}, "mistral", ["num_key_value_heads"]).kv_heads == 8
+    assert layer({"num_attention_heads": 8, "num_key_value_heads": None}, "llama").kv_heads == 8
+    assert layer({"time_step_limit": [0.0, float("inf")]}, "mamba2").dt_limit == (0.0, float("inf"))
+    assert layer({}, "mamba2", ["time_step_limit"]).dt_limit == (0.0, float("inf"))
+
+
+def test_rope_scaling_stands_for_all_of_rope_parameters():
+    parameters = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    scaled = layer(parameters | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}})
+    assert (scaled.rotary_scaling.factor, scaled.rotary_base) == (4.0, 1e4)
+    assert layer(parameters | {"rope_scaling": None}).rotary_base == 5e5
+    scaled = layer(parameters | {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 3e5})
+    assert (scaled.rotary_scaling.factor, scaled.rotary_base) == (2.0, 3e5)
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    assert layer({"rope_parameters": llama3, "max_position_embeddings": 96}).rotary_scaling[3] == 96
+
+
+def test_infinity_as_transformers_5_writes_it(tmp_path):
+    model = LanguageModel(
+        8, 32, 1, partial(Mamba2, head_dim=16, state_size=8), channel_mixer=None, rngs=nnx.Rngs(0)
+    )
+    save_pretrained(model, tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    assert json.loads(text)["time_step_limit"] == [0.0, {"__float__": "Infinity"}]
+    assert seqlab.load(tmp_path).model.backbone.blocks[0].mixer.dt_limit == (0.0, float("inf"))
+
+
+def header(entries):
+    """A safetensors file of this header and four bytes of data."""
+    text = json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text + b"\0" * 4
+
+
+HOSTILE = {
+    "empty": b"",
+    "short": b"\0" * 7,
+    "header beyond the file": (2**62).to_bytes(8, "little") + b"{}",
+    "no JSON": (4).to_bytes(8, "little") + b"{{{{",
+    "not an object": (2).to_bytes(8, "little") + b"[]",
+    "deep": (10**5).to_bytes(8, "little") + b"[" * 10**5,
+    "offsets beyond": header({"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}),
+    "offsets backwards": header({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}),
+    "overflow": header({"a": {"dtype": "F32", "shape": [2**63, 2], "data_offsets": [0, 4]}}),
+    "negative": header({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}),
+    "unknown dtype": header({"a": {"dtype": "Q4", "shape": [1], "data_offsets": [0, 4]}}),
+    "quantized": header({"a": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}),
+    "integers": header({"a": {"dtype": "I32", "shape": [1], "data_offsets": [0, 4]}}),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_damaged_and_hostile_weights_are_one_line(name, tmp_path):
+    (tmp_path / "config.json").write_text((FOLDER / "llama" / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes(HOSTILE[name])
+    with pytest.raises(PretrainedError, match=r"model\.safetensors") as error:
+        seqlab.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.safetensors", "/etc/passwd", "a/b.safetensors", "..", "a\\b", "", "link", 3]
+)
+def test_a_weight_index_stays_inside_its_folder(name, tmp_path):
+    folder, outside = tmp_path / "m", tmp_path / "x.safetensors"
+    folder.mkdir()
+    outside.write_bytes((FOLDER / "llama" / "model.safetensors").read_bytes())
+    (folder / "link").symlink_to(outside)
+    (folder / "config.json").write_text((FOLDER / "llama" / "config.json").read_text())
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(PretrainedError, match=r"nothing outside the folder is read|must name a file"):
+        seqlab.load(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_links_that_leave_the_folder_are_not_followed(name, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(FOLDER / "llama", folder)
+    (folder / name).unlink(missing_ok=True)
+    (tmp_path / "outside").write_bytes((FOLDER / "llama" / "config.json").read_bytes())
+    (folder / name).symlink_to(tmp_path / "outside")
+    with pytest.raises(ValueError, match=r"leads to .*: nothing outside the folder is read"):
+        seqlab.load(folder)
+
+
+def test_a_snapshot_of_the_hubs_cache_may_link_to_its_own_blobs(tmp_path):
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "abc", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for file in (FOLDER / "llama").iterdir():
+        shutil.copy(file, blobs / file.name)
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    assert seqlab.load(snapshot).model.vocab_size == seqlab.load(FOLDER / "llama").model.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pytorch_model.bin", "PyTorch's pickle format, which runs code"),
+        ("consolidated.safetensors", "Mistral's own names"),
+        ("adapter_model.safetensors", "a LoRA adapter alone"),
+        ("model-q4.gguf", "a GGUF file"),
+    ],
+)
+def test_other_forms_of_weights_say_what_to_do(name, message, tmp_path):
+    (tmp_path / "config.json").write_text((FOLDER / "llama" / "config.json").read_text())
+    (tmp_path / name).touch()
+    with pytest.raises(PretrainedError, match=rf"lacks model\.safetensors; it holds .*{message}"):
         seqlab.load(tmp_path)
 
 

@@ -18,7 +18,7 @@ from flax import nnx
 
 from seqlab.checks import UserError, check_choice
 from seqlab.interop.convert import convert, published
-from seqlab.interop.families import FAMILIES, model_config, published_config
+from seqlab.interop.families import families, family_of, model_config, published_config
 from seqlab.interop.folder import INDEX, Folder, PretrainedError
 from seqlab.models import LanguageModel
 from seqlab.tokenizers import FileTokenizer, Tokenizer
@@ -32,8 +32,10 @@ _TEXTS = (  # what goes with the weights: the tokenizer, the ends of a text, the
 
 def is_pretrained(folder: pathlib.Path) -> bool:
     """Whether config.json in `folder` describes a published model (those of runs describe an experiment)."""
+    source = Folder(folder)
+    source.file("config.json")  # a link that leads elsewhere is refused, whatever it leads to
     try:
-        return "model_type" in Folder(folder).json("config.json")
+        return "model_type" in source.json("config.json")
     except PretrainedError:
         return False
 
@@ -138,7 +140,7 @@ def load_pretrained(folder: str | os.PathLike[str]) -> tuple[LanguageModel, fdl.
         reason = str(getattr(error, "proxy_base_exception", error)).splitlines()[0]
         raise PretrainedError(f"{source.path / 'config.json'}: {reason}") from error
     try:
-        return convert(model, source.tensors(), architecture=FAMILIES[described["model_type"]]), cfg
+        return convert(model, source.tensors(), architecture=family_of(described).WEIGHTS), cfg
     except PretrainedError:
         raise
     except UserError as error:
@@ -174,7 +176,7 @@ def save_pretrained(
         )
     tensors = {
         name: jnp.asarray(value, dtype)
-        for name, value in published(model, FAMILIES[described["model_type"]]).items()
+        for name, value in published(model, families()[described["model_type"]].WEIGHTS).items()
     }
     shards = _shards(tensors, shard_bytes)
     folder.mkdir(parents=True, exist_ok=True)

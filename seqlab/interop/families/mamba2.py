@@ -1,0 +1,68 @@
+"""Mamba-2, in transformers' form."""
+
+import math
+import numbers
+from typing import Any
+
+import fiddle as fdl
+
+from seqlab.interop.families import mamba
+from seqlab.interop.families.keys import Keys
+from seqlab.interop.folder import PretrainedError
+from seqlab.models import LanguageModel, Mamba2
+
+MODEL_TYPE = "mamba2"
+CLASS = "Mamba2ForCausalLM"
+WEIGHTS = "mamba2"
+MIXER = "Mamba2"
+IRRELEVANT = (*mamba.IRRELEVANT, "time_step_rank")  # Mamba-2 has no rank: a step of its own for each head
+
+
+def from_config(keys: Keys) -> fdl.Config:
+    """The config of the model that a description stands for."""
+    dim, heads, width = keys.size("hidden_size", 4096), keys.size("num_heads", 128), keys.size("head_dim", 64)
+    if keys.has("expand") and keys.size("expand") * dim != heads * width:
+        raise PretrainedError(
+            f"expand: got {keys.get('expand')}, expected num_heads * head_dim / hidden_size = {heads * width / dim:g}"
+        )
+    keys.expect("intermediate_size", heads * width)
+    mixer = fdl.Partial(
+        Mamba2,
+        expand=mamba.whole("num_heads * head_dim", heads * width, dim),
+        head_dim=width,
+        state_size=keys.size("state_size", 128),
+        groups=keys.size("n_groups", 8),
+        conv_width=keys.size("conv_kernel", 4),
+        dt_limit=_limit(keys.get("time_step_limit")),
+        conv_bias=keys.flag("use_conv_bias", True),
+        bias=keys.flag("use_bias", False),
+        norm_eps=keys.number("layer_norm_epsilon", 1e-5),
+    )
+    return mamba.language_model(keys, mixer, vocab_size=32_768, dim=4096, depth=64, tied=False)
+
+
+def to_config(model: LanguageModel) -> dict[str, Any]:
+    """The description of a model; raises PretrainedError with the reason where it is none of this family."""
+    first = model.backbone.blocks[0].mixer
+    return mamba.common(model) | {
+        "num_heads": first.heads,
+        "head_dim": first.inner // first.heads,
+        "expand": first.inner // first.dim,
+        "state_size": first.state_size,
+        "n_groups": first.groups,
+        "time_step_limit": [_number(value) for value in first.dt_limit],
+    }
+
+
+def _limit(given: Any) -> tuple[float, float]:
+    """The least and the largest step."""
+    given = (0.0, math.inf) if given is None else given
+    fine = isinstance(given, list | tuple) and len(given) == 2
+    if not fine or not all(isinstance(value, numbers.Real) for value in given) or not given[0] <= given[1]:
+        raise PretrainedError(f"time_step_limit: got {given!r}, expected the least and the largest step")
+    return float(given[0]), float(given[1])
+
+
+def _number(value: float) -> Any:
+    """A number as JSON has it; infinity as transformers 5 writes it."""
+    return {"__float__": "Infinity"} if value == math.inf else value

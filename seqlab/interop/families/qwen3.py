@@ -1,0 +1,32 @@
+"""Qwen3: normed queries and keys, heads of a width of their own, and windows in the upper layers."""
+
+from typing import Any
+
+import fiddle as fdl
+
+from seqlab.interop.families import decoder
+from seqlab.interop.families.keys import Keys
+from seqlab.interop.families.qwen2 import DEFAULTS
+from seqlab.interop.folder import PretrainedError
+from seqlab.models import LanguageModel
+
+MODEL_TYPE = "qwen3"
+CLASS = "Qwen3ForCausalLM"
+WEIGHTS = "llama"
+MIXER = "Attention"
+
+
+def from_config(keys: Keys) -> fdl.Config:
+    """The config of the model that a description stands for."""
+    bias, windows = keys.flag("attention_bias", False), decoder.qwen_windows(keys)
+    return decoder.language_model(
+        keys, defaults=DEFAULTS, windows=windows, bias=bias, out_bias=bias, head_dim=128, qk_norm=True
+    )
+
+
+def to_config(model: LanguageModel) -> dict[str, Any]:
+    """The description of a model; raises PretrainedError with the reason where it is none of this family."""
+    biases = decoder.biases_of(model)
+    if biases[0] != biases[1]:
+        raise PretrainedError(f"a qwen3 has all biases or none, got {biases} of qkv and out")
+    return decoder.qwen_described(model, qk_norm=True) | {"attention_bias": biases[0]}
