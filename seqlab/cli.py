@@ -1,8 +1,9 @@
 """The command line. It imports nothing heavy before it knows what to do: `seqlab --help` answers at once.
 
-Exit codes: 0 done; 2 for what a user can put right (one line on stderr); 3 where training diverged; 130 and
-143 after SIGINT and SIGTERM, with a checkpoint saved where training was under way; 1 for a result that
-`bench` finds wrong, and with a traceback for everything else, which is a bug.
+Exit codes: 0 done; 2 for what a user can put right (one line on stderr); 3 where training diverged; 4 where
+another process of the run was lost; 129, 130 and 143 after SIGHUP, SIGINT and SIGTERM, with a checkpoint saved
+where training was under way; 1 for a result that `bench` finds wrong, and with a traceback for everything else,
+which is a bug.
 """
 
 import argparse
@@ -17,9 +18,9 @@ from typing import Any
 
 from seqlab.names import search_current_folder
 
-_SIGNALS = {"finished": 0, "SIGINT": 130, "SIGTERM": 143}
+_SIGNALS = {"finished": 0, "SIGHUP": 129, "SIGINT": 130, "SIGTERM": 143}
 _EPILOG = """\
-exit codes: 0 done; 1 bench found something wrong; 2 an error of yours, in one line; 3 the training diverged; 130/143 interrupted
+exit codes: 0 done; 1 bench found something wrong; 2 an error of yours, in one line; 3 the training diverged; 129/130/143 interrupted
 (training saves a checkpoint first, and the same command goes on from there)"""
 
 
@@ -37,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if code is None or args.traceback:
             raise
         print(f"seqlab {args.command}: error: {error}", file=sys.stderr)
+        if getattr(args, "json", None) is True:  # who reads JSON gets JSON
+            print(json.dumps({"error": str(error)}))
         return code
 
 
@@ -106,6 +109,11 @@ def _add_making(commands: Any) -> None:
     )
     train.add_argument("--workdir", type=pathlib.Path, metavar="DIR", help="run folder; default runs/CONFIG")
     _add_changes(train)
+    train.add_argument(
+        "--extend",
+        action="store_true",
+        help="go on with a run though steps or the optimizer are not those it began with",
+    )
     train.add_argument(
         "--distributed",
         nargs="?",
@@ -330,8 +338,7 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     from seqlab.train import config, processes
-    from seqlab.train.data import Batches
-    from seqlab.train.loop import held_out_batches, run
+    from seqlab.train.loop import run
 
     if args.distributed:
         processes.join(args.distributed)
@@ -342,16 +349,10 @@ def _train(args: argparse.Namespace) -> int:
         cfg = config.override(cfg, assignment)
     experiment = config.build(cfg)
     workdir = args.workdir or pathlib.Path("runs") / pathlib.Path(args.config).stem
-    if not (
-        workdir / "config.json"
-    ).exists():  # data that cannot serve are noticed before a folder is made for them
-        Batches(experiment.data.train(experiment.seed), experiment.batch_size, experiment.seed, 0, 1)
-        held_out_batches(experiment)
-    processes.first_then_others(lambda: config.prepare(cfg, workdir), f"{workdir} to be prepared")
     changes = "".join(f"\n  {line}" for line in config.diff(base, cfg))
-    processes.say(f"{args.config} in {workdir}" + (f", changed:{changes}" if changes else ""))
+    title = f"{args.config} in {workdir}" + (f", changed:{changes}" if changes else "")
     _enable_compile_cache()
-    return _SIGNALS[run(experiment, workdir).status]
+    return _SIGNALS[run(experiment, workdir, cfg, args.extend, title).status]
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -444,6 +445,7 @@ def _stream(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     from seqlab.studies import runs
     from seqlab.train import config
+    from seqlab.train.metrics import finite_only
 
     _enable_compile_cache()
     run = runs.load(args.workdir, args.step, trust=args.trust)
@@ -462,7 +464,7 @@ def _eval(args: argparse.Namespace) -> int:
         "targets": result.targets,
     }
     if args.json:
-        print(json.dumps(record))
+        print(json.dumps(finite_only(record), allow_nan=False))
     else:
         print(
             f"{args.workdir}, step {run.step}: {quality.sentence(result.value)} over {result.targets:,} "

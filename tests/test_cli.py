@@ -228,13 +228,13 @@ def test_usage_errors_are_code_2(arguments, capsys):
 
 
 def test_codes_of_training(folder, monkeypatch, capsys):
-    def diverge(experiment, workdir):
+    def diverge(*arguments):
         raise loop.NonFiniteError("step 3: loss nan")
 
-    def stop(experiment, workdir):
+    def stop(*arguments):
         raise KeyboardInterrupt
 
-    def fail(experiment, workdir):
+    def fail(*arguments):
         raise TypeError("a bug")
 
     monkeypatch.setattr(loop, "run", diverge)
@@ -242,12 +242,12 @@ def test_codes_of_training(folder, monkeypatch, capsys):
     assert "error: step 3: loss nan" in capsys.readouterr().err
     monkeypatch.setattr(loop, "run", stop)
     assert train() == 130
-    monkeypatch.setattr(loop, "run", lambda experiment, workdir: loop.Result("SIGINT", 2, None, None))
+    monkeypatch.setattr(loop, "run", lambda *arguments: loop.Result("SIGINT", 2, None, None))
     assert train() == 130
     monkeypatch.setattr(loop, "run", fail)
     with pytest.raises(TypeError, match="a bug"):
         train()
-    monkeypatch.setattr(loop, "run", lambda experiment, workdir: int("x"))
+    monkeypatch.setattr(loop, "run", lambda *arguments: int("x"))
     with pytest.raises(ValueError, match="invalid literal"):
         train()
 

@@ -43,8 +43,8 @@ def test_mixers_of_one_config_are_trained_and_measured(capsys, monkeypatch):
     ]
     original, stops = compare.run, iter((False, True))
 
-    def stopped(experiment, workdir):
-        return loop.Result("SIGTERM", 0, None, None) if next(stops) else original(experiment, workdir)
+    def stopped(experiment, workdir, cfg):
+        return loop.Result("SIGTERM", 0, None, None) if next(stops) else original(experiment, workdir, cfg)
 
     with monkeypatch.context() as patch:
         patch.setattr(compare, "run", stopped)
@@ -160,10 +160,10 @@ def test_a_run_that_diverges_is_a_row_that_says_so(folder, monkeypatch):
     )
     original = compare.run
 
-    def diverging(experiment, workdir):
+    def diverging(experiment, workdir, cfg):
         if "attention" in workdir.name:
             raise loop.NonFiniteError("step 3: loss inf")
-        return original(experiment, workdir)
+        return original(experiment, workdir, cfg)
 
     monkeypatch.setattr(compare, "run", diverging)
     lost, sound = compare.compare(cfgs, folder / "out").rows

@@ -410,11 +410,18 @@ def test_json_that_cannot_be_read(text, message):
         config.from_json(text)
 
 
+def commit(workdir):
+    """Make it look as if there were a checkpoint."""
+    (workdir / "checkpoints" / "5").mkdir(parents=True)
+    (workdir / "checkpoints" / "5" / "commit_success.txt").write_text("")
+
+
 def test_a_run_folder_belongs_to_one_config(cfg, tmp_path):
     workdir = tmp_path / "runs" / "a"
     config.prepare(cfg, workdir)
     assert (workdir / "config.txt").read_text() == config.flat(cfg)
-    before = {path.name: path.read_bytes() for path in workdir.iterdir()}
+    commit(workdir)
+    before = {path.name: path.read_bytes() for path in workdir.glob("config.*")}
     assert before.keys() == {"config.json", "config.txt"}
     config.prepare(
         config.override(cfg, f"steps={cfg.steps}"), workdir
@@ -422,22 +429,81 @@ def test_a_run_folder_belongs_to_one_config(cfg, tmp_path):
     with pytest.raises(ConfigError) as refusal:
         config.prepare(config.override(config.override(cfg, "model.dim=64"), "seed=7"), workdir)
     assert "\n  model.dim: 128 -> 64\n  seed: 0 -> 7\n" in str(refusal.value)
-    assert {path.name: path.read_bytes() for path in workdir.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in workdir.glob("config.*")} == before
     # a field that came into being after the run is no difference while it has its default, and is one
     # otherwise
     saved = json.loads((workdir / "config.json").read_text())
-    del saved["config"]["keep"]
+    del saved["config"]["seed"], saved["sha256"]
     (workdir / "config.json").write_text(json.dumps(saved))
     config.prepare(cfg, workdir)
-    with pytest.raises(ConfigError, match="keep: 3 -> 4"):
-        config.prepare(config.override(cfg, "keep=4"), workdir)
+    with pytest.raises(ConfigError, match="seed: 0 -> 4"):
+        config.prepare(config.override(cfg, "seed=4"), workdir)
     (workdir / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"config\.json: not JSON"):
         config.prepare(cfg, workdir)
 
 
+def test_what_touches_no_number_of_a_run_may_change(cfg, tmp_path):
+    config.prepare(cfg, tmp_path)
+    commit(tmp_path)
+    changed = cfg
+    for line in ("keep=9", "log_every=1", "checkpoint_every=2", "validate_every=3", "mesh.data=2"):
+        changed = config.override(changed, line)
+    assert {line.partition(":")[0] for line in config.prepare(changed, tmp_path)} == {
+        "keep",
+        "log_every",
+        "checkpoint_every",
+        "validate_every",
+        "mesh.data",
+    }
+    assert config.from_json((tmp_path / "config.json").read_text()).keep == 9
+    assert config.prepare(changed, tmp_path) == []
+
+    longer = config.override(config.override(changed, "steps=2000"), "optimizer.peak=0.001")
+    with pytest.raises(ConfigError, match="or go on from its last checkpoint with these: --extend"):
+        config.prepare(longer, tmp_path)
+    assert len(config.prepare(longer, tmp_path, extend=True)) == 2
+    with pytest.raises(ConfigError, match=r"seed: 0 -> 4\nchoose another folder, or the same config$"):
+        config.prepare(config.override(longer, "seed=4"), tmp_path, extend=True)
+
+    moved = config.override(longer, "data.paths=elsewhere")
+    (tmp_path / "data.txt").write_text("00ff\n")
+    for fingerprint in (None, "00fe"):
+        with pytest.raises(ConfigError, match=r"data\.paths: .* -> \('elsewhere',\)"):
+            config.prepare(moved, tmp_path, fingerprint=fingerprint)
+    config.prepare(moved, tmp_path, fingerprint="00ff")
+    with pytest.raises(ConfigError, match=r"data\.length"):
+        config.prepare(config.override(moved, "data.length=4"), tmp_path, fingerprint="00ff")
+
+
+def test_a_folder_without_a_checkpoint_belongs_to_nobody(cfg, tmp_path):
+    config.prepare(cfg, tmp_path)
+    other = config.override(cfg, "model.dim=64")
+    assert config.prepare(other, tmp_path) == []
+    assert config.from_json((tmp_path / "config.json").read_text()).model.dim == 64
+    (tmp_path / "config.json").write_bytes(b"\xff")
+    config.prepare(other, tmp_path)
+    assert config.from_json((tmp_path / "config.json").read_text()).model.dim == 64
+
+
+def test_a_saved_config_that_has_changed_is_refused(cfg):
+    text = config.to_json(config.override(cfg, "seed=7"))
+    with pytest.raises(ConfigError, match="it has changed since it was written"):
+        config.from_json(text.replace('"seed": 7', '"seed": 3'))
+    content = json.loads(text)
+    del content["sha256"]
+    assert config.from_json(json.dumps(content)).seed == 7  # as older runs have it
+
+
+def test_a_saved_config_is_json(cfg):
+    cfg.optimizer.clip = float("inf")
+    text = config.to_json(cfg)
+    assert "Infinity" not in text
+    assert config.from_json(text).optimizer.clip == float("inf")
+
+
 def test_a_folder_with_strange_checkpoints_is_refused(cfg, tmp_path):
-    (tmp_path / "checkpoints").mkdir()
+    commit(tmp_path)
     with pytest.raises(ConfigError, match=r"holds checkpoints and no config\.json"):
         config.prepare(cfg, tmp_path)
     (tmp_path / "file").write_text("")

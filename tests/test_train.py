@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -21,11 +22,16 @@ from helpers import assert_close, assert_identical
 
 from seqlab import ByteTokenizer, split
 from seqlab.models import LanguageModel
+from seqlab.train import config
 from seqlab.train.data import ArraySource
 from seqlab.train.experiment import Experiment
-from seqlab.train.loop import NonFiniteError, run
+from seqlab.train.folder import BusyError, claimed, locate, runs_near
+from seqlab.train.loop import Interruptions, NonFiniteError, run
+from seqlab.train.memory import OutOfMemoryError, explained
+from seqlab.train.metrics import Metrics
 from seqlab.train.optim import adamw, decayed, schedule
 from seqlab.train.packing import pack
+from seqlab.train.quality import quality_of
 from seqlab.train.step import TrainState, init_state, next_token_loss, train_step
 
 pytestmark = pytest.mark.filterwarnings("default")  # grain and orbax warn as they please
@@ -196,6 +202,55 @@ def test_a_run_that_diverges_stops_with_the_step_and_keeps_the_good_checkpoint(t
     assert saved and saved[-1] < at
 
 
+@pytest.mark.parametrize("what", ["validation", "checkpoint", "parameters"])
+def test_what_is_not_finite_is_no_checkpoint_to_go_back_to(what, tmp_path, monkeypatch):
+    """Loss and gradient of step 4 are finite; what it makes of the parameters is not worth saving."""
+    from seqlab.train import loop, step
+
+    def judged_nan(model, data):
+        total, count = next_token_loss(model, data)
+        return jnp.where(jnp.mean(model.embedding.weight[...] ** 2) > 4.1e-4, jnp.nan, total), count
+
+    every = {"validation": 1, "checkpoint": 30, "parameters": 30}[what]
+    tried = experiment(metric=judged_nan, validate_every=every, checkpoint_every=1, log_every=1)
+    if what == "parameters":
+        tried = experiment(checkpoint_every=1, log_every=1)
+        finite = step.all_finite
+        monkeypatch.setattr(
+            loop,
+            "all_finite",
+            lambda params: finite(params) & (jnp.mean(params["embedding.weight"] ** 2) < 4.1e-4),
+        )
+    with pytest.raises(
+        NonFiniteError, match=r"step \d+: (nan on the held-out|parameters).*--extend"
+    ) as error:
+        run(tried, tmp_path)
+    at = int(str(error.value).split()[1].rstrip(":"))
+    assert f"last good checkpoint is step {at - 1} " in str(error.value) and at > 1
+    assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == at - 1
+    if what == "validation":
+        assert rows_of(tmp_path)[-1] == {"step": at, "validation_judged_nan": "nan"}
+
+
+def test_a_validation_that_an_interruption_has_left_out_is_made_up_for(tmp_path, monkeypatch):
+    from seqlab.train import loop
+
+    original = loop.Progress.advance
+
+    def advance(self, step):
+        original(self, step)
+        if step == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop.Progress, "advance", advance)
+    small = {"steps": 12, "validate_every": 5, "log_every": 1}
+    assert run(experiment(**small), tmp_path).status == "SIGTERM"
+    assert [row["step"] for row in rows_of(tmp_path) if len(row) == 2] == [5]
+    monkeypatch.undo()
+    run(experiment(**small), tmp_path)
+    assert [row["step"] for row in rows_of(tmp_path) if len(row) == 2] == [5, 10, 12]
+
+
 def test_schedule_and_decay():
     rate = schedule(100, peak=1.0, final=0.1, warmup=10)
     np.testing.assert_allclose(
@@ -237,6 +292,161 @@ def test_train_state_survives_the_checkpoint_form():
     _, params = split(zoo.model("lm_mamba"))
     state = TrainState(jnp.asarray(3), params, optax.adamw(1e-3).init(params))
     assert_identical(_from_dict(_to_dict(state), state), state)
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_one_run_at_a_time_trains_in_a_folder(tmp_path):
+    with (
+        claimed(tmp_path),
+        pytest.raises(BusyError, match=rf"{tmp_path}: another run .*process {os.getpid()} on"),
+    ):
+        run(experiment(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    # A killed process leaves no lock, though a child of it lives on.
+    code = """
+import os, pathlib, sys, time
+from seqlab.train.folder import claimed
+with claimed(pathlib.Path(sys.argv[1])):
+    if os.fork():
+        print("in", flush=True)
+    time.sleep(60)
+"""
+    held = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        assert held.stdout.readline() == b"in\n"
+        with pytest.raises(BusyError, match=f"process {held.pid} on"), claimed(tmp_path):
+            pass
+        held.kill()
+        held.wait()
+        with claimed(tmp_path):
+            os.killpg(held.pid, 0)  # the child is there
+    finally:
+        os.killpg(held.pid, signal.SIGKILL)
+
+
+def test_where_a_folder_lies(tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    monkeypatch.chdir(tmp_path / "there")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert locate("../link/run") == locate("~/there/run") == locate("run") == tmp_path / "there" / "run"
+    with pytest.raises(ValueError, match="null character"):
+        locate("a\0b")
+    for name in ("demo", "digits"):
+        (tmp_path / "runs" / name / "checkpoints").mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.json").write_text("{}")
+    assert [pathlib.Path(path).name for path in runs_near(tmp_path / "runs" / "dmeo")] == ["demo", "digits"]
+    assert runs_near(tmp_path / "rnus" / "digits")[0] == str(tmp_path / "runs" / "digits")
+
+
+@pytest.mark.parametrize(
+    "damage", [b"\xb6\xff\n", b"5\n", b'{"loss": 1.0}\n', b"[" * 100000 + b"\n", b'{"step": "4"}\n']
+)
+def test_damaged_metrics_are_left_out(tmp_path, damage):
+    good = b'{"step": 5, "loss": 1.5}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(good + damage + b'{"step": 6, "loss": NaN}\n' + good[:9])
+    with Metrics(tmp_path, 6, quality_of(next_token_loss)) as metrics:
+        assert metrics.rows == [{"step": 5, "loss": 1.5}, {"step": 6, "loss": "NaN"}]
+        metrics.write(7, loss=float("nan"), other=float("-inf"))
+    assert rows_of(tmp_path)[-1] == {"step": 7, "loss": "nan", "other": "-inf"}
+
+
+def test_points_are_in_the_events_as_soon_as_in_the_metrics(tmp_path):
+    """What a kill finds: not one point of metrics.jsonl is missing."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    metrics = Metrics(tmp_path, 0, quality_of(next_token_loss))
+    for step in (1, 2, 3):
+        metrics.write(step, loss=1.0 / step)
+    [file] = tmp_path.glob("events.out.tfevents.*")
+    data, at, found = file.read_bytes(), 0, []
+    while at < len(data):  # records: length, checksum, bytes, checksum
+        size = int.from_bytes(data[at : at + 8], "little")
+        event = Event.FromString(data[at + 12 : at + 12 + size])
+        found += [event.step for value in event.summary.value if value.tag == "loss"]
+        at += 16 + size
+    assert found == [1, 2, 3]
+    metrics.__exit__()
+
+
+def test_a_terminal_that_has_gone_does_not_end_a_run(monkeypatch):
+    class Gone:
+        def isatty(self):
+            return True
+
+        def write(self, text):
+            raise OSError(5, "Input/output error")
+
+        def flush(self):
+            raise OSError(5, "Input/output error")
+
+    from seqlab.train.metrics import Progress
+    from seqlab.train.processes import say
+
+    progress = Progress(10)
+    monkeypatch.setattr(sys, "stderr", Gone())
+    say("a line")
+    with progress:
+        progress.advance(1)
+        progress.report(1, loss="2")
+        progress.say("another")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            sys,
+            "stderr",
+            type("Pipe", (), {"isatty": lambda self: False, "write": Gone.write, "flush": Gone.flush})(),
+        )
+        Progress(10).say("a line")
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruptions() as interruption:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interruption.came(True)
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with Interruptions() as interruption:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interruption.came(True) and interruption.name == "SIGHUP"
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_memory_that_runs_out_says_what_to_change():
+    tried = experiment(batch_size=6, accumulate=2)
+    with (
+        pytest.raises(
+            OutOfMemoryError,
+            match=r"while training \(RESOURCE_EXHAUSTED: .*parameters, .* kB.*batch_size \(now 6\).*accumulate \(now 2\)",
+        ),
+        explained("training", tried),
+    ):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.\nmore")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), explained("training", tried):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+
+def test_a_run_goes_on_longer_when_asked_and_says_so(tmp_path, capsys):
+    cfg = config.fiddle(config.load("lm_mamba"), "tiny")
+    for line in ("steps=4", "batch_size=4", "data.length=16", "log_every=2", "checkpoint_every=2"):
+        cfg = config.override(cfg, line)
+    assert run(config.build(cfg), tmp_path, cfg).step == 4
+    longer = config.override(config.override(cfg, "steps=6"), "keep=1")
+    with pytest.raises(config.ConfigError, match=r"steps: 4 -> 6\n.*--extend"):
+        run(config.build(longer), tmp_path, longer)
+    assert run(config.build(longer), tmp_path, longer, extend=True).step == 6
+    *_, first, last = [json.loads(line) for line in (tmp_path / "env.jsonl").read_text().splitlines()]
+    assert (first["step"], first["changes"]) == (0, [])
+    assert (last["step"], sorted(last["changes"])) == (4, ["keep: 3 -> 1", "steps: 4 -> 6"])
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["6"]
 
 
 @pytest.mark.slow

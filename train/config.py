@@ -2,8 +2,7 @@
 
     cfg = load("lm_hybrid")                        # a file of configs/, or any Python file with `base()`
     cfg = override(cfg, "model.mixers[0].heads=8")
-    prepare(cfg, workdir)                          # config.json and config.txt; another config in the folder
-    is refused
+    prepare(cfg, workdir)                          # config.json and config.txt; not where another run is
     experiment = build(cfg)                        # checked down to the model's shapes before any work starts
 
 Configs are Fiddle's: calls written as data. Everything here raises ConfigError for what a user got wrong.
@@ -11,10 +10,12 @@ Configs are Fiddle's: calls written as data. Everything here raises ConfigError 
 
 import ast
 import contextlib
+import hashlib
 import importlib
 import importlib.util
 import inspect
 import json
+import math
 import os
 import pathlib
 import pkgutil
@@ -30,12 +31,14 @@ from flax import nnx
 from seqlab import names as names_of_code
 from seqlab.checks import nearest
 from seqlab.train.experiment import Experiment
+from seqlab.train.folder import has_steps, locate
 from seqlab.train.override import ConfigError, check, children, fields, fit, literal, named, override, tree
 
 __all__ = [
     "ConfigError",
     "build",
     "diff",
+    "differences",
     "fiddle",
     "fiddlers",
     "flat",
@@ -50,7 +53,9 @@ __all__ = [
 
 FORMAT = "seqlab.config.1"
 _FILE_MODULE = "_seqlab_config_"  # config files outside the package are imported under this prefix
-_MAY_CHANGE = ("mesh",)  # from one start of a run to the next
+_MAY_CHANGE = ("mesh", "keep", "log_every", "checkpoint_every", "validate_every")  # they touch no number
+_EXTENDABLE = ("steps", "optimizer")  # of the steps to come, if the user asks for it
+_PLACES = ("path", "paths", "folder", "root")  # fields of `data`: where it lies, not what it is
 _NOT_CONFIGS = ("parts", "fiddlers")
 
 
@@ -188,7 +193,8 @@ def to_json(cfg: fdl.Config) -> str:
 
     Raises ConfigError for a value that JSON cannot hold or that could not be imported when it is read.
     """
-    return json.dumps({"format": FORMAT, "config": _encode(tree(cfg), "")}, indent=1) + "\n"
+    content = {"format": FORMAT, "config": _encode(tree(cfg), "")}
+    return json.dumps({**content, "sha256": _digest(content)}, indent=1, allow_nan=False) + "\n"
 
 
 def from_json(text: str, *, trust: bool | Collection[str] = False) -> fdl.Config:
@@ -207,6 +213,11 @@ def from_json(text: str, *, trust: bool | Collection[str] = False) -> fdl.Config
         raise ConfigError(f"not JSON: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ConfigError(f"not a saved config: expected the format {FORMAT!r}")
+    seal = content.pop("sha256", None)
+    if seal not in (None, _digest(content)):
+        raise ConfigError(
+            "it has changed since it was written (sha256); if you have changed it, remove the line with sha256"
+        )
     with contextlib.nullcontext() if trust is True else names_of_code.restricted(trust or ()):
         cfg = _decode(content.get("config"), "")
     if not isinstance(cfg, fdl.Buildable):
@@ -230,35 +241,77 @@ def names_in(cfg: fdl.Config) -> set[str]:
     return found
 
 
-def prepare(cfg: fdl.Config, workdir: str | os.PathLike[str]) -> None:
-    """Write config.json and config.txt into a new run folder; check that a folder in use belongs to the same
-    config.
+def prepare(
+    cfg: fdl.Config,
+    workdir: str | os.PathLike[str],
+    extend: bool = False,
+    fingerprint: str | None = None,
+) -> list[str]:
+    """Write config.json and config.txt into a run folder, and return how `cfg` differs from what they said, one
+    `path: old -> new` a field.
 
-    Raises ConfigError, and changes nothing, where the folder holds another config. A field that did not exist
-    when the folder was made and has its default is no difference.
+    A folder without a checkpoint belongs to no config yet: what an earlier start left there is replaced. The
+    arguments and errors are those of `differences`, and nothing is changed where it raises.
     """
-    workdir = pathlib.Path(workdir)
-    if workdir.exists() and not workdir.is_dir():
-        raise ConfigError(f"{workdir} is not a folder")
-    text, file = to_json(cfg), workdir / "config.json"
-    if not file.exists():
-        if (workdir / "checkpoints").exists():
-            raise ConfigError(f"{workdir} holds checkpoints and no config.json: choose another folder")
+    workdir = locate(workdir)
+    file = workdir / "config.json"
+    changes = differences(cfg, workdir, extend, fingerprint)
+    if changes or not file.exists() or not has_steps(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         _write(workdir / "config.txt", flat(cfg))
-        _write(file, text)
-        return
+        _write(file, to_json(cfg))
+    return changes
+
+
+def differences(
+    cfg: fdl.Config,
+    workdir: str | os.PathLike[str],
+    extend: bool = False,
+    fingerprint: str | None = None,
+) -> list[str]:
+    """How `cfg` differs from the config of the run in `workdir`, one `path: old -> new` a field; [] where there
+    is no run with a checkpoint.
+
+    What touches no number of the run may differ: the mesh, how many checkpoints are kept, when there are some,
+    when it is reported and validated, and where the data lie if their `fingerprint` is that of the run. With
+    `extend` the steps and the optimizer may, too: they are used from the last checkpoint on. A field that did
+    not exist when the run began and has its default is no difference.
+
+    Raises:
+      ConfigError: anything else differs, naming it; the folder holds checkpoints of no known config; or `cfg`
+        cannot be written down.
+    """
+    workdir = locate(workdir)
+    if workdir.exists() and not workdir.is_dir():
+        raise ConfigError(f"{workdir} is not a folder")
+    to_json(cfg)
+    if not has_steps(workdir):
+        return []
+    file = workdir / "config.json"
+    if not file.exists():
+        raise ConfigError(f"{workdir} holds checkpoints and no config.json: choose another folder")
     try:
         saved = from_json(file.read_text(), trust=names_in(cfg))
-    except ConfigError as error:
+    except (ConfigError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: {error}") from error
-    different = [line for line in diff(saved, cfg) if not line.startswith(_MAY_CHANGE)]
-    if different:
-        lines = "".join(f"\n  {line}" for line in different)
-        raise ConfigError(
-            f"{workdir} belongs to another config (saved -> given):{lines}\nchoose another folder, or the "
-            "same config"
-        )
+    changes = diff(saved, cfg)
+    data = workdir / "data.txt"
+    same = fingerprint is not None and data.exists() and data.read_text().strip() == fingerprint
+    refused = [line for line in changes if not _may_change(line, extend, same)]
+    if refused:
+        lines = "".join(f"\n  {line}" for line in refused)
+        hint = "choose another folder, or the same config"
+        if all(_may_change(line, True, same) for line in refused):
+            hint += "; or go on from its last checkpoint with these: --extend"
+        raise ConfigError(f"{workdir} belongs to another config (saved -> given):{lines}\n{hint}")
+    return changes
+
+
+def _may_change(line: str, extend: bool, same_data: bool) -> bool:
+    path = re.split(r": ", line, maxsplit=1)[0]
+    names = re.sub(r"\[[^\]]*\]", "", path).split(".")
+    moved = same_data and names[0] == "data" and names[-1] in _PLACES
+    return names[0] in _MAY_CHANGE or moved or (extend and names[0] in _EXTENDABLE)
 
 
 def _import_file(path: pathlib.Path) -> Any:
@@ -343,6 +396,8 @@ def _encode(value: Any, where: str) -> Any:
         return {"$list": [_encode(item, where + step) for step, item in children(value)]}
     if type(value) is dict and all(isinstance(key, str) for key in value):
         return {"$dict": {key: _encode(item, f"{where}[{key!r}]") for key, item in value.items()}}
+    if type(value) is float and not math.isfinite(value):
+        return {"$float": str(value)}  # JSON has no such numbers
     if value is None or type(value) in (bool, int, float, str):
         return value
     if callable(value):
@@ -392,6 +447,8 @@ def _decode(value: Any, where: str) -> Any:
         return list(_decode(value["$list"], where))
     if isinstance(value.get("$dict"), dict):
         return {key: _decode(item, f"{where}[{key!r}]") for key, item in value["$dict"].items()}
+    if "$float" in value:
+        return float(value["$float"])
     if "$name" in value:
         return _imported(value["$name"], where)
     kind = fdl.Partial if "$partial" in value else fdl.Config
@@ -412,6 +469,10 @@ def _decode(value: Any, where: str) -> Any:
         return kind(call, **arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{where or 'config'}: {error}") from error
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _imported(name: Any, where: str) -> Any:

@@ -31,6 +31,12 @@ def locate(workdir: str | os.PathLike[str]) -> pathlib.Path:
         raise UserError(f"workdir: got {text!r}: {error}") from error
 
 
+def has_steps(workdir: pathlib.Path) -> bool:
+    """Whether there is a checkpoint, good or damaged. A folder without one belongs to nobody."""
+    found = (workdir / "checkpoints").glob("*/commit_success.txt")
+    return any(path.parent.name.isdigit() for path in found)
+
+
 def is_run(folder: pathlib.Path) -> bool:
     """Whether `folder` is that of a run."""
     return (folder / "config.json").is_file() and (

@@ -1,5 +1,6 @@
 """A training run, top to bottom: data, model, state or resume, steps, validation, checkpoints, farewell."""
 
+import contextlib
 import functools
 import json
 import math
@@ -9,6 +10,7 @@ import signal
 import time
 from typing import Any, NamedTuple
 
+import fiddle as fdl
 import jax
 import numpy as np
 from flax import nnx
@@ -18,20 +20,22 @@ from seqlab.checks import UserError
 from seqlab.module import Params, Static, count_params, split
 from seqlab.parallel.sharding import compiler_options, param_shardings
 from seqlab.state import state_bytes
-from seqlab.train import processes
+from seqlab.train import config, processes
 from seqlab.train.checkpoint import Checkpoints
 from seqlab.train.data import Batches, validation_batches
 from seqlab.train.experiment import Experiment
+from seqlab.train.folder import claimed, has_steps, locate
+from seqlab.train.memory import explained
 from seqlab.train.metrics import Metrics, Progress
 from seqlab.train.optim import average_of
 from seqlab.train.placement import begin, place, share, spread
 from seqlab.train.processes import say
 from seqlab.train.quality import quality_of
-from seqlab.train.step import TrainState, evaluate_step, init_state, train_step
+from seqlab.train.step import TrainState, all_finite, evaluate_step, init_state, train_step
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or the gradient stopped being finite; the message says when, and which checkpoint is good."""
+    """Training has diverged: something is not finite; the message says what, when, and which checkpoint is good."""
 
 
 class Result(NamedTuple):
@@ -55,65 +59,168 @@ def build(experiment: Experiment, mesh: Mesh | None = None) -> tuple[Static, Par
     return static, make(jax.random.key(experiment.seed))
 
 
-def run(experiment: Experiment, workdir: str | os.PathLike[str]) -> Result:
+def run(
+    experiment: Experiment,
+    workdir: str | os.PathLike[str],
+    cfg: fdl.Config | None = None,
+    extend: bool = False,
+    title: str = "",
+) -> Result:
     """Train, from the last good checkpoint of `workdir` if it holds one.
 
-    It runs on the mesh that `experiment.mesh` says, which may be another one than before. A SIGTERM or SIGINT
-    ends the run after the step in progress, with a checkpoint; that of one among several processes ends them
-    all when they next report. Raises NonFiniteError where training diverges, and whatever the checkpoints
-    raise (`CheckpointError`) where they cannot be written.
+    It runs on the mesh that `experiment.mesh` says, which may be another one than before. A SIGTERM, SIGINT or
+    SIGHUP ends the run after the step in progress, with a checkpoint; that of one among several processes ends
+    them all when they next report.
+
+    Args:
+      experiment: what to train.
+      workdir: the folder of the run, made where there is none. One run at a time trains in it.
+      cfg: the config that `experiment` was built from, to be written down there (see `config.prepare`).
+      extend: let `cfg` have other steps and another optimizer than the run began with.
+      title: what to say on stderr once nothing is refused any more.
+
+    Raises:
+      NonFiniteError: training diverges: a loss, a gradient, a parameter or a validation that is not finite.
+      BusyError: another run is training in `workdir`.
+      ConfigError: `workdir` belongs to another config.
+      OutOfMemoryError: with what to change.
+      CheckpointError: checkpoints cannot be written there, or none is good.
     """
-    workdir = pathlib.Path(workdir).absolute()
-    workdir.mkdir(parents=True, exist_ok=True)
-    with spread(experiment.mesh) as mesh:
-        return _run(experiment, workdir, mesh)
+    workdir = locate(workdir)
+    with contextlib.ExitStack() as stack:
+        mesh = stack.enter_context(spread(experiment.mesh))
+        # Data first: what is wrong with it should be known before anything is made or compiled.
+        windows = experiment.data.train(experiment.seed)
+        batches = Batches(windows, experiment.batch_size, experiment.seed, *share(mesh))
+        held_out = held_out_batches(experiment, mesh)
+        changes: list[str] = []
+
+        fingerprint = getattr(windows, "fingerprint", None)
+
+        def claim() -> None:
+            if cfg is not None:  # what is refused leaves no folder behind
+                config.differences(cfg, workdir, extend, fingerprint)
+            stack.enter_context(claimed(workdir))
+            changes.extend(_settle(workdir, cfg, extend, fingerprint))
+
+        processes.first_decides(claim, f"{workdir} to be claimed")
+        if title:
+            say(title)
+        return _run(experiment, workdir, mesh, batches, held_out, changes)
 
 
-def _run(experiment: Experiment, workdir: pathlib.Path, mesh: Mesh | None) -> Result:
-    # Data first: what is wrong with it should be known before anything is compiled.
-    windows = experiment.data.train(experiment.seed)
-    batches = Batches(windows, experiment.batch_size, experiment.seed, *share(mesh))
-    _check_data(workdir, getattr(windows, "fingerprint", None))
-    held_out = held_out_batches(experiment, mesh)
+def _settle(
+    workdir: pathlib.Path, cfg: fdl.Config | None, extend: bool, fingerprint: str | None
+) -> list[str]:
+    """Write down config and data of a run, or what has changed of them; refuse what makes it another run."""
+    if cfg is not None:
+        config.differences(cfg, workdir, extend, fingerprint)
+    path = workdir / "data.txt"
+    if fingerprint is not None and path.exists() and has_steps(workdir):
+        begun = path.read_text(errors="replace").strip()
+        if begun != fingerprint:  # the same step would be another batch
+            raise UserError(
+                f"{workdir} was begun on other data (fingerprint {begun}, now {fingerprint}): use another "
+                "workdir"
+            )
+    changes = [] if cfg is None else config.prepare(cfg, workdir, extend, fingerprint)
+    if fingerprint is not None:
+        path.write_text(fingerprint + "\n")
+    return changes
 
+
+class _Programs(NamedTuple):
+    """What is compiled: the step, the metric of a batch, whether all parameters are finite; and what a step
+    makes of how many: 4096 tokens."""
+
+    step: Any
+    evaluate: Any
+    sound: Any
+    unit: str
+    size: int
+
+
+def _run(
+    experiment: Experiment,
+    workdir: pathlib.Path,
+    mesh: Mesh | None,
+    batches: Batches,
+    held_out: Any,
+    changes: list[str],
+) -> Result:
     # Model and state.
-    static, params = build(experiment, mesh)
-    optimizer = experiment.optimizer(experiment.steps)
-    state, shardings = begin(functools.partial(init_state, static, optimizer=optimizer), params, mesh)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=experiment.keep)
-    restored = checkpoints.restore(like=_to_dict(state))
-    if restored is not None:
-        state = _from_dict(restored[1], state)
-    start = int(state.step)
+    with explained("making the parameters and the optimizer's state", experiment):
+        static, params = build(experiment, mesh)
+        optimizer = experiment.optimizer(experiment.steps)
+        state, shardings = begin(functools.partial(init_state, static, optimizer=optimizer), params, mesh)
+        checkpoints = Checkpoints(workdir / "checkpoints", keep=experiment.keep)
+        restored = checkpoints.restore(like=_to_dict(state))
+        if restored is not None:
+            state = _from_dict(restored[1], state)
+        start = int(state.step)
     if processes.first():
-        _write_environment(workdir, static, params)
-    say(_summary(experiment, static, params, start))
+        _write_environment(workdir, params, start, changes)
+    say(_summary(experiment, params, start))
     if start >= experiment.steps:
-        say(f"{workdir} is complete: {start} steps")
+        say(f"{workdir} is complete: {start} steps; --extend --set steps=N trains further")
         return Result("finished", start, None, state)
+    checkpoints.try_out()
+    with explained("compiling the training step", experiment):
+        programs = _compile(experiment, static, optimizer, state, shardings, mesh, batches[start], held_out)
+    with explained("training", experiment):
+        return _train(experiment, workdir, mesh, programs, state, start, batches, held_out, checkpoints)
 
-    # Compilation, apart from the time of the steps.
+
+def _compile(
+    experiment: Experiment,
+    static: Static,
+    optimizer: Any,
+    state: TrainState,
+    shardings: TrainState | None,
+    mesh: Mesh | None,
+    batch: dict[str, Any],
+    held_out: Any,
+) -> _Programs:
+    """Compile all that a run needs, apart from the time of the steps."""
     clock = time.perf_counter()
     step = functools.partial(train_step, static, optimizer, experiment.loss, experiment.accumulate)
     step = jax.jit(step, donate_argnums=0, out_shardings=None if mesh is None else (shardings, None))
-    first = place(batches[start], mesh)
+    first = place(batch, mesh)
     step = step.lower(state, first).compile(compiler_options(mesh))
-    unit, size = (
-        ("images", first["inputs"].shape[0])
-        if first["inputs"].ndim == 4
-        else ("tokens", math.prod(first["inputs"].shape[:2]))
-    )
-    evaluate = jax.jit(
-        functools.partial(evaluate_step, static, experiment.metric), compiler_options=compiler_options(mesh)
-    )
-    quality = quality_of(experiment.metric)
+    evaluate = jax.jit(functools.partial(evaluate_step, static, experiment.metric))
+    evaluate = evaluate.lower(judged(state), place(held_out[0], mesh)).compile(compiler_options(mesh))
+    shape = first["inputs"].shape
+    unit, size = ("images", shape[0]) if len(shape) == 4 else ("tokens", math.prod(shape[:2]))
     say(f"compiled the training step in {time.perf_counter() - clock:.1f} s")
+    return _Programs(step, evaluate, jax.jit(all_finite), unit, size)
 
-    # Steps.
+
+def _train(
+    experiment: Experiment,
+    workdir: pathlib.Path,
+    mesh: Mesh | None,
+    programs: _Programs,
+    state: TrainState,
+    start: int,
+    batches: Batches,
+    held_out: Any,
+    checkpoints: Checkpoints,
+) -> Result:
+    quality = quality_of(experiment.metric)
     progress = Progress(experiment.steps, start) if processes.first() else processes.Silent()
     metrics = Metrics(workdir, start, quality) if processes.first() else processes.Silent()
     pending: list[Any] = []
     validation, saved, clock, seen = None, start, time.perf_counter(), 0
+
+    def judge(number: int) -> float:
+        """Validate, write down the figure, and refuse one that is none."""
+        value, _ = validate(programs.evaluate, judged(state), held_out, mesh)
+        metrics.write(number, **{f"validation_{quality.name}": value})
+        progress.say(f"step {number}: validation {quality.sentence(value)}")
+        metrics.draw()
+        _check_figure(value, number, saved, workdir)
+        return value
+
     with (
         Interruptions() as interruption,
         checkpoints,
@@ -122,31 +229,38 @@ def _run(experiment: Experiment, workdir: pathlib.Path, mesh: Mesh | None) -> Re
         processes.together(checkpoints.steps),
     ):
         processes.barrier("the training step to be compiled")
+        due = start and start % experiment.validate_every == 0
+        if due and processes.anywhere(
+            processes.first() and not metrics.has(start, f"validation_{quality.name}")
+        ):
+            judge(start)  # an interruption had come between
         for number, batch in enumerate(batches.iterate(start), start + 1):
-            batch = place(batch, mesh)
-            state, measured = step(state, batch)
+            state, measured = programs.step(state, place(batch, mesh))
             pending.append(measured)
-            seen += size
+            seen += programs.size
             progress.advance(number)
             last = number == experiment.steps or interruption.came(number % experiment.log_every == 0)
-            if last or not all(
-                number % n
-                for n in (experiment.log_every, experiment.checkpoint_every, experiment.validate_every)
-            ):
+            validating = not interruption.acted and (last or number % experiment.validate_every == 0)
+            saving = last or number % experiment.checkpoint_every == 0
+            if saving or validating or number % experiment.log_every == 0:
                 loss, norm = _drain(pending, number, saved, workdir)
                 speed = seen / (time.perf_counter() - clock)
-                metrics.write(number, loss=loss, gradient_norm=norm, **{f"{unit}_per_second": speed})
-                progress.report(number, loss=f"{loss:.3f}", **{f"{unit}_s": f"{speed:,.0f}"})
+                metrics.write(number, loss=loss, gradient_norm=norm, **{f"{programs.unit}_per_second": speed})
+                progress.report(number, loss=f"{loss:.3f}", **{f"{programs.unit}_s": f"{speed:,.0f}"})
+                if not programs.sound(judged(state)):
+                    raise NonFiniteError(
+                        f"step {number}: parameters that are not finite; {_good(saved, workdir)}"
+                    )
                 clock, seen = time.perf_counter(), 0
-            if number % experiment.checkpoint_every == 0 or last:
+            if validating:
+                validation = judge(number)
+                clock = time.perf_counter()
+            if saving:
+                if not validating:  # a state whose next loss is nan is no checkpoint to go back to
+                    value, _ = validate(programs.evaluate, judged(state), [held_out[0]], mesh)
+                    _check_figure(value, number, saved, workdir)
                 checkpoints.save(number, _to_dict(state), wait=last)
                 saved = number
-            if (number % experiment.validate_every == 0 or last) and not interruption.acted:
-                validation, _ = validate(evaluate, judged(state), held_out, mesh)
-                metrics.write(number, **{f"validation_{quality.name}": validation})
-                progress.say(f"step {number}: validation {quality.sentence(validation)}")
-                metrics.draw()
-                clock = time.perf_counter()
             if last:
                 break
 
@@ -158,12 +272,16 @@ def _run(experiment: Experiment, workdir: pathlib.Path, mesh: Mesh | None) -> Re
 
 
 class Interruptions:
-    """Turns SIGTERM and SIGINT into a name to look at between steps; a second signal acts as usual."""
+    """Turns SIGTERM, SIGINT and SIGHUP into a name to look at between steps; a second signal acts as usual, and
+    one that is ignored (`nohup`) stays so."""
 
     def __enter__(self) -> "Interruptions":
         self.name: str | None = None
         self.acted, self._before = False, {}
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+            number = getattr(signal, name, None)  # SIGHUP is that of POSIX
+            if number is None or signal.getsignal(number) == signal.SIG_IGN:
+                continue
             try:
                 self._before[number] = signal.signal(number, self._note)
             except ValueError:  # not the main thread: signals are somebody else's business
@@ -188,34 +306,35 @@ class Interruptions:
             signal.signal(number, handler)
 
 
-def _check_data(workdir: pathlib.Path, fingerprint: str | None) -> None:
-    """Refuse to go on with a run on other data than it began with: the same step would be another batch."""
-    path = workdir / "data.txt"
-    if fingerprint is None:
-        return
-    if path.exists() and path.read_text().strip() != fingerprint:
-        begun = path.read_text().strip()
-        raise UserError(
-            f"{workdir} was begun on other data (fingerprint {begun}, now {fingerprint}): use another workdir"
-        )
-    if processes.first():
-        path.write_text(fingerprint + "\n")
-
-
 def _drain(pending: list[Any], number: int, saved: int, workdir: pathlib.Path) -> tuple[float, float]:
     """Mean loss and last gradient norm of the steps since the last look, all of which must be finite."""
     measured = jax.device_get(pending)
     pending.clear()
     bad = [i for i, m in enumerate(measured) if not m.finite]
     if bad:
-        step = number - len(measured) + 1 + bad[0]
-        good = f"the last good checkpoint is step {saved}" if saved else "there is no checkpoint yet"
-        m = measured[bad[0]]
+        step, m = number - len(measured) + 1 + bad[0], measured[bad[0]]
         raise NonFiniteError(
-            f"step {step}: loss {m.loss}, gradient norm {m.norm}; that update was not applied, {good} "
-            f"({workdir})"
+            f"step {step}: loss {m.loss}, gradient norm {m.norm}; that update was not applied, "
+            f"{_good(saved, workdir)}"
         )
     return float(np.mean([m.loss for m in measured])), float(measured[-1].norm)
+
+
+def _check_figure(value: float, number: int, saved: int, workdir: pathlib.Path) -> None:
+    if not math.isfinite(value):
+        raise NonFiniteError(
+            f"step {number}: {value} on the held-out data; that step was not saved, {_good(saved, workdir)}"
+        )
+
+
+def _good(saved: int, workdir: pathlib.Path) -> str:
+    """What to do after a divergence, which the same command would only repeat."""
+    if not saved:
+        return f"there is no checkpoint yet ({workdir}): start again with a smaller optimizer.peak"
+    return (
+        f"the last good checkpoint is step {saved} ({workdir}): go on from it with a smaller rate, --extend "
+        "--set optimizer.peak=..."
+    )
 
 
 def held_out_batches(experiment: Experiment, mesh: Mesh | None = None) -> Any:
@@ -267,7 +386,7 @@ def _from_dict(saved: dict[str, Any], like: TrainState) -> TrainState:
     return TrainState(saved["step"], saved["params"], jax.tree.unflatten(tree, optimizer))
 
 
-def _summary(experiment: Experiment, static: Static, params: Params, start: int) -> str:
+def _summary(experiment: Experiment, params: Params, start: int) -> str:
     model = nnx.eval_shape(lambda: experiment.model(rngs=nnx.Rngs(0)))
     state = f", {state_bytes(model):,} bytes of state a stream" if hasattr(model, "init_state") else ""
     return f"{count_params(params):,} parameters{state}; " + (
@@ -275,8 +394,8 @@ def _summary(experiment: Experiment, static: Static, params: Params, start: int)
     )
 
 
-def _write_environment(workdir: pathlib.Path, static: Static, params: Params) -> None:
-    """Versions and devices of this start, one JSON object a start."""
+def _write_environment(workdir: pathlib.Path, params: Params, start: int, changes: list[str]) -> None:
+    """A JSON object a start: where it began, what of its config is new, versions and devices."""
     import importlib.metadata
     import platform
 
@@ -285,6 +404,8 @@ def _write_environment(workdir: pathlib.Path, static: Static, params: Params) ->
         for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     }
     record = {
+        "step": start,
+        "changes": changes,
         "python": platform.python_version(),
         "machine": platform.machine(),
         "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],

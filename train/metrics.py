@@ -1,14 +1,17 @@
 """What a run leaves to look at: `metrics.jsonl`, TensorBoard events, `curves.png`, and one line on the
 terminal."""
 
+import contextlib
 import json
 import math
 import os
 import pathlib
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
+from seqlab.train.processes import print_error
 from seqlab.train.quality import Quality
 
 
@@ -17,28 +20,26 @@ class Metrics:
     write them again."""
 
     def __init__(self, workdir: pathlib.Path, step: int, quality: Quality):
-        from tensorboardX import SummaryWriter
-
         self.path, self._quality = workdir / "metrics.jsonl", quality
         self.rows = [row for row in read_rows(self.path) if row["step"] <= step]
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        temporary.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows))
         os.replace(temporary, self.path)
         self._file = self.path.open("a")
-        self._events = SummaryWriter(str(workdir), purge_step=step + 1)
+        self._events = _Events(workdir, step + 1)
 
     def write(self, step: int, **values: float) -> None:
         """Append one line; a number that is not finite is written as a string, so that the file stays
         JSON."""
-        row = {
-            "step": step,
-            **{name: value if math.isfinite(value) else str(value) for name, value in values.items()},
-        }
+        row = {"step": step, **finite_only(values)}
         self.rows.append(row)
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        self._events.write(step, values)
+
+    def has(self, step: int, name: str) -> bool:
+        """Whether there is a figure of that name for `step`."""
+        return any(row["step"] == step and name in row for row in self.rows)
 
     def draw(self) -> None:
         """Draw the loss and the validation curve into `curves.png`."""
@@ -71,14 +72,50 @@ class Metrics:
         self._events.close()
 
 
+class _Events:
+    """TensorBoard's events, in the file before `write` returns: a writer with a queue of its own would lose
+    points to a kill that metrics.jsonl has, and that the resumed run does not write again."""
+
+    def __init__(self, folder: pathlib.Path, purge: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._file = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+        start = SessionLog(status=SessionLog.START)  # TensorBoard hides what other files have from `purge` on
+        self._file.write_event(Event(step=purge, wall_time=time.time(), session_log=start))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        event = Event(step=step, wall_time=time.time(), summary=Summary(value=scalars))
+        self._file.write_event(event)
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def finite_only(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` as JSON can hold them: a float that is not finite is a string, "nan", "inf" or "-inf"."""
+    return {
+        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }
+
+
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; one that was cut short by a kill is left out."""
+    """The lines of a metrics file. Those that are none, cut short by a kill or damaged, are left out: the file
+    is for people, and no run depends on it."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line, parse_constant=str)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            rows.append(row)
     return rows
 
 
@@ -96,7 +133,8 @@ class Progress:
     def advance(self, step: int) -> None:
         """`step` steps are dispatched."""
         if self._bar is not None:
-            self._bar.update(step - self._bar.n)
+            with self._without_a_terminal():
+                self._bar.update(step - self._bar.n)
 
     def report(self, step: int, **values: str) -> None:
         """Show the latest figures."""
@@ -114,13 +152,23 @@ class Progress:
     def say(self, line: str) -> None:
         """A line that does not break the bar."""
         if self._bar is not None:
-            self._bar.write(line, file=sys.stderr)
+            with self._without_a_terminal():
+                self._bar.write(line, file=sys.stderr)
         else:
-            print(line, file=sys.stderr, flush=True)
+            print_error(line)
+
+    @contextlib.contextmanager
+    def _without_a_terminal(self) -> Iterator[None]:
+        """Drop the bar, and go on, when its terminal has gone."""
+        try:
+            yield
+        except (OSError, ValueError):
+            self._bar = None
 
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *exception: Any) -> None:
         if self._bar is not None:
-            self._bar.close()
+            with self._without_a_terminal():
+                self._bar.close()

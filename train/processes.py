@@ -56,6 +56,12 @@ def first() -> bool:
 def say(line: str) -> None:
     """A line on stderr, from the first process alone."""
     if first():
+        print_error(line)
+
+
+def print_error(line: str) -> None:
+    """A line on stderr, if there still is one: a terminal that has gone is no reason to lose a run."""
+    with contextlib.suppress(OSError, ValueError):
         print(line, file=sys.stderr, flush=True)
 
 
@@ -79,6 +85,28 @@ def first_then_others(function: Callable[[], None], what: str) -> None:
     barrier(what)
     if not first():
         function()
+
+
+def first_decides(function: Callable[[], None], what: str) -> None:
+    """`function()` in the first process alone; a UserError that it raises is raised in all of them."""
+    if jax.process_count() == 1:
+        function()
+        return
+    from jax._src import distributed
+
+    client, key = distributed.global_state.client, f"seqlab {next(_barriers)}: {what}"
+    if first():
+        try:
+            function()
+        except (UserError, OSError) as error:
+            client.key_value_set(key, str(error))
+            raise
+        client.key_value_set(key, "")
+        return
+    with _patience(what):
+        refusal = client.blocking_key_value_get(key, 3_600_000)
+    if refusal:
+        raise UserError(refusal)
 
 
 def anywhere(flag: bool) -> bool:

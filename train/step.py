@@ -159,6 +159,12 @@ def _parted(static: Static, params: Params) -> tuple[Params, Params]:
     }
 
 
+def all_finite(params: Params) -> Array:
+    """Whether all parameters are finite numbers."""
+    leaves = [leaf for leaf in params.values() if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+
+
 def evaluate_step(static: Static, loss: Loss, params: Params, batch: Batch) -> tuple[Array, Array]:
     """Loss summed over the valid targets of a batch, and their number."""
     return loss(merge(static, params), batch)

@@ -126,14 +126,13 @@ def compare(candidates: dict[str, fdl.Config], workdir: str | os.PathLike[str]) 
     Batches(first.data.train(first.seed), first.batch_size, first.seed)
     held_out_batches(first)
     folders = {name: workdir / report.file_name(name) for name in candidates}
-    for known in (True, False):  # first what could be refused
-        for name, cfg in candidates.items():
-            if folders[name].exists() == known:
-                config.prepare(cfg, folders[name])
+    fingerprint = getattr(first.data.train(first.seed), "fingerprint", None)
+    for name, cfg in candidates.items():  # first what could be refused
+        config.differences(cfg, folders[name], fingerprint=fingerprint)
     rows, quality = [], quality_of(first.metric)
     for name, experiment in experiments.items():
         try:
-            result = run(experiment, folders[name])
+            result = run(experiment, folders[name], candidates[name])
         except NonFiniteError as error:
             rows.append(_diverged(name, folders[name], experiment, str(error)))
             continue
