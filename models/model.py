@@ -1,6 +1,8 @@
 """Whole models: a way in, the backbone, a way out. What models of tokens and models of numbers share is here,
 once."""
 
+from collections.abc import Hashable
+
 import jax
 import numpy as np
 from flax import nnx
@@ -21,6 +23,7 @@ class Model(Module):
 
     dtype: str
     backbone: Backbone
+    origin: Hashable = None  # of a published model: what its folder holds besides, for saving it again
 
     def embed(self, inputs: Num[Array, "b t *c"], valid: Steps | None = None) -> Activations:
         """Activations of the backbone's width for the inputs, in the compute dtype."""

@@ -480,14 +480,13 @@ def _export(args: argparse.Namespace) -> int:
 
     run = runs.load(args.workdir, args.step, trust=args.trust)
     model = with_cache(run.model, args.cache) if args.cache else run.model
-    tokenizer = args.workdir / "tokenizer.json"
     folder = export.bundle(
         model,
         args.out or args.workdir / "export",
         chunk=args.chunk,
         platforms=args.platforms.split(","),
         about={"workdir": str(args.workdir), "step": run.step},
-        tokenizer_file=tokenizer if tokenizer.is_file() else None,
+        tokenizer=run.tokenizer,
     )
     for path in sorted(folder.rglob("*")):
         if path.is_file():

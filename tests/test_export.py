@@ -16,7 +16,8 @@ from flax import nnx
 
 from seqlab import cli, load, merge, split, stream_generate
 from seqlab.interop.export import ExportError, bundle, streaming_functions
-from seqlab.models import TSM2, LanguageModel
+from seqlab.models import TSM2, Attention, Full, LanguageModel
+from seqlab.tokenizers import FileTokenizer
 from seqlab.train.tasks.examples import numbers
 
 ALONE = """
@@ -109,6 +110,36 @@ def test_the_command_line_exports_published_families_as_such_and_the_loader_gene
     assert json.loads(made) == expected
     assert cli.main(["export", str(source), "--out", "out", "--platforms", "cpu"]) == 2
     assert "out exists: nothing is overwritten" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["words", "bytes", "numbers"])
+def test_a_bundle_reads_and_writes_text_as_the_model_does(kind, tmp_path):
+    """run.py in its own process beside files of a stranger, which it does not import."""
+    tokenizer, size, prompt = None, 256 if kind == "bytes" else 300, "w5 w6"
+    if kind == "words":
+        tokenizers = pytest.importorskip("tokenizers")
+        words = {word: i for i, word in enumerate(["<s>", "</s>", *(f"w{i}" for i in range(298))])}
+        made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+        made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        made.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
+        made.save(str(tmp_path / "tokenizer.json"))
+        tokenizer = FileTokenizer(tmp_path / "tokenizer.json", eos=[1])
+    attention = functools.partial(Attention, heads=2, cache=Full(64))
+    model = LanguageModel(size, 16, 1, attention, tie_embeddings=False, rngs=nnx.Rngs(0))
+    folder = bundle(model, tmp_path / "b", chunk=4, platforms=("cpu",), tokenizer=tokenizer)
+    for name in ("jax", "json", "numpy", "tokenizers"):
+        (folder / f"{name}.py").write_text(f"raise SystemExit('{name}.py of the bundle was imported')")
+    command = [sys.executable, str(folder / "run.py"), prompt, "6"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    if kind == "numbers":
+        assert done.returncode == 1 and "has no tokenizer" in done.stderr
+        return
+    stream = stream_generate(model, prompt, max_tokens=6, temperature=0, tokenizer=tokenizer)
+    assert done.stdout == "".join(token.text for token in stream) + "\n", done.stderr
+    again = subprocess.run([*command[:2], "text"], capture_output=True, text=True)
+    assert again.returncode == 1 and "usage" in again.stderr
 
 
 @pytest.mark.parametrize(

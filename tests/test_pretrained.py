@@ -20,6 +20,7 @@ import seqlab
 from seqlab.interop.families import model_config
 from seqlab.interop.huggingface import PretrainedError, load_pretrained, save_pretrained
 from seqlab.models import Attention, GatedDeltaNet, LanguageModel, Mamba2, Window
+from seqlab.models.attention import with_cache
 from seqlab.module import params_of
 
 FOLDER = pathlib.Path(__file__).parent / "pretrained"
@@ -337,3 +338,40 @@ def test_a_published_model_streams_with_its_tokenizer_and_ends_at_its_last_token
     ending = seqlab.merge(static, params | {"embedding.weight": jax.numpy.asarray(head)})
     (last,) = seqlab.stream_generate(ending, text, max_tokens=3, temperature=0, tokenizer=run.tokenizer)
     assert (last.token, last.finished, last.text) == (1, "stop", "")
+
+
+def test_saving_keeps_tokenizer_ends_and_template(tmp_path):
+    first, second = tmp_path / "m", tmp_path / "n"
+    shutil.copytree(FOLDER / "qwen3", first)
+    described = json.loads((first / "config.json").read_text())
+    (first / "config.json").write_text(json.dumps(described | {"bos_token_id": 6, "eos_token_id": [7, 5]}))
+    texts = {
+        "generation_config.json": '{"eos_token_id": [7, 5]}',
+        "tokenizer_config.json": '{"eos_token": "x"}',
+        "chat_template.jinja": "{{ messages }}",
+    }
+    for name, text in texts.items():
+        (first / name).write_text(text)
+    model = seqlab.load(first).model
+    static, params = seqlab.split(with_cache(model, "window(8)"))
+    save_pretrained(seqlab.merge(static, params), second)
+    again = json.loads((second / "config.json").read_text())
+    assert (again["bos_token_id"], again["eos_token_id"]) == (6, [7, 5])
+    assert {name: (second / name).read_text() for name in texts} == texts
+    assert seqlab.load(second).model.origin == model.origin
+    with pytest.raises(
+        FileExistsError, match=r"holds a model already .chat_template.jinja, config.json, generation"
+    ):
+        save_pretrained(model, second)
+
+
+def test_the_dtype_that_a_loaded_model_computes_in():
+    tokens = np.load(FOLDER / "llama" / "expected.npz")["tokens"]
+    run = seqlab.load(FOLDER / "llama", dtype="bfloat16")
+    assert run.model.dtype == run.config.dtype == "bfloat16"
+    assert {leaf.dtype.name for leaf in params_of(run.model).values()} == {"float32"}
+    expected = np.load(FOLDER / "llama" / "expected.npz")["logits"]
+    error = np.abs(np.asarray(run.model(tokens)[0], np.float32) - expected).max()
+    assert 1e-5 < error < 0.1 * np.abs(expected).max()
+    with pytest.raises(ValueError, match="dtype must be 'float32', 'bfloat16' or 'float64', got 'int8'"):
+        seqlab.load(FOLDER / "llama", dtype="int8")

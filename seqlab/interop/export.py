@@ -7,7 +7,8 @@ A bundle is a folder:
     prefill.bin                  params, inputs [b, c, ...], valid [b, c], state -> outputs [b, c, o], state
     step.bin                     params, inputs [b, ...], state -> outputs [b, o], state
     manifest.json                what they were made of and for
-    run.py                       30 lines that stream with it: jax, numpy and safetensors
+    tokenizer.json               of a model of text with a tokenizer of its own
+    run.py                       a short program that streams with it: jax, numpy and safetensors (and tokenizers)
     published/                   config.json and safetensors as transformers reads them, for models of a
     published family
 
@@ -37,6 +38,7 @@ from seqlab.interop.huggingface import save_pretrained
 from seqlab.kernels.dispatch import use_implementation
 from seqlab.models.model import Model
 from seqlab.module import merge, split
+from seqlab.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer, begin
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -53,6 +55,7 @@ def bundle(
     platforms: Sequence[str] = PLATFORMS,
     about: dict[str, Any] | None = None,
     tokenizer_file: str | os.PathLike[str] | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> pathlib.Path:
     """Write `model` as a bundle into `folder`, which must not exist. The functions are those of the "xla"
     implementation of every op.
@@ -61,7 +64,9 @@ def bundle(
       chunk: steps that `prefill` takes at once.
       platforms: what the functions can run on.
       about: more entries for the manifest.
-      tokenizer_file: a tokenizer.json to put beside them.
+      tokenizer_file: a tokenizer.json for texts, if it is not that of `tokenizer`.
+      tokenizer: what texts are read and written with, that of a `Run`; bytes where neither is given and the vocabulary
+        has a token for each.
 
     Raises:
       ExportError: the model has no streaming form, or a part of it cannot be exported for any number of rows.
@@ -70,6 +75,8 @@ def bundle(
     folder = pathlib.Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder} exists: nothing is overwritten")
+    if tokenizer_file is not None:
+        tokenizer = FileTokenizer(tokenizer_file)
     functions, described = streaming_functions(model, chunk, platforms)
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = pathlib.Path(
@@ -87,8 +94,9 @@ def bundle(
             described["published"] = "published"
         except PretrainedError as error:
             described["published"] = f"none: {error}"
-        if tokenizer_file is not None:
-            shutil.copy(tokenizer_file, draft / "tokenizer.json")
+        described["text"], content = _text(model, tokenizer)
+        if content is not None:
+            (draft / "tokenizer.json").write_text(content, "utf-8")
         (draft / "manifest.json").write_text(json.dumps(described | (about or {}), indent=1) + "\n")
         (draft / "run.py").write_text(_LOADER)
         draft.chmod(0o755)
@@ -97,6 +105,25 @@ def bundle(
         shutil.rmtree(draft, ignore_errors=True)
         raise
     return folder
+
+
+def _text(model: Model, tokenizer: Tokenizer | None) -> tuple[dict[str, Any] | None, str | None]:
+    """What the manifest says of texts, and the content of tokenizer.json. None where there is none.
+
+    `tokens` is "bytes" or "tokenizer.json"; `prefix` and `suffix` go around a prompt's tokens, `ends` end an answer.
+    """
+    size = getattr(model, "vocab_size", 0)
+    if tokenizer is None and size == ByteTokenizer.vocab_size:
+        tokenizer = ByteTokenizer()
+    if isinstance(tokenizer, FileTokenizer):
+        described = {"tokens": "tokenizer.json", "prefix": tokenizer.prefix, "suffix": tokenizer.suffix}
+        described |= {"start": tokenizer.begin("").tolist(), "ends": sorted(tokenizer.ends)}
+        return described, tokenizer.as_json()
+    if isinstance(tokenizer, ByteTokenizer) and size >= ByteTokenizer.vocab_size:
+        first = begin(tokenizer, "").tolist()
+        described = {"tokens": "bytes", "prefix": first, "suffix": [], "start": first, "ends": []}
+        return described, None
+    return None, None
 
 
 def streaming_functions(
@@ -166,11 +193,16 @@ def streaming_functions(
 
 
 _LOADER = '''\
-"""Streams the model of this folder: python run.py 'a prompt' 200. It needs jax, numpy and safetensors."""
+"""Streams the model of this folder: python run.py 'a prompt' 200. It needs jax, numpy and safetensors, and for a model with a
+tokenizer.json the tokenizers package. It reads the files beside it as data; no code of the folder but this file is run."""
+
+import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    del sys.path[0]  # this folder: a jax.py in it must not be imported
 
 import json
 import pathlib
-import sys
 
 import jax
 import numpy as np
@@ -202,7 +234,32 @@ def generate(rows, count):
         outputs, state = STEP(PARAMS, tokens, state)
 
 
+def main(prompt, count):
+    """Print what follows the prompt, up to `count` tokens or one that ends a text."""
+    text = ABOUT["text"]
+    if text is None:
+        sys.exit("this model has no tokenizer: import this file and call generate with the numbers of tokens")
+    if text["tokens"] == "bytes":
+        encode, decode = lambda text: list(text.encode()), lambda ids: bytes(i for i in ids if i < 256).decode(errors="replace")
+    else:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(HERE / "tokenizer.json"))
+        tokenizer.no_truncation()
+        encode, decode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.decode
+    ids = text["prefix"] + encode(prompt) + text["suffix"] if prompt else text["start"]
+    if not ids:
+        sys.exit("the prompt is empty, and this model has no token that begins a text")
+    read_only, made = len(decode(ids)), []
+    for token in generate([ids], count):
+        if int(token[0]) in text["ends"]:
+            break
+        made.append(int(token[0]))
+    print(decode(ids + made)[read_only:])
+
+
 if __name__ == "__main__":
-    tokens = np.frombuffer(sys.argv[1].encode(), np.uint8)[None]  # a model of bytes
-    sys.stdout.buffer.write(bytes(int(token[0]) for token in generate(tokens, int(sys.argv[2]))) + b"\\n")
+    if len(sys.argv) != 3 or not sys.argv[2].isdecimal():
+        sys.exit("usage: python run.py 'a prompt' TOKENS")
+    main(sys.argv[1], int(sys.argv[2]))
 '''

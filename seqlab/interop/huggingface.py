@@ -5,6 +5,7 @@ any cache, trains and is checked by the same law. `save_pretrained` writes one t
 config asks for and seqlab does not compute is refused before any weight is read.
 """
 
+import hashlib
 import json
 import os
 import pathlib
@@ -21,6 +22,7 @@ from seqlab.interop.convert import convert, published
 from seqlab.interop.families import families, family_of, model_config, published_config
 from seqlab.interop.folder import INDEX, Folder, PretrainedError
 from seqlab.models import LanguageModel
+from seqlab.models.model import check_dtype
 from seqlab.tokenizers import FileTokenizer, Tokenizer
 
 _WEIGHTS = ("config.json", "model*.safetensors", INDEX)
@@ -121,9 +123,46 @@ def fetch(name: str) -> pathlib.Path:
         ) from error
 
 
-def load_pretrained(folder: str | os.PathLike[str]) -> tuple[LanguageModel, fdl.Config]:
-    """The model of a folder with its weights, and the config that builds it. Parameters are float32, whatever
-    they were saved in.
+class Origin:
+    """What a published folder holds besides its weights: saving the model again writes it again.
+
+    A loaded model carries it, and so do its copies with another cache or other parameters. Two are equal if their
+    contents are.
+
+    `ids`: the numbers of tokens that config.json names. `files`: the tokenizer's files by name.
+    """
+
+    def __init__(self, source: Folder):
+        described = source.json("config.json")
+        self.ids = {
+            key: value for key, value in described.items() if re.fullmatch(r"(bos|eos|pad)_token_id", key)
+        }
+        files = {name: source.file(name) for name in _TEXTS}
+        self.files = {name: path.read_bytes() for name, path in files.items() if path is not None}
+        content = repr((sorted(self.ids.items()), sorted(self.files.items())))
+        self._digest = hashlib.sha256(content.encode()).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Origin) and other._digest == self._digest
+
+    def __hash__(self) -> int:
+        return hash(self._digest)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Origin":
+        return self
+
+    def __repr__(self) -> str:
+        return f"Origin({', '.join(self.files)})"
+
+
+def load_pretrained(
+    folder: str | os.PathLike[str], *, dtype: str | None = None
+) -> tuple[LanguageModel, fdl.Config]:
+    """The model of a folder with its weights, and the config that builds it.
+
+    Args:
+      dtype: what the model computes in, "float32" (default), "bfloat16" or "float64". Parameters are float32, whatever
+        they were saved in; float64 for float64.
 
     Raises:
       PretrainedError: not a folder of a published model, or of one that is not supported.
@@ -135,16 +174,20 @@ def load_pretrained(folder: str | os.PathLike[str]) -> tuple[LanguageModel, fdl.
         raise PretrainedError(f"{source.path} holds no config.json with a model_type")
     try:
         cfg = model_config(described)
+        if dtype is not None:
+            cfg.dtype = check_dtype(dtype)
         model = nnx.eval_shape(lambda: fdl.build(cfg)(rngs=nnx.Rngs(0)))
     except (ValueError, TypeError, OverflowError) as error:
         reason = str(getattr(error, "proxy_base_exception", error)).splitlines()[0]
         raise PretrainedError(f"{source.path / 'config.json'}: {reason}") from error
     try:
-        return convert(model, source.tensors(), architecture=family_of(described).WEIGHTS), cfg
+        model = convert(model, source.tensors(), architecture=family_of(described).WEIGHTS)
     except PretrainedError:
         raise
     except UserError as error:
         raise type(error)(f"{source.path}: {error}") from error
+    model.origin = Origin(source)
+    return model, cfg
 
 
 def save_pretrained(
@@ -154,8 +197,9 @@ def save_pretrained(
     dtype: str = "float32",
     shard_bytes: int = 5_000_000_000,
 ) -> list[pathlib.Path]:
-    """Write `model` as a published model: config.json and safetensors in parts of at most `shard_bytes`.
-    Returns the files.
+    """Write `model` as a published model: config.json and safetensors in parts of at most `shard_bytes`, and of a model
+    that was loaded from such a folder the tokenizer's files, the ends of a text and the chat template. Returns the
+    files.
 
     Args:
       dtype: what the weights are stored in, "float32", "bfloat16" or "float16".
@@ -169,7 +213,8 @@ def save_pretrained(
 
     described = published_config(model)
     folder = pathlib.Path(folder)
-    taken = [path.name for pattern in _WEIGHTS for path in folder.glob(pattern)]
+    kept = model.origin.files if isinstance(model.origin, Origin) else {}
+    taken = [path.name for pattern in ("*.safetensors", *_WEIGHTS, *kept) for path in folder.glob(pattern)]
     if taken:
         raise FileExistsError(
             f"{folder} holds a model already ({', '.join(sorted(taken)[:3])}): nothing is overwritten"
@@ -194,7 +239,11 @@ def save_pretrained(
         index = {"metadata": {"total_size": sum(x.nbytes for x in tensors.values())}, "weight_map": where}
         (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
         written.append(folder / INDEX)
-    (folder / "config.json").write_text(json.dumps(described | {"dtype": dtype}, indent=1) + "\n")
+    for name, content in kept.items():
+        (folder / name).write_bytes(content)
+        written.append(folder / name)
+    ids = model.origin.ids if isinstance(model.origin, Origin) else {}
+    (folder / "config.json").write_text(json.dumps(described | ids | {"dtype": dtype}, indent=1) + "\n")
     return [*written, folder / "config.json"]
 
 

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from flax import nnx
 
 from seqlab import names
 from seqlab.checks import UserError, nearest
+from seqlab.models.model import check_dtype
 from seqlab.module import Module, merge, split
 from seqlab.tokenizers import Tokenizer
 from seqlab.train.quality import Quality, quality_of
@@ -34,6 +36,25 @@ class Run(NamedTuple):
     config: Any
     step: int
 
+    def chat(self, messages: Sequence[Mapping[str, Any]], *, answer: bool = True, **variables: Any) -> Any:
+        """A conversation as tokens [t] int32, by the model's own chat template: a prompt for `stream_generate`.
+
+        Args:
+          messages: {"role": "user", "content": "..."} and so on, the oldest first.
+          answer: end where the model's answer begins.
+          variables: more of what the template asks for, such as tools or enable_thinking.
+
+        Raises:
+          ChatError: the model has no chat template, it refuses the messages, or the optional package jinja2 is missing.
+        """
+        from seqlab.interop.chat import ChatError, render
+
+        template = getattr(self.tokenizer, "template", None)
+        if template is None:
+            raise ChatError("this model has no chat template: give it text, with `prompt`")
+        text = render(template, messages, answer=answer, names=self.tokenizer.names, **variables)
+        return self.tokenizer.encode(text)
+
 
 class Evaluation(NamedTuple):
     """`value` of the task's `quality` (bits a token, accuracy, ...) over `targets`."""
@@ -43,7 +64,9 @@ class Evaluation(NamedTuple):
     targets: int
 
 
-def load(workdir: str | os.PathLike[str], step: int | None = None, *, trust: bool = False) -> Run:
+def load(
+    workdir: str | os.PathLike[str], step: int | None = None, *, trust: bool = False, dtype: str | None = None
+) -> Run:
     """The model of a run folder, from its last good checkpoint or that of `step`; or a published model
     (Llama, Mamba, ...) from its folder or, as "organisation/name", from the hub.
 
@@ -53,6 +76,8 @@ def load(workdir: str | os.PathLike[str], step: int | None = None, *, trust: boo
     Args:
       trust: also import what the config of a run names outside seqlab, mixers of your own for instance. That runs
         its code: say so only of runs whose config you know. It changes nothing for published models.
+      dtype: what the model computes in, "float32", "bfloat16" or "float64", instead of what its config says (float32
+        for published models). Parameters stay float32.
 
     Raises:
       RunError: `workdir` is not the folder of a run, or the run has no checkpoint yet.
@@ -73,12 +98,12 @@ def load(workdir: str | os.PathLike[str], step: int | None = None, *, trust: boo
     if pretrained.is_pretrained(workdir):
         if step is not None:
             raise RunError(f"step: got {step}, but {name} is a published model, which has no steps")
-        model, cfg = pretrained.load_pretrained(workdir)
+        model, cfg = pretrained.load_pretrained(workdir, dtype=dtype)
         return Run(model, pretrained.tokenizer_of(workdir), cfg, 0)
-    return _load_run(workdir, step, trust)
+    return _load_run(workdir, step, trust, dtype)
 
 
-def _load_run(workdir: pathlib.Path, step: int | None, trust: bool) -> Run:
+def _load_run(workdir: pathlib.Path, step: int | None, trust: bool, dtype: str | None) -> Run:
     from seqlab.train import config
     from seqlab.train.checkpoint import Checkpoints
     from seqlab.train.optim import average_of
@@ -91,6 +116,8 @@ def _load_run(workdir: pathlib.Path, step: int | None, trust: bool) -> Run:
         cfg = config.from_json(file.read_text(), trust=trust)
     except config.ConfigError as error:
         raise config.ConfigError(f"{file}: {error}") from error
+    if dtype is not None:
+        cfg = config.override(cfg, f"model.dtype={check_dtype(dtype)}")
     with contextlib.nullcontext() if trust else names.restricted():
         experiment = config.build(cfg)
         static, abstract = split(nnx.eval_shape(lambda: experiment.model(rngs=nnx.Rngs(0))))
