@@ -13,7 +13,7 @@ import pathlib
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from seqlab.names import search_current_folder
@@ -177,6 +177,7 @@ def _add_using(commands: Any) -> None:
     bench.add_argument(
         "--out", type=pathlib.Path, metavar="DIR", help="folder of the figures; default WORKDIR/cache_bench"
     )
+    _add_text(bench)
     _add_json(bench)
     bench.set_defaults(run=_cache_bench)
 
@@ -208,6 +209,12 @@ def _add_using(commands: Any) -> None:
         metavar="SPEC",
         help="what attention remembers instead of what it was trained with, e.g. sinks(4)+window(1020)+int4",
     )
+    stream.add_argument(
+        "--chat",
+        action="store_true",
+        help="the prompt is a message, written by the model's chat template; without one, talk line by line",
+    )
+    stream.add_argument("--system", metavar="TEXT", help="with --chat: the message from the system")
     stream.set_defaults(run=_stream)
 
     evaluate = commands.add_parser(
@@ -215,6 +222,8 @@ def _add_using(commands: Any) -> None:
     )
     _add_run(evaluate)
     _add_set(evaluate, "change fields of the data, such as data.length=1024")
+    _add_text(evaluate)
+    evaluate.add_argument("--length", type=int, metavar="N", help="tokens a window of text")
     _add_json(evaluate)
     evaluate.set_defaults(run=_eval)
 
@@ -310,9 +319,24 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--step", type=int, help="a checkpoint; default: the last good one")
     parser.add_argument(
+        "--dtype", metavar="NAME", help="compute in float32 or bfloat16, instead of what the config says"
+    )
+    parser.add_argument(
         "--trust",
         action="store_true",
         help="import what the run's config names outside seqlab, your own mixers for instance: that runs its code",
+    )
+
+
+def _add_text(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PATH",
+        help="measure on these files and folders; default: what a run holds out, for a published model the held-out "
+        "part of Python's standard library",
     )
 
 
@@ -382,7 +406,8 @@ def _cache_bench(args: argparse.Namespace) -> int:
     if args.fit_gates is not None:
         gates.fit(args.workdir, args.fit_gates, trust=args.trust)
     sizes = {
-        name: getattr(args, name) for name in ("step", "length", "rows", "items", "turns", "out", "trust")
+        name: getattr(args, name)
+        for name in ("step", "length", "rows", "items", "turns", "out", "trust", "dtype", "text")
     }
     planned = cache_bench.plan(args.workdir, args.caches, **sizes)
     result = cache_bench.run(planned)
@@ -394,29 +419,36 @@ def _cache_bench(args: argparse.Namespace) -> int:
     return 0
 
 
+def _load(args: argparse.Namespace) -> Any:
+    """The run or published model that a command names, with what was said of it."""
+    from seqlab.studies import runs
+
+    said = {name: getattr(args, name) for name in ("trust", "dtype") if getattr(args, name)}
+    return runs.load(args.workdir, args.step, **said)
+
+
 def _stream(args: argparse.Namespace) -> int:
     from seqlab.models.attention import bytes_per_step, with_cache
     from seqlab.streaming.generate import stream_generate
     from seqlab.studies import runs
+    from seqlab.studies.conversation import Conversation
 
     _enable_compile_cache()
-    run = runs.load(args.workdir, args.step, trust=args.trust)
+    run = _load(args)
     if run.tokenizer is None:
-        raise runs.RunError(
-            f"{args.workdir} is a model of numbers, not of tokens: there is nothing to stream as text"
+        kind = (
+            "model of numbers, not of tokens"
+            if run.model.origin is None
+            else "folder without a tokenizer.json"
         )
-    stream = stream_generate(
-        run.model,
-        sys.stdin.read() if args.prompt == "-" else args.prompt,
-        max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-        stop=args.stop,
-        tokenizer=run.tokenizer,
-        cache=args.cache,
-    )
+        raise runs.RunError(f"{args.workdir} is a {kind}: there is nothing to stream as text")
+    if args.system is not None and not args.chat:
+        raise runs.RunError("--system is for --chat")
+    names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "cache")
+    options = {name: getattr(args, name) for name in names}
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    talk = Conversation(run, args.system, **options) if args.chat else None
+    stream = None if talk else stream_generate(run.model, prompt, tokenizer=run.tokenizer, **options)
     if args.cache:
         _say(
             f"cache {args.cache}: {bytes_per_step(with_cache(run.model, args.cache), run.model.dtype):,.1f} "
@@ -426,13 +458,17 @@ def _stream(args: argparse.Namespace) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
     code = 0
     try:
-        for token in stream:
-            print(token.text, end="", flush=True)
-        print(flush=True)
+        for tokens in map(talk.say, [prompt] if prompt else _lines()) if talk else [stream]:
+            for token in tokens:
+                print(token.text, end="", flush=True)
+            print(flush=True)
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:  # the reader has seen enough; Python's own flush at exit must not complain again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    stream = talk.stream if talk else stream
+    if stream is None:  # nothing was said
+        return code
     stats = stream.stats
     _say(
         f"\n{stats['tokens']} tokens, {stats['tokens_per_second']:,.0f} tokens/s; {stats['state_bytes']:,} "
@@ -442,20 +478,44 @@ def _stream(args: argparse.Namespace) -> int:
     return code
 
 
+def _lines() -> Iterator[str]:
+    """What a person types, line by line, until there is no more."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.rstrip("\n")
+
+
+def _with_other_data(base: Any, assignments: Sequence[str]) -> Any:
+    """A run's config with other data or metric; its model stays what it is."""
+    from seqlab.train import config
+
+    cfg = base
+    for assignment in assignments:
+        cfg = config.override(cfg, assignment)
+    fixed = [line for line in config.diff(base, cfg) if line.startswith("model")]
+    if fixed:
+        raise config.ConfigError(f"the model of a run is what it is, and cannot be set: {fixed[0]}")
+    return cfg
+
+
 def _eval(args: argparse.Namespace) -> int:
-    from seqlab.studies import runs
+    from seqlab.studies import runs, texts
     from seqlab.train import config
     from seqlab.train.metrics import finite_only
 
     _enable_compile_cache()
-    run = runs.load(args.workdir, args.step, trust=args.trust)
-    cfg = run.config
-    for assignment in args.set:
-        cfg = config.override(cfg, assignment)
-    fixed = [line for line in config.diff(run.config, cfg) if line.startswith("model")]
-    if fixed:
-        raise config.ConfigError(f"the model of a run is what it is, and cannot be set: {fixed[0]}")
-    result = runs.evaluate(run.model, config.build(cfg))
+    run = _load(args)
+    experiment = texts.experiment_of(run, args.text, args.length)
+    if args.set and isinstance(experiment.data, texts.HeldOutText):
+        raise config.ConfigError(f"--set {args.set[0]}: text has no fields to set: use --text and --length")
+    if args.set:
+        experiment = config.build(_with_other_data(run.config, args.set))
+    result = runs.evaluate(run.model, experiment)
     quality = result.quality
     record = {
         "workdir": str(args.workdir),
@@ -463,11 +523,15 @@ def _eval(args: argparse.Namespace) -> int:
         quality.name: result.value,
         "targets": result.targets,
     }
+    perplexity = ""
+    if isinstance(experiment.data, texts.HeldOutText):
+        record["perplexity"] = 2**result.value
+        perplexity = f" (perplexity {record['perplexity']:.4f})"
     if args.json:
         print(json.dumps(finite_only(record), allow_nan=False))
     else:
         print(
-            f"{args.workdir}, step {run.step}: {quality.sentence(result.value)} over {result.targets:,} "
+            f"{args.workdir}, step {run.step}: {quality.sentence(result.value)}{perplexity} over {result.targets:,} "
             "targets"
         )
     return 0
@@ -476,9 +540,8 @@ def _eval(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from seqlab.interop import export
     from seqlab.models.attention import with_cache
-    from seqlab.studies import runs
 
-    run = runs.load(args.workdir, args.step, trust=args.trust)
+    run = _load(args)
     model = with_cache(run.model, args.cache) if args.cache else run.model
     folder = export.bundle(
         model,

@@ -4,6 +4,7 @@ Each folder of tests/pretrained is a small random model saved by transformers 5.
 for some tokens in one pass.
 """
 
+import io
 import json
 import pathlib
 import shutil
@@ -17,11 +18,13 @@ from flax import nnx
 from helpers import assert_close, assert_identical
 
 import seqlab
+from seqlab import cli
 from seqlab.interop.families import model_config
 from seqlab.interop.huggingface import PretrainedError, load_pretrained, save_pretrained
-from seqlab.models import Attention, GatedDeltaNet, LanguageModel, Mamba2, Window
+from seqlab.models import Attention, Full, GatedDeltaNet, LanguageModel, Mamba2, Window
 from seqlab.models.attention import with_cache
 from seqlab.module import params_of
+from seqlab.studies.conversation import Conversation
 
 FOLDER = pathlib.Path(__file__).parent / "pretrained"
 FAMILIES = sorted(path.name for path in FOLDER.iterdir())
@@ -375,3 +378,104 @@ def test_the_dtype_that_a_loaded_model_computes_in():
     assert 1e-5 < error < 0.1 * np.abs(expected).max()
     with pytest.raises(ValueError, match="dtype must be 'float32', 'bfloat16' or 'float64', got 'int8'"):
         seqlab.load(FOLDER / "llama", dtype="int8")
+
+
+def text_model(folder, with_tokenizer):
+    """A published folder that reads words, or bytes where it has no tokenizer."""
+    attention = partial(Attention, heads=2, head_dim=8, cache=Full(64))
+    model = LanguageModel(256, 16, 1, attention, rngs=nnx.Rngs(0))
+    save_pretrained(model, folder)
+    if with_tokenizer:
+        tokenizers = pytest.importorskip("tokenizers")
+        words = {word: i for i, word in enumerate(["<s>", *(f"w{i}" for i in range(255))])}
+        made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+        made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        made.save(str(folder / "tokenizer.json"))
+    return model
+
+
+def nats_of(model, stream, length):
+    """Mean cross entropy over windows of a stream, and how many targets there are."""
+    total = count = 0
+    for begin in range(0, len(stream) - 1, length):
+        window = np.asarray(stream[begin : begin + length + 1])
+        logits = jax.nn.log_softmax(model(window[None, :-1])[0][0])
+        total -= np.asarray(logits)[np.arange(len(window) - 1), window[1:]].sum()
+        count += len(window) - 1
+    return total / count, count
+
+
+@pytest.mark.parametrize("with_tokenizer", [True, False])
+def test_eval_takes_published_models_and_text(with_tokenizer, tmp_path, capsys):
+    model = text_model(tmp_path / "m", with_tokenizer)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{i * i % 200}" for i in range(90)))
+    command = ["eval", str(tmp_path / "m"), "--text", str(text), "--length", "32", "--json"]
+    assert cli.main(command) == 0
+    record = json.loads(capsys.readouterr().out)
+    words, letters = [1 + i * i % 200 for i in range(90)], [0, *text.read_bytes()]
+    expected, count = nats_of(model, words if with_tokenizer else letters, 32)
+    assert record["targets"] == count == (89 if with_tokenizer else len(letters) - 1)
+    assert record["perplexity"] == pytest.approx(np.exp(expected), rel=1e-4)
+    assert record["bits_per_token"] == pytest.approx(expected / np.log(2), rel=1e-4)
+    assert cli.main([*command, "--set", "data.length=3"]) == 2
+    assert "use --text and --length" in capsys.readouterr().err
+
+
+def test_cache_bench_takes_published_models_and_text(tmp_path, capsys):
+    text_model(tmp_path / "m", with_tokenizer=True)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{i * i % 200}" for i in range(400)))
+    sizes = ["--length", "96", "--rows", "2", "--items", "1", "--turns", "1", "--json"]
+    command = ["cache-bench", str(tmp_path / "m"), "--text", str(text), "--caches", "full(1024)"]
+    assert cli.main([*command, *sizes]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["settings"]["trained"] == 64 and found["settings"]["length"] == 96
+    assert sum(found["rows"][0]["targets"]) == 2 * 96 - 0
+    assert found["rows"][0]["passkey"] is None, "quizzes are in bytes"
+
+
+def test_a_folder_without_tokenizer_says_so(tmp_path, capsys):
+    shutil.copytree(FOLDER / "llama", tmp_path / "m")
+    for command in (["stream"], ["eval"], ["cache-bench"]):
+        assert cli.main([*command, str(tmp_path / "m")]) == 2
+        error = capsys.readouterr().err
+        assert "tokenizer.json" in error and error.count("\n") == 1
+
+
+def test_a_conversation_goes_on_in_one_stream(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("jinja2")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {word: i for i, word in enumerate(["<u>", "<a>", *(f"w{i}" for i in range(30))])}
+    model = LanguageModel(
+        32, 16, 1, partial(Attention, heads=2, cache=Full(64)), tie_embeddings=False, rngs=nnx.Rngs(0)
+    )
+    save_pretrained(model, tmp_path)
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens(["<u>", "<a>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    template = (
+        "{% for m in messages %}{{ '<u> ' if m.role == 'user' else '<a> ' }}{{ m.content }} {% endfor %}"
+        "{% if add_generation_prompt %}<a>{% endif %}"
+    )
+    (tmp_path / "chat_template.jinja").write_text(template)
+    run = seqlab.load(tmp_path)
+    talk = Conversation(run, temperature=0, max_tokens=3)
+    first = [token.token for token in talk.say("w5 w6")]
+    second = [token.token for token in talk.say("w7")]
+    assert talk.stream.stats["prompt_tokens"] == 3, "only what is new is read"
+    whole = run.chat(talk.messages[:3]).tolist()
+    assert whole == [0, 7, 8, 1, *first, 0, 9, 1]
+    again = seqlab.stream_generate(model, [whole], temperature=0, max_tokens=3, tokenizer=run.tokenizer)
+    assert second == [token.token for token in again]
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("w5 w6\n\nw7\n"))
+    assert cli.main(["stream", str(tmp_path), "--chat", "--temperature", "0", "--max-tokens", "3"]) == 0
+    said = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert said == [run.tokenizer.decode(first), run.tokenizer.decode(second)]
+    one = ["stream", str(tmp_path), "--chat", "--temperature", "0", "--max-tokens", "3", "--prompt", "w5 w6"]
+    assert cli.main(one) == 0
+    assert capsys.readouterr().out.strip() == said[0]
+    assert cli.main(["stream", str(tmp_path), "--system", "x"]) == 2
+    assert "--system is for --chat" in capsys.readouterr().err

@@ -29,9 +29,9 @@ from seqlab.models.attention import Attention, with_cache
 from seqlab.models.cache import Window, parse_cache
 from seqlab.module import Module, merge, split
 from seqlab.state import State
-from seqlab.studies import compare, gates, report, runs
+from seqlab.studies import compare, gates, report, runs, texts
 from seqlab.tokenizers import ByteTokenizer
-from seqlab.train import config
+from seqlab.train.experiment import Experiment
 from seqlab.train.packing import Windows
 from seqlab.train.tasks.passkeys import FRAME, Quiz, digits_of, haystacks, quiz
 
@@ -112,6 +112,7 @@ class Plan(NamedTuple):
     """Everything that could be refused has been: what `run` goes through."""
 
     trained: runs.Run
+    experiment: Experiment
     settings: Settings
     policies: dict[str, Any]
     streams: Any
@@ -129,29 +130,38 @@ def plan(
     turns: int = 4,
     out: str | os.PathLike[str] | None = None,
     trust: bool = False,
+    dtype: str | None = None,
+    text: Sequence[str | os.PathLike[str]] = (),
 ) -> Plan:
     """What is to be measured of the run in `workdir`: the caches named,
     "full(2048),sinks(4)+window(252)+int4", or a choice of them.
 
-    `trust` as in `runs.load`. `duo(s)` streams the share s of all heads by the gates that were fitted (`seqlab.studies.gates`). Nothing is
-    written.
+    `trust` and `dtype` as in `runs.load`. `duo(s)` streams the share s of all heads by the gates that were fitted (`seqlab.studies.gates`).
+    Nothing is written.
+
+    A published model is measured on `text`, files and folders, or on held-out sources of the Python standard library;
+    by default in one stream of four times the length that it was made for, or as much as the text has.
 
     Raises:
       BenchError, ValueError: a cache that cannot be read, does not fit the heads or ends before the streams
       do; a model without attention
         or of other than tokens; too little held-out data; a folder with figures of other settings.
     """
-    trained = runs.load(workdir, step, trust=trust)
+    trained = runs.load(workdir, step, trust=trust, dtype=dtype)
     model = trained.model.unrolled() if hasattr(trained.model, "unrolled") else trained.model
     trained = trained._replace(model=model)
     layers = [module for _, module in nnx.iter_modules(model) if isinstance(module, Attention)]
-    if not layers or trained.tokenizer is None or not hasattr(model, "vocab_size"):
+    if not layers or not hasattr(model, "vocab_size"):
         raise BenchError(f"{workdir} has no attention over tokens: there is no cache to choose")
     for name, value in {"length": length, "rows": rows, "items": items, "turns": turns}.items():
         if value is not None and value < 1:
             raise BenchError(f"{name} must be a positive integer, got {value}")
-    experiment = config.build(trained.config)
-    streams, window = _held_out(experiment, length, rows)
+    experiment = texts.experiment_of(trained, text)
+    trained = trained._replace(tokenizer=experiment.data.tokenizer)
+    if texts.is_published(trained):
+        streams, window = _held_out(experiment, length, rows or 1, texts.trained_length(trained))
+    else:
+        streams, window = _held_out(experiment, length, rows)
     context = max(window, (turns + 1) * 2 * (digits_of(experiment.data) + FRAME))
     settings = Settings(
         trained.step, window, streams["inputs"].shape[1], streams["inputs"].shape[0], context, items, turns
@@ -168,7 +178,7 @@ def plan(
     policies = {name: _policy(name, model, fitted, most) for name in names}
     folder = pathlib.Path(out or pathlib.Path(workdir) / "cache_bench")
     _check_folder(folder, settings)
-    return Plan(trained, settings, policies, streams, folder)
+    return Plan(trained, experiment, settings, policies, streams, folder)
 
 
 def defaults(layer: Attention, trained: int, most: int, duo: bool) -> list[str]:
@@ -381,9 +391,11 @@ def _chunks(*arrays: Int[np.ndarray, "b t"]) -> Iterator[tuple[np.ndarray, ...]]
         yield *padded, np.broadcast_to(np.arange(size) < count, padded[0].shape)
 
 
-def _held_out(experiment: Any, length: int | None, rows: int | None) -> tuple[dict[str, np.ndarray], int]:
+def _held_out(
+    experiment: Experiment, length: int | None, rows: int | None, trained: int | None = None
+) -> tuple[dict[str, np.ndarray], int]:
     """Streams [b, t] of held-out tokens with their targets and which of these count, and the length of
-    training.
+    training, `trained` where the windows do not tell.
 
     Text goes on from document to document as one stream, which begins as streams do in generation; the
     examples of a task are streams of their own.
@@ -391,20 +403,24 @@ def _held_out(experiment: Any, length: int | None, rows: int | None) -> tuple[di
     windows = experiment.data.validation()
     first = windows[0]["inputs"]
     if isinstance(windows, Windows):
-        length, rows = length or 4 * len(first), rows or 8
+        rows, bos = rows or 8, experiment.data.tokenizer.bos
         stride = (len(windows.stream) - 1) // rows
+        if trained is not None and length is None:
+            length = min(4 * trained, stride)
+        length = length or 4 * len(first)
         if stride < length:
             raise BenchError(
                 f"{rows} streams of {length:,} steps are more than the {len(windows.stream):,} tokens held "
                 "out"
             )
-        text = np.stack([windows.stream[i * stride : i * stride + length] for i in range(rows)]).astype(
+        count = length + (bos is None)  # a stream begins behind the token that begins texts, if there is one
+        text = np.stack([windows.stream[i * stride : i * stride + count] for i in range(rows)]).astype(
             np.int32
         )
-        text = np.concatenate([np.full((rows, 1), experiment.data.tokenizer.bos, np.int32), text], axis=1)
-        return {"inputs": text[:, :-1], "targets": text[:, 1:], "valid": np.ones((rows, length), bool)}, len(
-            first
-        )
+        if bos is not None:
+            text = np.concatenate([np.full((rows, 1), bos, np.int32), text], axis=1)
+        streams = {"inputs": text[:, :-1], "targets": text[:, 1:], "valid": np.ones((rows, length), bool)}
+        return streams, trained or len(first)
     if length not in (None, len(first)):
         raise BenchError(f"length: the examples of {experiment.data!r} have {len(first)} steps, got {length}")
     items = [windows[i] for i in range(min(rows or 64, len(windows)))]
@@ -454,7 +470,7 @@ def _quizzes(planned: Plan) -> list[Quiz] | None:
     settings, rng, data = (
         planned.settings,
         np.random.default_rng(0),
-        config.build(planned.trained.config).data,
+        planned.experiment.data,
     )
     digits, paths = digits_of(data), getattr(data, "paths", ())
 
