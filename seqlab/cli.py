@@ -545,7 +545,7 @@ def _export(args: argparse.Namespace) -> int:
     model = with_cache(run.model, args.cache) if args.cache else run.model
     folder = export.bundle(
         model,
-        args.out or args.workdir / "export",
+        args.out or (args.workdir.parent if args.workdir.is_file() else args.workdir) / "export",
         chunk=args.chunk,
         platforms=args.platforms.split(","),
         about={"workdir": str(args.workdir), "step": run.step},

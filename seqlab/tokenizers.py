@@ -105,6 +105,7 @@ class FileTokenizer:
       settings: what tokenizer_config.json says: `add_bos_token`, `add_eos_token`, the names of the special tokens,
         and tokens that tokenizer.json lacks.
       template: the chat template, Jinja's text.
+      content: the content of a tokenizer.json, in place of the file's.
       start: the token that an empty text begins with where the files put none in front.
 
     `bos` is None where nothing goes in front of a text, `eos` the first of the tokens that end one and `ends` all of
@@ -124,10 +125,12 @@ class FileTokenizer:
         settings: Mapping[str, Any] | None = None,
         template: str | None = None,
         start: int | None = None,
+        content: str | None = None,
     ):
-        self._tokenizer = _read(path)
-        self.template, self.names = template, _special_names(settings or {})
-        _add_tokens(self._tokenizer, settings or {}, self.names, path)
+        self._tokenizer = _read(path, content)
+        self.template, self.settings = template, dict(settings or {})
+        self.names = _special_names(self.settings)
+        _add_tokens(self._tokenizer, self.settings, self.names, path)
         self.special = {
             number: token.content
             for number, token in self._tokenizer.get_added_tokens_decoder().items()
@@ -136,16 +139,16 @@ class FileTokenizer:
         self.vocab_size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)
         self._edges = {
             edge: (
-                (settings or {}).get(f"add_{edge}_token"),
+                self.settings.get(f"add_{edge}_token"),
                 self._tokenizer.token_to_id(self.names.get(name, "")),
             )
             for edge, name in (("bos", "bos_token"), ("eos", "eos_token"))
         }
         if bos is not None:
             self._edges["bos"] = (True, bos)
-        self._start = None
+        self.start = None
         self.prefix, self.suffix = self._around()
-        self._start = start
+        self.start = start
         self.bos = self.prefix[0] if self.prefix else None
         ends = () if eos is None else (eos,) if isinstance(eos, int | np.integer) else tuple(eos)
         self.eos, self.ends = (ends[0] if ends else None), frozenset(ends)
@@ -167,8 +170,8 @@ class FileTokenizer:
                 ids = [token, *ids] if place == 0 else [*ids, token]
             elif wanted is False and there and not own:
                 ids = ids[1:] if place == 0 else ids[:-1]
-        if not ids and self._start is not None:
-            ids = [self._start]
+        if not ids and self.start is not None:
+            ids = [self.start]
         return np.asarray(ids, np.int32)
 
     def decode(self, tokens: Iterable[int]) -> str:
@@ -286,7 +289,7 @@ def _as_text(text: str | bytes) -> str:
         raise UserError(f"text: this tokenizer reads UTF-8, and the bytes are none: {error}") from error
 
 
-def _read(path: str | os.PathLike[str]) -> Any:
+def _read(path: str | os.PathLike[str], content: str | None = None) -> Any:
     """The library's tokenizer of a file, which neither cuts nor pads."""
     try:
         import tokenizers
@@ -295,7 +298,8 @@ def _read(path: str | os.PathLike[str]) -> Any:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"path: there is no file {path}")
     try:
-        found = tokenizers.Tokenizer.from_file(os.fspath(path))
+        read = tokenizers.Tokenizer
+        found = read.from_file(os.fspath(path)) if content is None else read.from_str(content)
         found.no_truncation()
         found.no_padding()
     except BaseException as error:  # the library raises plain Exception, and panics with something else

@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import fiddle as fdl
@@ -21,6 +21,7 @@ from seqlab.checks import UserError, check_choice
 from seqlab.interop.convert import convert, published
 from seqlab.interop.families import families, family_of, model_config, published_config
 from seqlab.interop.folder import INDEX, Folder, PretrainedError
+from seqlab.interop.gguf import GGUF
 from seqlab.models import LanguageModel
 from seqlab.models.model import check_dtype
 from seqlab.tokenizers import FileTokenizer, Tokenizer
@@ -119,7 +120,8 @@ def fetch(name: str) -> pathlib.Path:
         return pathlib.Path(snapshot_download(name, allow_patterns=[*_WEIGHTS, *_TEXTS]))
     except Exception as error:  # whatever the network layer of the day raises
         raise PretrainedError(
-            f"{name} is no folder here and cannot be had from the hub ({type(error).__name__}: {error})"
+            f"{name} is no folder here and cannot be had from the hub "
+            f"({type(error).__name__}: {str(error).partition(chr(10))[0]})"
         ) from error
 
 
@@ -132,15 +134,18 @@ class Origin:
     `ids`: the numbers of tokens that config.json names. `files`: the tokenizer's files by name.
     """
 
-    def __init__(self, source: Folder):
-        described = source.json("config.json")
-        self.ids = {
-            key: value for key, value in described.items() if re.fullmatch(r"(bos|eos|pad)_token_id", key)
-        }
-        files = {name: source.file(name) for name in _TEXTS}
-        self.files = {name: path.read_bytes() for name, path in files.items() if path is not None}
+    def __init__(self, ids: Mapping[str, Any], files: Mapping[str, bytes]):
+        self.ids, self.files = dict(ids), dict(files)
         content = repr((sorted(self.ids.items()), sorted(self.files.items())))
         self._digest = hashlib.sha256(content.encode()).hexdigest()
+
+    @classmethod
+    def of(cls, source: Folder) -> "Origin":
+        """That of a folder."""
+        described = source.json("config.json")
+        ids = {key: value for key, value in described.items() if re.fullmatch(r"(bos|eos|pad)_token_id", key)}
+        files = {name: source.file(name) for name in _TEXTS}
+        return cls(ids, {name: path.read_bytes() for name, path in files.items() if path is not None})
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Origin) and other._digest == self._digest
@@ -172,6 +177,47 @@ def load_pretrained(
     described = source.json("config.json")
     if "model_type" not in described:
         raise PretrainedError(f"{source.path} holds no config.json with a model_type")
+    model, cfg = _filled(described, source.tensors, source.path, source.path / "config.json", dtype)
+    model.origin = Origin.of(source)
+    return model, cfg
+
+
+def load_gguf(
+    path: str | os.PathLike[str], *, dtype: str | None = None
+) -> tuple[LanguageModel, fdl.Config, Tokenizer]:
+    """The model of a GGUF file with its weights in float32, the config that builds it, and its tokenizer.
+
+    Args:
+      dtype: as for `load_pretrained`.
+
+    Raises:
+      PretrainedError: the package gguf is missing, the file is damaged, or a model or tokenizer that is not supported.
+      MissingTensorError, UserError: weights that do not fit what the file says.
+    """
+    file = GGUF(path)
+    model, cfg = _filled(file.described, lambda: file, file.path, file.path, dtype)
+    tokenizer = file.tokenizer()
+    files = {
+        "tokenizer.json": tokenizer.as_json(),
+        "tokenizer_config.json": json.dumps(tokenizer.settings, indent=1),
+    }
+    if tokenizer.template is not None:
+        files["chat_template.jinja"] = tokenizer.template
+    model.origin = Origin(
+        {"bos_token_id": tokenizer.start, "eos_token_id": sorted(tokenizer.ends)},
+        {name: text.encode() for name, text in files.items()},
+    )
+    return model, cfg, tokenizer
+
+
+def _filled(
+    described: Mapping[str, Any],
+    tensors: Callable[[], Mapping[str, Any]],
+    path: pathlib.Path,
+    where: pathlib.Path,
+    dtype: str | None,
+) -> tuple[LanguageModel, fdl.Config]:
+    """The model of a description, filled with the tensors that are read once it is accepted."""
     try:
         cfg = model_config(described)
         if dtype is not None:
@@ -179,14 +225,13 @@ def load_pretrained(
         model = nnx.eval_shape(lambda: fdl.build(cfg)(rngs=nnx.Rngs(0)))
     except (ValueError, TypeError, OverflowError) as error:
         reason = str(getattr(error, "proxy_base_exception", error)).splitlines()[0]
-        raise PretrainedError(f"{source.path / 'config.json'}: {reason}") from error
+        raise PretrainedError(f"{where}: {reason}") from error
     try:
-        model = convert(model, source.tensors(), architecture=family_of(described).WEIGHTS)
+        model = convert(model, tensors(), architecture=family_of(described).WEIGHTS)
     except PretrainedError:
         raise
     except UserError as error:
-        raise type(error)(f"{source.path}: {error}") from error
-    model.origin = Origin(source)
+        raise type(error)(f"{path}: {error}") from error
     return model, cfg
 
 

@@ -176,7 +176,8 @@ def plan(
     if len(set(map(report.file_name, names))) < len(names):
         raise BenchError(f"caches: one is there twice in {caches}")
     policies = {name: _policy(name, model, fitted, most) for name in names}
-    folder = pathlib.Path(out or pathlib.Path(workdir) / "cache_bench")
+    home = pathlib.Path(workdir)
+    folder = pathlib.Path(out or (home.parent if home.is_file() else home) / "cache_bench")
     _check_folder(folder, settings)
     return Plan(trained, experiment, settings, policies, streams, folder)
 

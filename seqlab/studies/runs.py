@@ -68,7 +68,7 @@ def load(
     workdir: str | os.PathLike[str], step: int | None = None, *, trust: bool = False, dtype: str | None = None
 ) -> Run:
     """The model of a run folder, from its last good checkpoint or that of `step`; or a published model
-    (Llama, Mamba, ...) from its folder or, as "organisation/name", from the hub.
+    (Llama, Mamba, ...) from its folder, from a GGUF file or, as "organisation/name", from the hub.
 
     Published models are data alone. The config of a run is executed, so it may only name what seqlab's own configs
     are made of.
@@ -88,7 +88,7 @@ def load(
     from seqlab.interop import huggingface as pretrained
 
     name, workdir = str(workdir), pathlib.Path(workdir)
-    if not workdir.exists() and pretrained.is_hub_id(name):
+    if not workdir.exists() and workdir.suffix != ".gguf" and pretrained.is_hub_id(name):
         _check_no_run(workdir)
         workdir = pretrained.fetch(name)
         if not pretrained.is_pretrained(workdir):
@@ -100,6 +100,11 @@ def load(
             raise RunError(f"step: got {step}, but {name} is a published model, which has no steps")
         model, cfg = pretrained.load_pretrained(workdir, dtype=dtype)
         return Run(model, pretrained.tokenizer_of(workdir), cfg, 0)
+    if workdir.suffix == ".gguf" and workdir.is_file():
+        if step is not None:
+            raise RunError(f"step: got {step}, but {name} is a published model, which has no steps")
+        model, cfg, tokenizer = pretrained.load_gguf(workdir, dtype=dtype)
+        return Run(model, tokenizer, cfg, 0)
     return _load_run(workdir, step, trust, dtype)
 
 
@@ -137,7 +142,8 @@ def _load_run(workdir: pathlib.Path, step: int | None, trust: bool, dtype: str |
 def _no_run(workdir: pathlib.Path) -> str:
     """Why `workdir` is not the folder of a run, and which runs there are beside it."""
     if workdir.is_dir():
-        return f"{workdir} is not the folder of a run: it holds no config.json"
+        gguf = ": name the GGUF file in it" if any(workdir.glob("*.gguf")) else ""
+        return f"{workdir} is not the folder of a run: it holds no config.json{gguf}"
     if workdir.exists():
         return f"{workdir} is not the folder of a run: it is not a folder"
     beside = sorted(str(file.parent) for file in workdir.parent.glob("*/config.json"))
