@@ -381,6 +381,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def _compare(args: argparse.Namespace) -> int:
     from seqlab.studies import compare, report
+    from seqlab.train.metrics import as_json
 
     candidates = compare.plan(args.configs, args.mixers, args.fiddler, args.steps, args.set)
     workdir = args.workdir or pathlib.Path("runs") / "_".join(
@@ -394,7 +395,7 @@ def _compare(args: argparse.Namespace) -> int:
             "quality": result.quality._asdict(),
             "rows": [row._asdict() for row in result.rows],
         }
-        print(json.dumps(record) if args.json else report.as_text(compare.as_table(result)))
+        print(as_json(record) if args.json else report.as_text(compare.as_table(result)))
         _say(f"{workdir}: compare.json, compare.md, compare.png")
     return _SIGNALS[result.status]
 
@@ -506,7 +507,7 @@ def _with_other_data(base: Any, assignments: Sequence[str]) -> Any:
 def _eval(args: argparse.Namespace) -> int:
     from seqlab.studies import runs, texts
     from seqlab.train import config
-    from seqlab.train.metrics import finite_only
+    from seqlab.train.metrics import as_json
 
     _enable_compile_cache()
     run = _load(args)
@@ -528,7 +529,7 @@ def _eval(args: argparse.Namespace) -> int:
         record["perplexity"] = 2**result.value
         perplexity = f" (perplexity {record['perplexity']:.4f})"
     if args.json:
-        print(json.dumps(finite_only(record), allow_nan=False))
+        print(as_json(record))
     else:
         print(
             f"{args.workdir}, step {run.step}: {quality.sentence(result.value)}{perplexity} over {result.targets:,} "

@@ -9,10 +9,11 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 
+import damage
 import jax
 import jax.numpy as jnp
+import kills
 import numpy as np
 import optax
 import pytest
@@ -450,58 +451,21 @@ def test_a_run_goes_on_longer_when_asked_and_says_so(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill -9", "SIGTERM"])
-def test_killed_at_five_random_moments_a_run_ends_bit_identical(number, tmp_path):
-    """Whole processes, killed whenever they are: while compiling, in a step, while saving. Parameters,
-    optimizer, position: all equal."""
-    from seqlab.train.checkpoint import Checkpoints
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_at_random_moments_a_run_ends_bit_identical(processes, tmp_path):
+    """Whole processes, killed whenever they are; `python tests/kills.py` does it thirty times."""
+    assert kills.campaign(tmp_path, 4, processes, seed=1).kills == 4
 
-    def command(folder):
-        sets = [
-            "steps=300",
-            "checkpoint_every=10",
-            "validate_every=100",
-            "log_every=10",
-            "batch_size=4",
-            "data.length=64",
-        ]
-        options = [part for value in sets for part in ("--set", value)]
-        return [
-            sys.executable,
-            "-m",
-            "seqlab",
-            "train",
-            "lm_hybrid",
-            "--fiddler",
-            "tiny",
-            "--workdir",
-            str(folder),
-            *options,
-        ]
 
-    rng = np.random.default_rng(int(number))
-    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
-    folder, moments = tmp_path / "killed", []
-    for _ in range(5):
-        process = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        steps = folder / "checkpoints"
-        before = len(list(steps.glob("*0"))) if steps.exists() else 0
-        while (
-            process.poll() is None
-            and (len(list(steps.glob("*0"))) if steps.exists() else 0) <= before
-            and not moments[3:]
-        ):
-            time.sleep(0.05)
-        time.sleep(float(rng.uniform(0, 1.5)))
-        process.send_signal(number)
-        process.wait()
-        moments.append(max((int(path.name) for path in steps.glob("*") if path.name.isdigit()), default=0))
-    subprocess.run(command(folder), check=True, capture_output=True)
-    (step, killed), (_, whole) = (
-        Checkpoints(folder_ / "checkpoints").restore() for folder_ in (folder, tmp_path / "whole")
-    )
-    assert step == 300, moments
-    assert_identical(killed, whole)
+@pytest.mark.slow
+@pytest.mark.parametrize("damaged", [r"^(config.json|data.txt)$", "4/(manifest|commit)"])
+def test_damage_to_a_run_is_detected_or_harmless(damaged, tmp_path):
+    """Some files here; `python tests/damage.py` does it to every one, and writes the table of the docs."""
+    found = damage.survey(tmp_path, damaged)
+    page = damage.PAGE.read_text()
+    for kind, cells in found.items():
+        [line] = [line for line in page.splitlines() if line.startswith(f"| {kind} ")]
+        assert line == damage.table({kind: cells}).splitlines()[2]
 
 
 def test_the_model_of_step_0_is_a_function_of_the_seed():

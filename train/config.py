@@ -31,7 +31,7 @@ from flax import nnx
 from seqlab import names as names_of_code
 from seqlab.checks import nearest
 from seqlab.train.experiment import Experiment
-from seqlab.train.folder import has_steps, locate
+from seqlab.train.folder import fingerprint_of, has_steps, locate
 from seqlab.train.override import ConfigError, check, children, fields, fit, literal, named, override, tree
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "names_in",
     "override",
     "prepare",
+    "read",
     "to_json",
 ]
 
@@ -225,6 +226,14 @@ def from_json(text: str, *, trust: bool | Collection[str] = False) -> fdl.Config
     return cfg
 
 
+def read(file: pathlib.Path, *, trust: bool | Collection[str] = False) -> fdl.Config:
+    """The config in config.json of a run; `trust` and errors as for `from_json`, with the file in front."""
+    try:
+        return from_json(file.read_text(encoding="utf-8"), trust=trust)
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: {error}") from error
+
+
 def names_in(cfg: fdl.Config) -> set[str]:
     """Every "module:Name" that the saved form of `cfg` holds."""
     found: set[str] = set()
@@ -290,13 +299,8 @@ def differences(
     file = workdir / "config.json"
     if not file.exists():
         raise ConfigError(f"{workdir} holds checkpoints and no config.json: choose another folder")
-    try:
-        saved = from_json(file.read_text(), trust=names_in(cfg))
-    except (ConfigError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: {error}") from error
-    changes = diff(saved, cfg)
-    data = workdir / "data.txt"
-    same = fingerprint is not None and data.exists() and data.read_text().strip() == fingerprint
+    changes = diff(read(file, trust=names_in(cfg)), cfg)
+    same = fingerprint is not None and fingerprint_of(workdir) == fingerprint
     refused = [line for line in changes if not _may_change(line, extend, same)]
     if refused:
         lines = "".join(f"\n  {line}" for line in refused)

@@ -37,6 +37,12 @@ def has_steps(workdir: pathlib.Path) -> bool:
     return any(path.parent.name.isdigit() for path in found)
 
 
+def fingerprint_of(workdir: pathlib.Path) -> str | None:
+    """What data.txt says of the data of the run; None where there is none."""
+    file = workdir / "data.txt"
+    return file.read_text(errors="replace").strip() if file.exists() else None
+
+
 def is_run(folder: pathlib.Path) -> bool:
     """Whether `folder` is that of a run."""
     return (folder / "config.json").is_file() and (

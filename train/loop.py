@@ -24,7 +24,7 @@ from seqlab.train import config, processes
 from seqlab.train.checkpoint import Checkpoints
 from seqlab.train.data import Batches, validation_batches
 from seqlab.train.experiment import Experiment
-from seqlab.train.folder import claimed, has_steps, locate
+from seqlab.train.folder import claimed, fingerprint_of, has_steps, locate
 from seqlab.train.memory import explained
 from seqlab.train.metrics import Metrics, Progress
 from seqlab.train.optim import average_of
@@ -115,17 +115,15 @@ def _settle(
     """Write down config and data of a run, or what has changed of them; refuse what makes it another run."""
     if cfg is not None:
         config.differences(cfg, workdir, extend, fingerprint)
-    path = workdir / "data.txt"
-    if fingerprint is not None and path.exists() and has_steps(workdir):
-        begun = path.read_text(errors="replace").strip()
-        if begun != fingerprint:  # the same step would be another batch
-            raise UserError(
-                f"{workdir} was begun on other data (fingerprint {begun}, now {fingerprint}): use another "
-                "workdir"
-            )
+    begun = fingerprint_of(workdir) if has_steps(workdir) else None
+    if None not in (begun, fingerprint) and begun != fingerprint:  # the same step would be another batch
+        raise UserError(
+            f"{workdir} was begun on other data (data.txt has fingerprint {begun}, now {fingerprint}): use "
+            "another workdir"
+        )
     changes = [] if cfg is None else config.prepare(cfg, workdir, extend, fingerprint)
     if fingerprint is not None:
-        path.write_text(fingerprint + "\n")
+        (workdir / "data.txt").write_text(fingerprint + "\n")
     return changes
 
 
@@ -412,5 +410,7 @@ def _write_environment(workdir: pathlib.Path, params: Params, start: int, change
         "versions": versions,
         "parameters": count_params(params),
     }
-    with (workdir / "env.jsonl").open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    path = workdir / "env.jsonl"
+    cut = path.exists() and not path.read_bytes().endswith(b"\n")  # by a kill
+    with path.open("a") as file:
+        file.write(("\n" if cut else "") + json.dumps(record) + "\n")

@@ -23,7 +23,7 @@ class Metrics:
         self.path, self._quality = workdir / "metrics.jsonl", quality
         self.rows = [row for row in read_rows(self.path) if row["step"] <= step]
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows))
+        temporary.write_text("".join(as_json(row) + "\n" for row in self.rows))
         os.replace(temporary, self.path)
         self._file = self.path.open("a")
         self._events = _Events(workdir, step + 1)
@@ -31,9 +31,9 @@ class Metrics:
     def write(self, step: int, **values: float) -> None:
         """Append one line; a number that is not finite is written as a string, so that the file stays
         JSON."""
-        row = {"step": step, **finite_only(values)}
+        row = json.loads(as_json({"step": step, **values}))
         self.rows.append(row)
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.write(as_json(row) + "\n")
         self._file.flush()
         self._events.write(step, values)
 
@@ -97,12 +97,31 @@ class _Events:
         self._file.close()
 
 
-def finite_only(values: dict[str, Any]) -> dict[str, Any]:
-    """`values` as JSON can hold them: a float that is not finite is a string, "nan", "inf" or "-inf"."""
-    return {
-        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in values.items()
-    }
+def as_json(value: Any, indent: int | None = None) -> str:
+    """`value` as JSON that every reader takes: floats that are not finite are the strings "nan", "inf" and
+    "-inf"."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def from_json(text: str | bytes) -> Any:
+    """The inverse of `as_json`."""
+    return _floats(json.loads(text))
+
+
+def _floats(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _floats(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_floats(item) for item in value]
+    return float(value) if value in ("nan", "inf", "-inf") else value
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:

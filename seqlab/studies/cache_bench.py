@@ -32,6 +32,7 @@ from seqlab.state import State
 from seqlab.studies import compare, gates, report, runs, texts
 from seqlab.tokenizers import ByteTokenizer
 from seqlab.train.experiment import Experiment
+from seqlab.train.metrics import as_json, from_json
 from seqlab.train.packing import Windows
 from seqlab.train.tasks.passkeys import FRAME, Quiz, digits_of, haystacks, quiz
 
@@ -204,7 +205,7 @@ def run(planned: Plan) -> Bench:
     """Measure what has not been measured, and write the table, the figure and all figures as JSON."""
     settings, folder = planned.settings, planned.folder
     (folder / "caches").mkdir(parents=True, exist_ok=True)
-    report.write(folder / "settings.json", json.dumps(settings._asdict(), indent=1) + "\n")
+    report.write(folder / "settings.json", as_json(settings._asdict(), indent=1) + "\n")
     bounds, quizzes = edges(settings), _quizzes(planned)
     found = []
     for name, policy in planned.policies.items():
@@ -212,9 +213,9 @@ def run(planned: Plan) -> Bench:
         if not file.exists():
             begin = time.perf_counter()
             row = measure(name, policy, planned, bounds, quizzes)
-            report.write(file, json.dumps(row._asdict(), indent=1) + "\n")
+            report.write(file, as_json(row._asdict(), indent=1) + "\n")
             print(f"{name}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
-        found.append(Row(**json.loads(file.read_text()) | {"cache": name}))
+        found.append(Row(**from_json(file.read_text()) | {"cache": name}))
     bench = Bench(settings, bounds, found)
     record = {
         "settings": settings._asdict(),
@@ -222,7 +223,7 @@ def run(planned: Plan) -> Bench:
         "depths": DEPTHS,
         "rows": [row._asdict() for row in found],
     }
-    report.write(folder / "cache_bench.json", json.dumps(record, indent=1) + "\n")
+    report.write(folder / "cache_bench.json", as_json(record, indent=1) + "\n")
     report.write(folder / "cache_bench.md", report.as_markdown(as_table(bench)))
     draw(bench, folder / "cache_bench.png")
     return bench

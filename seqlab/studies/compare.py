@@ -7,7 +7,6 @@ written anew by every call from what the runs have left.
 """
 
 import functools
-import json
 import os
 import pathlib
 import re
@@ -28,7 +27,7 @@ from seqlab.studies import report, runs
 from seqlab.train import config
 from seqlab.train.data import Batches
 from seqlab.train.loop import NonFiniteError, held_out_batches, run
-from seqlab.train.metrics import read_rows
+from seqlab.train.metrics import as_json, read_rows
 from seqlab.train.quality import Quality, quality_of
 from seqlab.train.tasks.examples import numbers
 
@@ -252,7 +251,7 @@ def _write(comparison: Comparison, experiment: Any, workdir: pathlib.Path) -> No
         "rows": [row._asdict() for row in comparison.rows],
     }
     table = report.as_markdown(as_table(comparison))
-    report.write(workdir / "compare.json", json.dumps(record, indent=1) + "\n")
+    report.write(workdir / "compare.json", as_json(record, indent=1) + "\n")
     report.write(
         workdir / "compare.md",
         f"{experiment.steps:,} steps of {experiment.batch_size} on `{experiment.data!r}`\n\n{table}",

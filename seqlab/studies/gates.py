@@ -16,6 +16,7 @@ from seqlab.models.duo import fit_gates, retrieval_heads
 from seqlab.studies import report, runs
 from seqlab.tokenizers import ByteTokenizer
 from seqlab.train import config
+from seqlab.train.metrics import as_json
 from seqlab.train.tasks.passkeys import FRAME, digits_of, haystacks, quiz
 
 FILE = "gates.json"
@@ -86,7 +87,7 @@ def fit(
         model, lambda step: (jnp.asarray(tokens[step]), labels), steps=steps, sinks=sinks, window=window
     )
     found = Gates(np.asarray(alpha, np.float64).round(6).tolist(), trained.step, sinks, window, length, steps)
-    report.write(file, json.dumps(found._asdict(), indent=1) + "\n")
+    report.write(file, as_json(found._asdict(), indent=1) + "\n")
     return found
 
 

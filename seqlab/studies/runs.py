@@ -117,10 +117,7 @@ def _load_run(workdir: pathlib.Path, step: int | None, trust: bool, dtype: str |
     file = workdir / "config.json"
     if not file.is_file():
         raise RunError(_no_run(workdir))
-    try:
-        cfg = config.from_json(file.read_text(), trust=trust)
-    except config.ConfigError as error:
-        raise config.ConfigError(f"{file}: {error}") from error
+    cfg = config.read(file, trust=trust)
     if dtype is not None:
         cfg = config.override(cfg, f"model.dtype={check_dtype(dtype)}")
     with contextlib.nullcontext() if trust else names.restricted():
