@@ -330,7 +330,11 @@ def _add_tokens(tokenizer: Any, settings: Mapping[str, Any], names: Mapping[str,
     extra = list(extra.values()) if isinstance(extra, Mapping) else extra
     special = [*names.values(), *filter(None, map(_content, extra if isinstance(extra, list) else []))]
     decoder = settings.get("added_tokens_decoder")
-    listed = {int(key): value for key, value in decoder.items()} if isinstance(decoder, Mapping) else {}
+    numbered = decoder if isinstance(decoder, Mapping) else {}
+    wrong = [key for key in numbered if not str(key).isdecimal()]
+    if wrong:
+        raise UserError(f"{path}: added_tokens_decoder: got {wrong[0]!r}, expected the number of a token")
+    listed = {int(key): value for key, value in numbered.items()}
     for number, token in sorted(listed.items()):
         content = _content(token)
         if content is None:

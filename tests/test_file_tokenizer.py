@@ -129,6 +129,35 @@ def test_ends_that_are_no_tokens_are_refused(config, message, folder):
         folder(words(), config)
 
 
+ODD = [
+    None,
+    True,
+    -1,
+    1.5,
+    "x",
+    [],
+    {},
+    [1],
+    {"a": 1},
+    {"0": None},
+    {"0": {"content": 3}},
+    2**70,
+    ["a", None],
+]
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["add_bos_token", "bos_token", "added_tokens_decoder", "additional_special_tokens", "chat_template"],
+)
+def test_odd_settings_are_read_or_refused_in_one_line(key, folder):
+    for value in ODD:
+        try:
+            begin(folder(words(), {}, {"bos_token": "<s>", key: value}), "a b")
+        except PretrainedError as error:
+            assert "\n" not in str(error)
+
+
 def test_a_tokenizer_that_is_none_is_one_line(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": 3}}')
     with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer") as error:

@@ -213,7 +213,9 @@ def from_json(text: str, *, trust: bool | Collection[str] = False) -> fdl.Config
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"not JSON: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ConfigError(f"not a saved config: expected the format {FORMAT!r}")
+        raise ConfigError(
+            f"not a saved config: expected the format {FORMAT!r}, which runs have (published models have a model_type)"
+        )
     seal = content.pop("sha256", None)
     if seal not in (None, _digest(content)):
         raise ConfigError(
