@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from seqlab.checks import UserError, check_choice, check_positive
+from seqlab.mixer import Composite, as_mixer
 from seqlab.models.batch_norm import moved_statistics, normed, put_statistics
 from seqlab.models.layers import Factory, RMSNorm, SwiGLU
 from seqlab.models.stochastic import DropPath
@@ -21,7 +22,7 @@ from seqlab.shapes import Activations, Steps
 from seqlab.state import Stacked, State, mask_steps
 
 
-class Block(Module):
+class Block(Composite, Module):
     """x + mixer(norm(x)), then x + channel_mixer(norm(x)); without a channel mixer the first half alone, as
     in Mamba.
 
@@ -75,6 +76,9 @@ class Block(Module):
             x = self._sum(x, y, self.residual_scale_2, self.layer_scale_2)
         return x, (None if state is None else (mixed, channel))
 
+    def children(self) -> list[Any]:
+        return [child for child in (self.mixer, self.channel_mixer) if child is not None]
+
     def map_states(
         self, state: tuple[State, State], function: Callable[[Any, State], State]
     ) -> tuple[State, State]:
@@ -96,7 +100,7 @@ def _vector(dim: int, value: float | None) -> nnx.Param | None:
     return None if value is None else nnx.Param(jnp.full((dim,), value))
 
 
-class Backbone(Module):
+class Backbone(Composite, Module):
     """`depth` blocks and a final norm.
 
     Args:
@@ -149,25 +153,16 @@ class Backbone(Module):
         self.norm = norm(dim, rngs=rngs)
 
     @property
-    def causal(self) -> bool:
-        return all(mixer.causal for mixer in self._mixers())
-
-    @property
     def lookahead(self) -> int:
-        return sum(mixer.lookahead for mixer in self._mixers()) * (self.depth // len(self.blocks))
+        repeats = self.depth // len(self.blocks)
+        return repeats * sum(as_mixer(child).lookahead for child in self.children())
 
-    @property
-    def exact(self) -> bool:
-        return all(mixer.exact for mixer in self._mixers())
+    def children(self) -> list[Any]:
+        """The mixers of one repeat of the pattern."""
+        return [child for block in self.blocks for child in block.children()]
 
-    @property
-    def capacity(self) -> int | None:
-        """The longest sequence that every layer can hold; None where no layer sets a bound."""
-        bounds = [mixer.capacity for mixer in self._mixers() if getattr(mixer, "capacity", None) is not None]
-        return min(bounds, default=None)
-
-    def _mixers(self) -> list[Any]:
-        return [m for block in self.blocks for m in (block.mixer, block.channel_mixer) if m is not None]
+    def unrolled(self) -> "Backbone":
+        return unrolled(self)
 
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[State, ...]:
         states = tuple(block.init_state(batch, dtype) for block in self.blocks)

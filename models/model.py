@@ -1,21 +1,22 @@
 """Whole models: a way in, the backbone, a way out. What models of tokens and models of numbers share is here,
 once."""
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Float, Num
 
 from seqlab.checks import UserError
+from seqlab.mixer import Composite
 from seqlab.models.backbone import Backbone, unrolled
 from seqlab.module import Module
 from seqlab.shapes import Activations, Steps
 from seqlab.state import State
 
 
-class Model(Module):
+class Model(Composite, Module):
     """A backbone between `embed` and `read_out`; a mixer over what goes in, under the same law.
 
     A subclass sets `dtype` and `backbone` and defines the two ends, each a function of one step alone.
@@ -33,21 +34,11 @@ class Model(Module):
         """What the model says at features `x`, in float32 at least."""
         raise NotImplementedError
 
-    @property
-    def causal(self) -> bool:
-        return self.backbone.causal
+    def children(self) -> tuple[Backbone]:
+        return (self.backbone,)
 
-    @property
-    def lookahead(self) -> int:
-        return self.backbone.lookahead
-
-    @property
-    def exact(self) -> bool:
-        return self.backbone.exact
-
-    @property
-    def capacity(self) -> int | None:
-        return self.backbone.capacity
+    def map_states(self, state: State, function: Callable[[Any, State], State]) -> State:
+        return function(self.backbone, state)
 
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike | None = None) -> State:
         return self.backbone.init_state(batch, self.dtype if dtype is None else dtype)
@@ -72,32 +63,6 @@ class Model(Module):
         """What the outputs are read from: where only some steps' outputs are wanted, `read_out` those of
         their features."""
         return self.backbone(self.embed(inputs, valid), state, reset, valid)
-
-    def rewind(self, state: State, steps: int | Int[Array, " b"]) -> State:
-        """The state `steps` steps ago, row by row: going on from it is never having seen them. Looks at the
-        numbers: not for jitted code.
-
-        Raises ValueError where a cache no longer has what was visible there, NotImplementedError where a
-        mixer keeps a summary of its past and not the steps; both say in which layer, and why.
-        """
-
-        def back(mixer: Module, own: State) -> State:
-            if not jax.tree.leaves(own) or not np.any(np.asarray(steps)):
-                return own
-            if not hasattr(mixer, "rewind"):
-                raise NotImplementedError(
-                    f"{type(mixer).__name__} keeps a summary of all steps, from which none can be taken back"
-                )
-            return mixer.rewind(own, steps)
-
-        return self.backbone.map_states(state, back)
-
-    def with_room(self, state: State, steps: int) -> State:
-        """`state` with room for sequences of `steps` steps: caches that grow get more slots where theirs are
-        too few, by doubling."""
-        return self.backbone.map_states(
-            state, lambda mixer, own: mixer.with_room(own, steps) if hasattr(mixer, "with_room") else own
-        )
 
     def unrolled(self) -> "Model":
         """The same model with one set of parameters a layer, for decoding; itself where it is so already."""

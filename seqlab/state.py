@@ -1,4 +1,4 @@
-"""State: the mixer protocol, and what can be done with any state.
+"""State: what can be done with the state of any mixer.
 
 A state is a pytree of arrays made by `mixer.init_state`; batch is the first axis of every leaf, except inside
 `Stacked`, where layers come first. Since a state is a plain value, saving, forking and moving rows are
@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,38 +17,11 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from seqlab.checks import UserError
+from seqlab.mixer import Mixer, State
 from seqlab.parallel.sequence_parallel import running_max, running_sum
-from seqlab.shapes import Activations, Steps
+from seqlab.shapes import Steps
 
-State = Any  # a pytree of arrays, by convention a NamedTuple
 T = TypeVar("T")
-
-
-@runtime_checkable
-class Mixer(Protocol):
-    """What every token mixer, channel mixer and model offers.
-
-    `causal`, `lookahead` and `exact` say which clauses of the law can be asked of it: a mixer with `lookahead
-    = n` gives in streaming the output of the full pass n steps late; one with `exact = False` approximates
-    and says why in its docstring.
-    """
-
-    causal: bool
-    lookahead: int
-    exact: bool
-
-    def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> State:
-        """The state of `batch` fresh sequences whose activations have `dtype`."""
-
-    def __call__(
-        self,
-        x: Activations,
-        state: State | None = None,
-        reset: Steps | None = None,
-        valid: Steps | None = None,
-    ) -> tuple[Activations, State | None]:
-        """Mix a chunk of any length. With `state=None` the sequence starts fresh and None is handed back: the
-        training form."""
 
 
 class Stacked(NamedTuple):

@@ -9,7 +9,7 @@ parts together.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from seqlab import kernels
 from seqlab.checks import UserError, check_positive
+from seqlab.mixer import Composite
 from seqlab.models.layers import matmul
 from seqlab.module import Module
 from seqlab.shapes import Activations, Steps
@@ -70,14 +71,25 @@ def _later(steps: Segments, late: int, reset: Steps | None) -> tuple[Steps | Non
     return (None if reset is None else there & (steps.positions == late)), there & (steps.positions >= late)
 
 
-class Residual:
+def map_in_turn(parts: Sequence[Any], state: State, function: Callable[[Any, State], State]) -> State:
+    """`state` of `in_turn` with `function(part, its state)` in place of each part's."""
+    seen, states = state
+    return seen, tuple(function(part, own) for part, own in zip(parts, states, strict=True))
+
+
+class Residual(Composite):
     """x + f(x), f being `parts` in turn; x waits for them where they look ahead. Holds no parameters of its
     own."""
 
-    causal, exact = True, True
-
     def __init__(self, dim: int, *parts: Any):
-        self.dim, self.parts, self.lookahead = dim, parts, sum(part.lookahead for part in parts)
+        self.dim, self.parts = dim, parts
+
+    def children(self) -> tuple[Any, ...]:
+        return self.parts
+
+    def map_states(self, state: State, function: Callable[[Any, State], State]) -> State:
+        waiting, inner = state
+        return waiting, map_in_turn(self.parts, inner, function)
 
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[Array, State]:
         return jnp.zeros((batch, self.lookahead, self.dim), dtype), init_in_turn(self.parts, batch, dtype)

@@ -2,6 +2,7 @@
 form (arXiv 2402.04882)."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -12,10 +13,11 @@ from jaxtyping import Array, Float
 from seqlab import kernels
 from seqlab.checks import check_positive
 from seqlab.kernels.lmu import legendre
+from seqlab.mixer import Composite
 from seqlab.models.backbone import Backbone
 from seqlab.models.batch_norm import BatchNorm
 from seqlab.models.layers import Identity, Linear
-from seqlab.models.legendre.in_turn import Residual, TimeConv, in_turn, init_in_turn
+from seqlab.models.legendre.in_turn import Residual, TimeConv, in_turn, init_in_turn, map_in_turn
 from seqlab.models.legendre.lmu import LMU, uniform_linear
 from seqlab.models.legendre.spiking import Spike
 from seqlab.module import Module
@@ -279,7 +281,7 @@ class SpikingEmbedding(Module):
         return [self.convs[0], *(part for pair in inner for part in pair), Residual(self.dim, spike, conv)]
 
 
-class LMUFormer(Module):
+class LMUFormer(Composite, Module):
     """A classifier that gives its answer at every step: logits [b, t, classes] of the mean of what it has
     seen so far.
 
@@ -306,7 +308,6 @@ class LMUFormer(Module):
     State: two inputs a convolution, a memory a block, membranes where spiking, and the sum of the logits.
     """
 
-    causal, exact = True, True
     torch_names: ClassVar = {"embedding": "patch_embed", "backbone": "", "head_spike": "head_bn"}
 
     def __init__(
@@ -342,9 +343,11 @@ class LMUFormer(Module):
         spike = [] if self.head_spike is None else [self.head_spike]
         return [*self.embedding.parts, self.backbone, *spike, RunningMean(self.head, self.classes)]
 
-    @property
-    def lookahead(self) -> int:
-        return sum(part.lookahead for part in self.parts)
+    def children(self) -> list[Any]:
+        return self.parts
+
+    def map_states(self, state: State, function: Callable[[Any, State], State]) -> State:
+        return map_in_turn(self.parts, state, function)
 
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> State:
         return init_in_turn(self.parts, batch, dtype)

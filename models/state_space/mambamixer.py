@@ -5,6 +5,7 @@ The authors released no code. What their text leaves open is settled here as Mam
 selection reads the convolved input, the input map is Euler's), or said in place.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from seqlab.checks import UserError, check_positive
+from seqlab.mixer import Composite
 from seqlab.models.layers import Factory, LayerNorm, Linear
 from seqlab.models.state_space.mamba import MambaState, Selective
 from seqlab.module import Module
@@ -217,7 +219,7 @@ def within_steps(mixer: Module, x: Float[Array, "b t s k"], valid: Steps | None)
     return mask_steps(y.reshape(x.shape).swapaxes(0, 1), valid)
 
 
-class MambaMixerStack(Module):
+class MambaMixerStack(Composite, Module):
     """Blocks of a token mixer and a channel mixer; each reads a learned sum of the outputs of all mixers
     before it.
 
@@ -264,20 +266,16 @@ class MambaMixerStack(Module):
         )
         self.norm = norm(dim, rngs=rngs) if final_sum else None
 
-    @property
-    def causal(self) -> bool:
-        return all(mixer.causal for mixer in self._mixers())
+    def children(self) -> list[Any]:
+        pairs = zip(self.token_mixers, self.channel_mixers, strict=True)
+        return [mixer for pair in pairs for mixer in pair]
 
-    @property
-    def lookahead(self) -> int:
-        return sum(mixer.lookahead for mixer in self._mixers())
-
-    @property
-    def exact(self) -> bool:
-        return all(mixer.exact for mixer in self._mixers())
-
-    def _mixers(self) -> list[Any]:
-        return [*self.token_mixers, *self.channel_mixers]
+    def map_states(self, state: State, function: Callable[[Any, State], State]) -> State:
+        layers = zip(self.token_mixers, self.channel_mixers, state, strict=True)
+        return tuple(
+            (function(token, own_token), function(channel, own_channel))
+            for token, channel, (own_token, own_channel) in layers
+        )
 
     def init_state(
         self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32

@@ -36,6 +36,7 @@ from seqlab.checks import UserError
 from seqlab.interop.families import PretrainedError
 from seqlab.interop.huggingface import save_pretrained
 from seqlab.kernels.dispatch import use_implementation
+from seqlab.mixer import as_mixer
 from seqlab.models.model import Model
 from seqlab.module import merge, split
 from seqlab.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer, begin
@@ -147,7 +148,9 @@ def streaming_functions(
     model = model.unrolled()
     static, params = split(model)
     tree = jax.tree.structure(jax.eval_shape(lambda: model.init_state(1)))
-    form, dtype = ((), jnp.int32) if hasattr(model, "vocab_size") else ((model.inputs,), jnp.float32)
+    form, dtype = (
+        ((), jnp.int32) if as_mixer(model).vocab_size is not None else ((model.inputs,), jnp.float32)
+    )
 
     def init_state(rows: jax.Array) -> list[jax.Array]:
         return jax.tree.leaves(model.init_state(rows.shape[0]))

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from seqlab.checks import UserError
+from seqlab.mixer import as_mixer
 from seqlab.models.attention import with_cache
 from seqlab.module import Module, Static, merge, split
 from seqlab.state import State
@@ -174,7 +175,7 @@ class Stream(Iterator[Token]):
         self._programs = _programs(static, sampling)
         self._leaves = tuple(params.values())
         self._before = self._after = state
-        self._with_room = getattr(model, "with_room", None)
+        self._with_room = as_mixer(model).with_room
         self._left = np.minimum(room, np.iinfo(np.int32).max if max_tokens is None else max_tokens).astype(
             np.int64
         )
@@ -271,8 +272,6 @@ class Stream(Iterator[Token]):
 
     def _grown(self, state: StreamState, more: np.ndarray) -> StreamState:
         """`state` with room for `more` [b] steps, where the model's caches grow."""
-        if self._with_room is None:
-            return state
         return state._replace(
             model=self._with_room(state.model, int(np.max(np.asarray(state.length) + more)))
         )
@@ -370,7 +369,7 @@ def _programs(static: Static, sampling: Sampling) -> _Programs:
 
 def _unrolled(model: Module) -> Module:
     """`model` as it decodes best; its states have another structure where its layers were scanned."""
-    return model.unrolled() if hasattr(model, "unrolled") else model
+    return as_mixer(model).unrolled()
 
 
 def _check_seed(seed: int | Sequence[int], rows: int) -> np.ndarray:
@@ -415,7 +414,7 @@ def _rows(prompt: Any, tokenizer: Tokenizer, vocab_size: int, fresh: bool) -> li
 
 def _room(model: Module, state: StreamState, rows: list[np.ndarray], max_tokens: int | None) -> np.ndarray:
     """How many tokens each row can still hold after its prompt, where a cache is bounded."""
-    capacity = getattr(model, "capacity", None)
+    capacity = as_mixer(model).capacity
     if capacity is None:
         return np.full(len(rows), np.iinfo(np.int32).max, np.int64)
     used = np.asarray(state.length, np.int64) + [len(row) for row in rows]

@@ -25,6 +25,7 @@ from flax import nnx
 from jaxtyping import Bool, Float, Int
 
 from seqlab.checks import UserError
+from seqlab.mixer import as_mixer
 from seqlab.models.attention import Attention, with_cache
 from seqlab.models.cache import Window, parse_cache
 from seqlab.module import Module, merge, split
@@ -149,10 +150,10 @@ def plan(
         or of other than tokens; too little held-out data; a folder with figures of other settings.
     """
     trained = runs.load(workdir, step, trust=trust, dtype=dtype)
-    model = trained.model.unrolled() if hasattr(trained.model, "unrolled") else trained.model
+    model = as_mixer(trained.model).unrolled()
     trained = trained._replace(model=model)
     layers = [module for _, module in nnx.iter_modules(model) if isinstance(module, Attention)]
-    if not layers or not hasattr(model, "vocab_size"):
+    if not layers or as_mixer(model).vocab_size is None:
         raise BenchError(f"{workdir} has no attention over tokens: there is no cache to choose")
     for name, value in {"length": length, "rows": rows, "items": items, "turns": turns}.items():
         if value is not None and value < 1:
@@ -349,7 +350,7 @@ def curves(ax: Any, bench: Bench, rows: Sequence[Row] | None = None) -> None:
 def _fresh(model: Module, batch: int, steps: int) -> State:
     """The state of fresh streams; of a cache that grows with room for so many steps."""
     state = model.init_state(batch)
-    return model.with_room(state, steps) if hasattr(model, "with_room") else state
+    return as_mixer(model).with_room(state, steps)
 
 
 def _reader(model: Module) -> Callable[..., tuple[Float[np.ndarray, "b t"], Bool[np.ndarray, "b t"], State]]:

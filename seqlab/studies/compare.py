@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from seqlab.mixer import as_mixer, width_of
 from seqlab.module import Module, count_params, merge, split
 from seqlab.state import state_bytes
 from seqlab.streaming.generate import stream_generate
@@ -178,9 +179,9 @@ def _diverged(name: str, workdir: pathlib.Path, experiment: Any, error: str) -> 
 
 def stream_speed(trained: runs.Run) -> float:
     """Steps a second of one stream, one step after the other, without compilation."""
-    model, capacity = trained.model, getattr(trained.model, "capacity", None)
+    model, capacity = trained.model, as_mixer(trained.model).capacity
     steps = _STREAMED if capacity is None else max(1, min(_STREAMED, capacity - 1))
-    if trained.tokenizer is not None and hasattr(model, "vocab_size"):
+    if trained.tokenizer is not None and as_mixer(model).vocab_size is not None:
         names = numbers(model.vocab_size)  # a model may know more tokens than its task has names for
         stream = stream_generate(
             model, [0], max_tokens=steps, temperature=0, tokenizer=names, block=max(1, steps // 8)
@@ -188,7 +189,7 @@ def stream_speed(trained: runs.Run) -> float:
         for _ in stream:
             pass
         return stream.stats["tokens_per_second"]
-    return _step_speed(model.unrolled() if hasattr(model, "unrolled") else model, steps)
+    return _step_speed(as_mixer(model).unrolled(), steps)
 
 
 def _step_speed(model: Module, steps: int) -> float:
@@ -203,7 +204,7 @@ def _step_speed(model: Module, steps: int) -> float:
 
         return jax.lax.scan(step, state, inputs)
 
-    width = model.inputs if hasattr(model, "inputs") else model.dim
+    width = width_of(model)
     arguments = params, model.init_state(1), jnp.zeros((steps, 1, 1, width))
     jax.block_until_ready(loop(*arguments))
     begin = time.perf_counter()

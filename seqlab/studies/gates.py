@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqlab.checks import UserError
+from seqlab.mixer import as_mixer
 from seqlab.models.cache import duo
 from seqlab.models.duo import fit_gates, retrieval_heads
 from seqlab.studies import report, runs
@@ -57,7 +58,7 @@ def fit(
       in the folder.
     """
     trained = runs.load(workdir, trust=trust)
-    model = trained.model.unrolled() if hasattr(trained.model, "unrolled") else trained.model
+    model = as_mixer(trained.model).unrolled()
     if not isinstance(trained.tokenizer, ByteTokenizer):
         raise runs.RunError(f"{workdir} does not read bytes: gates are fitted on pass keys in text")
     data = config.build(trained.config).data

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from seqlab.checks import UserError
+from seqlab.mixer import as_mixer
 from seqlab.module import merge
 from seqlab.parallel.sharding import along_time, compiler_options, make_mesh
 from seqlab.state import Mixer, state_bytes
@@ -69,8 +70,8 @@ def verify_devices(
             f"devices must be at least 2 and at most the {len(available)} that there are, got {devices!r}"
         )
     meshes = [make_mesh(data=1, sequence=number, devices=available[:number]) for number in numbers]
-    dtype = dtype or getattr(mixer, "dtype", None) or "float32"
-    causal = getattr(mixer, "causal", True)
+    dtype = dtype or as_mixer(mixer).dtype or "float32"
+    causal = as_mixer(mixer).causal
     with (
         jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext(),
         jax.default_matmul_precision("highest"),

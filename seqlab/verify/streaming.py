@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Array
 
 from seqlab.checks import UserError
+from seqlab.mixer import as_mixer, width_of
 from seqlab.module import Params, Static, merge, split
 from seqlab.shapes import accumulator
 from seqlab.state import Mixer, State, put_rows, state_bytes, take_rows
@@ -160,7 +161,7 @@ def verify_streaming(
       gradients: also compare gradients through the chain of chunks.
       bound: allowed error relative to scale; by default that of `BOUNDS` for the dtype.
     """
-    dtype = dtype or getattr(mixer, "dtype", None) or "float32"
+    dtype = dtype or as_mixer(mixer).dtype or "float32"
     if dtype not in BOUNDS:
         raise UserError(f"dtype must be one of {', '.join(BOUNDS)}, got {dtype!r}")
     # Accelerators may take float32 products in fewer bits by default, which is a property of theirs and not
@@ -173,7 +174,7 @@ def verify_streaming(
             mixer, inputs, (batch, length), dtype, BOUNDS[dtype] if bound is None else bound, seed
         )
         checks: list[Check] = []
-        if not getattr(mixer, "causal", True):
+        if not as_mixer(mixer).causal:
             checks.append(
                 Check("C1", "chunks = whole", None, note="declares causal = False: only rows are checked")
             )
@@ -212,19 +213,16 @@ def subject_of(
         }
     if inputs is None:
         rng = np.random.default_rng(seed)
-        if hasattr(mixer, "vocab_size"):
+        if as_mixer(mixer).vocab_size is not None:
             inputs = jnp.asarray(rng.integers(0, mixer.vocab_size, shape), jnp.int32)
         else:
-            width = mixer.inputs if hasattr(mixer, "inputs") else mixer.dim
-            inputs = jnp.asarray(rng.normal(size=(*shape, width)), dtype)
+            inputs = jnp.asarray(rng.normal(size=(*shape, width_of(mixer))), dtype)
     if inputs.ndim not in (2, 3) or inputs.shape[0] < 2 or inputs.shape[1] < 12:
         raise UserError(
             f"inputs must be [b, t] tokens or [b, t, d] with b >= 2 and t >= 12, got shape {inputs.shape}"
         )
     state = functools.partial(mixer.init_state, dtype=dtype)
-    return Subject(
-        static, params, inputs, state, bound, getattr(mixer, "lookahead", 0), getattr(mixer, "exact", True)
-    )
+    return Subject(static, params, inputs, state, bound, as_mixer(mixer).lookahead, as_mixer(mixer).exact)
 
 
 def _chain(apply, params, x, lengths, state, reset, valid):

@@ -1,0 +1,172 @@
+"""Mixers: the published protocol, defaults for everything else that code may ask of one, and mixers of mixers.
+
+`Mixer` is what a class must offer. `MixerBase` adds what it may offer besides, each with the answer of a mixer
+that does not have it: no bound on the length, no way back. `Composite` derives these from its `children`, so a
+mixer made of mixers keeps every bound of theirs. Code asks through `as_mixer`, which gives the same answers
+for a class that has the members of the protocol alone.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Int
+
+from seqlab.checks import UserError
+from seqlab.shapes import Activations, Steps
+
+State = Any  # a pytree of arrays, by convention a NamedTuple
+
+
+class CannotRewind(NotImplementedError):
+    """A mixer keeps a summary of its past and not the steps: none can be taken back."""
+
+
+@runtime_checkable
+class Mixer(Protocol):
+    """The members of every token mixer, channel mixer and model.
+
+    `causal`, `lookahead` and `exact` say which clauses of the contract can be asked of it: a mixer with
+    `lookahead = n` gives in streaming the output of the full pass n steps late; one with `exact = False`
+    approximates and says why in its docstring. `MixerBase` has defaults for what a mixer may offer besides.
+    """
+
+    causal: bool
+    lookahead: int
+    exact: bool
+
+    def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> State:
+        """The state of `batch` fresh sequences whose activations have `dtype`."""
+
+    def __call__(
+        self,
+        x: Activations,
+        state: State | None = None,
+        reset: Steps | None = None,
+        valid: Steps | None = None,
+    ) -> tuple[Activations, State | None]:
+        """Mix a chunk of any length. With `state=None` the sequence starts fresh and None is handed back: the
+        training form."""
+
+
+class MixerBase:
+    """Defaults for everything that code may ask of a mixer besides the protocol; inherit it to change one.
+
+    `dim`, `inputs`, `vocab_size`: width of the activations, channels of a model of numbers, tokens of a
+    language model; None where a mixer has none. `dtype`: the compute dtype of a model. `capacity`: the
+    longest sequence in steps that the state can hold; None for no bound.
+    """
+
+    causal: bool = True
+    lookahead: int = 0
+    exact: bool = True
+    dim: int | None = None
+    inputs: int | None = None
+    vocab_size: int | None = None
+    dtype: str | None = None
+    capacity: int | None = None
+
+    def children(self) -> Sequence[Any]:
+        """The mixers that this one is made of, in the order in which they run."""
+        return ()
+
+    def with_room(self, state: State, steps: int) -> State:
+        """`state` with room for sequences of `steps` steps, where it grows; itself otherwise."""
+        return state
+
+    def rewind(self, state: State, steps: Int[Array, " b"]) -> State:
+        """The state `steps` [b] steps ago; CannotRewind where the mixer does not keep the steps."""
+        raise CannotRewind(
+            f"{type(self).__name__} keeps a summary of all steps, from which none can be taken back"
+        )
+
+    def unrolled(self) -> Any:
+        """The same function in the form that decodes best; its states may have another structure."""
+        return self
+
+
+class Composite(MixerBase):
+    """A mixer made of mixers: its bounds are those of its children.
+
+    A subclass defines `children`, and `map_states` where its state is other than a tuple of theirs.
+    """
+
+    causal = property(lambda self: all(as_mixer(child).causal for child in self.children()))
+    lookahead = property(lambda self: sum(as_mixer(child).lookahead for child in self.children()))
+    exact = property(lambda self: all(as_mixer(child).exact for child in self.children()))
+
+    @property
+    def capacity(self) -> int | None:
+        """The longest sequence that every child can hold; None where none sets a bound."""
+        bounds = [as_mixer(child).capacity for child in self.children()]
+        return min((bound for bound in bounds if bound is not None), default=None)
+
+    def map_states(self, state: State, function: Callable[[Any, State], State]) -> State:
+        """`state` with `function(child, its state)` in place of each child's state."""
+        return tuple(function(child, own) for child, own in zip(self.children(), state, strict=True))
+
+    def with_room(self, state: State, steps: int) -> State:
+        return self.map_states(state, lambda child, own: as_mixer(child).with_room(own, steps))
+
+    def rewind(self, state: State, steps: int | Int[Array, " b"]) -> State:
+        """The state `steps` steps ago, row by row: going on from it is never having seen them. Looks at the
+        numbers: not for jitted code.
+
+        Raises:
+          ValueError: a cache no longer has what was visible there.
+          CannotRewind: a mixer keeps a summary of its past and not the steps.
+        """
+
+        def back(child: Any, own: State) -> State:
+            if not jax.tree.leaves(own) or not np.any(np.asarray(steps)):
+                return own
+            return as_mixer(child).rewind(own, steps)
+
+        return self.map_states(state, back)
+
+
+class _Adapted:
+    """A mixer of the protocol alone, with the defaults of `MixerBase` for what it lacks."""
+
+    def __init__(self, mixer: Any):
+        self._mixer = mixer
+
+    def __getattr__(self, name: str) -> Any:
+        mixer = self._mixer
+        if hasattr(type(mixer), name) or name in vars(mixer):
+            return getattr(mixer, name)
+        default = getattr(MixerBase, name)
+        return default.__get__(mixer) if callable(default) else default
+
+
+def as_mixer(mixer: Mixer) -> Any:
+    """`mixer` with an answer to everything that `MixerBase` has; itself where it inherits that."""
+    return mixer if isinstance(mixer, MixerBase) else _Adapted(mixer)
+
+
+def width_of(mixer: Any) -> int:
+    """The width of the activations that `mixer` takes: its `inputs` or `dim`, or, where it has neither, the
+    size of an axis of its parameters at which it maps [b, t, d] to [b, t, d].
+
+    Raises:
+      ValueError: no width is known and none of those sizes works.
+    """
+    asked = as_mixer(mixer)
+    if (width := asked.dim if asked.inputs is None else asked.inputs) is not None:
+        return width
+    leaves = jax.tree.leaves(nnx.state(mixer, nnx.Param))
+    for size in sorted({size for leaf in leaves for size in leaf.shape}):
+        shape = jax.ShapeDtypeStruct((2, 3, size), jnp.float32)
+        try:
+            y, _ = jax.eval_shape(lambda x: mixer(x), shape)
+        except (TypeError, ValueError):  # how JAX says that shapes do not fit
+            continue
+        if y.shape == shape.shape:
+            return size
+    raise UserError(
+        f"{type(mixer).__name__} has no attribute dim, and no size of its parameters is its width: set "
+        "self.dim, or give inputs"
+    )

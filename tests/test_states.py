@@ -1,0 +1,93 @@
+"""Mixers of mixers keep the bounds of their parts; what enters as a state fits or is refused."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import seqlab
+from seqlab.mixer import CannotRewind, Composite, as_mixer, width_of
+from seqlab.models import Attention, Full, LanguageModel, Linear, Mamba, MambaMixerStack, SwiGLU
+from seqlab.module import Module
+from seqlab.state import mask_steps
+
+
+class Pointwise(Module):
+    """The members of the protocol and no others."""
+
+    causal, lookahead, exact = True, 0, True
+
+    def __init__(self, dim: int, *, rngs: nnx.Rngs):
+        self.out = Linear(dim, dim, rngs=rngs)
+
+    def init_state(self, batch, dtype=jnp.float32):
+        return ()
+
+    def __call__(self, x, state=None, reset=None, valid=None):
+        return self.out(mask_steps(x, valid)), state
+
+
+class Both(Composite, Module):
+    """The sum of two mixers."""
+
+    def __init__(self, dim: int, *factories, rngs: nnx.Rngs):
+        self.parts = nnx.List([factory(dim, rngs=rngs) for factory in factories])
+
+    def children(self):
+        return list(self.parts)
+
+    def init_state(self, batch, dtype=jnp.float32):
+        return tuple(part.init_state(batch, dtype) for part in self.parts)
+
+    def __call__(self, x, state=None, reset=None, valid=None):
+        old = (None,) * len(self.parts) if state is None else state
+        pairs = [part(x, own, reset, valid) for part, own in zip(self.parts, old, strict=True)]
+        return sum(y for y, _ in pairs), None if state is None else tuple(own for _, own in pairs)
+
+
+def attention(steps: int = 16, **options):
+    return partial(Attention, heads=2, cache=Full(steps, **options))
+
+
+def test_the_protocol_alone_passes_the_checker():
+    mixer = Pointwise(8, rngs=nnx.Rngs(0))
+    assert isinstance(mixer, seqlab.Mixer) and width_of(mixer) == 8
+    seqlab.verify_streaming(mixer, gradients=False).raise_for_failure()
+    assert as_mixer(mixer).capacity is None and as_mixer(mixer).with_room((), 9) == ()
+    with pytest.raises(CannotRewind, match="Pointwise keeps a summary"):
+        as_mixer(mixer).rewind((), 1)
+
+
+def nested(*mixers):
+    """`Both` in a stack in a language model."""
+    stack = partial(
+        MambaMixerStack,
+        depth=1,
+        token_mixer=lambda dim, rngs: Both(dim, *mixers, rngs=rngs),
+        channel_mixer=SwiGLU,
+    )
+    return LanguageModel(31, 16, 1, stack, channel_mixer=None, rngs=nnx.Rngs(0))
+
+
+def test_a_composite_keeps_the_bound_of_its_parts():
+    model = nested(attention(16), attention(12), Pointwise)
+    assert model.capacity == 12
+    with pytest.raises(ValueError, match="holds 12"):
+        seqlab.stream_generate(model, [1, 2, 3], max_tokens=40)
+    assert nested(Mamba, Pointwise).capacity is None
+
+
+def test_a_composite_rewinds_and_grows():
+    model = nested(attention(4, grows=True), attention(64))
+    tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 31)
+    state = model.with_room(model.init_state(2), 12)
+    _, early = model(tokens[:, :7], state)
+    _, late = model(tokens[:, 7:], early)
+    jax.tree.map(np.testing.assert_array_equal, model.rewind(late, jnp.asarray([5, 5])), early)
+    mixed = nested(attention(64), Mamba)
+    _, state = mixed(tokens, mixed.init_state(2))
+    with pytest.raises(CannotRewind, match="layer 0: Mamba keeps a summary"):
+        mixed.rewind(state, 1)
