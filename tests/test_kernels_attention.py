@@ -15,7 +15,7 @@ from seqlab.kernels.attention.specs import SPECS, make
 from seqlab.shapes import accumulator
 
 IMPLEMENTATIONS = ("reference", "xla")
-ARRAYS = ("q", "k", "v", "sink_logits")
+ARRAYS = ("q", "k", "v", "sink_logits", "alibi")
 
 
 def oracle(call):
@@ -35,13 +35,19 @@ def oracle(call):
             continue
         group, position = head // (h // g), q_positions[row, i]
         seen = kv_segments[row] == q_segments[row, i]
-        if call["causal"]:
-            seen &= kv_positions[row] <= position
-        if call["window"] is not None:
-            seen &= (kv_positions[row] > position - call["window"]) | (kv_positions[row] < call["sinks"])
+        left, right = call["window"] if isinstance(call["window"], tuple) else (call["window"], None)
+        if isinstance(call["window"], int):
+            left = call["window"] - 1
+        if call["causal"] or right is not None:
+            seen &= kv_positions[row] <= position + (0 if call["causal"] else right)
+        if left is not None:
+            seen &= (kv_positions[row] >= position - left) | (kv_positions[row] < call["sinks"])
         x = scale * k[row, seen, group] @ q[row, i, head]
         if call["softcap"] is not None:
             x = call["softcap"] * np.tanh(x / call["softcap"])
+        if "alibi" in call:
+            slope = np.broadcast_to(np.asarray(call["alibi"], np.float64), (b, h))[row, head]
+            x = x - slope * np.abs(position - kv_positions[row, seen])
         extra = [float(call["sink_logits"][head])] if "sink_logits" in call else []
         if len(x) + len(extra):
             lse[row, i, head] = np.logaddexp.reduce([*x, *extra])
@@ -169,6 +175,7 @@ def test_gradients_of_the_reference_are_those_of_the_oracle(x64):
         key: x.astype(jnp.float64) if key in ARRAYS else x for key, x in make(SPECS["window_sinks"]).items()
     }
     call |= {"softcap": 1.5, "sink_logits": random(3, 4, dtype=jnp.float64)}
+    call |= {"alibi": 0.1 + random(4, 2, 4, dtype=jnp.float64) ** 2}
     cotangents = cotangents_of(call)
     _, gradients = with_gradients(call, cotangents, "reference")
     for seed, name in enumerate(ARRAYS):
@@ -416,6 +423,24 @@ def test_under_vmap():
     assert_close(value, jax.tree.map(lambda *x: jnp.stack(x), *(values(call) for call in calls)), 1e-6)
 
 
+def test_windows_have_one_meaning_in_either_spelling():
+    call = make(SPECS["window_sinks"])
+    expected = values(call)
+    assert_close(values(call | {"window": (call["window"] - 1, None)}), expected, 0)
+    assert_close(values(call | {"window": (call["window"] - 1, 0), "causal": False}), expected, 0)
+    assert_close(values(call | {"window": (None, None)}), values(call | {"window": None}), 0)
+
+
+def test_one_slope_for_all_rows_gets_the_gradient_of_all():
+    call = make(SPECS["alibi_cross"])
+    one = call | {"alibi": call["alibi"][0]}
+    each = call | {"alibi": jnp.tile(call["alibi"][:1], (2, 1))}
+    cotangents = cotangents_of(call)
+    (value, gradient), (by_row, gradients) = (with_gradients(x, cotangents, "xla") for x in (one, each))
+    assert_close(value, by_row, 1e-6)
+    assert_close(gradient["alibi"], gradients["alibi"].sum(0), 1e-5)
+
+
 # What is refused.
 
 GOOD = {"q": (2, 5, 4, 8), "k": (2, 7, 2, 8), "v": (2, 7, 2, 6)}
@@ -428,7 +453,13 @@ GOOD = {"q": (2, 5, 4, 8), "k": (2, 7, 2, 8), "v": (2, 7, 2, 6)}
         ({"window": -3}, r"window must be an integer of at least 1 .*, got -3"),
         ({"window": 2.0}, r"window must be an integer of at least 1 .*, got 2\.0"),
         ({"window": True}, r"window must be an integer of at least 1 .*, got True"),
-        ({"window": 4, "causal": False}, r"window needs causal=True, got window=4 with causal=False"),
+        (
+            {"window": 4, "causal": False},
+            r"window needs causal=True or a pair .*, got window=4 with causal=False",
+        ),
+        ({"window": [4]}, r"window must be an integer or a pair \(left, right\) .*, got \[4\]"),
+        ({"window": [4, -1], "causal": False}, r"window must be .* at least 0 or None, got \[4, -1\]"),
+        ({"alibi": (2,)}, r"alibi must be .* \[h\] = \(4,\) or \[b, h\] = \(2, 4\), got float32\(2,\)"),
         ({"sinks": -1}, r"sinks must be an integer of at least 0, got -1"),
         ({"sinks": 1.5}, r"sinks must be an integer of at least 0, got 1\.5"),
         ({"softcap": 0.0}, r"softcap must be a number above 0 or None, got 0\.0"),

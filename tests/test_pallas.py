@@ -73,7 +73,9 @@ CASES = {
         ("tiny", "tiny_packed"),
         (Attention(2, 17, 19, h=8, g=4, k=128, v=128), {2: 3, 17: 2**20, 19: 2**20}),
         {
-            "tiny": Attention(1, 40, 45, h=1, k=5, v=3, window=9, sinks=2, softcap=2.0, sink_logits=True),
+            "tiny": Attention(
+                1, 40, 45, h=1, k=5, v=3, window=9, sinks=2, softcap=2.0, sink_logits=True, alibi=True
+            ),
             "bfloat16": (Attention(2, 37, 37, h=4, g=2, k=64, v=32, window=9, sink_logits=True), "bfloat16"),
             "heads_of_256": Attention(1, 20, 20, h=2, k=256, v=256),
             "tiny_packed": Attention(1, 27, 27, h=2, places="packed"),
@@ -383,20 +385,23 @@ def test_the_gradient_of_a_part_of_the_keys(monkeypatch):
     attention_op = importlib.import_module("seqlab.kernels.attention")
     q, k, v, dout = (random(seed, 2, 21, 2, 8) for seed in range(4))
     dlse, positions = random(4, 2, 21, 2), jnp.tile(jnp.arange(21), (2, 1))
-    limits = {"causal": True, "window": 9, "sinks": 2, "softcap": None, "scale": 0.3}
-    out, lse = attention_op.attention(q, k, v, q_positions=positions, kv_positions=positions, **limits)
+    alibi, places = jnp.array([[0.1, 0.3], [0.0, 0.2]]), {"q_positions": positions, "kv_positions": positions}
+    options = {"sinks": 2, "softcap": None, "scale": 0.3}
+    out, lse = attention_op.attention(q, k, v, **places, window=9, alibi=alibi, **options)
     part = {
         "q_positions": positions,
         "kv_positions": positions[:, :13],
         "q_segments": None,
         "kv_segments": None,
-        **limits,
+        **options,
+        "left": 8,
+        "right": 0,
     }
 
     def gradient(implementation):
         return jax.jit(
             lambda: attention_op._gradient(
-                q, k[:, :13], v[:, :13], out, lse, dout, dlse, **part, implementation=implementation
+                q, k[:, :13], v[:, :13], alibi, out, lse, dout, dlse, **part, implementation=implementation
             )
         )()
 

@@ -110,6 +110,7 @@ ATTENTION = {
     "full": {"causal": False},
     "window": {"window": 6},
     "window with sinks": {"window": 5, "sinks": 2, "softcap": 3.0},
+    "two sides and slopes": {"causal": False, "window": (7, 4), "sinks": 1},
     "packed": {},
 }
 
@@ -135,7 +136,7 @@ def test_ring_attention_in_other_layouts(layout, devices):
 
 
 def attention(kind):
-    """Grouped heads, a sink, and for "packed" documents of any length and padding."""
+    """Grouped heads, a sink, slopes where asked for, and for "packed" documents of any length and padding."""
     arrays = {
         "q": random(1, B, TIME, 4, 3),
         "k": random(2, B, TIME, 2, 3),
@@ -143,6 +144,8 @@ def attention(kind):
         "sink_logits": random(4, 4),
     }
     options = ATTENTION[kind]
+    if "slopes" in kind:
+        arrays["alibi"] = jnp.abs(random(5, B, 4))
     if kind == "packed":
         where = segments((B, TIME), 0, **flags())
         places = {"q_positions": where.positions, "kv_positions": where.positions}

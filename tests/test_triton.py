@@ -7,6 +7,7 @@ import sys
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -345,7 +346,7 @@ def test_the_gradient_of_scan_counts_beyond_two_billion_elements():
 
 
 @pytest.mark.parametrize(
-    "name", some(attention_specs.SPECS, ["window_sinks_tiled", "padded", "decode_window_sinks"])
+    "name", some(attention_specs.SPECS, ["alibi_tiled", "padded", "decode_window_sinks", "window_both"])
 )
 def test_attention_is_that_of_float64(name, interpreted):
     call = attention_specs.make(attention_specs.SPECS[name])
@@ -407,13 +408,17 @@ def test_the_gradient_of_a_part_of_the_keys(interpreted):
     places = {
         name: arrays.pop(name, None) for name in ("q_positions", "kv_positions", "q_segments", "kv_segments")
     }
-    out, lse = reference.attention(**arrays, **places, **options | {"scale": 0.2}, sink_logits=None)
+    options = {"left": 29, "right": 0, "scale": 0.2} | {name: options[name] for name in ("sinks", "softcap")}
+    alibi = jnp.linspace(0.05, 0.4, 8).reshape(2, 4)
+    out, lse = reference.attention(**arrays, **places, **options, sink_logits=None, alibi=alibi)
     part = {name: arrays[name][:, :20] for name in "kv"} | {"q": arrays["q"]}
     cotangents = test_kernels_attention.cotangents_of({**part, "v": arrays["v"]})
     places["kv_positions"] = places["kv_positions"][:, :20]
-    options = {**places, **options, "scale": 0.2}
+    options = {**places, **options}
     found, expected = (
-        _gradient(*(part[name] for name in "qkv"), out, lse, *cotangents, **options, implementation=name)
+        _gradient(
+            *(part[name] for name in "qkv"), alibi, out, lse, *cotangents, **options, implementation=name
+        )
         for name in ("triton_gpu", "reference")
     )
     assert_close(found, expected, 2e-5)

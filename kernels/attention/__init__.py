@@ -30,7 +30,7 @@ def attention(
     v: Values,
     *,
     causal: bool = True,
-    window: int | None = None,
+    window: int | tuple[int | None, int | None] | None = None,
     sinks: int = 0,
     q_positions: Int[Array, "b t"] | None = None,
     kv_positions: Int[Array, "b s"] | None = None,
@@ -38,18 +38,19 @@ def attention(
     kv_segments: Int[Array, "b s"] | None = None,
     softcap: float | None = None,
     sink_logits: Float[Array, " h"] | None = None,
+    alibi: Float[Array, " h"] | Float[Array, "b h"] | None = None,
     scale: float | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "b t h v"], LogSumExp]:
     """Softmax attention of queries over keys, with the log-sum-exp of its logits.
 
-        X_ij = scale q_i·k_j;  X <- c tanh(X / c);  lse_i = log(exp z + Σ_j exp X_ij);  out_i = Σ_j exp(X_ij -
-        lse_i) v_j
+        X_ij = scale q_i·k_j;  X <- c tanh(X / c) - a |i - j|
+        lse_i = log(exp z + Σ_j exp X_ij);  out_i = Σ_j exp(X_ij - lse_i) v_j
 
     over the keys j that query i may see: those of its segment, and where `causal` those at its position or
-    before it, and where a `window` W is given of these the last W, its own included, and the first `sinks` of
-    the sequence. A query that sees nothing has out = 0 and lse = -inf (lse = z with a sink logit) and passes
-    no gradient to q, k, v.
+    before it, and where a `window` is given of these the ones inside it and the first `sinks` of the
+    sequence. i and j are positions. A query that sees nothing has out = 0 and lse = -inf (lse = z with a sink
+    logit) and passes no gradient to q, k, v.
 
     Args:
       q: [b, t, h, k]; query head i reads key/value head i // (h // g).
@@ -57,8 +58,10 @@ def attention(
         one query at a time is best stored as [b, g, s, k] and passed as `cache.swapaxes(1, 2)`: `xla` then
         reads it as it lies, without a copy.
       causal: hide the keys at later positions.
-      window: how many keys a query sees, its own included; needs `causal`.
-      sinks: keys at positions below this stay visible outside the window.
+      window: W, how many keys a query sees, its own included; needs `causal`. Or a pair (left, right): how
+        many positions before its own and behind it; None is unbounded, and `causal` makes right 0. W is
+        (W - 1, 0).
+      sinks: keys at positions below this stay visible to the left of the window.
       q_positions, kv_positions: [b, t] and [b, s]; the keys may stand in any order. Without them the last
         query stands beside the last key: q_positions = arange(t) + s - t, kv_positions = arange(s). This
         default lets implementations skip what nobody sees.
@@ -67,6 +70,7 @@ def attention(
         queries have lse = -inf. Default: all 1.
       softcap: c above, the bound of the logits.
       sink_logits: [h], z above: a logit for no key at all, which takes weight from the others.
+      alibi: [h] or [b, h], a above: what a step of distance takes from a logit, after the softcap.
       scale: default 1 / sqrt(k).
       implementation: "reference", "xla", "pallas_tpu" or "triton_gpu"; None lets `seqlab.kernels.dispatch`
         choose.
@@ -80,10 +84,11 @@ def attention(
       ValueError: if an argument has the wrong shape, type or range, or `implementation` is unknown.
 
     Source: FlashAttention-2 (arXiv 2307.08691) for lse; softcap of Gemma 2 (arXiv 2408.00118), sinks of
-    StreamingLLM (arXiv 2309.17453).
+    StreamingLLM (arXiv 2309.17453), ALiBi (arXiv 2108.12409).
     """
-    _check_arrays(q, k, v, sink_logits)
-    _check_options(causal, window, sinks, softcap, scale)
+    _check_arrays(q, k, v, sink_logits, alibi)
+    left, right = _limits(causal, window)
+    _check_options(sinks, softcap, scale)
     (b, t, _, width), s = q.shape, k.shape[1]
     places = {
         "q_positions": q_positions,
@@ -108,18 +113,21 @@ def attention(
             _without_padding(k, kv_segments),
             _without_padding(v, kv_segments),
         )
-    q, k, v, sink_logits = vary_alike(q, k, v, sink_logits)
+    if alibi is not None:
+        alibi = jnp.broadcast_to(alibi, (b, q.shape[2]))
+    q, k, v, sink_logits, alibi = vary_alike(q, k, v, sink_logits, alibi)
     split = min(sequence_parallel.parts(t), sequence_parallel.parts(s)) > 1
     return (functools.partial(ring, _op, _gradient) if split else _op)(
         q,
         k,
         v,
-        causal=bool(causal),
-        window=None if window is None else int(window),
+        left=left,
+        right=right,
         sinks=int(sinks),
         **places,
         softcap=None if softcap is None else float(softcap),
         sink_logits=sink_logits,
+        alibi=alibi,
         scale=1 / math.sqrt(width) if scale is None else float(scale),
         implementation=implementation,
     )
@@ -165,7 +173,7 @@ def _without_padding(x: Array, segments: Array) -> Array:
     return jnp.where((segments == 0)[:, :, None, None], jnp.zeros((), x.dtype), x)
 
 
-def _check_arrays(q: Array, k: Array, v: Array, sink_logits: Array | None) -> None:
+def _check_arrays(q: Array, k: Array, v: Array, sink_logits: Array | None, alibi: Array | None) -> None:
     for name, x, axes in (("q", q, "[b, t, h, k]"), ("k", k, "[b, s, g, k]"), ("v", v, "[b, s, g, v]")):
         if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating):
             raise UserError(f"{name} must be a floating-point array {axes}, got {x.dtype}{x.shape}")
@@ -179,26 +187,43 @@ def _check_arrays(q: Array, k: Array, v: Array, sink_logits: Array | None) -> No
         raise UserError(f"v must begin with the axes of k, [b, s, g] = {(b, s, g)}, got {v.shape}")
     if g == 0 or h % g:
         raise UserError(f"k must have a number of heads that divides the {h} heads of q, got g={g}")
-    if sink_logits is not None and (
-        sink_logits.shape != (h,) or not jnp.issubdtype(sink_logits.dtype, jnp.floating)
+    for name, x, shapes, axes in (
+        ("sink_logits", sink_logits, [(h,)], f"[h] = ({h},)"),
+        ("alibi", alibi, [(h,), (b, h)], f"[h] = ({h},) or [b, h] = ({b}, {h})"),
     ):
-        raise UserError(
-            f"sink_logits must be a floating-point array [h] = ({h},), got "
-            f"{sink_logits.dtype}{sink_logits.shape}"
-        )
+        if x is not None and (x.shape not in shapes or not jnp.issubdtype(x.dtype, jnp.floating)):
+            raise UserError(f"{name} must be a floating-point array {axes}, got {x.dtype}{x.shape}")
 
 
-def _check_options(
-    causal: bool, window: int | None, sinks: int, softcap: float | None, scale: float | None
-) -> None:
-    if window is not None:
-        if not _is_number(window, numbers.Integral) or window < 1:
+def _limits(
+    causal: bool, window: int | tuple[int | None, int | None] | None
+) -> tuple[int | None, int | None]:
+    """How many positions before its own and behind it a query sees; None for all of them."""
+    if isinstance(window, tuple | list):
+        if len(window) != 2 or any(
+            x is not None and (not _is_number(x, numbers.Integral) or x < 0) for x in window
+        ):
             raise UserError(
-                "window must be an integer of at least 1 (the query's own key counts) or None, got "
+                "window must be an integer or a pair (left, right) of integers of at least 0 or None, got "
                 f"{window!r}"
             )
-        if not causal:
-            raise UserError(f"window needs causal=True, got window={window!r} with causal={causal!r}")
+        left, right = (None if x is None else int(x) for x in window)
+        return left, 0 if causal else right
+    if window is None:
+        return None, 0 if causal else None
+    if not _is_number(window, numbers.Integral) or window < 1:
+        raise UserError(
+            "window must be an integer of at least 1 (the query's own key counts), a pair (left, right) or "
+            f"None, got {window!r}"
+        )
+    if not causal:
+        raise UserError(
+            f"window needs causal=True or a pair (left, right), got window={window!r} with causal={causal!r}"
+        )
+    return int(window) - 1, 0
+
+
+def _check_options(sinks: int, softcap: float | None, scale: float | None) -> None:
     if not _is_number(sinks, numbers.Integral) or sinks < 0:
         raise UserError(f"sinks must be an integer of at least 0, got {sinks!r}")
     if softcap is not None and not (_is_number(softcap, numbers.Real) and 0 < softcap < math.inf):

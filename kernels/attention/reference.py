@@ -15,8 +15,8 @@ def attention(
     k,
     v,
     *,
-    causal,
-    window,
+    left,
+    right,
     sinks,
     q_positions,
     kv_positions,
@@ -24,6 +24,7 @@ def attention(
     kv_segments,
     softcap,
     sink_logits,
+    alibi,
     scale,
 ):
     """See `seqlab.kernels.attention.attention`, which has checked the arguments. Positions and segments come
@@ -38,7 +39,9 @@ def attention(
         x = softcap * jnp.tanh(x / softcap)
     query = [None if y is None else y[:, :, None, None] for y in (q_positions, q_segments)]
     key = [None if y is None else y[:, None, None, :] for y in (kv_positions, kv_segments)]
-    x = jnp.where(visible(*query, *key, causal=causal, window=window, sinks=sinks), x, -jnp.inf)
+    if alibi is not None:
+        x = x - alibi.astype(dtype)[:, None, :, None] * distance(query[0], key[0], dtype)
+    x = jnp.where(visible(*query, *key, left=left, right=right, sinks=sinks), x, -jnp.inf)
     z = jnp.full((1, 1, h), -jnp.inf, dtype) if sink_logits is None else sink_logits.astype(dtype)[None, None]
     if q_segments is not None:
         z = jnp.where(
@@ -55,10 +58,12 @@ def attention(
     return out.astype(q.dtype), jnp.where(total == 0, -jnp.inf, top + jnp.log(some))
 
 
-def attention_gradient(q, k, v, out, lse, dout, dlse, **options):
-    """`dq, dk, dv` of an attention to which these keys are a part, with the weight exp(lse_part - lse);
-    `out`, `lse` are those of all."""
-    (part, part_lse), pull = jax.vjp(lambda q, k, v: attention(q, k, v, sink_logits=None, **options), q, k, v)
+def attention_gradient(q, k, v, alibi, out, lse, dout, dlse, **options):
+    """`dq, dk, dv, dalibi` of an attention to which these keys are a part, with the weight exp(lse_part -
+    lse); `out`, `lse` are those of all."""
+    (part, part_lse), pull = jax.vjp(
+        lambda q, k, v, alibi: attention(q, k, v, sink_logits=None, alibi=alibi, **options), q, k, v, alibi
+    )
     seen = (lse > -jnp.inf) & (part_lse > -jnp.inf)
     weight = jnp.where(seen, jnp.exp(jnp.where(seen, part_lse - lse, 0)), 0)
     change = dlse + jnp.sum(dout * (part.astype(lse.dtype) - out), axis=-1)
@@ -66,14 +71,19 @@ def attention_gradient(q, k, v, out, lse, dout, dlse, **options):
     return pull((dpart, jnp.where(seen, weight * change, 0)))
 
 
-def visible(q_positions, q_segments, kv_positions, kv_segments, *, causal, window, sinks):
+def visible(q_positions, q_segments, kv_positions, kv_segments, *, left, right, sinks):
     """Which query sees which key: elementwise over positions and segments that broadcast against each
     other."""
     terms = [jnp.ones((), bool)]
-    if causal:
-        terms.append(kv_positions <= q_positions)
-    if window is not None:
-        terms.append((q_positions - kv_positions < window) | (kv_positions < sinks))
+    if right is not None:
+        terms.append(kv_positions <= q_positions + right)
+    if left is not None:
+        terms.append((q_positions - kv_positions <= left) | (kv_positions < sinks))
     if q_segments is not None:
         terms.append((q_segments == kv_segments) & (kv_segments != 0))
     return functools.reduce(operator.and_, terms)
+
+
+def distance(q_positions, kv_positions, dtype):
+    """|i - j| of positions that broadcast against each other. Slots that hold no key may be any."""
+    return jnp.abs(q_positions - kv_positions).astype(dtype)

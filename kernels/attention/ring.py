@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from seqlab.checks import UserError, check_choice
-from seqlab.kernels.dispatch import Op
+from seqlab.kernels.dispatch import Op, vary_alike
 from seqlab.parallel import sequence_parallel
 from seqlab.parallel.sequence_parallel import AXIS, shift
 
@@ -56,17 +56,23 @@ class Options(NamedTuple):
     limits: tuple[tuple[str, Any], ...]
     blocks: int
 
-    def attend(self, q: Array, positions: Array, segments: Array | None, block: Block) -> tuple[Array, Array]:
-        return self.op(
-            q, block.k, block.v, sink_logits=None, **_places(positions, segments, block), **dict(self.limits)
-        )
+    def attend(
+        self, q: Array, alibi: Array | None, positions: Array, segments: Array | None, block: Block
+    ) -> tuple[Array, Array]:
+        places = _places(positions, segments, block)
+        return self.op(q, block.k, block.v, sink_logits=None, alibi=alibi, **places, **dict(self.limits))
 
     def gradient(
-        self, q: Array, positions: Array, segments: Array | None, block: Block, *results: Array
-    ) -> tuple[Array, Array, Array]:
-        return self.slopes(
-            q, block.k, block.v, *results, **_places(positions, segments, block), **dict(self.limits)
-        )
+        self,
+        q: Array,
+        alibi: Array | None,
+        positions: Array,
+        segments: Array | None,
+        block: Block,
+        *results: Array,
+    ) -> tuple[Array, Array, Array, Array | None]:
+        places = _places(positions, segments, block)
+        return self.slopes(q, block.k, block.v, alibi, *results, **places, **dict(self.limits))
 
 
 def _places(positions: Array, segments: Array | None, block: Block) -> dict[str, Array | None]:
@@ -118,6 +124,7 @@ def ring(
     q_segments,
     kv_segments,
     sink_logits,
+    alibi,
     **limits,
 ):
     """Attention of global arrays whose time lies on the devices of the mesh axis `sequence`; arguments as an
@@ -130,25 +137,25 @@ def ring(
         q_positions, kv_positions = (
             jnp.broadcast_to(jnp.arange(n, m, dtype=jnp.int32), (b, m - n)) for n, m in ((s - t, s), (0, s))
         )
-        if limits["window"] is not None and not limits["sinks"] and layout == "contiguous" and s == t:
+        windowed = limits["left"] is not None and limits["right"] == 0 and not limits["sinks"]
+        if windowed and layout == "contiguous" and s == t:
             stretch = -(-t // devices)
-            blocks = min(
-                devices, 1 + -(-(limits["window"] - 1) // stretch)
-            )  # those behind are out of every window
+            blocks = min(devices, 1 + -(-limits["left"] // stretch))  # those behind are out of every window
     if q_segments is None and (
         t % (devices * multiple) or s % (devices * multiple)
     ):  # what fills up the last stretch is padding
         q_segments, kv_segments = jnp.ones((b, t), jnp.int32), jnp.ones((b, s), jnp.int32)
     options = Options(op, gradient, tuple(sorted(limits.items())), blocks)
 
-    def stretch(timed, _):
+    def stretch(timed, alibi):
         (q, q_positions, q_segments), block = jax.tree.map(functools.partial(_dealt, layout), timed)
         block = Block(*block)
-        out, lse = _ring(options, q, q_positions, q_segments, block)
+        _, alibi = vary_alike(q, alibi)
+        out, lse = _ring(options, q, alibi, q_positions, q_segments, block)
         return jax.tree.map(functools.partial(_collected, layout), (out.astype(q.dtype), lse)), ()
 
     keys = (k, v, kv_positions, kv_segments)
-    (out, lse), _ = sequence_parallel.split(stretch, ((q, q_positions, q_segments), keys), (), multiple)
+    (out, lse), _ = sequence_parallel.split(stretch, ((q, q_positions, q_segments), keys), alibi, multiple)
     return (out, lse) if sink_logits is None else with_sink(out, lse, sink_logits, q_segments)
 
 
@@ -166,51 +173,63 @@ def with_sink(out: Array, lse: Array, sink: Array, segments: Array | None) -> tu
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ring(
-    options: Options, q: Array, positions: Array, segments: Array | None, block: Block
+    options: Options,
+    q: Array,
+    alibi: Array | None,
+    positions: Array,
+    segments: Array | None,
+    block: Block,
 ) -> tuple[Array, Array]:
-    return _forward(options, q, positions, segments, block)[0]
+    return _forward(options, q, alibi, positions, segments, block)[0]
 
 
-def _forward(options: Options, q: Array, positions: Array, segments: Array | None, block: Block):
+def _forward(
+    options: Options,
+    q: Array,
+    alibi: Array | None,
+    positions: Array,
+    segments: Array | None,
+    block: Block,
+):
     from seqlab.kernels.attention import merge
 
     def visit(block, out, lse):
-        return merge(out, lse, *options.attend(q, positions, segments, block))
+        return merge(out, lse, *options.attend(q, alibi, positions, segments, block))
 
     def step(carry, _):
         following = shift(carry[0], around=True)  # on its way while this block is read
         return (following, *visit(*carry)), None
 
     following = shift(block, around=True) if options.blocks > 1 else None
-    out, lse = options.attend(q, positions, segments, block)
+    out, lse = options.attend(q, alibi, positions, segments, block)
     out = out.astype(lse.dtype)
     if options.blocks > 1:
         (last, out, lse), _ = jax.lax.scan(step, (following, out, lse), length=options.blocks - 2)
         out, lse = visit(last, out, lse)
-    return (out, lse), (q, positions, segments, block, out, lse)
+    return (out, lse), (q, alibi, positions, segments, block, out, lse)
 
 
 def _backward(options: Options, residuals: Any, cotangents: tuple[Array, Array]):
-    q, positions, segments, block, out, lse = residuals
+    q, alibi, positions, segments, block, out, lse = residuals
 
-    def visit(block, dq, dblock):
-        more = options.gradient(q, positions, segments, block, out, lse, *cotangents)
-        dq, *dblock = (x + y.astype(x.dtype) for x, y in zip((dq, *dblock), more, strict=True))
-        return dq, tuple(dblock)
+    def visit(block, own, dblock):
+        dq, dk, dv, dalibi = options.gradient(q, alibi, positions, segments, block, out, lse, *cotangents)
+        return jax.tree.map(lambda x, y: x + y.astype(x.dtype), (own, dblock), ((dq, dalibi), (dk, dv)))
 
     def step(carry, _):
-        block, dq, dblock = carry
+        block, own, dblock = carry
         following = shift(block, around=True)
-        dq, dblock = visit(block, dq, dblock)
-        return (following, dq, shift(dblock, around=True)), None  # gradients follow their block
+        own, dblock = visit(block, own, dblock)
+        return (following, own, shift(dblock, around=True)), None  # gradients follow their block
 
-    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, lse.dtype), (q, (block.k, block.v)))
-    (block, dq, dblock), _ = jax.lax.scan(step, (block, *zeros), length=options.blocks - 1)
-    dq, dblock = visit(block, dq, dblock)
+    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, lse.dtype), ((q, alibi), (block.k, block.v)))
+    (block, own, dblock), _ = jax.lax.scan(step, (block, *zeros), length=options.blocks - 1)
+    (dq, dalibi), dblock = visit(block, own, dblock)
     if options.blocks > 1:
         dblock = shift(dblock, 1 - options.blocks, around=True)  # home
     dk, dv = (x.astype(y.dtype) for x, y in zip(dblock, (block.k, block.v), strict=True))
-    return dq.astype(q.dtype), None, None, Block(dk, dv, None, None)
+    dalibi = None if alibi is None else dalibi.astype(alibi.dtype)
+    return dq.astype(q.dtype), dalibi, None, None, Block(dk, dv, None, None)
 
 
 _ring.defvjp(_forward, _backward)

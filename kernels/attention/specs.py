@@ -27,11 +27,12 @@ class Spec:
     k: int = 8
     v: int = 8
     causal: bool = True
-    window: int | None = None
+    window: int | tuple[int | None, int | None] | None = None
     sinks: int = 0
     softcap: float | None = None
     scale: float | None = None
     sink_logits: bool = False
+    alibi: bool = False
     places: str = "default"
     seen: int = 0
 
@@ -66,6 +67,20 @@ SPECS = {
     "window_tiled": Spec(1, 420, 420, h=2, window=50),
     "window_sinks": Spec(2, 40, 40, h=4, g=2, window=8, sinks=3),
     "window_sinks_tiled": Spec(1, 420, 420, h=2, window=50, sinks=5, softcap=3.0, sink_logits=True),
+    "window_both": Spec(2, 30, 37, h=4, g=2, causal=False, window=(5, 3)),
+    "window_left_open": Spec(2, 30, 30, h=2, causal=False, window=(None, 4)),
+    "window_right_open": Spec(1, 30, 21, h=2, causal=False, window=(6, None), sinks=2),
+    "window_both_tiled": Spec(1, 420, 400, h=2, causal=False, window=(60, 40), sinks=3, sink_logits=True),
+    "window_both_padded": Spec(3, 26, 26, h=4, g=2, causal=False, window=(4, 7), sinks=1, places="padded"),
+    "window_both_shuffled": Spec(2, 23, 23, h=2, causal=False, window=(6, 2), places="shuffled"),
+    "alibi": Spec(2, 33, 33, h=4, g=2, alibi=True),
+    "alibi_decode": Spec(2, 1, 40, h=4, g=2, alibi=True, window=30),
+    "alibi_cross": Spec(2, 13, 29, h=2, causal=False, alibi=True, sink_logits=True),
+    "alibi_tiled": Spec(
+        1, 260, 300, h=4, g=2, window=150, sinks=3, softcap=2.0, sink_logits=True, alibi=True
+    ),
+    "alibi_padded": Spec(3, 26, 26, h=2, causal=False, window=(9, 5), alibi=True, places="padded"),
+    "alibi_ring": Spec(2, 6, 24, h=2, window=16, alibi=True, places="ring", seen=41),
     "packed": Spec(3, 31, 31, h=4, g=2, places="packed"),
     "packed_tiled": Spec(2, 300, 300, h=2, window=40, sinks=2, places="packed"),
     "padded": Spec(3, 26, 26, h=4, g=2, places="padded"),
@@ -116,6 +131,8 @@ def make(spec: Spec, seed: int = 0, dtype: jax.typing.DTypeLike = jnp.float32) -
             arrays[name][places[segments] == 0] = np.nan
     if spec.sink_logits:
         arrays["sink_logits"] = rng.normal(size=spec.h)
+    if spec.alibi:
+        arrays["alibi"] = rng.uniform(0.05, 0.6, size=(spec.b, spec.h))
     return {
         **{name: jnp.asarray(x, dtype) for name, x in arrays.items()},
         **{name: jnp.asarray(x, jnp.int32) for name, x in places.items()},

@@ -41,8 +41,8 @@ def attention(
     k,
     v,
     *,
-    causal,
-    window,
+    left,
+    right,
     sinks,
     q_positions,
     kv_positions,
@@ -50,26 +50,33 @@ def attention(
     kv_segments,
     softcap,
     sink_logits,
+    alibi,
     scale,
 ):
     """See `seqlab.kernels.attention.attention`, which has checked the arguments. Positions and segments come
     in pairs or not at all."""
-    _require(q, k, v, sink_logits)
+    _require(q, k, v, sink_logits, alibi)
     dtype = jnp.result_type(q, k, v)
     rule, places = (
-        Rule(causal, window, sinks, softcap, scale),
+        Rule(left, right, sinks, softcap, scale),
         Places(q_positions, q_segments, kv_positions, kv_segments),
     )
     sink = None if sink_logits is None else sink_logits.astype(jnp.float32)
-    out, lse = _attend(rule, q.astype(dtype), k.astype(dtype), v.astype(dtype), sink, places)
+    slopes = None if alibi is None else alibi.astype(jnp.float32)
+    out, lse = _attend(rule, q.astype(dtype), k.astype(dtype), v.astype(dtype), sink, slopes, places)
     return out.astype(q.dtype), lse
 
 
-def attention_gradient(q, k, v, out, lse, dout, dlse, *, causal, window, sinks, softcap, scale, **places):
-    """`dq, dk, dv` of an attention to which these keys are a part: `out` and `lse` are those of all of it."""
-    _require(q, k, v, dout)
-    rule = Rule(causal, window, sinks, softcap, scale)
-    return _attend_backward(rule, (q, k, v, None, Places(**places), out, lse), (dout, dlse))[:3]
+def attention_gradient(q, k, v, alibi, out, lse, dout, dlse, *, left, right, sinks, softcap, scale, **places):
+    """`dq, dk, dv, dalibi` of an attention to which these keys are a part: `out` and `lse` are those of
+    all."""
+    _require(q, k, v, alibi, dout)
+    rule = Rule(left, right, sinks, softcap, scale)
+    slopes = None if alibi is None else alibi.astype(jnp.float32)
+    dq, dk, dv, _, dalibi, _ = _attend_backward(
+        rule, (q, k, v, None, slopes, Places(**places), out, lse), (dout, dlse)
+    )
+    return dq, dk, dv, dalibi
 
 
 def _require(q, k, v, *others):
@@ -83,7 +90,7 @@ def _require(q, k, v, *others):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(rule, q, k, v, sink, places):
+def _attend(rule, q, k, v, sink, alibi, places):
     from seqlab.kernels.attention import triton_kernels as kernels
 
     (b, t, h, _), (s, g), width = q.shape, k.shape[1:3], v.shape[3]
@@ -92,13 +99,15 @@ def _attend(rule, q, k, v, sink, places):
     tiles = triton.blocks(rows, cut.rows)
     splits = splits_of(b * g * tiles, s) if t == 1 else 1
     constants = _constants(rule, q, k, v, places, cut)
+    constants |= {"ALIBI": alibi is not None}
     constants |= {"ROWS": b, "SINK": sink is not None, "SPLITS": splits, "KEY_STRIDE": g, "GROUP_STRIDE": 1}
     if (
         t == 1
     ):  # keys stored with heads before slots are then read as they lie; the transposition of those passed has been undone
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         constants |= {"KEY_STRIDE": 1, "GROUP_STRIDE": s}
-    arrays = (q, k, v, q if sink is None else sink, *_places(rule, places, q, s, h // g, cut))
+    extra = (q if x is None else x for x in (sink, alibi))
+    arrays = (q, k, v, *extra, *_places(rule, places, q, s, h // g, cut))
     shapes = [
         ((splits, b, t, h, width), q.dtype if splits == 1 else jnp.float32),
         ((splits, b, t, h), jnp.float32),
@@ -127,15 +136,15 @@ def merged(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
     return (out * (weights / some)[..., None]).sum(0), jnp.where(total == 0, -jnp.inf, top + jnp.log(some))
 
 
-def _attend_forward(rule, q, k, v, sink, places):
-    out, lse = _attend(rule, q, k, v, sink, places)
-    return (out, lse), (q, k, v, sink, places, out, lse)
+def _attend_forward(rule, q, k, v, sink, alibi, places):
+    out, lse = _attend(rule, q, k, v, sink, alibi, places)
+    return (out, lse), (q, k, v, sink, alibi, places, out, lse)
 
 
 def _attend_backward(rule, residuals, cotangents):
     from seqlab.kernels.attention import triton_kernels as kernels
 
-    (q, k, v, sink, places, out, lse), (dout, dlse) = residuals, cotangents
+    (q, k, v, sink, alibi, places, out, lse), (dout, dlse) = residuals, cotangents
     (b, t, h, _), (s, g) = q.shape, k.shape[1:3]
     dead = lse == -jnp.inf  # a row that saw nothing passes nothing on, whatever its cotangents are
     d = jnp.where(dead, 0, jnp.sum(out.astype(lse.dtype) * dout.astype(lse.dtype), axis=-1) - dlse)
@@ -145,12 +154,19 @@ def _attend_backward(rule, residuals, cotangents):
         name = kernel.__name__
         cut = blocks(name, t * h // g, s, max(k.shape[3], v.shape[3]), k.dtype.itemsize)
         tiles = triton.blocks(s, cut.keys) if name == "backward_keys" else triton.blocks(t * h // g, cut.rows)
+        constants = _constants(rule, q, k, v, places, cut) | {"ALIBI": alibi is not None}
+        results = [(x.shape, x.dtype) for x in shapes]
+        if name == "backward_queries":
+            results.append((lse.shape if alibi is not None else (1,), jnp.float32))  # by row, of the slopes
         gradients[name] = triton.launch(
             kernel,
-            (q, k, v, dout, lse, d, *_places(rule, places, q, s, h // g, cut)),
-            [(x.shape, x.dtype) for x in shapes],
+            (
+                *(q, k, v, dout, lse, d, q if alibi is None else alibi),
+                *_places(rule, places, q, s, h // g, cut),
+            ),
+            results,
             grid=(tiles, g, b),
-            constants=_constants(rule, q, k, v, places, cut),
+            constants=constants,
             warps=cut.warps,
             stages=cut.stages,
         )
@@ -158,7 +174,9 @@ def _attend_backward(rule, residuals, cotangents):
     if sink is not None:
         weight = jnp.where(dead, 0, jnp.exp(sink[None, None] - jnp.where(dead, 0, lse)))
         dsink = -(weight * d).sum((0, 1)).astype(sink.dtype)
-    return *gradients["backward_queries"], *gradients["backward_keys"], dsink, None
+    dq, by_row = gradients["backward_queries"]
+    dalibi = None if alibi is None else by_row.sum(1)
+    return dq, *gradients["backward_keys"], dsink, dalibi, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -173,8 +191,8 @@ def _constants(rule, q, k, v, places, cut):
         "G": k.shape[2],
         "K": k.shape[3],
         "V": v.shape[3],
-        "CAUSAL": rule.causal,
-        "WINDOW": rule.window or 0,
+        "LEFT": -1 if rule.left is None else rule.left,
+        "RIGHT": -1 if rule.right is None else rule.right,
         "SINKS": rule.sinks,
         "SOFTCAP": rule.softcap or 0.0,
         "SCALE": rule.scale,

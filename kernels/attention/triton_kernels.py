@@ -33,14 +33,14 @@ def _logits(q, k, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.cons
 @triton.jit
 def _visible(
     query, key, q_segment, k_segment,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, SEGMENTS: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, SINKS: tl.constexpr, SEGMENTS: tl.constexpr,
 ):  # fmt: skip
     """Of positions and segments that broadcast against each other."""
     keep = query == query
-    if CAUSAL:
-        keep = key <= query
-    if WINDOW > 0:
-        keep = keep & ((query - key < WINDOW) | (key < SINKS))
+    if RIGHT >= 0:
+        keep = key <= query + RIGHT
+    if LEFT >= 0:
+        keep = keep & ((query - key <= LEFT) | (key < SINKS))
     if SEGMENTS:
         keep = keep & (q_segment == k_segment) & (k_segment != 0)
     return keep
@@ -80,17 +80,17 @@ def _keys(b, j, kv_positions, kv_segments, S: tl.constexpr, PLACED: tl.constexpr
 
 @triton.jit
 def _key_tiles(
-    i, T: tl.constexpr, S: tl.constexpr, R: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+    i, T: tl.constexpr, S: tl.constexpr, R: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SINKS: tl.constexpr,
     MAPPED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The tiles of keys that row tile i visits: those of the sinks, and from `low` on up to `high`."""
     sinks, low, high = i * 0, i * 0, i * 0 + (S + BN - 1) // BN
     if not MAPPED:
-        if CAUSAL:
-            last = (i * BM + BM - 1) // R + (S - T)
+        if RIGHT >= 0:
+            last = (i * BM + BM - 1) // R + (S - T + RIGHT)
             high = tl.minimum(high, tl.maximum(last + BN, 0) // BN)
-        if WINDOW > 0:
-            low = tl.maximum(i * BM // R + (S - T - WINDOW + 1), 0) // BN
+        if LEFT >= 0:
+            low = tl.maximum(i * BM // R + (S - T - LEFT), 0) // BN
             sinks = tl.minimum(low, (SINKS + BN - 1) // BN)
             low = tl.minimum(low, high)
             sinks = tl.minimum(sinks, low)
@@ -99,16 +99,16 @@ def _key_tiles(
 
 @triton.jit
 def _row_tiles(
-    j, T: tl.constexpr, S: tl.constexpr, R: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+    j, T: tl.constexpr, S: tl.constexpr, R: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SINKS: tl.constexpr,
     MAPPED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The tiles of rows that see anything of key tile j: from `low` on up to `high`."""
     low, high = j * 0, j * 0 + (T * R + BM - 1) // BM
     if not MAPPED:
-        if CAUSAL:
-            low = tl.maximum((j * BN - (S - T)) * R, 0) // BM
-        if WINDOW > 0:
-            end = tl.maximum((j * BN + BN - 1 + WINDOW - (S - T)) * R, 0)
+        if RIGHT >= 0:
+            low = tl.maximum((j * BN - (S - T + RIGHT)) * R, 0) // BM
+        if LEFT >= 0:
+            end = tl.maximum((j * BN + BN + LEFT - (S - T)) * R, 0)
             high = tl.where(j * BN < SINKS, high, tl.minimum(high, (end + BM - 1) // BM))
     return low, high
 
@@ -123,10 +123,10 @@ def _load(x, row, width, inside, WIDTH: tl.constexpr, STRIDE: tl.constexpr):
 
 @triton.jit
 def forward(
-    q, k, v, sink, q_positions, kv_positions, q_segments, kv_segments, needed, out, lse,
+    q, k, v, sink, alibi, q_positions, kv_positions, q_segments, kv_segments, needed, out, lse,
     ROWS: tl.constexpr, T: tl.constexpr, S: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    KEY_STRIDE: tl.constexpr, GROUP_STRIDE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
-    SOFTCAP: tl.constexpr, SCALE: tl.constexpr, SINK: tl.constexpr, PLACED: tl.constexpr, SEGMENTS: tl.constexpr,
+    KEY_STRIDE: tl.constexpr, GROUP_STRIDE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SINKS: tl.constexpr,
+    SOFTCAP: tl.constexpr, SCALE: tl.constexpr, SINK: tl.constexpr, ALIBI: tl.constexpr, PLACED: tl.constexpr, SEGMENTS: tl.constexpr,
     SPLITS: tl.constexpr, PRECISION: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """out [splits, b, t, h, v] and lse [splits, b, t, h] over the keys of a split. Program (row tile and
@@ -153,7 +153,10 @@ def forward(
             top = tl.where(segment == 0, float("-inf"), top)
         total = tl.where(top == float("-inf"), 0.0, 1.0)
     mass = tl.zeros((BM, VP), tl.float32)
-    sinks, low, high = _key_tiles(i, T, S, R, CAUSAL, WINDOW, SINKS, PLACED or SEGMENTS, BM, BN)
+    slopes = tl.zeros((BM,), tl.float32)
+    if ALIBI:
+        slopes = tl.load(alibi + b * H + g * R + m % R)
+    sinks, low, high = _key_tiles(i, T, S, R, LEFT, RIGHT, SINKS, PLACED or SEGMENTS, BM, BN)
     count = sinks + high - low
     for n in range(count * split // SPLITS, count * (split + 1) // SPLITS):
         tile = tl.where(n < sinks, n, low + n - sinks)
@@ -171,11 +174,13 @@ def forward(
                 where[None, :],
                 segment[:, None],
                 own[None, :],
-                CAUSAL,
-                WINDOW,
+                LEFT,
+                RIGHT,
                 SINKS,
                 SEGMENTS,
             )
+            if ALIBI:
+                x -= slopes[:, None] * _distance(position[:, None], where[None, :]) * LOG2E
             x = tl.where(keep & (j < S)[None, :], x, float("-inf"))
             new = tl.maximum(top, tl.max(x, 1))
             base = tl.where(new == float("-inf"), 0.0, new)
@@ -199,18 +204,24 @@ def forward(
 
 
 @triton.jit
-def _through(x, slope, dp, peak, d, keep):
-    """The weights P of a tile, and the gradient by its logits before their scale."""
+def _through(x, dp, peak, d, keep):
+    """The weights P of a tile, and the gradient by its logits."""
     p = tl.where(keep, tl.exp2(tl.where(keep, x - peak, 0.0)), 0.0)
-    return p, p * (dp - d) * slope
+    return p, p * (dp - d)
+
+
+@triton.jit
+def _distance(query, key):
+    """|i - j| of positions that broadcast against each other."""
+    return tl.abs(query - key).to(tl.float32)
 
 
 @triton.jit
 def backward_keys(
-    q, k, v, dout, lse, d, q_positions, kv_positions, q_segments, kv_segments, needed, dk, dv,
+    q, k, v, dout, lse, d, alibi, q_positions, kv_positions, q_segments, kv_segments, needed, dk, dv,
     T: tl.constexpr, S: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, SOFTCAP: tl.constexpr, SCALE: tl.constexpr,
-    PLACED: tl.constexpr, SEGMENTS: tl.constexpr, PRECISION: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, SINKS: tl.constexpr, SOFTCAP: tl.constexpr, SCALE: tl.constexpr,
+    PLACED: tl.constexpr, SEGMENTS: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr,
     KP: tl.constexpr, VP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """dk, dv [b, s, g, .] from d [b, t, h] = Σ dout·out - dlse. Program (key tile, group, row of the
@@ -226,7 +237,7 @@ def backward_keys(
     key, seen = _load(k, at, width, j < S, K, K), _load(v, at, value, j < S, V, V)
     where, own = _keys(b, j, kv_positions, kv_segments, S, PLACED, SEGMENTS)
     dk_sum, dv_sum = tl.zeros((BN, KP), tl.float32), tl.zeros((BN, VP), tl.float32)
-    low, high = _row_tiles(tile, T, S, R, CAUSAL, WINDOW, SINKS, PLACED or SEGMENTS, BM, BN)
+    low, high = _row_tiles(tile, T, S, R, LEFT, RIGHT, SINKS, PLACED or SEGMENTS, BM, BN)
     for i in range(low, high):
         wanted = True
         if PLACED or SEGMENTS:
@@ -246,15 +257,19 @@ def backward_keys(
                 where[:, None],
                 segment[None, :],
                 own[:, None],
-                CAUSAL,
-                WINDOW,
+                LEFT,
+                RIGHT,
                 SINKS,
                 SEGMENTS,
             )
             keep = keep & live[None, :] & (j < S)[:, None]
             x, slope = _logits(key, query, SCALE, SOFTCAP, PRECISION)
+            if ALIBI:
+                slopes = tl.load(alibi + b * H + g * R + m % R)
+                x -= slopes[None, :] * _distance(position[None, :], where[:, None]) * LOG2E
             dp = tl.dot(seen, tl.trans(grad), input_precision=PRECISION)
-            p, dx = _through(x, slope, dp, peak[None, :], tl.load(d + row, live, 0.0)[None, :], keep)
+            p, dx = _through(x, dp, peak[None, :], tl.load(d + row, live, 0.0)[None, :], keep)
+            dx = dx * slope
             dv_sum = tl.dot(p.to(grad.dtype), grad, dv_sum, input_precision=PRECISION)
             dk_sum = tl.dot(dx.to(query.dtype), query, dk_sum, input_precision=PRECISION)
     here = (j < S)[:, None]
@@ -270,13 +285,14 @@ def backward_keys(
 
 @triton.jit
 def backward_queries(
-    q, k, v, dout, lse, d, q_positions, kv_positions, q_segments, kv_segments, needed, dq,
+    q, k, v, dout, lse, d, alibi, q_positions, kv_positions, q_segments, kv_segments, needed, dq, dalibi,
     T: tl.constexpr, S: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, SOFTCAP: tl.constexpr, SCALE: tl.constexpr,
-    PLACED: tl.constexpr, SEGMENTS: tl.constexpr, PRECISION: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, SINKS: tl.constexpr, SOFTCAP: tl.constexpr, SCALE: tl.constexpr,
+    PLACED: tl.constexpr, SEGMENTS: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr,
     KP: tl.constexpr, VP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """dq [b, t, h, k]. Program (row tile, group, row of the batch)."""
+    """dq [b, t, h, k], and with slopes what each row adds to their gradient, dalibi [b, t, h]. Program (row tile,
+    group, row of the batch)."""
     b, g = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     R: tl.constexpr = H // G
     TILES: tl.constexpr = (T * R + BM - 1) // BM
@@ -295,7 +311,10 @@ def backward_queries(
     )
     position, segment = _rows(b, m, q_positions, q_segments, T, S, R, PLACED, SEGMENTS)
     dq_sum = tl.zeros((BM, KP), tl.float32)
-    sinks, low, high = _key_tiles(i, T, S, R, CAUSAL, WINDOW, SINKS, PLACED or SEGMENTS, BM, BN)
+    slopes, dslopes = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
+    if ALIBI:
+        slopes = tl.load(alibi + b * H + g * R + m % R)
+    sinks, low, high = _key_tiles(i, T, S, R, LEFT, RIGHT, SINKS, PLACED or SEGMENTS, BM, BN)
     for n in range(sinks + high - low):
         tile = tl.where(n < sinks, n, low + n - sinks)
         wanted = True
@@ -311,18 +330,26 @@ def backward_queries(
                 where[None, :],
                 segment[:, None],
                 own[None, :],
-                CAUSAL,
-                WINDOW,
+                LEFT,
+                RIGHT,
                 SINKS,
                 SEGMENTS,
             )
             x, slope = _logits(query, key, SCALE, SOFTCAP, PRECISION)
             keep = keep & live[:, None] & (j < S)[None, :]
+            if ALIBI:
+                far = _distance(position[:, None], where[None, :])
+                x -= slopes[:, None] * far * LOG2E
             dp = tl.dot(grad, tl.trans(seen), input_precision=PRECISION)
-            _, dx = _through(x, slope, dp, peak[:, None], change[:, None], keep)
+            _, dx = _through(x, dp, peak[:, None], change[:, None], keep)
+            if ALIBI:
+                dslopes -= tl.sum(dx * far, 1)
+            dx = dx * slope
             dq_sum = tl.dot(dx.to(key.dtype), key, dq_sum, input_precision=PRECISION)
     tl.store(
         dq + row[:, None] * K + width[None, :],
         (dq_sum * SCALE).to(dq.dtype.element_ty),
         inside[:, None] & (width < K)[None, :],
     )
+    if ALIBI:
+        tl.store(dalibi + row, dslopes, inside)

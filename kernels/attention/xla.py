@@ -8,7 +8,7 @@ out = mass / total and lse = top + log total.
 Backward: nothing but lse is kept of the weights. Every tile is computed again, P = exp(X - lse), and with D =
 Σ dout·out - dlse
 
-    dv = P^T dout;  dX = P (dout v^T - D), under a softcap c times 1 - (X / c)^2
+    dv = P^T dout;  dX = P (dout v^T - D);  da = -Σ dX_ij |i - j|;  under a softcap c dX times 1 - (X / c)^2
     dq = scale dX k;  dk = scale dX^T q;  dz = -Σ_i exp(z - lse_i) D_i
 
 Its tiles stand keys before queries and dq is gathered with its width before time: no product then contracts
@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from seqlab.kernels.attention.reference import visible
+from seqlab.kernels.attention.reference import distance, visible
 from seqlab.shapes import accumulator
 
 _DENSE = 2**15  # up to so many logits a head one tile is as fast and compiles sooner
@@ -43,11 +43,16 @@ _MOST_TILES = 512  # along either axis: bounds the list of tiles to walk
 class Rule(NamedTuple):
     """What is fixed when the function is traced."""
 
-    causal: bool
-    window: int | None
+    left: int | None
+    right: int | None
     sinks: int
     softcap: float | None
     scale: float
+
+    @property
+    def span(self) -> int | None:
+        """How many positions a window holds, None where it has no end on a side."""
+        return None if self.left is None or self.right is None else self.left + self.right + 1
 
 
 class Places(NamedTuple):
@@ -84,8 +89,8 @@ def attention(
     k,
     v,
     *,
-    causal,
-    window,
+    left,
+    right,
     sinks,
     q_positions,
     kv_positions,
@@ -93,36 +98,43 @@ def attention(
     kv_segments,
     softcap,
     sink_logits,
+    alibi,
     scale,
 ):
     """See `seqlab.kernels.attention.attention`, which has checked the arguments. Positions and segments come
     in pairs or not at all."""
-    rule = Rule(causal, window, sinks, softcap, scale)
-    return _attend(rule, q, k, v, sink_logits, Places(q_positions, q_segments, kv_positions, kv_segments))
+    rule = Rule(left, right, sinks, softcap, scale)
+    places = Places(q_positions, q_segments, kv_positions, kv_segments)
+    return _attend(rule, q, k, v, sink_logits, alibi, places)
 
 
-def attention_gradient(q, k, v, out, lse, dout, dlse, *, causal, window, sinks, softcap, scale, **places):
-    """`dq, dk, dv` of an attention to which these keys are a part: `out` and `lse` are those of all of it."""
-    rule = Rule(causal, window, sinks, softcap, scale)
-    return _attend_backward(rule, (q, k, v, None, Places(**places), out, lse), (dout, dlse))[:3]
+def attention_gradient(q, k, v, alibi, out, lse, dout, dlse, *, left, right, sinks, softcap, scale, **places):
+    """`dq, dk, dv, dalibi` of an attention to which these keys are a part: `out` and `lse` are those of
+    all."""
+    rule = Rule(left, right, sinks, softcap, scale)
+    dq, dk, dv, _, dalibi, _ = _attend_backward(
+        rule, (q, k, v, None, alibi, Places(**places), out, lse), (dout, dlse)
+    )
+    return dq, dk, dv, dalibi
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-    rule: Rule, q: Array, k: Array, v: Array, sink: Array | None, places: Places
+    rule: Rule, q: Array, k: Array, v: Array, sink: Array | None, alibi: Array | None, places: Places
 ) -> tuple[Array, Array]:
     if q.shape[1] == 1:
-        return _one_query(rule, q, k, v, sink, places)
-    return _many_queries(rule, q, k, v, sink, places)
+        return _one_query(rule, q, k, v, sink, alibi, places)
+    return _many_queries(rule, q, k, v, sink, alibi, places)
 
 
 def _many_queries(
-    rule: Rule, q: Array, k: Array, v: Array, sink: Array | None, places: Places
+    rule: Rule, q: Array, k: Array, v: Array, sink: Array | None, alibi: Array | None, places: Places
 ) -> tuple[Array, Array]:
     dtype, (b, t, h, _), (s, g) = accumulator(jnp.result_type(q, k, v)), q.shape, k.shape[1:3]
     plan = _plan(rule, places, b * h, t, s)
-    tile_mask = _masks(rule, places, plan, t, s)
-    zero = _zero(dtype, q, k, v, sink, *places)
+    tile_mask, tile_distance = _masks(rule, places, plan, t, s)
+    slopes = None if alibi is None else alibi.astype(dtype).reshape(b, g, h // g, 1, 1)
+    zero = _zero(dtype, q, k, v, sink, alibi, *places)
     z = _first_logit(sink, places, (b, t, h), dtype)
     start = (z, jnp.where(z == -jnp.inf, 0, jnp.ones((), dtype)), jnp.zeros((b, t, h, v.shape[3]), dtype))
     start = jax.tree.map(lambda x: _heads(x, g, plan.t) + zero, start)
@@ -137,7 +149,9 @@ def _many_queries(
         x, _ = _logits(
             rule, "bgrtk,bgsk->bgrts", _cut(q_heads, 3, i, plan.rows), _cut(k_heads, 2, j, plan.keys), dtype
         )
-        x = jnp.where(tile_mask(i, j, (0, None, None, 1, None), (0, None, None, None, 1)), x, -jnp.inf)
+        at = i, j, (0, None, None, 1, None), (0, None, None, None, 1)
+        x = x if slopes is None else x - slopes * tile_distance(*at, dtype)
+        x = jnp.where(tile_mask(*at), x, -jnp.inf)
         new_top = jnp.maximum(top, x.max(-1, initial=-jnp.inf))
         base = jnp.where(new_top == -jnp.inf, 0, new_top)
         fade, p = jnp.exp(top - base), jnp.exp(x - base[..., None])
@@ -155,14 +169,17 @@ def _many_queries(
 
 
 def _one_query(
-    rule: Rule, q: Array, k: Array, v: Array, sink: Array | None, places: Places
+    rule: Rule, q: Array, k: Array, v: Array, sink: Array | None, alibi: Array | None, places: Places
 ) -> tuple[Array, Array]:
     """Decoding. Keys that are stored with heads before slots are read as they lie; of others XLA makes a
     copy."""
     dtype, (b, t, h, width), (s, g) = accumulator(jnp.result_type(q, k, v)), q.shape, k.shape[1:3]
     x, _ = _logits(rule, "bgrk,bsgk->bsgr", q.reshape(b, g, h // g, width), k, dtype)
-    keep = _masks(rule, places, Plan(1, s, 1, s, 0, 0, 1), t, s)(0, 0, (0, 1, None, None), (0, 1, None, None))
-    x = jnp.where(keep, x, -jnp.inf)
+    keep, distances = _masks(rule, places, Plan(1, s, 1, s, 0, 0, 1), t, s)
+    at = 0, 0, (0, 1, None, None), (0, 1, None, None)
+    if alibi is not None:
+        x = x - alibi.astype(dtype).reshape(b, 1, g, h // g) * distances(*at, dtype)
+    x = jnp.where(keep(*at), x, -jnp.inf)
     z = _first_logit(sink, places, (b, t, h), dtype).reshape(b, g, h // g)
     top = jnp.maximum(z, x.max(1, initial=-jnp.inf))
     base = jnp.where(top == -jnp.inf, 0, top)
@@ -174,13 +191,13 @@ def _one_query(
     return out.reshape(b, t, h, v.shape[3]).astype(q.dtype), lse.reshape(b, t, h)
 
 
-def _attend_forward(rule: Rule, q, k, v, sink, places: Places):
-    out, lse = _attend(rule, q, k, v, sink, places)
-    return (out, lse), (q, k, v, sink, places, out, lse)
+def _attend_forward(rule: Rule, q, k, v, sink, alibi, places: Places):
+    out, lse = _attend(rule, q, k, v, sink, alibi, places)
+    return (out, lse), (q, k, v, sink, alibi, places, out, lse)
 
 
 def _attend_backward(rule: Rule, residuals, cotangents):
-    (q, k, v, sink, places, out, lse), (dout, dlse) = residuals, cotangents
+    (q, k, v, sink, alibi, places, out, lse), (dout, dlse) = residuals, cotangents
     dtype, (b, t, h), (s, g) = lse.dtype, lse.shape, k.shape[1:3]
     # A row that saw nothing passes nothing on, whatever its cotangents are: those of log(0) tend to be NaN.
     dead = lse == -jnp.inf
@@ -188,8 +205,9 @@ def _attend_backward(rule: Rule, residuals, cotangents):
     lse = jnp.where(dead, 0, lse)
     d = jnp.where(dead, 0, (out.astype(dtype) * dout.astype(dtype)).sum(-1) - dlse)
     plan = _plan(rule, places, b * h, t, s)
-    tile_mask = _masks(rule, places, plan, t, s)
-    zero = _zero(dtype, q, k, v, sink, *places, dout, dlse)
+    tile_mask, tile_distance = _masks(rule, places, plan, t, s)
+    slopes = None if alibi is None else alibi.astype(dtype).reshape(b, g, 1, h // g, 1)
+    zero = _zero(dtype, q, k, v, sink, alibi, *places, dout, dlse)
     rows = tuple(_heads(x, g, plan.t) for x in (q, dout, lse, d))
     k_heads, v_heads = _heads(k, g, plan.s)[:, :, 0], _heads(v, g, plan.s)[:, :, 0]
     k_widths = k_heads.swapaxes(2, 3)
@@ -198,17 +216,22 @@ def _attend_backward(rule: Rule, residuals, cotangents):
         q_tile, dout_tile, lse_tile, d_tile = (_cut(x, 3, i, plan.rows) for x in rows)
         k_tile, v_tile = (_cut(x, 2, j, plan.keys) for x in (k_heads, v_heads))
         x, slope = _logits(rule, "bgsk,bgrtk->bgsrt", k_tile, q_tile, dtype)
-        keep = tile_mask(i, j, (0, None, None, None, 1), (0, None, 1, None, None))
-        p = jnp.exp(jnp.where(keep, x - lse_tile[:, :, None], -jnp.inf))
-        dx = p * (_dot("bgsv,bgrtv->bgsrt", v_tile, dout_tile, dtype) - d_tile[:, :, None]) * slope
+        at = i, j, (0, None, None, None, 1), (0, None, 1, None, None)
+        far = None if slopes is None else tile_distance(*at, dtype)
+        x = x if slopes is None else x - slopes * far
+        p = jnp.exp(jnp.where(tile_mask(*at), x - lse_tile[:, :, None], -jnp.inf))
+        dx = p * (_dot("bgsv,bgrtv->bgsrt", v_tile, dout_tile, dtype) - d_tile[:, :, None])
+        dslopes = () if slopes is None else (sums[3] - (dx * far).sum((2, 4)),)
+        dx = dx * slope
         dq = _dot("bgks,bgsrt->bgkrt", _cut(k_widths, 3, j, plan.keys), dx.astype(k.dtype), dtype)
         dk = _dot("bgsrt,bgrtk->bgsk", dx.astype(q.dtype), q_tile, dtype)
         dv = _dot("bgsrt,bgrtv->bgsv", p.astype(dout.dtype), dout_tile, dtype)
-        dq_sum, dk_sum, dv_sum = sums
-        return _add(dq_sum, 4, i, dq), _add(dk_sum, 2, j, dk), _add(dv_sum, 2, j, dv)
+        dq_sum, dk_sum, dv_sum, *_ = sums
+        return _add(dq_sum, 4, i, dq), _add(dk_sum, 2, j, dk), _add(dv_sum, 2, j, dv), *dslopes
 
-    start = tuple(jnp.zeros(x.shape, dtype) + zero for x in (jnp.moveaxis(rows[0], 4, 2), k_heads, v_heads))
-    dq, dk, dv = plan.walk(accumulate, start)
+    shapes = [jnp.moveaxis(rows[0], 4, 2).shape, k_heads.shape, v_heads.shape]
+    shapes += [] if slopes is None else [(b, g, h // g)]
+    dq, dk, dv, *dslopes = plan.walk(accumulate, tuple(jnp.zeros(shape, dtype) + zero for shape in shapes))
     dq, dk, dv = (
         _unheads(jnp.moveaxis(dq, 2, 4) * rule.scale, t),
         _unheads(dk[:, :, None] * rule.scale, s),
@@ -218,7 +241,8 @@ def _attend_backward(rule: Rule, residuals, cotangents):
     if sink is not None:
         weight = jnp.where(dead, 0, jnp.exp(sink.astype(dtype)[None, None] - lse))
         dsink = -(weight * d).sum((0, 1)).astype(sink.dtype)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dsink, None
+    dalibi = dslopes[0].reshape(b, h).astype(alibi.dtype) if dslopes else None
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dsink, dalibi, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -274,7 +298,7 @@ def _edge(rule: Rule, heads: int, length: int) -> int:
     edge, most = _EDGES
     if jax.default_backend() != "cpu":
         return most
-    most = min(most, length // 4, rule.window or length, math.isqrt(_CACHED // max(heads, 1)))
+    most = min(most, length // 4, rule.span or length, math.isqrt(_CACHED // max(heads, 1)))
     while 2 * edge <= most:
         edge *= 2
     return edge
@@ -301,9 +325,9 @@ def _needed(rule: Rule, q_ends: tuple[Any, Any], k_ends: tuple[Any, Any]) -> Any
     positions tell."""
     (q_low, q_high), (k_low, k_high) = ((low[:, :, None], high[:, :, None]) for low, high in (q_ends, k_ends))
     k_low, k_high = k_low.swapaxes(1, 2), k_high.swapaxes(1, 2)
-    needed = (k_low <= q_high) | (not rule.causal)
-    if rule.window is not None:
-        needed = needed & ((q_low - k_high < rule.window) | (k_low < rule.sinks))
+    needed = (k_low <= q_high) | True if rule.right is None else k_low <= q_high + rule.right
+    if rule.left is not None:
+        needed = needed & ((q_low - k_high <= rule.left) | (k_low < rule.sinks))
     return needed
 
 
@@ -313,9 +337,11 @@ def _positions(places: Places, t: int, s: int) -> tuple[Array, Array]:
     return places.q_positions, places.kv_positions
 
 
-def _masks(rule: Rule, places: Places, plan: Plan, t: int, s: int) -> Callable[..., Array]:
-    """A function that gives the mask of tile (i, j), its queries and keys laid out along the given axes (see
-    `_lay`)."""
+def _masks(
+    rule: Rule, places: Places, plan: Plan, t: int, s: int
+) -> tuple[Callable[..., Array], Callable[..., Array]]:
+    """Functions that give the mask of tile (i, j), and the distances of its queries and keys, which are laid
+    out along the given axes (see `_lay`)."""
     q_positions, kv_positions = _positions(places, t, s)
     index = jnp.arange(plan.s, dtype=jnp.int32)[None]
 
@@ -328,10 +354,15 @@ def _masks(rule: Rule, places: Places, plan: Plan, t: int, s: int) -> Callable[.
     def mask(i: Any, j: Any, q_axes: tuple[int | None, ...], k_axes: tuple[int | None, ...]) -> Array:
         query = [_lay(x, q_axes, i, plan.rows) for x in queries]
         key = [_lay(x, k_axes, j, plan.keys) for x in keys]
-        keep = visible(*query, *key, causal=rule.causal, window=rule.window, sinks=rule.sinks)
+        keep = visible(*query, *key, left=rule.left, right=rule.right, sinks=rule.sinks)
         return keep if plan.s == s else keep & (_lay(index, k_axes, j, plan.keys) < s)
 
-    return mask
+    def distances(
+        i: Any, j: Any, q_axes: tuple[int | None, ...], k_axes: tuple[int | None, ...], dtype: Any
+    ) -> Array:
+        return distance(_lay(queries[0], q_axes, i, plan.rows), _lay(keys[0], k_axes, j, plan.keys), dtype)
+
+    return mask, distances
 
 
 def _lay(x: Array | None, axes: tuple[int | None, ...], tile: Any, size: int) -> Array | None:
