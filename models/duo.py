@@ -50,7 +50,7 @@ def two_streams(
     absolute in both.
     """
     full = duo = model.embedding(tokens).astype(model.dtype)
-    for block, gate in zip(model.backbone.blocks, jnp.clip(alpha, 0, 1), strict=True):
+    for block, gate in zip(model.backbone.blocks, _clamped(alpha), strict=True):
         whole = jax.lax.stop_gradient(_heads_of(block, full, {}))
         some = _heads_of(block, duo, {"sinks": sinks, "window": window})
         a = jnp.repeat(gate, block.mixer.heads // block.mixer.kv_heads)[:, None].astype(some.dtype)
@@ -58,6 +58,19 @@ def two_streams(
             _rest_of(block, x, heads) for x, heads in ((full, whole), (duo, a * whole + (1 - a) * some))
         )
     return jax.lax.stop_gradient(model.backbone.norm(full)), model.backbone.norm(duo)
+
+
+@jax.custom_jvp
+def _clamped(alpha: Gates) -> Gates:
+    """Gates between 0 and 1. At exactly 0 and 1 the whole gradient passes, where that of `jnp.clip` is half
+    of it: gates begin at 1, and training puts them back onto the bounds before every step."""
+    return jnp.clip(alpha, 0, 1)
+
+
+@_clamped.defjvp
+def _clamped_jvp(primals: tuple[Gates], tangents: tuple[Gates]) -> tuple[Gates, Gates]:
+    (alpha,), (change,) = primals, tangents
+    return _clamped(alpha), jnp.where((alpha >= 0) & (alpha <= 1), change, 0)
 
 
 def duo_loss(

@@ -11,12 +11,13 @@ from seqlab.kernels import attention
 
 def check(case):
     meta = case.meta
-    left, right = meta["window"]
-    assert right in (None, 0) and not meta["alibi"] and not meta["learnable_sink"], (
-        "options that seqlab lacks"
-    )
-    options = {"causal": meta["causal"], "sinks": meta["sink_tokens"], "softcap": meta["softcap"] or None}
-    options["window"] = None if left is None else left + 1  # the original counts the keys before the query
+    sides = meta.get("window") or (None, None)
+    options = {
+        "causal": meta["causal"],
+        "window": tuple(None if side is None or side < 0 else side for side in sides),
+        "sinks": meta.get("sink_tokens") or 0,
+        "softcap": meta.get("softcap") or None,
+    }
     t, s = meta["Sq"], meta["Sk"]
     rows, keys = np.ones((meta["B"], t), bool), np.ones((meta["B"], s), bool)
     if "q_len" in case.inputs:  # aligned at the end of every row
@@ -27,18 +28,28 @@ def check(case):
             "q_positions": jnp.asarray(np.arange(t) + k_len - q_len),
             "kv_positions": jnp.tile(jnp.arange(s), (len(k_len), 1)),
         }
-    floats = tuple(case.array(name) for name in "qkv")
+    floats = {name: case.array(name) for name in "qkv"}
+    for option, word in (("sink_logits", "sink"), ("alibi", "slope"), ("alibi", "alibi")):
+        named = [name for name in case.inputs if word in name]
+        if named and meta.get("learnable_sink" if word == "sink" else "alibi"):
+            floats[option] = case.array(named[0])
+    for option, key in (("sink_logits", "learnable_sink"), ("alibi", "alibi")):
+        assert bool(meta.get(key)) == (option in floats), f"no input holds the numbers of {key}"
     for implementation in ("reference", "xla"):
         call = functools.partial(attention, **options, implementation=implementation)
 
         @jax.jit
         def run(floats, d_out, call=call):
-            (out, lse), pull = jax.vjp(lambda floats: call(*floats), floats)
-            return out, lse, *pull((d_out, jnp.zeros_like(lse)))[0]
+            (out, lse), pull = jax.vjp(lambda floats: call(**floats), floats)
+            return out, lse, pull((d_out, jnp.zeros_like(lse)))[0]
 
-        results = dict(
-            zip(("o", "lse", "dq", "dk", "dv"), map(np.array, run(floats, case.array("d_out"))), strict=True)
-        )
+        out, lse, gradients = jax.tree.map(np.array, run(floats, case.array("d_out")))
+        results = {"o": out, "lse": lse} | {f"d{name}": gradients.pop(name) for name in "qkv"}
+        for option, gradient in gradients.items():
+            words = ("sink",) if option == "sink_logits" else ("slope", "alibi")
+            for name in case.outs:
+                if any(word in name for word in words):
+                    case.check(name, gradient)
         results["lse"] = results["lse"].swapaxes(1, 2)
         for name, kept in (("o", rows), ("lse", rows), ("dq", rows), ("dk", keys), ("dv", keys)):
             # What the original leaves in padding means nothing.
