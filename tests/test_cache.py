@@ -15,7 +15,7 @@ from seqlab.models import Attention, Full, LanguageModel, Window
 from seqlab.models.attention import bytes_per_step, with_cache
 from seqlab.models.cache import MoBA, Quantized, duo, parse_cache
 from seqlab.models.cache.quantize import dequantize, quantize
-from seqlab.models.duo import fit_gates, retrieval_heads
+from seqlab.models.duo import duo_loss, fit_gates, retrieval_heads
 from seqlab.module import params_of
 
 LENGTH, W = 43, 8
@@ -171,6 +171,24 @@ def test_gates_fall_where_heads_need_no_past_and_stay_where_they_do():
     )
     assert float(history[0].distill) < 1e-10 and float(free.max()) < 0.3
     assert float(dear.mean()) > 0.8
+
+
+@pytest.mark.parametrize("bound, inside", [(0.0, 1e-5), (1.0, 1 - 1e-5)])
+def test_a_gate_on_its_bound_has_the_whole_gradient(bound, inside):
+    """As torch.clamp, and as a gate a little inside of it; one beyond the bound has only the regularizer's."""
+    model = LanguageModel(11, 16, 1, functools.partial(Attention, heads=2), rngs=nnx.Rngs(1))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 11, (1, 12)))
+    keep = jnp.ones(tokens.shape, bool)
+
+    def gradient(gate):
+        alpha = jnp.array([[gate, 0.5]])
+        return jax.grad(lambda a: duo_loss(model, a, tokens, keep, sinks=1, window=2, weight=0.0).total)(
+            alpha
+        )[0, 0]
+
+    assert abs(float(gradient(0.5))) > 1e-6
+    assert_close(gradient(bound), gradient(inside), 1e-3)
+    assert gradient(2 * bound - 0.5) == 0
 
 
 @pytest.mark.parametrize("bits, bound", [(2, 0.9), (4, 0.25), (8, 0.02)])
