@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from seqlab.interop.convert import convert
-from seqlab.models import MLP, Block
+from seqlab.models import MLP, Block, LayerNorm
 from seqlab.models.images import (
     ImageAttention,
     ImageBackbone,
@@ -72,13 +72,19 @@ def _check_mixer(case):
     _compare(case, {"y": y})
 
 
+def _norm(case):
+    """Over a whole map, or as LayerNormChannel over the channels of a place; the parameters look alike."""
+    named = str(case.options.get("norm_layer", case.options.get("norm", "")))
+    return partial(LayerNorm if "LayerNorm" in named else MapNorm, eps=case.options.get("eps", 1e-5))
+
+
 def _check_block(case):
     x, o = _nhwc(case, case.array("x")), case.options
     block = Block(
         o["dim"],
         partial(Pooling, size=o["pool_size"]),
         partial(MLP, hidden=case.params["mlp.fc1.weight"].shape[0]),
-        partial(MapNorm, eps=o.get("eps", 1e-5)),
+        _norm(case),
         layer_scale=1e-5 if o["use_layer_scale"] else None,
         rngs=nnx.Rngs(0),
     )
@@ -108,15 +114,20 @@ def _check_network(case):
         partial(Pooling, size=o["pool_size"]),
         inputs=x.shape[-1],
         channel_mixer=tuple(partial(MLP, expand=ratio) for ratio in o["mlp_ratios"]),
+        norm=_norm(case),
         layer_scale=1e-5 if "network.0.0.layer_scale_1" in case.params else None,
     )
     if o.get("fork_feat"):
-        model = convert(ImagePyramid(backbone, rngs=nnx.Rngs(0)), case.params, architecture="poolformer")
+        model = convert(
+            ImagePyramid(backbone, norm=_norm(case), rngs=nnx.Rngs(0)), case.params, architecture="poolformer"
+        )
         for name, y in zip(sorted(case.outs), model(x), strict=True):
             _compare(case, {name: y})
         return
     model = convert(
-        ImageClassifier(o["num_classes"], backbone, rngs=nnx.Rngs(0)), case.params, architecture="poolformer"
+        ImageClassifier(o["num_classes"], backbone, norm=_norm(case), rngs=nnx.Rngs(0)),
+        case.params,
+        architecture="poolformer",
     )
     maps, logits = jax.jit(lambda x: (_inside(model.backbone, x), model(x)))(x)
     named = {"patch_embed": maps[0]} | {f"network.{i}": y for i, y in enumerate(maps[1:])}
