@@ -80,15 +80,83 @@ def state_bytes(mixer: Mixer, batch: int = 1, dtype: jax.typing.DTypeLike = jnp.
 
 
 def take_rows(state: T, rows: Sequence[int] | Int[Array, " r"]) -> T:
-    """The state of the named rows, as a new batch in that order. A row named twice is a fork."""
-    index = jnp.asarray(rows, jnp.int32)
+    """The state of the named rows, as a new batch in that order. A row named twice is a fork.
+
+    Raises ValueError for rows that the state does not have; traced rows are not looked at.
+    """
+    index = _row_index(rows, _batch_of(state))
     return _by_row(lambda leaf, axis: jnp.take(leaf, index, axis=axis), state)
 
 
 def put_rows(state: T, rows: Sequence[int] | Int[Array, " r"], values: T) -> T:
-    """`state` with the named rows replaced by those of `values`; the other rows stay bit-identical."""
-    index = jnp.asarray(rows, jnp.int32)
+    """`state` with the named rows replaced by those of `values`; the other rows stay bit-identical.
+
+    Raises ValueError for rows that the state does not have or that are named twice, and for values that do
+    not fit the state or have another number of rows.
+    """
+    check_state(values, state, "values")
+    index = _row_index(rows, _batch_of(state), once=True)
+    if (batch := _batch_of(values)) not in (None, index.shape[0]):
+        raise UserError(f"rows must name one row for each of the {batch} of values, got {index.shape[0]}")
     return _by_row(lambda leaf, axis, new: leaf.at[(slice(None),) * axis + (index,)].set(new), state, values)
+
+
+def check_state(state: State, like: State, name: str = "state") -> None:
+    """Refuse a state that is not of the kind of `like`, a state or a `jax.eval_shape` of one: the structure,
+    the dtypes and the shapes must agree, except for the number of rows.
+
+    Raises:
+      ValueError: names the argument and the first leaf that does not fit, with both shapes.
+    """
+    given, wanted = dict(_named_leaves(state)), dict(_named_leaves(like))
+    if given.keys() != wanted.keys():
+        missing, extra = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
+        raise UserError(f"{name} is of another model or cache: missing {missing[:3]}, left over {extra[:3]}")
+    axes = dict(_named_leaves(_row_axes(like)))
+    for leaf, expected in wanted.items():
+        _check_leaf(f"{name}: {leaf or 'the state'}", given[leaf], expected, axes[leaf])
+    if jax.tree.structure(state) != jax.tree.structure(like):
+        raise UserError(f"{name} is of another model or cache: its leaves fit, but not their containers")
+    _batch_of(state, name)
+
+
+def _check_leaf(name: str, leaf: Any, expected: Any, axis: int) -> None:
+    def rest(shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape[:axis] + shape[axis + 1 :]
+
+    if leaf.dtype != expected.dtype or leaf.ndim != expected.ndim or rest(leaf.shape) != rest(expected.shape):
+        raise UserError(
+            f"{name} is {leaf.dtype}{list(leaf.shape)}, expected {expected.dtype}{list(expected.shape)} with "
+            f"any number of rows on axis {axis}: it was made by another model or cache"
+        )
+
+
+def _row_axes(state: State) -> State:
+    return _by_row(lambda leaf, axis: axis, state)
+
+
+def _batch_of(state: State, name: str = "state") -> int | None:
+    """The number of rows; None for a state without leaves."""
+    pairs = zip(_named_leaves(state), jax.tree.leaves(_row_axes(state)), strict=True)
+    rows = {leaf_name: leaf.shape[axis] for (leaf_name, leaf), axis in pairs}
+    if len(set(rows.values())) > 1:
+        raise UserError(f"{name} must have one number of rows in all leaves, got {rows}")
+    return next(iter(rows.values()), None)
+
+
+def _row_index(rows: Any, batch: int | None, once: bool = False) -> Int[Array, " r"]:
+    """Rows as an array: integers from 0 up to `batch`, each named once where `once`."""
+    if isinstance(rows, jax.core.Tracer):
+        return rows.astype(jnp.int32)
+    index = np.asarray(rows)
+    index = index.astype(np.int32) if index.size == 0 else index
+    if index.ndim != 1 or index.dtype.kind not in "iu":
+        raise UserError(f"rows must be a sequence of integers, got {rows!r}")
+    if batch is not None and np.any((index < 0) | (index >= batch)):
+        raise UserError(f"rows must be from 0 to {batch - 1}, the rows of the state, got {index.tolist()}")
+    if once and len(np.unique(index)) != len(index):
+        raise UserError(f"rows must name each row once, got {index.tolist()}")
+    return jnp.asarray(index, jnp.int32)
 
 
 def select_rows(keep: Array, new: T, old: T) -> T:
@@ -146,19 +214,10 @@ def load_state(path: str | os.PathLike[str], like: T) -> T:
     if wanted != arrays.keys():
         missing, extra = sorted(wanted - arrays.keys())[:3], sorted(arrays.keys() - wanted)[:3]
         raise UserError(f"{path}: not a state of this model: missing {missing}, left over {extra}")
-    leaves = []
-    for name, leaf in named:
-        value = jnp.asarray(arrays[name]).astype(dtypes[name])
-        if (
-            value.dtype != leaf.dtype
-            or value.ndim != leaf.ndim
-            or sum(a != b for a, b in zip(value.shape, leaf.shape, strict=True)) > 1
-        ):
-            raise UserError(
-                f"{path}: {name} is {value.dtype}{value.shape}, the model has {leaf.dtype}{leaf.shape}"
-            )
-        leaves.append(value)
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+    leaves = [jnp.asarray(arrays[name]).astype(dtypes[name]) for name, _ in named]
+    state = jax.tree.unflatten(jax.tree.structure(like), leaves)
+    check_state(state, like, os.fspath(path))
+    return state
 
 
 def _storable(leaf: Array) -> np.ndarray:

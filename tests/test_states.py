@@ -10,7 +10,7 @@ from flax import nnx
 
 import seqlab
 from seqlab.mixer import CannotRewind, Composite, as_mixer, width_of
-from seqlab.models import Attention, Full, LanguageModel, Linear, Mamba, MambaMixerStack, SwiGLU
+from seqlab.models import Attention, Full, LanguageModel, Linear, Mamba, MambaMixerStack, SwiGLU, Window
 from seqlab.module import Module
 from seqlab.state import mask_steps
 
@@ -91,3 +91,61 @@ def test_a_composite_rewinds_and_grows():
     _, state = mixed(tokens, mixed.init_state(2))
     with pytest.raises(CannotRewind, match="layer 0: Mamba keeps a summary"):
         mixed.rewind(state, 1)
+
+
+def used(cache, rows: int = 3):
+    """A layer with `cache` and its state after five steps."""
+    layer = Attention(16, heads=2, cache=cache, rngs=nnx.Rngs(0))
+    return layer, layer(jax.random.normal(jax.random.key(0), (rows, 5, 16)), layer.init_state(rows))[1]
+
+
+@pytest.mark.parametrize("rows", [[3], [-1], [True], [0.5], 1, [[0]]])
+def test_rows_that_are_not_there_are_refused(rows):
+    _, state = used(Window(8))
+    with pytest.raises(ValueError, match="rows must be"):
+        seqlab.take_rows(state, rows)
+    with pytest.raises(ValueError, match="rows must be"):
+        seqlab.put_rows(state, rows, seqlab.take_rows(state, [0]))
+
+
+def test_put_rows_takes_one_fitting_row_per_name():
+    _, state = used(Window(8))
+    two = seqlab.take_rows(state, [0, 2])
+    with pytest.raises(ValueError, match="once"):
+        seqlab.put_rows(state, [1, 1], two)
+    with pytest.raises(ValueError, match="each of the 2"):
+        seqlab.put_rows(state, [1], two)
+    with pytest.raises(ValueError, match="values: k is"):
+        seqlab.put_rows(state, [0], used(Window(2), 1)[1])
+    put = jax.jit(seqlab.put_rows)(state, jnp.asarray([1, 0]), two)
+    jax.tree.map(
+        np.testing.assert_array_equal, seqlab.take_rows(put, [1, 0, 2]), seqlab.take_rows(state, [0, 2, 2])
+    )
+
+
+def test_load_state_lets_only_the_rows_differ(tmp_path):
+    layer, state = used(Window(8))
+    seqlab.save_state(state, tmp_path / "state")
+    jax.tree.map(
+        np.testing.assert_array_equal, seqlab.load_state(tmp_path / "state", layer.init_state(1)), state
+    )
+    with pytest.raises(ValueError, match="k is float32"):
+        seqlab.load_state(tmp_path / "state", used(Window(16))[1])
+
+
+def test_a_stream_continues_only_its_own_state():
+    def model(cache, dim=16):
+        return LanguageModel(31, dim, 1, partial(Attention, heads=2, cache=cache), rngs=nnx.Rngs(0))
+
+    grows = model(Full(4, grows=True))
+    state = jax.block_until_ready(stream(grows, 9).state)
+    assert len(list(seqlab.stream_generate(grows, state=state, max_tokens=2))) == 2
+    for other in (model(Full(4)), model(Window(5)), model(Full(4, grows=True), 32)):
+        with pytest.raises(ValueError, match="made by another model or cache"):
+            seqlab.stream_generate(other, state=state, max_tokens=2)
+
+
+def stream(model, tokens: int):
+    made = seqlab.stream_generate(model, [1, 2], max_tokens=tokens)
+    list(made)
+    return made

@@ -21,7 +21,7 @@ from seqlab.checks import UserError
 from seqlab.mixer import as_mixer
 from seqlab.models.attention import with_cache
 from seqlab.module import Module, Static, merge, split
-from seqlab.state import State
+from seqlab.state import State, check_state
 from seqlab.streaming.sampling import Sampling, check_sampling, draw
 from seqlab.tokenizers import ByteTokenizer, Tokenizer, begin, decoder_after, ends_of, special_text
 
@@ -152,7 +152,9 @@ def stream_generate(
     rows = _rows(prompt, tokenizer, model.vocab_size, fresh=state is None)
     if state is None:
         state = stream_state(model, len(rows), _check_seed(seed, len(rows)))
-    elif len(rows) == 1 and not len(rows[0]):
+    else:
+        _check_fits(model, state)
+    if len(rows) == 1 and not len(rows[0]):
         rows = rows * state.length.shape[0]
     if len(rows) != state.length.shape[0]:
         raise UserError(f"prompt has {len(rows)} rows, state has {state.length.shape[0]}")
@@ -370,6 +372,29 @@ def _programs(static: Static, sampling: Sampling) -> _Programs:
 def _unrolled(model: Module) -> Module:
     """`model` as it decodes best; its states have another structure where its layers were scanned."""
     return as_mixer(model).unrolled()
+
+
+def _check_fits(model: Module, state: StreamState) -> None:
+    """Refuse a state of another model or cache. Caches that grow may have any room that growing gives."""
+    if not isinstance(state, StreamState):
+        raise UserError(f"state must be a StreamState, as Stream.state is, got {type(state).__name__}")
+
+    def fresh(steps: int | None = None) -> StreamState:
+        made = stream_state(model, 1)
+        return made if steps is None else made._replace(model=as_mixer(model).with_room(made.model, steps))
+
+    def differs(like: StreamState) -> UserError | None:
+        try:
+            check_state(state, like)
+        except UserError as error:
+            return error
+        return None
+
+    reason = differs(jax.eval_shape(fresh))
+    sizes = {size for leaf in jax.tree.leaves(state.model) for size in leaf.shape if size}
+    grown = (jax.eval_shape(functools.partial(fresh, steps)) for steps in sorted(sizes))
+    if reason is not None and all(differs(like) for like in grown):
+        raise reason
 
 
 def _check_seed(seed: int | Sequence[int], rows: int) -> np.ndarray:
