@@ -1,7 +1,9 @@
 """Softmax attention as a mixer: projections around a cache policy."""
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,27 +12,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from seqlab.checks import UserError, check_choice, check_divides, check_positive
-from seqlab.models.cache import Full, parse_cache
-from seqlab.models.cache.common import end
+from seqlab.models.cache import Full, Policy, Scores, parse_cache
+from seqlab.models.cache.sealing import seal_resets
 from seqlab.models.layers import Linear, RMSNorm, RotaryScaling, ShortConv, rotate
 from seqlab.module import Module
 from seqlab.shapes import Activations, Keys, LogSumExp, Queries, Steps, Values
 from seqlab.state import State, mask_steps, state_bytes
-
-
-class Policy(Protocol):
-    """A cache policy, see `seqlab.models.cache`; hashable, since it is part of a model's description."""
-
-    exact: bool
-    span: int
-
-    def init_state(self, batch: int, kv_heads: int, width: int, dtype: jax.typing.DTypeLike) -> State: ...
-
-    def __call__(
-        self, q: Any, k: Any, v: Any, state: State | None, reset: Any, valid: Any, rotary: Any
-    ) -> tuple[Any, Any, State | None]: ...
-
-    def rewind(self, state: State, steps: Int[Array, " b"]) -> State: ...
 
 
 class KeyConvState(NamedTuple):
@@ -47,7 +34,9 @@ class Attention(Module):
     Args:
       dim: model width d.
       heads: query heads h; `kv_heads` (default h) divides it; `head_dim` defaults to d / h.
-      cache: which past a query may see and how it is stored: a policy of `seqlab.models.cache`.
+      v_head_dim: width of a head's values, default `head_dim`.
+      cache: which past a query may see and how it is stored: a policy of `seqlab.models.cache`, or its words.
+      softcap, scale: logits are softcap · tanh(scale q·k / softcap); default: no cap, 1 / sqrt(head_dim).
       rotary_base: base of the rotary frequencies; None for no positions at all. `rotary_width`: how many
         first channels of a head turn.
       rotary_scaling: a `RotaryScaling` of these frequencies, for sequences longer than those of training.
@@ -59,11 +48,11 @@ class Attention(Module):
         "learned", one a head.
       bias, out_bias: of the projections into heads, and out of them.
 
-    The state is the policy's: of a full cache two arrays of `kv_heads * head_dim` numbers a stored key, and
-    its position. A `key_conv` adds the last w - 1 keys.
+    The state is the policy's: of a full cache `kv_heads * (head_dim + v_head_dim)` numbers per stored key,
+    and its position. A `key_conv` adds the last w - 1 keys.
 
     Pitfalls:
-      A full cache ends: beyond its capacity outputs are NaN, never a wrong number. A window goes on for ever.
+      A full cache ends: beyond its capacity outputs are NaN, never a wrong number. A window has no end.
       Window W means the query and the W - 1 keys before it.
     """
 
@@ -77,7 +66,10 @@ class Attention(Module):
         heads: int = 4,
         kv_heads: int | None = None,
         head_dim: int | None = None,
-        cache: Policy = Full(),  # noqa: B008 - frozen
+        v_head_dim: int | None = None,
+        cache: Policy | str = Full(),  # noqa: B008 - frozen
+        softcap: float | None = None,
+        scale: float | None = None,
         rotary_base: float | None = 10_000.0,
         rotary_width: int | None = None,
         rotary_scaling: RotaryScaling | None = None,
@@ -105,14 +97,14 @@ class Attention(Module):
             raise UserError(f"rotary_width must not exceed head_dim={self.head_dim}, got {rotary_width}")
         if sink is not None:
             check_choice(sink, ("zero", "learned"), "sink")
-        self.cache, self.rotary_base, self.rotary_scaling, self.sink = (
-            cache,
-            rotary_base,
-            rotary_scaling,
-            sink,
-        )
-        self.qkv = Linear(dim, (heads + 2 * self.kv_heads) * self.head_dim, bias=bias, rngs=rngs)
-        self.out = Linear(heads * self.head_dim, dim, bias=out_bias, scale=out_scale, rngs=rngs)
+        self.v_head_dim = self.head_dim if v_head_dim is None else check_positive("v_head_dim", v_head_dim)
+        self.cache, self.softcap = _own_softcap(cache, softcap)
+        self.scale = scale
+        self.rotary_base, self.rotary_scaling = rotary_base, rotary_scaling
+        self.sink = sink
+        sizes = heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.v_head_dim
+        self.qkv = Linear(dim, sum(sizes), bias=bias, rngs=rngs)
+        self.out = Linear(heads * self.v_head_dim, dim, bias=out_bias, scale=out_scale, rngs=rngs)
         self.q_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
         self.key_conv = (
@@ -123,7 +115,8 @@ class Attention(Module):
     @property
     def torch_sizes(self) -> dict[str, tuple[int, ...]]:
         """Outputs of the three published projections that are one here."""
-        return {"qkv": (self.heads * self.head_dim, *[self.kv_heads * self.head_dim] * 2)}
+        q, k = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {"qkv": (q, k, self.kv_heads * self.v_head_dim)}
 
     @property
     def exact(self) -> bool:
@@ -133,10 +126,10 @@ class Attention(Module):
     @property
     def capacity(self) -> int | None:
         """The longest sequence that the cache can hold; None for one without end."""
-        return end(self.cache)
+        return self.cache.end
 
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> State:
-        cache = self.cache.init_state(batch, self.kv_heads, self.head_dim, dtype)
+        cache = self.cache.init_state(batch, self.kv_heads, self.head_dim, dtype, self.v_head_dim)
         return cache if self.key_conv is None else KeyConvState(cache, self.key_conv.init_state(batch, dtype))
 
     def __call__(
@@ -148,7 +141,11 @@ class Attention(Module):
     ):
         cache, conv = (state, None) if self.key_conv is None or state is None else state
         q, k, v, conv = self.project(mask_steps(x, valid), conv, reset, valid)
-        out, lse, new = self.cache(q, k, v, cache, reset, valid, self.rotary)
+        scores = Scores(self.rotary, self.softcap, self.scale)
+        if reset is None:
+            out, lse, new = self.cache(q, k, v, cache, None, valid, scores)
+        else:
+            out, lse, new = seal_resets(self.cache, (q, k, v), cache, reset, valid, scores)
         return self.read_out(self.without_sink(out, lse)), (new if conv is None else KeyConvState(new, conv))
 
     def project(
@@ -160,8 +157,10 @@ class Attention(Module):
     ) -> tuple[Queries, Keys, Values, State | None]:
         """Queries, keys and values in heads, not yet turned to their positions, and the state of the
         convolution of keys."""
-        qkv = rearrange(self.qkv(x), "b t (h k) -> b t h k", k=self.head_dim)
-        q, k, v = jnp.split(qkv, [self.heads, self.heads + self.kv_heads], axis=2)
+        q_size, k_size, _ = self.torch_sizes["qkv"]
+        q, k, v = jnp.split(self.qkv(x), [q_size, q_size + k_size], axis=-1)
+        q, k = (rearrange(y, "b t (h k) -> b t h k", k=self.head_dim) for y in (q, k))
+        v = rearrange(v, "b t (h v) -> b t h v", v=self.v_head_dim)
         if self.key_conv is not None:
             near, conv = self.key_conv(rearrange(k, "b t g k -> b t (g k)"), conv, reset, valid)
             k = k + near.reshape(k.shape)
@@ -199,12 +198,29 @@ class Attention(Module):
         return self.cache.rewind(state, steps)
 
     def with_room(self, state: State, steps: int) -> State:
-        """`state` with slots for sequences of `steps` steps, where the cache grows; itself otherwise."""
-        if not hasattr(self.cache, "with_room"):
-            return state
-        if self.key_conv is not None:
-            return state._replace(cache=self.cache.with_room(state.cache, steps))
-        return self.cache.with_room(state, steps)
+        """`state` with slots for sequences of `steps` steps, where it has fewer."""
+        return self._of_cache(self.cache.with_room, state, steps)
+
+    def compact(self, state: State, steps: int) -> State:
+        """The state of sequences of at most `steps` steps with no more slots than these need."""
+        return self._of_cache(self.cache.compact, state, steps)
+
+    def _of_cache(self, function: Callable[[State, int], State], state: State, steps: int) -> State:
+        if self.key_conv is None:
+            return function(state, steps)
+        return state._replace(cache=function(state.cache, steps))
+
+
+def _own_softcap(cache: Policy | str, softcap: float | None) -> tuple[Policy, float | None]:
+    """The policy, and the softcap that once was an option of policies."""
+    cache = parse_cache(cache) if isinstance(cache, str) else cache
+    if not isinstance(cache, Policy):
+        raise UserError(f"cache must be a policy of seqlab.models.cache or its words, got {cache!r}")
+    old = getattr(cache, "softcap", None)
+    if old is None:
+        return cache, softcap
+    warnings.warn("softcap is an option of Attention now, not of its cache", DeprecationWarning, stacklevel=3)
+    return dataclasses.replace(cache, softcap=None), old if softcap is None else softcap
 
 
 def with_cache(model: Module, cache: str | Policy | Sequence[Policy]) -> Module:
@@ -217,11 +233,11 @@ def with_cache(model: Module, cache: str | Policy | Sequence[Policy]) -> Module:
     copy = nnx.merge(*nnx.split(model))
     cache = parse_cache(cache) if isinstance(cache, str) else cache
     layers = [module for _, module in nnx.iter_modules(copy) if isinstance(module, Attention)]
-    policies = list(cache) if isinstance(cache, Sequence) else [cache] * len(layers)
+    policies = [cache] * len(layers) if isinstance(cache, Policy) else list(cache)
     if len(policies) != len(layers) or not layers:
         raise UserError(f"the model has {len(layers)} attention layers, got {len(policies)} caches")
     for layer, policy in zip(layers, policies, strict=True):
-        layer.cache = policy
+        layer.cache, layer.softcap = _own_softcap(policy, layer.softcap)
     return copy
 
 

@@ -148,13 +148,13 @@ def retrieval_heads(alpha: Gates, sparsity: float, seed: int = 0) -> list[list[b
     return (noisy >= np.quantile(noisy, sparsity)).tolist()
 
 
-def _heads_of(block: Block, x: Float[Array, "b t d"], limits: dict[str, int]) -> Float[Array, "b t h k"]:
+def _heads_of(block: Block, x: Float[Array, "b t d"], limits: dict[str, Any]) -> Float[Array, "b t h k"]:
     mixer = block.mixer
     q, k, v, _ = mixer.project(block.mixer_norm(x))
     positions: Int[Array, "b t"] = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-    return mixer.without_sink(
-        *kernels.attention(mixer.rotary(q, positions), mixer.rotary(k, positions), v, **limits)
-    )
+    q, k = mixer.rotary(q, positions), mixer.rotary(k, positions)
+    limits = limits | {"softcap": mixer.softcap, "scale": mixer.scale}
+    return mixer.without_sink(*kernels.attention(q, k, v, **limits))
 
 
 def _rest_of(block: Block, x: Float[Array, "b t d"], heads: Float[Array, "b t h k"]) -> Float[Array, "b t d"]:

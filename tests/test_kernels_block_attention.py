@@ -15,7 +15,7 @@ from seqlab.kernels.block_attention.specs import SPECS, make
 VARIANTS = ("few_queries", "one_block", "every_block", "no_choice")  # others take the same ways
 
 
-def oracle(q, k, v, chosen, block):
+def oracle(q, k, v, chosen, block, softcap):
     """Query by query in float64: the keys of its blocks are picked out, nothing is masked."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     (b, t, h, width), g = q.shape, k.shape[2]
@@ -24,20 +24,21 @@ def oracle(q, k, v, chosen, block):
         seen = [j * block + s for j in np.asarray(chosen[row, i, head]) if j >= 0 for s in range(block)]
         if seen:
             x = k[row, seen, head * g // h] @ q[row, i, head] / np.sqrt(width)
+            x = x if softcap is None else softcap * np.tanh(x / softcap)
             lse[row, i, head] = np.logaddexp.reduce(x)
             out[row, i, head] = np.exp(x - lse[row, i, head]) @ v[row, seen, head * g // h]
     return out, lse
 
 
-def with_gradients(*, implementation, block, **arrays):
+def with_gradients(*, implementation, block, softcap, **arrays):
     # The reference is only run once a shape: it compiles in half the time unoptimised.
     options = {"xla_backend_optimization_level": 0} if implementation == "reference" else None
-    call = functools.partial(both_ways, block=block, implementation=implementation)
+    call = functools.partial(both_ways, block=block, softcap=softcap, implementation=implementation)
     return jax.jit(lambda arrays: call(**arrays), compiler_options=options)(arrays)
 
 
-def both_ways(q, k, v, chosen, block, cotangents, implementation):
-    call = functools.partial(block_attention, chosen=chosen, block=block, implementation=implementation)
+def both_ways(q, k, v, chosen, cotangents, **options):
+    call = functools.partial(block_attention, chosen=chosen, **options)
     results, pull = jax.vjp(call, q, k, v)
     return results, pull(cotangents)
 
@@ -95,6 +96,7 @@ def test_bfloat16(implementation):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"softcap": 0.0}, "softcap must be a number above 0 or None, got 0.0"),
         ({"block": 7}, "block must be a positive integer that divides the 40 keys, got 7"),
         ({"k": jnp.zeros((2, 40, 4, 5))}, "with g dividing h"),
         ({"chosen": jnp.zeros((2, 37, 2, 2), jnp.int32)}, r"chosen must be an integer array \[b, t, h, c\]"),

@@ -13,7 +13,7 @@ from helpers import assert_close, random
 
 from seqlab.models import Attention, Full
 from seqlab.models.attention import with_cache
-from seqlab.models.cache import MoBA
+from seqlab.models.cache import MoBA, Scores
 from seqlab.module import params_of
 
 LENGTH = 43
@@ -49,16 +49,15 @@ def test_a_query_sees_its_block_and_those_it_likes_best(policy):
 
     @jax.jit
     def call(q, k, v, state=None):
-        return policy(q, k, v, state, None, None, lambda x, _: x)
+        return policy(q, k, v, state, None, None, Scores(lambda x, _: x))
 
     assert_close(call(q, k, v)[0], expected, 2e-5, "whole")
-    wide = jnp.concatenate([v, v[..., :2]], axis=-1)  # what is stored has one width
     for chunk in (1, 26):
-        state, outputs = policy.init_state(2, 2, 8, jnp.float32), []
+        state, outputs = policy.init_state(2, 2, 8, jnp.float32, v_width=6), []
         for begin in range(0, LENGTH, chunk):
             here = slice(begin, begin + chunk)
-            out, _, state = call(q[:, here], k[:, here], wide[:, here], state)
-            outputs.append(out[..., :6])
+            out, _, state = call(q[:, here], k[:, here], v[:, here], state)
+            outputs.append(out)
         assert_close(jnp.concatenate(outputs, axis=1), expected, 2e-5, f"chunks of {chunk}")
 
 
@@ -134,7 +133,7 @@ def test_a_training_step_over_4096_is_not_slower_than_full_attention(block):
 
     def step(policy):
         def loss(q, k, v, weights):
-            return (policy(q, k, v, None, None, None, lambda x, _: x)[0] * weights).sum()
+            return (policy(q, k, v, None, None, None, Scores(lambda x, _: x))[0] * weights).sum()
 
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*arrays).compile()
 

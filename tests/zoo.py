@@ -69,7 +69,11 @@ MIXERS = {
     ),
     "window": partial(Attention, heads=2, cache=Window(WINDOW)),
     "window_sinks_softcap": partial(
-        Attention, heads=2, cache=Window(WINDOW, sinks=3, softcap=5.0), rotary_base=500.0
+        Attention,
+        heads=2,
+        softcap=5.0,
+        cache=Window(WINDOW, sinks=3, positions="absolute"),
+        rotary_base=500.0,
     ),
     "window_in_cache": partial(
         Attention,
@@ -79,7 +83,15 @@ MIXERS = {
         sink="learned",
         rotary_width=2,
     ),
-    "coded": partial(Attention, heads=2, head_dim=8, cache=Quantized(64, bits=4, group=4, residual=8)),
+    "coded": partial(
+        Attention,
+        heads=2,
+        head_dim=8,
+        v_head_dim=16,
+        softcap=3.0,
+        scale=0.5,
+        cache=Quantized(64, bits=4, group=4, residual=8, value_bits=2),
+    ),
     "coded_window": partial(
         Attention,
         heads=2,

@@ -24,6 +24,7 @@ def block_attention(
     *,
     block: int,
     scale: float | None = None,
+    softcap: float | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "b t h v"], LogSumExp]:
     """Attention of each query head to all the keys of the blocks that it has chosen, with the log-sum-exp of
@@ -43,6 +44,7 @@ def block_attention(
       chosen: [b, t, h, c], indices of blocks of this row, in any order, each at most once; -1 for none.
       block: keys a block.
       scale: default 1 / sqrt(k).
+      softcap: bound c of the logits, c tanh(x / c).
       implementation: "reference" or "xla"; None lets `seqlab.kernels.dispatch` choose.
 
     Returns:
@@ -72,5 +74,10 @@ def block_attention(
             f"chosen must be an integer array [b, t, h, c] with [b, t, h] = {(b, t, h)}, got "
             f"{chosen.dtype}{chosen.shape}"
         )
-    scale = 1 / math.sqrt(width) if scale is None else float(scale)
-    return _op(q, k, v, chosen, block=block, scale=scale, implementation=implementation)
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise UserError(f"softcap must be a number above 0 or None, got {softcap!r}")
+    limits = {
+        "scale": 1 / math.sqrt(width) if scale is None else float(scale),
+        "softcap": None if softcap is None else float(softcap),
+    }
+    return _op(q, k, v, chosen, block=block, **limits, implementation=implementation)

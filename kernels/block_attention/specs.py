@@ -22,12 +22,13 @@ class Spec(NamedTuple):
     k: int = 8
     v: int = 8
     none: float = 0.3
+    softcap: float | None = None
 
 
 SPECS = {
     "decode": Spec(3, 1, 9, 4, 3, h=4, g=2),
-    "few_queries": Spec(2, 2, 16, 4, 2, h=4, g=2, v=5),
-    "many_queries": Spec(2, 37, 5, 8, 2, h=6, g=2, k=5),
+    "few_queries": Spec(2, 2, 16, 4, 2, h=4, g=2, v=5, softcap=0.8),
+    "many_queries": Spec(2, 37, 5, 8, 2, h=6, g=2, k=5, softcap=0.8),
     "many_tiles": Spec(1, 300, 3, 16, 2, h=4, g=1, v=11),
     "one_block": Spec(2, 40, 1, 8, 1),
     "every_block": Spec(2, 70, 4, 8, 4, none=0.0),
@@ -53,4 +54,4 @@ def make(spec: Spec, seed: int = 0, dtype: jax.typing.DTypeLike = jnp.float32) -
     chosen = np.argsort(rng.random((spec.b, spec.t, spec.h, spec.n)), axis=-1)[..., : spec.c]
     chosen[rng.random(chosen.shape) < spec.none] = -1
     arrays = {name: jnp.asarray(rng.normal(size=(spec.b, *shape)), dtype) for name, shape in shapes.items()}
-    return {**arrays, "chosen": jnp.asarray(chosen, jnp.int32), "block": spec.block}
+    return {**arrays, "chosen": jnp.asarray(chosen, jnp.int32), "block": spec.block, "softcap": spec.softcap}

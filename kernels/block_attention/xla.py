@@ -35,7 +35,14 @@ class Tiles(NamedTuple):
     count: Array
 
 
-def block_attention(q, k, v, chosen, *, block, scale):
+class Rule(NamedTuple):
+    """How logits are formed, fixed when the function is traced."""
+
+    scale: float
+    softcap: float | None
+
+
+def block_attention(q, k, v, chosen, *, block, scale, softcap):
     """See `seqlab.kernels.block_attention.block_attention`, which has checked the arguments."""
     (b, t, h, _), (s, g) = q.shape, k.shape[1:3]
     r, c, n = h // g, chosen.shape[3], s // block
@@ -46,18 +53,18 @@ def block_attention(q, k, v, chosen, *, block, scale):
     q, chosen = (x.reshape(b, t, g, r, -1).swapaxes(1, 2).reshape(b * g, t * r, -1) for x in (q, chosen))
     k, v = (x.swapaxes(1, 2).reshape(b * g, n, block, -1) for x in (k, v))
     attend = _by_query if t * r * c <= max(n, r * c) else _by_block
-    out, lse = attend(scale, q, k, v, chosen)
+    out, lse = attend(Rule(scale, softcap), q, k, v, chosen)
     out, lse = (
         x.reshape(b, g, t, r, *x.shape[2:]).swapaxes(1, 2).reshape(b, t, h, *x.shape[2:]) for x in (out, lse)
     )
     return out, lse
 
 
-def _by_query(scale: float, q: Array, k: Array, v: Array, chosen: Array) -> tuple[Array, Array]:
+def _by_query(rule: Rule, q: Array, k: Array, v: Array, chosen: Array) -> tuple[Array, Array]:
     dtype = accumulator(jnp.result_type(q, k, v))
     x = jnp.arange(q.shape[0])[:, None, None]
     k, v = (blocks[x, jnp.maximum(chosen, 0)] for blocks in (k, v))  # [x, y, c, block, .]
-    logits = scale * jnp.einsum("xyk,xycsk->xycs", q, k, preferred_element_type=dtype)
+    logits, _ = _bent(rule, _dot("xyk,xycsk->xycs", q, k, dtype))
     logits = jnp.where((chosen >= 0)[..., None], logits, -jnp.inf)
     top = logits.max((2, 3), keepdims=True)
     top = lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
@@ -69,14 +76,14 @@ def _by_query(scale: float, q: Array, k: Array, v: Array, chosen: Array) -> tupl
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _by_block(scale: float, q: Array, k: Array, v: Array, chosen: Array) -> tuple[Array, Array]:
+def _by_block(rule: Rule, q: Array, k: Array, v: Array, chosen: Array) -> tuple[Array, Array]:
     dtype, (x, y, c) = accumulator(jnp.result_type(q, k, v)), chosen.shape
     tiles = _tiles(chosen, *k.shape[1:3])
     queries = _with_nobody(q, 0)
 
     def visit(i, sums):
         here, block = _tile(tiles, i)
-        logits = scale * _dot("xqk,xsk->xqs", _rows(queries, here), _block(k, block), dtype)
+        logits, _ = _bent(rule, _dot("xqk,xsk->xqs", _rows(queries, here), _block(k, block), dtype))
         top = logits.max(-1)
         p = jnp.exp(logits - top[..., None])
         total = p.sum(-1)
@@ -99,12 +106,12 @@ def _by_block(scale: float, q: Array, k: Array, v: Array, chosen: Array) -> tupl
     return out.astype(q.dtype), jnp.where(total == 0, -jnp.inf, base + jnp.log(some))
 
 
-def _forward(scale: float, q: Array, k: Array, v: Array, chosen: Array):
-    out, lse = _by_block(scale, q, k, v, chosen)
+def _forward(rule: Rule, q: Array, k: Array, v: Array, chosen: Array):
+    out, lse = _by_block(rule, q, k, v, chosen)
     return (out, lse), (q, k, v, chosen, out, lse)
 
 
-def _backward(scale: float, residuals, cotangents):
+def _backward(rule: Rule, residuals, cotangents):
     (q, k, v, chosen, out, lse), (dout, dlse) = residuals, cotangents
     dtype, (x, y, c) = lse.dtype, chosen.shape
     tiles = _tiles(chosen, *k.shape[1:3])
@@ -121,8 +128,9 @@ def _backward(scale: float, residuals, cotangents):
     ):  # tiles stand keys before queries, dq width before queries: see `seqlab.kernels.attention.xla`
         here, block = _tile(tiles, i)
         q_tile, dout_tile, lse_tile, d_tile = (_rows(a, here) for a in rows)
-        p = jnp.exp(scale * _dot("xsk,xqk->xsq", _block(k, block), q_tile, dtype) - lse_tile[:, None])
-        dx = p * (_dot("xsv,xqv->xsq", _block(v, block), dout_tile, dtype) - d_tile[:, None])
+        logits, slope = _bent(rule, _dot("xsk,xqk->xsq", _block(k, block), q_tile, dtype))
+        p = jnp.exp(logits - lse_tile[:, None])
+        dx = p * (_dot("xsv,xqv->xsq", _block(v, block), dout_tile, dtype) - d_tile[:, None]) * slope
         dq = _dot("xks,xsq->xkq", _block(k_widths, block), dx.astype(k.dtype), dtype)
         dk = _dot("xsq,xqk->xsk", dx.astype(q.dtype), q_tile, dtype)
         dv = _dot("xsq,xqv->xsv", p.astype(dout.dtype), dout_tile, dtype)
@@ -138,10 +146,19 @@ def _backward(scale: float, residuals, cotangents):
     start = tuple(jnp.zeros(shape, dtype) + zero for shape in ((x, q.shape[2], length), k.shape, v.shape))
     dq, dk, dv = lax.fori_loop(0, tiles.count, visit, start)
     dq = _rows(_with_nobody(dq.swapaxes(1, 2), 0), tiles.place).reshape(x, y, c, -1).sum(2)
-    return (scale * dq).astype(q.dtype), (scale * dk).astype(k.dtype), dv.astype(v.dtype), None
+    return (rule.scale * dq).astype(q.dtype), (rule.scale * dk).astype(k.dtype), dv.astype(v.dtype), None
 
 
 _by_block.defvjp(_forward, _backward)
+
+
+def _bent(rule: Rule, products: Array) -> tuple[Array, Array | float]:
+    """Logits of the products of queries and keys, and by what a softcap multiplies their gradient."""
+    logits = rule.scale * products
+    if rule.softcap is None:
+        return logits, 1.0
+    bent = jnp.tanh(logits / rule.softcap)
+    return rule.softcap * bent, 1 - bent * bent
 
 
 def _tiles(chosen: Array, n: int, block: int) -> Tiles:

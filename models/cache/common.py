@@ -1,9 +1,8 @@
 """What cache policies share: where steps stand, how slots are written, and attention over what was stored and
 what is new."""
 
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +10,28 @@ from jaxtyping import Array, Float, Int
 
 from seqlab import kernels
 from seqlab.checks import UserError
-from seqlab.shapes import Keys, Values
-from seqlab.state import Segments, Steps
+from seqlab.shapes import Keys, Steps, Values
+from seqlab.state import Segments
 
 Rotary = Callable[[Array, Array], Array]
+
+
+class Scores(NamedTuple):
+    """How an attention forms its logits, c tanh(scale q·k / c): the model's, whatever its cache is.
+
+    `rotary(x, positions)` turns queries or keys [b, t, h, k] to positions [b, t]; the policy decides which,
+    because that is where policies differ. `softcap`: c, None for none. `scale`: None for 1 / sqrt(k).
+    """
+
+    rotary: Rotary
+    softcap: float | None = None
+    scale: float | None = None
+
+    @property
+    def limits(self) -> dict[str, float | None]:
+        """The arguments of the attention kernels."""
+        return {"softcap": self.softcap, "scale": self.scale}
+
 
 NEVER = jnp.iinfo(jnp.int32).max  # the position of an empty slot: later than every query
 
@@ -46,11 +63,20 @@ class Span(NamedTuple):
     segments: Int[Array, "b s"] | None
 
 
-def empty(batch: int, slots: int, kv_heads: int, width: int, dtype: jax.typing.DTypeLike) -> CacheState:
-    """No keys in `slots` slots."""
-    zeros = jnp.zeros((batch, kv_heads, slots, width), dtype)
+def empty(
+    batch: int,
+    slots: int,
+    kv_heads: int,
+    width: int,
+    dtype: jax.typing.DTypeLike,
+    v_width: int | None = None,
+) -> CacheState:
+    """No keys of `width` and values of `v_width` (default: the same) in `slots` slots."""
     return CacheState(
-        zeros, zeros, jnp.full((batch, slots), NEVER, jnp.int32), jnp.zeros((batch,), jnp.int32)
+        jnp.zeros((batch, kv_heads, slots, width), dtype),
+        jnp.zeros((batch, kv_heads, slots, width if v_width is None else v_width), dtype),
+        jnp.full((batch, slots), NEVER, jnp.int32),
+        jnp.zeros((batch,), jnp.int32),
     )
 
 
@@ -73,13 +99,13 @@ def joined(a: Span, b: Span) -> Span:
 
 
 def attend(
-    q: Array, positions: Int[Array, "b t"], where: Segments, span: Span, **limits
+    q: Array, positions: Int[Array, "b t"], where: Segments, span: Span, scores: Scores, **limits
 ) -> tuple[Array, Array]:
-    """`kernels.attention` of queries at `positions` over a span."""
+    """`kernels.attention` of queries at `positions`, already turned, over a span."""
     sides = {"q_positions": positions, "kv_positions": span.positions}
     if span.segments is not None:  # telling segments apart costs a copy of the keys and values
         sides |= {"q_segments": where.ids, "kv_segments": span.segments}
-    return kernels.attention(q, span.k, span.v, **sides, **limits)
+    return kernels.attention(q, span.k, span.v, **sides, **scores.limits, **limits)
 
 
 def store(
@@ -128,22 +154,25 @@ def forget_from(state: CacheState, length: Int[Array, " b"]) -> CacheState:
     return CacheState(*kept, jnp.where(later, NEVER, state.positions), length)
 
 
+def resized(x: Array, size: int, axis: int, fill: float = 0) -> Array:
+    """`x` with `size` entries along `axis`: the first ones, or its own and then `fill`."""
+    held = x.shape[axis]
+    if size <= held:
+        return jax.lax.slice_in_dim(x, 0, size, axis=axis)
+    more = [(0, 0)] * x.ndim
+    more[axis] = (0, size - held)
+    return jnp.pad(x, more, constant_values=fill)
+
+
 def with_slots(state: CacheState, slots: int) -> CacheState:
-    """`state` with empty slots behind its own, `slots` in all."""
-    more = (0, slots - state.positions.shape[1])
-    k, v = (jnp.pad(x, ((0, 0), (0, 0), more, (0, 0))) for x in (state.k, state.v))
-    return CacheState(k, v, jnp.pad(state.positions, ((0, 0), more), constant_values=NEVER), state.length)
+    """`state` with `slots` slots: its first ones, or its own with empty ones behind them."""
+    k, v = resized(state.k, slots, 2), resized(state.v, slots, 2)
+    return CacheState(k, v, resized(state.positions, slots, 1, NEVER), state.length)
 
 
-def doubled(slots: int, steps: int) -> int:
-    """`slots` times the least power of two that makes them `steps` or more."""
-    return slots * 2 ** max(0, math.ceil(math.log2(steps / slots)))
-
-
-def end(policy: Any) -> int | None:
-    """Where sequences must end under a policy; None for one that goes on, in constant memory or because it
-    grows."""
-    return None if getattr(policy, "grows", False) else getattr(policy, "capacity", None)
+def beyond_is_nan(out: Array, lse: Array, beyond: Array) -> tuple[Array, Array]:
+    """Outputs and log-sum-exps that are NaN at the queries [b, t] that the cache has no room for."""
+    return jnp.where(beyond[:, :, None, None], jnp.nan, out), jnp.where(beyond[:, :, None], jnp.nan, lse)
 
 
 def earlier(state: CacheState, steps: Int[Array, " b"]) -> Int[Array, " b"]:

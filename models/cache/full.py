@@ -10,9 +10,9 @@ from seqlab import kernels
 from seqlab.checks import check_positive
 from seqlab.models.cache.common import (
     CacheState,
-    Rotary,
+    Scores,
     attend,
-    doubled,
+    beyond_is_nan,
     earlier,
     empty,
     forget_from,
@@ -23,39 +23,46 @@ from seqlab.models.cache.common import (
     stored_span,
     with_slots,
 )
+from seqlab.models.cache.policy import Policy, slots_for
 from seqlab.shapes import Keys, LogSumExp, Queries, Steps, Values
 from seqlab.state import segments
 
 
 @dataclasses.dataclass(frozen=True)
-class Full:
+class Full(Policy):
     """Every key is kept, up to `capacity` steps of one sequence; attention beyond it gives NaN, never a wrong
     number.
 
-    Where the cache `grows`, a host that sees it coming doubles the slots of a state (`with_room`;
-    `stream_generate` does): sequences then have no end but that of memory, and programs are compiled anew at
-    doublings only.
+    Args:
+      capacity: steps of a sequence that are kept.
+      softcap: deprecated, give it to `Attention`.
+      grows: whether a stream goes on beyond the capacity: a host that sees the end coming gives the state more
+        slots (`with_room`; `stream_generate` does), so that only memory ends it.
     """
 
     capacity: int = 4096
     softcap: float | None = None
     grows: bool = False
 
-    exact = True
-
     def __post_init__(self):
         check_positive("capacity", self.capacity)
 
     def __str__(self) -> str:
-        return f"full({self.capacity})" + "+grows" * self.grows
+        return f"full({self.capacity})" + ("+grows" if self.grows else "")
 
     @property
     def span(self) -> int:
-        """How many steps it remembers at most."""
         return self.capacity
 
-    def init_state(self, batch: int, kv_heads: int, width: int, dtype: jax.typing.DTypeLike) -> CacheState:
-        return empty(batch, self.capacity, kv_heads, width, dtype)
+    def init_state(
+        self,
+        batch: int,
+        kv_heads: int,
+        width: int,
+        dtype: jax.typing.DTypeLike,
+        v_width: int | None = None,
+    ) -> CacheState:
+        return empty(batch, self.capacity, kv_heads, width, dtype, v_width)
 
     def __call__(
         self,
@@ -65,49 +72,42 @@ class Full:
         state: CacheState | None,
         reset: Steps | None,
         valid: Steps | None,
-        rotary: Rotary,
+        scores: Scores,
     ) -> tuple[Float[Array, "b t h v"], LogSumExp, CacheState | None]:
         if state is None:
-            return (*parallel(q, k, v, reset, valid, rotary, softcap=self.softcap), None)
+            return (*parallel(q, k, v, reset, valid, scores), None)
         where = segments(q.shape[:2], state.length, reset, valid)
-        q, k = rotary(q, where.positions), rotary(k, where.positions)
-        capacity = state.positions.shape[1]
-        new = store(state, k, v, where, where.positions, where.positions < capacity, reset)
+        q, k = scores.rotary(q, where.positions), scores.rotary(k, where.positions)
+        slots = self.held(state)
+        new = store(state, k, v, where, where.positions, where.positions < slots, reset)
         # With one sequence a row the cache holds, once the chunk is stored, all that the queries may see.
         span = (
             stored_span(new)._replace(segments=None)
             if reset is None
             else joined(stored_span(state), new_span(k, v, where))
         )
-        out, lse = attend(q, where.positions, where, span, softcap=self.softcap)
-        beyond = (where.positions >= capacity)[:, :, None]
-        return (
-            jnp.where(beyond[..., None], jnp.nan, only_valid(out, where)),
-            jnp.where(beyond, jnp.nan, lse),
-            new,
-        )
+        out, lse = attend(q, where.positions, where, span, scores)
+        return (*beyond_is_nan(only_valid(out, where), lse, where.positions >= slots), new)
 
-    def with_room(self, state: CacheState, steps: int) -> CacheState:
-        """`state` with slots for sequences of `steps` steps: its own, doubled as often as it takes. Only of a
-        cache that grows."""
-        slots = state.positions.shape[1]
-        return state if not self.grows or steps <= slots else with_slots(state, doubled(slots, steps))
+    def held(self, state: CacheState) -> int:
+        return state.positions.shape[1]
+
+    def slots_for(self, steps: int) -> int:
+        return slots_for(steps, self.capacity, self.grows)
+
+    def resize(self, state: CacheState, slots: int) -> CacheState:
+        return with_slots(state, slots)
 
     def rewind(self, state: CacheState, steps: Int[Array, " b"]) -> CacheState:
-        """The state `steps` steps ago, row by row."""
         return forget_from(state, earlier(state, steps))
 
 
-def parallel(q, k, v, reset, valid, rotary, **limits):
+def parallel(q, k, v, reset, valid, scores, **limits):
     """Training: whole sequences, nothing stored."""
     if reset is None and valid is None:
         positions = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), q.shape[:2])
-        return kernels.attention(rotary(q, positions), rotary(k, positions), v, **limits)
+        q, k = scores.rotary(q, positions), scores.rotary(k, positions)
+        return kernels.attention(q, k, v, **scores.limits, **limits)
     where = segments(q.shape[:2], 0, reset, valid)
-    return attend(
-        rotary(q, where.positions),
-        where.positions,
-        where,
-        new_span(rotary(k, where.positions), v, where),
-        **limits,
-    )
+    q, k = scores.rotary(q, where.positions), scores.rotary(k, where.positions)
+    return attend(q, where.positions, where, new_span(k, v, where), scores, **limits)

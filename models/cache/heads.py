@@ -9,18 +9,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from seqlab.checks import UserError
-from seqlab.models.cache.common import Rotary, end
+from seqlab.models.cache.common import Scores
 from seqlab.models.cache.full import Full
+from seqlab.models.cache.policy import Policy
 from seqlab.models.cache.window import Window
 from seqlab.shapes import Keys, LogSumExp, Queries, Steps, Values
 
 
 @dataclasses.dataclass(frozen=True)
-class Heads:
+class Heads(Policy):
     """Each key/value head, with the queries that share it, has the policy `policies[of[head]]`. The state is
     the policies', in a tuple."""
 
-    policies: tuple[Any, ...]
+    policies: tuple[Policy, ...]
     of: tuple[int, ...]
 
     def __post_init__(self):
@@ -35,25 +36,30 @@ class Heads:
 
     @property
     def capacity(self) -> int | None:
-        return min((steps for policy in self.policies if (steps := end(policy)) is not None), default=None)
+        return min((policy.end for policy in self.policies if policy.end is not None), default=None)
 
     @property
     def span(self) -> int:
-        """How many steps it remembers at most, in some heads."""
         return max(policy.span for policy in self.policies)
 
     def __str__(self) -> str:
-        return " | ".join(f"{self.of.count(i)} x {policy}" for i, policy in enumerate(self.policies))
+        return f"heads({' '.join(map(str, self.of))} | {' | '.join(map(str, self.policies))})"
 
     def init_state(
-        self, batch: int, kv_heads: int, width: int, dtype: jax.typing.DTypeLike
+        self,
+        batch: int,
+        kv_heads: int,
+        width: int,
+        dtype: jax.typing.DTypeLike,
+        v_width: int | None = None,
     ) -> tuple[Any, ...]:
         if kv_heads != len(self.of):
             raise UserError(
                 f"of must have an entry for each of the {kv_heads} key/value heads, got {self.of}"
             )
         return tuple(
-            policy.init_state(batch, self.of.count(i), width, dtype) for i, policy in enumerate(self.policies)
+            policy.init_state(batch, self.of.count(i), width, dtype, v_width)
+            for i, policy in enumerate(self.policies)
         )
 
     def __call__(
@@ -64,7 +70,7 @@ class Heads:
         state: tuple[Any, ...] | None,
         reset: Steps | None,
         valid: Steps | None,
-        rotary: Rotary,
+        scores: Scores,
     ) -> tuple[Float[Array, "b t h v"], LogSumExp, tuple[Any, ...] | None]:
         if k.shape[2] != len(self.of):
             raise UserError(
@@ -76,7 +82,7 @@ class Heads:
             queries = [head * group + member for head in mine for member in range(group)]
             index, own = jnp.asarray(mine), None if state is None else state[i]
             out, lse, own = policy(
-                q[:, :, jnp.asarray(queries)], k[:, :, index], v[:, :, index], own, reset, valid, rotary
+                q[:, :, jnp.asarray(queries)], k[:, :, index], v[:, :, index], own, reset, valid, scores
             )
             outs, lses, new, order = [*outs, out], [*lses, lse], [*new, own], order + queries
         back = jnp.asarray(sorted(range(len(order)), key=order.__getitem__))
@@ -84,11 +90,12 @@ class Heads:
         return out, lse, None if state is None else tuple(new)
 
     def with_room(self, state: tuple[Any, ...], steps: int) -> tuple[Any, ...]:
-        """`state` with slots for sequences of `steps` steps, in the policies that grow."""
-        parts = zip(self.policies, state, strict=True)
-        return tuple(
-            policy.with_room(own, steps) if hasattr(policy, "with_room") else own for policy, own in parts
-        )
+        pairs = zip(self.policies, state, strict=True)
+        return tuple(policy.with_room(own, steps) for policy, own in pairs)
+
+    def compact(self, state: tuple[Any, ...], steps: int) -> tuple[Any, ...]:
+        pairs = zip(self.policies, state, strict=True)
+        return tuple(policy.compact(own, steps) for policy, own in pairs)
 
     def rewind(self, state: tuple[Any, ...], steps: Int[Array, " b"]) -> tuple[Any, ...]:
         """The state `steps` steps ago; ValueError where one of the policies no longer has it."""
@@ -96,11 +103,18 @@ class Heads:
 
 
 def duo(
-    retrieval: Sequence[bool], *, capacity: int, sinks: int = 64, window: int = 257, edge: str = "step"
+    retrieval: Sequence[bool],
+    *,
+    capacity: int,
+    sinks: int = 64,
+    window: int = 257,
+    positions: str = "absolute",
+    edge: str = "step",
 ) -> Full | Window | Heads:
     """DuoAttention's cache of a layer: retrieval heads keep all, streaming heads `sinks` and a `window`, the
-    query's own key included."""
-    full, streaming = Full(capacity), Window(window, sinks, edge=edge)
+    query's own key included, at the `positions` of the stream as published: retrieval heads end it at the
+    trained length anyway."""
+    full, streaming = Full(capacity), Window(window, sinks, positions=positions, edge=edge)
     if all(retrieval) or not any(retrieval):
         return full if all(retrieval) else streaming
     return Heads((full, streaming), tuple(0 if kept else 1 for kept in retrieval))

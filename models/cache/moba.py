@@ -14,18 +14,20 @@ from seqlab.kernels.attention import merge
 from seqlab.models.cache.common import (
     NEVER,
     CacheState,
-    Rotary,
+    Scores,
     Span,
     attend,
-    doubled,
+    beyond_is_nan,
     earlier,
     empty,
     forget_from,
     joined,
     only_valid,
+    resized,
     store,
     with_slots,
 )
+from seqlab.models.cache.policy import Policy, slots_for
 from seqlab.shapes import Keys, LogSumExp, Queries, Steps, Values, accumulator
 from seqlab.state import Segments, mask_steps, segments
 
@@ -51,7 +53,7 @@ class Blocks(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class MoBA:
+class MoBA(Policy):
     """A query at step i of a sequence, in block β = i // block, sees its own block up to itself, and all of
     the top_k - 1 blocks m < β with the largest q·mean(k of block m), each query head by itself; all of them
     where there are fewer. Nothing is differentiated through the choice.
@@ -73,8 +75,6 @@ class MoBA:
     stored: int | None = None
     grows: bool = False
 
-    exact = True
-
     def __post_init__(self):
         check_positive("block", self.block)
         check_positive("top_k", self.top_k)
@@ -92,16 +92,22 @@ class MoBA:
 
     def __str__(self) -> str:
         held = f"full({self.capacity})" if self.stored is None else f"window({self.span})"
-        return f"{held}+moba({self.block}, {self.top_k})" + "+grows" * self.grows
+        return f"{held}+moba({self.block}, {self.top_k})" + ("+grows" if self.grows else "")
 
     @property
     def span(self) -> int:
-        """How many steps it remembers at most."""
         return self.capacity if self.stored is None else self.stored * self.block
 
-    def init_state(self, batch: int, kv_heads: int, width: int, dtype: jax.typing.DTypeLike) -> MoBAState:
+    def init_state(
+        self,
+        batch: int,
+        kv_heads: int,
+        width: int,
+        dtype: jax.typing.DTypeLike,
+        v_width: int | None = None,
+    ) -> MoBAState:
         sums = jnp.zeros((batch, self.span // self.block, kv_heads, width), accumulator(dtype))
-        return MoBAState(empty(batch, self.span, kv_heads, width, dtype), sums)
+        return MoBAState(empty(batch, self.span, kv_heads, width, dtype, v_width), sums)
 
     def __call__(
         self,
@@ -111,13 +117,13 @@ class MoBA:
         state: MoBAState | None,
         reset: Steps | None,
         valid: Steps | None,
-        rotary: Rotary,
+        scores: Scores,
     ) -> tuple[Float[Array, "b t h v"], LogSumExp, MoBAState | None]:
         q, k, v = (mask_steps(x, valid) for x in (q, k, v))
         where = segments(q.shape[:2], 0 if state is None else state.cache.length, reset, valid)
-        q, k = rotary(q, where.positions), rotary(k, where.positions)
+        q, k = scores.rotary(q, where.positions), scores.rotary(k, where.positions)
         if state is None and reset is None and valid is None:
-            near, blocks, new = self._own_aligned(q, k, v), self.whole(k, v), None
+            near, blocks, new = self._own_aligned(q, k, v, scores), self.whole(k, v), None
         else:
             new = None if state is None else self._stored(state, k, v, where, reset)
             # Where nothing is overwritten that a query may see, all of it is in the new state: what is not
@@ -129,25 +135,20 @@ class MoBA:
                 else self._open_part((new if whole else state).cache, state.cache.length)
             )
             span, rank = self._ranked(k, v, where, open_part)
-            near = attend(q, where.positions, where._replace(ids=rank), span, window=self.block)
+            near = attend(q, where.positions, where._replace(ids=rank), span, scores, window=self.block)
             blocks = self._held(new) if whole else self._closed(span, where, open_part)
             if state is not None and not whole:
                 both = zip(self._held(state), blocks, strict=True)
                 blocks = Blocks(*(jnp.concatenate([a.astype(b.dtype), b], axis=1) for a, b in both))
         chosen = self.choose(q, blocks, where)
-        out, lse = (
-            near
-            if not chosen.shape[3]
-            else merge(*near, *kernels.block_attention(q, blocks.k, blocks.v, chosen, block=self.block))
-        )
-        if state is None or self.stored is not None:
-            return only_valid(out, where), lse, new
-        beyond = (where.positions >= state.cache.positions.shape[1])[:, :, None]
-        return (
-            jnp.where(beyond[..., None], jnp.nan, only_valid(out, where)),
-            jnp.where(beyond, jnp.nan, lse),
-            new,
-        )
+        out, lse = near
+        if chosen.shape[3]:
+            far = kernels.block_attention(q, blocks.k, blocks.v, chosen, block=self.block, **scores.limits)
+            out, lse = merge(out, lse, *far)
+        out = only_valid(out, where)
+        if state is not None and (self.stored is None or self.held(state) < self.span):
+            out, lse = beyond_is_nan(out, lse, where.positions >= self.held(state))
+        return out, lse, new
 
     def choose(self, q: Queries, blocks: Blocks, where: Segments) -> Int[Array, "b t h c"]:
         """The indices of the past blocks that each query reads, -1 for none; by scores in float32 at
@@ -170,20 +171,17 @@ class MoBA:
         best, chosen = jax.lax.top_k(jnp.where(past[:, :, None], scores, -jnp.inf), min(self.top_k - 1, n))
         return jnp.where(best == -jnp.inf, -1, chosen)
 
-    def with_room(self, state: MoBAState, steps: int) -> MoBAState:
-        """`state` with slots for sequences of `steps` steps, see `Full`."""
-        slots = state.cache.positions.shape[1]
-        if not self.grows or steps <= slots:
-            return state
-        slots = doubled(slots, steps)
-        more = slots // self.block - state.sums.shape[1]
-        return MoBAState(
-            with_slots(state.cache, slots), jnp.pad(state.sums, ((0, 0), (0, more), (0, 0), (0, 0)))
-        )
+    def held(self, state: MoBAState) -> int:
+        return state.cache.positions.shape[1]
+
+    def slots_for(self, steps: int) -> int:
+        slots = slots_for(steps, self.span, self.grows)
+        return -(-slots // self.block) * self.block
+
+    def resize(self, state: MoBAState, slots: int) -> MoBAState:
+        return MoBAState(with_slots(state.cache, slots), resized(state.sums, slots // self.block, 1))
 
     def rewind(self, state: MoBAState, steps: Int[Array, " b"]) -> MoBAState:
-        """The state `steps` steps ago; ValueError where blocks that could be chosen there have been
-        overwritten."""
         length = earlier(state.cache, steps)
         if self.stored is not None:
             needed = jnp.maximum(length // self.block - self.stored + 1, 0) * self.block
@@ -202,17 +200,17 @@ class MoBA:
 
     # --- whole sequences
 
-    def _own_aligned(self, q: Queries, k: Keys, v: Values) -> tuple[Array, LogSumExp]:
+    def _own_aligned(self, q: Queries, k: Keys, v: Values, scores: Scores) -> tuple[Array, LogSumExp]:
         """Causal attention inside each block, blocks as rows."""
         t = q.shape[1]
         size = min(self.block, t)  # t = 0 has no blocks
         if not t:
-            return kernels.attention(q, k, v)
+            return kernels.attention(q, k, v, **scores.limits)
         rows = (
             jnp.pad(x, ((0, 0), (0, -t % size), (0, 0), (0, 0))).reshape(-1, size, *x.shape[2:])
             for x in (q, k, v)
         )
-        out, lse = kernels.attention(*rows)
+        out, lse = kernels.attention(*rows, **scores.limits)
         return tuple(x.reshape(q.shape[0], -1, *x.shape[2:])[:, :t] for x in (out, lse))
 
     def whole(self, k: Keys, v: Values) -> Blocks:

@@ -1,21 +1,36 @@
-"""A cache in few bits: old keys coded per channel, old values per token, the newest exact (KIVI, arXiv
-2402.02750)."""
+"""A quantized cache: old keys per channel, old values per token, the newest exact (KIVI, arXiv 2402.02750)."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from seqlab.checks import UserError, check_choice, check_positive
+from seqlab.checks import UserError, check_at_least, check_choice, check_positive
 from seqlab.kernels import decode_attention
 from seqlab.kernels.attention import merge
 from seqlab.kernels.decode_attention import BITS, Coded, keys_of, values_of, words_of
-from seqlab.models.cache.common import Rotary, earlier
+from seqlab.models.cache.common import (
+    NEVER,
+    Scores,
+    Span,
+    attend,
+    beyond_is_nan,
+    earlier,
+    joined,
+    new_span,
+    only_valid,
+    resized,
+)
+from seqlab.models.cache.policy import Policy, slots_for
 from seqlab.models.cache.quantize import Groups, decode, dequantize, encode, groups_of, quantize
+from seqlab.models.cache.window import place_in_cache
 from seqlab.shapes import Keys, LogSumExp, Queries, Steps, Values, accumulator
 from seqlab.state import Segments, segments
+
+Partial = tuple[Float[Array, "b t h v"], LogSumExp]  # an attention over some of the keys, to be merged
 
 
 class QuantizedState(NamedTuple):
@@ -25,35 +40,39 @@ class QuantizedState(NamedTuple):
     `length` [b]: steps seen."""
 
     sink_k: Float[Array, "b g n k"]
-    sink_v: Float[Array, "b g n k"]
+    sink_v: Float[Array, "b g n v"]
     k: Coded
     v: Coded
     rest_k: Float[Array, "b g r k"]
-    rest_v: Float[Array, "b g r k"]
+    rest_v: Float[Array, "b g r v"]
     length: Int[Array, " b"]
 
 
-class _Part(NamedTuple):
-    """Keys and values [b, e, g, k], exact and as they are coded, that stand at `places` [b, e] behind the
-    sinks (below 0: a sink)."""
+class _Recent(NamedTuple):
+    """The residual and then the chunk, as one list of e steps: keys and values [b, e, g, k], exact and
+    dequantized, the `groups` that each key is quantized by, the `places` [b, e] of the steps behind the sinks
+    (below 0: a sink), their `segments` [b, e] (0 for nothing), and which keys are not quantized yet, `open_`
+    [b, e]."""
 
-    k: Array | None
+    k: Array
     coded_k: Array
     v: Array
     coded_v: Array
+    groups: Groups
     places: Array
-    segments: Array  # [b, e], 0 for nothing
+    segments: Array
+    open_: Array
 
 
 @dataclasses.dataclass(frozen=True)
-class Quantized:
-    """KIVI: what a query sees of the step u behind the sinks, standing at step t: the key exactly from the
-    last multiple of `residual` up to t on, the value exactly where u >= t - residual, both coded in `bits`
-    otherwise. Sinks are always exact.
+class Quantized(Policy):
+    """KIVI over a full cache or a window. A query at step t sees the key of step u (both counted behind the
+    sinks) exactly from the last multiple of `residual` up to t on, the value exactly where u >= t - residual,
+    and both quantized otherwise. Sinks are always exact.
 
-    Every query sees what it would see step by step, so the law holds, and a prompt may be cut anywhere. A
-    call of one step leaves codes to `kernels.decode_attention`, which makes numbers of them as it reads them;
-    longer calls make numbers of all that is stored first.
+    Every query sees what it would see step by step, so a prompt may be cut anywhere. A call of one step leaves
+    codes to `kernels.decode_attention`, which dequantizes them as it reads them; longer calls dequantize what
+    is stored once.
 
     Args:
       capacity: steps that the cache holds; None with a window.
@@ -63,6 +82,9 @@ class Quantized:
       residual: a multiple of `group`.
       half_groups: keep scales and least values in float16, as published code does with half-precision models.
       edge: "call" reproduces the published prefill: the first call of a sequence sees itself exactly.
+      positions: of the sinks, as in `Window`.
+      grows: with a capacity, whether streams go on beyond it in more memory, see `Full`.
+      value_bits: of values; default: `bits`.
     """
 
     capacity: int | None = 4096
@@ -73,6 +95,9 @@ class Quantized:
     residual: int = 128
     half_groups: bool = False
     edge: str = "step"
+    positions: str = "cache"
+    grows: bool = False
+    value_bits: int | None = None
 
     def __post_init__(self):
         if (self.capacity is None) == (self.window is None):
@@ -84,50 +109,84 @@ class Quantized:
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name))
         check_choice(self.edge, ("step", "call"), "edge")
-        if self.bits not in BITS:
-            raise UserError(f"bits must be one of {BITS}, got {self.bits!r}")
+        check_choice(self.positions, ("absolute", "cache"), "positions")
+        for name in ("bits", "value_bits"):
+            if getattr(self, name) not in BITS and (name == "bits" or self.value_bits is not None):
+                raise UserError(f"{name} must be one of {BITS}, got {getattr(self, name)!r}")
         if check_positive("residual", self.residual) % check_positive("group", self.group):
             raise UserError(f"residual must be a multiple of group={self.group}, got {self.residual}")
-        if isinstance(self.sinks, bool) or not isinstance(self.sinks, int) or self.sinks < 0:
-            raise UserError(f"sinks must be an integer of at least 0, got {self.sinks!r}")
+        check_at_least("sinks", self.sinks, 0)
+        if self.grows and self.window is not None:
+            raise UserError(f"grows changes nothing where a window of {self.window} steps is kept")
+        # Where nothing is told apart, both spellings are one policy.
+        if not self.sinks or self.window is None:
+            object.__setattr__(self, "positions", "cache")
+        if self.value_bits == self.bits:
+            object.__setattr__(self, "value_bits", None)
 
     def __str__(self) -> str:
         held = f"full({self.capacity})" if self.window is None else f"window({self.window})"
-        return (f"sinks({self.sinks})+" if self.sinks else "") + f"{held}+int{self.bits}"
+        options = {
+            "group": (self.group, 32),
+            "residual": (self.residual, 128),
+            "values": (self.v_bits, self.bits),
+            "half_groups": (int(self.half_groups), 0),
+            "edge": (self.edge, "step"),
+        }
+        changed = ", ".join(f"{name}={value}" for name, (value, usual) in options.items() if value != usual)
+        words = [f"sinks({self.sinks})"] if self.sinks else []
+        words += [held, f"int{self.bits}" + (f"({changed})" if changed else "")]
+        words += ["absolute"] if self.positions == "absolute" else []
+        return "+".join(words + (["grows"] if self.grows else []))
 
     @property
     def exact(self) -> bool:
-        """Whether streams equal the parallel form, which codes too."""
+        """Whether streams equal the parallel form, which quantizes too."""
         return self.edge == "step"
 
     @property
+    def v_bits(self) -> int:
+        """Bits of a value."""
+        return self.bits if self.value_bits is None else self.value_bits
+
+    @property
     def span(self) -> int:
-        """How many steps it remembers at most."""
         return self.sinks + (self.capacity - self.sinks if self.window is None else self.window)
 
     @property
     def slots(self) -> int:
-        """Coded steps that are held: whole blocks of `residual`."""
+        """Quantized steps that are held at most: whole blocks of `residual`."""
         steps = self.window - 1 if self.window is not None else self.capacity - self.sinks
         return max(1, -(-steps // self.residual)) * self.residual
 
     def init_state(
-        self, batch: int, kv_heads: int, width: int, dtype: jax.typing.DTypeLike
+        self,
+        batch: int,
+        kv_heads: int,
+        width: int,
+        dtype: jax.typing.DTypeLike,
+        v_width: int | None = None,
     ) -> QuantizedState:
-        if width % self.group or width * self.bits % 32:
-            raise UserError(
-                f"group must divide the {width} channels of a head, which must fill words of 32 bits, got "
-                f"{self.group}"
-            )
+        v_width = width if v_width is None else v_width
         lead, kind = (batch, kv_heads), jnp.float16 if self.half_groups else dtype
-        exact = jnp.zeros((*lead, self.sinks, width), dtype), jnp.zeros((*lead, self.residual, width), dtype)
-        words = jnp.zeros((*lead, width * self.bits // 32, self.slots), jnp.uint32)
-        shared = (
-            jnp.zeros((*lead, self.slots // self.group, width), kind),
-            jnp.zeros((*lead, width // self.group, self.slots), kind),
+
+        def coded(width: int, bits: int, groups: tuple[int, int]) -> Coded:
+            if width * bits % 32:
+                raise UserError(f"a head of {width} channels must fill words of 32 bits, got int{bits}")
+            words = jnp.zeros((*lead, width * bits // 32, self.slots), jnp.uint32)
+            return Coded(words, jnp.zeros((*lead, *groups), kind), jnp.zeros((*lead, *groups), kind))
+
+        if v_width % self.group:
+            raise UserError(f"group must divide the {v_width} channels of a head's values, got {self.group}")
+        return QuantizedState(
+            jnp.zeros((*lead, self.sinks, width), dtype),
+            jnp.zeros((*lead, self.sinks, v_width), dtype),
+            coded(width, self.bits, (self.slots // self.group, width)),
+            coded(v_width, self.v_bits, (v_width // self.group, self.slots)),
+            jnp.zeros((*lead, self.residual, width), dtype),
+            jnp.zeros((*lead, self.residual, v_width), dtype),
+            jnp.zeros((batch,), jnp.int32),
         )
-        k, v = (Coded(words, x, x) for x in shared)
-        return QuantizedState(exact[0], exact[0], k, v, exact[1], exact[1], jnp.zeros((batch,), jnp.int32))
 
     def __call__(
         self,
@@ -137,38 +196,57 @@ class Quantized:
         state: QuantizedState | None,
         reset: Steps | None,
         valid: Steps | None,
-        rotary: Rotary,
+        scores: Scores,
     ) -> tuple[Float[Array, "b t h v"], LogSumExp, QuantizedState | None]:
-        streaming = state is not None
-        state = state if streaming else self.init_state(q.shape[0], *k.shape[2:], k.dtype)
+        streaming, unturned = state is not None, q
+        if not streaming:
+            fresh = self.init_state(q.shape[0], k.shape[2], k.shape[3], k.dtype, v.shape[3])
+            state = self.resize(fresh, self.residual)
         where = segments(q.shape[:2], state.length, reset, valid)
-        q, k = rotary(q, where.positions), rotary(k, where.positions)
-        entries, groups, own = self._entries(state, k, v, where)
-        if streaming and q.shape[1] == 1:
-            out, lse = self._one_query(q, k, v, state, where)
+        q, k = scores.rotary(q, where.positions), scores.rotary(k, where.positions)
+        if streaming and q.shape[1] == 1 and reset is None:
+            new = self._stored_one(state, k[:, 0], v[:, 0], where)
+            parts = self._one_query(q, unturned, k, v, state, where, scores)
         else:
-            parts = [entries._replace(segments=jnp.where(own, entries.segments, 0))]
+            recent = self._recent(state, k, v, where)
+            new = self._stored(state, recent, where) if streaming else None
+            first_call = (state.length == 0)[:, None, None]
+            whole = first_call if self.edge == "call" and streaming else jnp.zeros((1, 1, 1), bool)
+            parts = [self._attend_recent(q, where, recent, whole, scores)]
             if streaming:
-                parts += [self._coded(state), self._first(state)]
-            whole = self.edge == "call" and streaming
-            out, lse = self._attend(
-                q, where, parts, (state.length == 0)[:, None, None] if whole else jnp.zeros((1, 1, 1), bool)
-            )
-        if self.window is None:
-            beyond = (where.positions >= self.slots + self.sinks)[:, :, None]
-            out, lse = (
-                jnp.where(beyond[..., None] & (where.ids > 0)[:, :, None, None], jnp.nan, out),
-                jnp.where(beyond, jnp.nan, lse),
-            )
-        return out, lse, (self._stored(state, entries, groups, where) if streaming else None)
+                parts.append(self._attend_coded(q, state, where, scores))
+            if self.sinks:
+                first = new if streaming and reset is None else None
+                at = self._sink_queries(unturned, q, where, scores)
+                parts.append(self._attend_sinks(at, k, v, state, first, where, scores))
+        out, lse = functools.reduce(lambda a, b: merge(*a, *b), parts)
+        out = only_valid(out, where)
+        held = self.held(state) if streaming else self.slots
+        if self.window is None or held < self.slots:
+            out, lse = beyond_is_nan(out, lse, where.positions >= held + self.sinks)
+        return out, lse, new
+
+    def held(self, state: QuantizedState) -> int:
+        return state.k.words.shape[3]
+
+    def slots_for(self, steps: int) -> int:
+        steps = max(1, steps - self.sinks)
+        return -(-slots_for(steps, self.slots, self.grows) // self.residual) * self.residual
+
+    def resize(self, state: QuantizedState, slots: int) -> QuantizedState:
+        k, v, groups = state.k, state.v, slots // self.group
+        return state._replace(
+            k=Coded(resized(k.words, slots, 3), *(resized(x, groups, 2) for x in (k.scale, k.least))),
+            v=Coded(*(resized(x, slots, 3) for x in v)),
+        )
 
     def rewind(self, state: QuantizedState, steps: Int[Array, " b"]) -> QuantizedState:
-        """The state `steps` steps ago; ValueError once steps have been coded: of the first `residual` behind
-        the sinks none is."""
+        """The state `steps` steps ago; ValueError once steps have been quantized: of the first `residual`
+        behind the sinks none is."""
         length = earlier(state, steps)
         if bool(jnp.any((self._ends(state)[1] > 0) & (length < state.length)[:, None])):
             raise UserError(
-                f"steps={jnp.asarray(steps).tolist()} cannot be taken back: {self} has coded the steps "
+                f"steps={jnp.asarray(steps).tolist()} cannot be taken back: {self} has quantized the steps "
                 "before them"
             )
 
@@ -187,41 +265,32 @@ class Quantized:
     # --- what is seen
 
     def _ends(self, state: QuantizedState) -> tuple[Array, Array]:
-        """[b, 1]: steps behind the sinks that were seen, and how many of their keys are coded."""
+        """[b, 1]: steps behind the sinks that were seen, and how many of their keys are quantized."""
         seen = jnp.maximum(state.length - self.sinks, 0)[:, None]
         return seen, seen // self.residual * self.residual
 
-    def _entries(
-        self, state: QuantizedState, k: Keys, v: Values, where: Segments
-    ) -> tuple[_Part, Groups, Array]:
-        """The residual and the chunk as one list, the groups that each one's key is coded by, and whether its
-        key lies here at all: of the oldest values in the residual the keys are among the codes already."""
-        (seen, coded), r = self._ends(state), jnp.arange(self.residual)[None]
-        old = jnp.where(
-            coded + r < seen, coded + r, coded + r - self.residual
-        )  # the step whose value lies in slot r of the ring
+    def _recent(self, state: QuantizedState, k: Keys, v: Values, where: Segments) -> _Recent:
+        """The last `residual` steps that were seen, and the chunk."""
+        coded = self._ends(state)[1]
+        old_k, old = self._recent_keys(state)
         places = jnp.concatenate([old, where.positions - self.sinks], axis=1)
         ids = jnp.concatenate([jnp.where(old >= 0, 1, 0), where.ids], axis=1)
-        k_all, v_all = (
-            jnp.concatenate([x.swapaxes(1, 2).astype(y.dtype), y], axis=1)
-            for x, y in ((state.rest_k, k), (state.rest_v, v))
-        )
-        mine = (ids > 0) & (places >= jnp.where(ids == 1, coded, 0)) & (places >= 0)
-        index = self._group_index(places, ids, coded)
-        groups = self._key_groups(k_all, index, mine)
-        coded_k = decode(encode(k_all, groups, self.bits), groups)
-        codes, value_groups = quantize(v_all, self.group, self.bits)
-        value_groups = self._kept(value_groups)
-        part = _Part(
+        k_all = jnp.concatenate([old_k.swapaxes(1, 2).astype(k.dtype), k], axis=1)
+        v_all = jnp.concatenate([state.rest_v.swapaxes(1, 2).astype(v.dtype), v], axis=1)
+        open_ = (ids > 0) & (places >= jnp.where(ids == 1, coded, 0)) & (places >= 0)
+        groups = self._key_groups(k_all, self._group_index(places, ids, coded), open_)
+        coded_k = decode(encode(k_all, groups, self.bits), groups).astype(k.dtype)
+        codes, value_groups = quantize(v_all, self.group, self.v_bits)
+        return _Recent(
             k_all,
-            coded_k.astype(k.dtype),
+            jnp.where(open_[..., None, None], coded_k, k_all),
             v_all,
-            dequantize(codes, value_groups).astype(v.dtype),
+            dequantize(codes, self._kept(value_groups)).astype(v.dtype),
+            groups,
             places,
             ids,
+            open_,
         )
-        fresh = jnp.arange(places.shape[1])[None] >= self.residual
-        return part, groups, mine | (fresh & (ids > 0))
 
     def _group_index(self, places: Array, ids: Array, coded: Array) -> Array:
         """[b, e]: the number of the group in the list: those of the carried sequence first, then those of the
@@ -236,10 +305,10 @@ class Quantized:
         count = index.shape[1] // self.group + 3 + index.shape[1]
         index = jnp.where(mine, index, count)  # dropped
         rows = jnp.arange(k.shape[0])[:, None]
-        wide = k.astype(accumulator(k.dtype))
+        acc = k.astype(accumulator(k.dtype))
         shape = (k.shape[0], count, *k.shape[2:])
-        least = jnp.full(shape, jnp.inf, wide.dtype).at[rows, index].min(wide, mode="drop")
-        greatest = jnp.full(shape, -jnp.inf, wide.dtype).at[rows, index].max(wide, mode="drop")
+        least = jnp.full(shape, jnp.inf, acc.dtype).at[rows, index].min(acc, mode="drop")
+        greatest = jnp.full(shape, -jnp.inf, acc.dtype).at[rows, index].max(acc, mode="drop")
         found = jnp.isfinite(least)
         groups = groups_of(jnp.where(found, least, 0), jnp.where(found, greatest, 0), self.bits)
         index = jnp.minimum(index, count - 1)
@@ -251,94 +320,122 @@ class Quantized:
             Groups(*(x.astype(jnp.float16).astype(x.dtype) for x in groups)) if self.half_groups else groups
         )
 
-    def _coded(self, state: QuantizedState) -> _Part:
-        """What lies in the slots: keys from their codes, values from theirs or, where they are still exact,
-        from the residual."""
-        (seen, _), places, wide = (
-            self._ends(state),
-            self._coded_places(state),
-            accumulator(state.rest_k.dtype),
-        )
-        k, v = keys_of(state.k, self.bits, wide), values_of(state.v, self.bits, wide)
-        fresh = (places >= seen - self.residual)[:, None, :, None]
-        rest = jnp.take_along_axis(state.rest_v, (places % self.residual)[:, None, :, None], axis=2).astype(
-            wide
-        )
-        codes, groups = quantize(rest, self.group, self.bits)
-        coded_v = jnp.where(fresh, dequantize(codes, self._kept(groups)), v)
-        k, v, coded_v = (
-            x.swapaxes(1, 2).astype(state.rest_k.dtype) for x in (k, jnp.where(fresh, rest, v), coded_v)
-        )
-        return _Part(None, k, v, coded_v, places, jnp.where(places >= 0, 1, 0))
-
     def _coded_places(self, state: QuantizedState) -> Int[Array, "b s"]:
-        """The newest step whose key is coded in each slot; below 0 for none."""
-        coded = self._ends(state)[1]
-        return coded - 1 - (coded - 1 - jnp.arange(self.slots)[None]) % self.slots
+        """The newest step whose key is quantized in each slot; below 0 for none."""
+        coded, slots = self._ends(state)[1], self.held(state)
+        return coded - 1 - (coded - 1 - jnp.arange(slots)[None]) % slots
 
-    def _first(self, state: QuantizedState) -> _Part:
-        """The sinks that are stored."""
-        places = jnp.broadcast_to(jnp.arange(-self.sinks, 0)[None], (state.length.shape[0], self.sinks))
-        k, v = (x.swapaxes(1, 2) for x in (state.sink_k, state.sink_v))
-        return _Part(k, k, v, v, places, jnp.where(places + self.sinks < state.length[:, None], 1, 0))
-
-    def _attend(self, q: Queries, where: Segments, parts: list[_Part], whole: Array) -> tuple[Array, Array]:
-        """Dense attention over the parts, each key and value as the query sees it, or exactly in the rows
-        where `whole` [b, 1, 1]."""
+    def _attend_recent(
+        self, q: Queries, where: Segments, recent: _Recent, whole: Array, scores: Scores
+    ) -> Partial:
+        """Dense attention over the residual and the chunk, each key and value as the query sees it, or exactly
+        in the rows where `whole` [b, 1, 1]."""
         b, t, h, width = q.shape
-        g, wide = parts[0].v.shape[2], accumulator(q.dtype)
+        g, acc = recent.v.shape[2], accumulator(q.dtype)
         queries = q.reshape(b, t, g, h // g, width)
-        place = (where.positions - self.sinks)[:, :, None]
-        logits, exact_v = [], []
-        for part in parts:
-            u = part.places[:, None, :]
-            see = (
-                (part.segments[:, None, :] == where.ids[:, :, None])
-                & (where.ids > 0)[:, :, None]
-                & (u <= place)
-            )
-            if self.window is not None:
-                see = see & ((place - u < self.window) | (u < 0))
-            x = _scores(queries, part.coded_k, wide)
-            if part.k is not None:
-                exact = whole | (u < 0) | (u >= place // self.residual * self.residual)
-                x = jnp.where(exact[:, None, None], _scores(queries, part.k, wide), x)
-            logits.append(jnp.where(see[:, None, None], x, -jnp.inf))
-            exact_v.append(whole | (u < 0) | (u >= place - self.residual))
-        x = jnp.concatenate(logits, axis=-1)
-        top = jax.lax.stop_gradient(jnp.maximum(x.max(-1, keepdims=True), jnp.finfo(wide).min))
-        p = jnp.exp(x - top)
-        total = p.sum(-1, keepdims=True)
-        p, out, begin = p / jnp.where(total == 0, 1, total), 0, 0
-        for part, exact in zip(parts, exact_v, strict=True):
-            piece, begin = p[..., begin : begin + exact.shape[2]], begin + exact.shape[2]
-            for weight, values in ((exact, part.v), (~exact, part.coded_v)):
-                clean = jnp.where((part.segments > 0)[:, :, None, None], values, 0).astype(
-                    wide
-                )  # 0 * NaN is NaN
-                out = out + jnp.einsum("bgrts,bsgv->btgrv", jnp.where(weight[:, None, None], piece, 0), clean)
-        lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(jnp.where(total == 0, 1, total)))
+        place, u = (where.positions - self.sinks)[:, :, None], recent.places[:, None, :]
+        see = (recent.segments[:, None, :] == where.ids[:, :, None]) & (where.ids > 0)[:, :, None]
+        see = see & (u >= 0) & (u <= place)
+        if self.window is not None:
+            see = see & (place - u < self.window)
+        exact_k = whole | (u >= place // self.residual * self.residual)
+        exact_v = whole | (u >= place - self.residual)
+        x = jnp.where(
+            exact_k[:, None, None],
+            _logits(queries, recent.k, scores, acc),
+            _logits(queries, recent.coded_k, scores, acc),
+        )
+        x = jnp.where(see[:, None, None], x, -jnp.inf)
+        row_max = jax.lax.stop_gradient(jnp.maximum(x.max(-1, keepdims=True), jnp.finfo(acc).min))
+        p = jnp.exp(x - row_max)
+        row_sum = p.sum(-1, keepdims=True)
+        safe_sum = jnp.where(row_sum == 0, 1, row_sum)
+        # 0 * NaN is NaN: padding must hold numbers.
+        here = (recent.segments > 0)[:, :, None, None]
+        v, coded_v = (jnp.where(here, x, 0).astype(acc) for x in (recent.v, recent.coded_v))
+        out = jnp.einsum("bgrts,bsgv->btgrv", p / safe_sum, coded_v)
+        near = jnp.where(exact_v[:, None, None], p / safe_sum, 0)
+        out = out + jnp.einsum("bgrts,bsgv->btgrv", near, v - coded_v)
+        lse = jnp.where(row_sum == 0, -jnp.inf, row_max + jnp.log(safe_sum))
         lse = jnp.moveaxis(lse[..., 0], 3, 1).reshape(b, t, h)
         return out.reshape(b, t, h, -1).astype(q.dtype), lse
+
+    def _attend_coded(self, q: Queries, state: QuantizedState, where: Segments, scores: Scores) -> Partial:
+        """Attention over the steps before the residual, of which every query sees key and value quantized."""
+        seen, places, acc = self._ends(state)[0], self._coded_places(state), accumulator(q.dtype)
+        here = (places >= 0) & (places < seen - self.residual)
+        k = keys_of(state.k, self.bits, acc).swapaxes(1, 2).astype(q.dtype)
+        v = values_of(state.v, self.v_bits, acc).swapaxes(1, 2).astype(q.dtype)
+        positions = jnp.where(here, places + self.sinks, NEVER)
+        span = Span(k, v, positions, here.astype(jnp.int32))
+        limits = {} if self.window is None else {"window": self.window}
+        return attend(q, where.positions, where, span, scores, **limits)
+
+    def _sink_queries(self, unturned: Queries, turned: Queries, where: Segments, scores: Scores) -> Queries:
+        """The queries as they see the sinks."""
+        if self.positions == "absolute" or self.window is None:
+            return turned
+        start = jnp.full(where.length.shape, self.sinks)
+        place = place_in_cache(where.positions, where.ids, start, self.sinks, self.window)
+        return scores.rotary(unturned, place)
+
+    def _attend_sinks(
+        self,
+        q: Queries,
+        k: Keys,
+        v: Values,
+        state: QuantizedState,
+        new: QuantizedState | None,
+        where: Segments,
+        scores: Scores,
+    ) -> Partial:
+        """Attention over the sinks: those of `new`, where they lie by themselves; else those that are stored
+        and those of the chunk."""
+        at = jnp.broadcast_to(jnp.arange(self.sinks), (q.shape[0], self.sinks))
+
+        def stored(state: QuantizedState) -> Span:
+            k, v = (x.swapaxes(1, 2) for x in (state.sink_k, state.sink_v))
+            here = at < state.length[:, None]
+            return Span(k, v, jnp.where(here, at, NEVER), here.astype(jnp.int32))
+
+        if new is not None:
+            return attend(q, where.positions, where, stored(new)._replace(segments=None), scores)
+        chunk = new_span(k, v, where)
+        chunk = chunk._replace(positions=jnp.where(chunk.positions < self.sinks, chunk.positions, NEVER))
+        return attend(q, where.positions, where, joined(stored(state), chunk), scores)
 
     # --- one step
 
     def _one_query(
-        self, q: Queries, k: Keys, v: Values, state: QuantizedState, where: Segments
-    ) -> tuple[Array, Array]:
-        """What `_attend` gives, without making numbers of a cache: steps of which key and value are coded by
-        `kernels.decode_attention` from their codes, merged with those of which one is exact."""
+        self,
+        q: Queries,
+        unturned: Queries,
+        k: Keys,
+        v: Values,
+        state: QuantizedState,
+        where: Segments,
+        scores: Scores,
+    ) -> list[Partial]:
+        """The same attention without dequantizing a cache: steps of which key and value are quantized by
+        `kernels.decode_attention` from their codes, and those of which one is exact."""
         seen, same = self._ends(state)[0], where.ids == 1
         places = self._coded_places(state)
         see = same & (places >= 0) & (places < seen - self.residual) & self._near(seen - places)
-        old = decode_attention(q[:, 0], state.k, state.v, see)
+        stored = (state.k, state.v)
+        if self.v_bits != self.bits:
+            acc = accumulator(q.dtype)
+            stored = keys_of(state.k, self.bits, acc), values_of(state.v, self.v_bits, acc)
+        parts = [decode_attention(q[:, 0], *stored, see, **scores.limits)]
         recent_k, at = self._recent_keys(state)
-        parts = (state.sink_k, recent_k, k.swapaxes(1, 2)), (state.sink_v, state.rest_v, v.swapaxes(1, 2))
-        k, v = (jnp.concatenate([x.astype(part[2].dtype) for x in part], axis=2) for part in parts)
-        first = jnp.arange(self.sinks)[None] < state.length[:, None]
-        see = jnp.concatenate([same & first, same & (at >= 0) & self._near(seen - at), where.ids > 0], axis=1)
-        new = decode_attention(q[:, 0], k, v, see)
-        return merge(*(x[:, None] for x in (*old, *new)))
+        k = jnp.concatenate([recent_k.astype(k.dtype), k.swapaxes(1, 2)], axis=2)
+        v = jnp.concatenate([state.rest_v.astype(v.dtype), v.swapaxes(1, 2)], axis=2)
+        see = jnp.concatenate([same & (at >= 0) & self._near(seen - at), where.ids > 0], axis=1)
+        parts.append(decode_attention(q[:, 0], k, v, see, **scores.limits))
+        if self.sinks:
+            see = same & (jnp.arange(self.sinks)[None] < state.length[:, None])
+            at_place = self._sink_queries(unturned, q, where, scores)[:, 0]
+            parts.append(decode_attention(at_place, state.sink_k, state.sink_v, see, **scores.limits))
+        return [(out[:, None], lse[:, None]) for out, lse in parts]
 
     def _near(self, distance: Int[Array, "b s"]) -> Bool[Array, "b s"]:
         return jnp.ones_like(distance, bool) if self.window is None else distance < self.window
@@ -350,7 +447,7 @@ class Quantized:
         seen, coded = self._ends(state)
         at = coded + jnp.arange(self.residual)[None]
         exact = at < seen
-        begin = (coded[:, 0] - self.residual) % self.slots
+        begin = (coded[:, 0] - self.residual) % self.held(state)
 
         def block(x: Array, begin: Array, size: int, axis: int) -> Array:
             return jax.vmap(lambda x, n: jax.lax.dynamic_slice_in_dim(x, n, size, axis))(x, begin)
@@ -367,17 +464,15 @@ class Quantized:
 
     # --- what is stored
 
-    def _stored(
-        self, state: QuantizedState, entries: _Part, groups: Groups, where: Segments
-    ) -> QuantizedState:
+    def _stored(self, state: QuantizedState, recent: _Recent, where: Segments) -> QuantizedState:
         carried = (where.last == 1)[:, None]
         length = where.length
         seen = jnp.maximum(length - self.sinks, 0)[:, None]
         coded = seen // self.residual * self.residual
-        u, current = entries.places, (entries.segments == where.last[:, None]) & (entries.segments > 0)
+        u, current = recent.places, (recent.segments == where.last[:, None]) & (recent.segments > 0)
         old = jnp.arange(u.shape[1])[None] < self.residual
-        _, was_coded = self._ends(state)
-        key_here = current & (u >= 0) & (~old | (u >= was_coded))
+        slots = self.held(state)
+        key_here = current & recent.open_
 
         def put(x: Array, values: Array, slots: Array, keep: Array, last: bool = False) -> Array:
             """x [b, g, s, .], or [b, g, ., s] where slots come `last`, with values [b, e, g, .] in their
@@ -390,34 +485,95 @@ class Quantized:
             index = (rows, heads, slice(None), slots) if last else (rows, heads, slots)
             return x.at[index].set(values.swapaxes(1, 2).astype(x.dtype), mode="drop")
 
-        def packed(codes: Array) -> Array:
-            return words_of(codes[..., None], self.bits)[..., 0]
+        def packed(codes: Array, bits: int) -> Array:
+            return words_of(codes[..., None], bits)[..., 0]
 
         newest_k, newest_v = u >= coded, u >= seen - self.residual
-        codes = encode(entries.k, groups, self.bits)
-        flush_k = key_here & (u < coded) & (u >= coded - self.slots)
+        codes = encode(recent.k, recent.groups, self.bits)
+        flush_k = key_here & (u < coded) & (u >= coded - slots)
         ends = flush_k & (u % self.group == self.group - 1)
-        v_codes, v_groups = quantize(entries.v, self.group, self.bits)
-        flush_v = current & (u >= 0) & (u < seen - self.residual) & (u >= seen - self.residual - self.slots)
+        v_codes, v_groups = quantize(recent.v, self.group, self.v_bits)
+        flush_v = current & (u >= 0) & (u < seen - self.residual) & (u >= seen - self.residual - slots)
         first = current & (u < 0) & ~old
-        slot, ring = u % self.slots, u % self.residual
-        rest_k = put(state.rest_k, entries.k, ring, key_here & newest_k & ~old)
+        slot, ring = u % slots, u % self.residual
+        rest_k = put(state.rest_k, recent.k, ring, key_here & newest_k & ~old)
         held = (coded + jnp.arange(self.residual)[None] < seen)[
             :, None, :, None
         ]  # what was coded leaves nothing behind
-        k_groups = (put(x, y, slot // self.group, ends) for x, y in zip(state.k[1:], groups, strict=True))
-        v_parts = zip(state.v, (packed(v_codes), *v_groups), strict=True)
+        k_groups = (
+            put(x, y, slot // self.group, ends) for x, y in zip(state.k[1:], recent.groups, strict=True)
+        )
+        v_parts = zip(state.v, (packed(v_codes, self.v_bits), *v_groups), strict=True)
         return QuantizedState(
-            put(state.sink_k, entries.k, u + self.sinks, first),
-            put(state.sink_v, entries.v, u + self.sinks, first),
-            Coded(put(state.k.words, packed(codes), slot, flush_k, last=True), *k_groups),
+            put(state.sink_k, recent.k, u + self.sinks, first),
+            put(state.sink_v, recent.v, u + self.sinks, first),
+            Coded(put(state.k.words, packed(codes, self.bits), slot, flush_k, last=True), *k_groups),
             Coded(*(put(x, y, slot, flush_v, last=True) for x, y in v_parts)),
             jnp.where(held, rest_k, jnp.zeros((), rest_k.dtype)),
-            put(state.rest_v, entries.v, ring, current & (u >= 0) & newest_v & ~old),
+            put(state.rest_v, recent.v, ring, current & (u >= 0) & newest_v & ~old),
             length,
         )
 
+    def _stored_one(self, state: QuantizedState, k: Array, v: Array, where: Segments) -> QuantizedState:
+        """The state after one step with key and value [b, g, .]: they go into the residual; the value that is
+        displaced there is quantized, and all its keys once they fill it."""
+        u, size, slots = where.positions[:, 0] - self.sinks, self.residual, self.held(state)
+        here, ring = where.ids[:, 0] > 0, u % size
+        sink, behind = here & (u < 0), here & (u >= 0)
+        fills = behind & (ring == size - 1)
+        rows, heads = jnp.arange(k.shape[0])[:, None, None], jnp.arange(k.shape[1])[:, None]
 
-def _scores(q: Array, k: Array, wide: jax.typing.DTypeLike) -> Array:
+        def put(x: Array, values: Array, slot: Array, keep: Array) -> Array:
+            """x [b, g, s, .] with values [b, g, .] in a slot."""
+            return x.at[rows[:, 0], heads.T, jnp.where(keep, slot, x.shape[2])[:, None]].set(
+                values.astype(x.dtype), mode="drop"
+            )
+
+        def put_last(x: Array, values: Array, first: Array, keep: Array, axis: int) -> Array:
+            """x [b, g, ., s] or [b, g, s, .] with values of the same layout in its slots from `first` on."""
+            at = first[:, None] + jnp.arange(values.shape[axis])
+            at = jnp.where(keep[:, None], at, x.shape[axis])[:, None]
+            index = (rows, heads, slice(None), at) if axis == 3 else (rows, heads, at)
+            values = jnp.moveaxis(values, 3, 2) if axis == 3 else values
+            return x.at[index].set(values.astype(x.dtype), mode="drop")
+
+        old_v = jnp.take_along_axis(state.rest_v, ring[:, None, None, None], axis=2)
+        codes, groups = quantize(old_v, self.group, self.v_bits)
+        coded_v = (
+            words_of(codes.swapaxes(2, 3), self.v_bits),
+            *(x.swapaxes(2, 3) for x in self._kept(groups)),
+        )
+        displaced = behind & (u >= size)
+        rest_k = put(state.rest_k, k, ring, behind)
+        parts = rest_k.reshape(*rest_k.shape[:2], -1, self.group, rest_k.shape[3])
+        groups = self._kept(groups_of(parts.min(3), parts.max(3), self.bits))
+        codes = encode(parts, Groups(*(x[:, :, :, None] for x in groups)), self.bits).reshape(rest_k.shape)
+        words, first = words_of(codes.swapaxes(2, 3), self.bits), (u - size + 1) % slots
+        coded_k = Coded(
+            put_last(state.k.words, words, first, fills, 3),
+            *(
+                put_last(x, y, first // self.group, fills, 2)
+                for x, y in zip(state.k[1:], groups, strict=True)
+            ),
+        )
+        return QuantizedState(
+            put(state.sink_k, k, u + self.sinks, sink),
+            put(state.sink_v, v, u + self.sinks, sink),
+            coded_k,
+            Coded(
+                *(
+                    put_last(x, y, (u - size) % slots, displaced, 3)
+                    for x, y in zip(state.v, coded_v, strict=True)
+                )
+            ),
+            jnp.where(fills[:, None, None, None], jnp.zeros((), rest_k.dtype), rest_k),
+            put(state.rest_v, v, ring, behind),
+            where.length,
+        )
+
+
+def _logits(q: Array, k: Array, scores: Scores, acc: jax.typing.DTypeLike) -> Array:
     """Logits [b, g, r, t, e]."""
-    return jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=wide) * q.shape[-1] ** -0.5
+    scale = q.shape[-1] ** -0.5 if scores.scale is None else scores.scale
+    x = jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=acc) * scale
+    return x if scores.softcap is None else scores.softcap * jnp.tanh(x / scores.softcap)

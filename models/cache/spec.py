@@ -1,36 +1,60 @@
-"""Cache policies as words: `sinks(4)+window(1020)+int4`."""
+"""Cache policies as words, `sinks(4)+window(1020)+int4`, and as the names of one's own."""
 
+import ast
+import importlib
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
-from seqlab.checks import UserError, check_choice
+from seqlab.checks import UserError, check_choice, nearest
 from seqlab.models.cache.full import Full
+from seqlab.models.cache.heads import Heads
 from seqlab.models.cache.moba import MoBA
+from seqlab.models.cache.policy import Policy
 from seqlab.models.cache.quantized import Quantized
 from seqlab.models.cache.window import Window
 
-_TERMS = ("full", "window", "sinks", "int2", "int4", "int8", "moba", "in_place", "grows")
+_TERMS = ("full", "window", "sinks", "int2", "int4", "int8", "moba", "absolute", "in_place", "grows")
+_OPTIONS = {  # of each term, beside its numbers
+    "window": ("edge",),
+    "int2": ("group", "residual", "values", "half_groups", "edge"),
+    "moba": (),
+}
+_OPTIONS |= dict.fromkeys(("int4", "int8"), _OPTIONS["int2"])
+_COUNTS = {"full": "full(n)", "window": "window(n)", "sinks": "sinks(n)", "moba": "moba(block, top_k)"}
 
 
-def parse_cache(spec: str) -> Any:
+class _Term(NamedTuple):
+    numbers: list[int]
+    options: dict[str, int | str]
+
+
+def parse_cache(spec: str) -> Policy:
     """The policy that `spec` describes, terms joined by +:
 
         full(n)                 every key, up to n steps
         window(n)               the last n keys, the query's own included
-        sinks(n)                and the first n, in front of a window
-        int2, int4, int8        old keys and values in so many bits; int4(group=32, residual=128) says how
-        moba(b, k)              of blocks of b keys the query's own and the k - 1 that it likes best; in a
-        window, of the last n / b
-        grows                   what is full is doubled where a stream goes on: no end, and more and more
-        memory
-        in_place                positions count places in the cache (StreamingLLM), so that sinks never get
-        far away
+        sinks(n)                and the first n, at their places in the cache (StreamingLLM)
+        absolute                sinks at their places in the stream: not beyond the length of training
+        int2, int4, int8        old keys and values quantized; int4(group=32, residual=128, values=2) says how
+        moba(b, k)              of blocks of b keys the query's own and the k - 1 that score highest; in a
+                                window, of the last n / b
+        grows                   a full cache gets more slots where a stream goes on: no end, and more memory
+        heads(0 1 | A | B)      key/value head 0 has the cache A, head 1 has B (DuoAttention)
+
+    or `module:Name(...)`: a policy of one's own, called with literals; the module is imported.
+
+    `parse_cache(str(policy)) == policy` for every policy here. `in_place`, the default today, is accepted.
 
     Raises:
       ValueError: an unknown term (with the nearest one there is), or terms that do not go together, with the
       reason.
     """
-    terms: dict[str, tuple[list[int], dict[str, int]]] = {}
+    spec = spec.strip()
+    if re.fullmatch(r"[\w.]+:\w+(\(.*\))?", spec, re.DOTALL):
+        return _named(spec)
+    if spec.startswith("heads(") and spec.endswith(")"):
+        return _heads(spec)
+    terms: dict[str, _Term] = {}
     for text in filter(None, (part.strip() for part in spec.split("+"))):
         found = re.fullmatch(r"(\w+)(?:\((.*)\))?", text)
         if found is None:
@@ -38,35 +62,33 @@ def parse_cache(spec: str) -> Any:
         name = found.group(1)
         check_choice(name, _TERMS, "cache term")
         if name in terms:
-            raise UserError(f"cache: {name} stands twice in {spec!r}")
-        terms[name] = _arguments(text, found.group(2))
+            raise UserError(f"cache: {name} is given twice in {spec!r}")
+        terms[name] = _term(text, name, found.group(2))
+    return _product(spec, terms)
+
+
+def _product(spec: str, terms: dict[str, _Term]) -> Policy:
+    """The policy of terms that go together."""
     bits = [name for name in terms if name.startswith("int")]
-    counts = {
-        name: _numbers(name, terms[name], f"{name}(n)", 1)[0]
-        for name in ("full", "window", "sinks")
-        if name in terms
-    }
+    counts = {name: terms[name].numbers[0] for name in ("full", "window", "sinks") if name in terms}
     _check_product(spec, terms, bits)
+    options: dict[str, Any] = {"positions": "absolute"} if "absolute" in terms else {}
     if bits:
-        numbers, options = terms[bits[0]]
-        if numbers or set(options) - {"group", "residual"}:
-            raise UserError(
-                f"cache: {bits[0]} takes group and residual, got {', '.join([*map(str, numbers), *options])}"
-            )
-        return Quantized(
-            counts.get("full"), counts.get("window"), counts.get("sinks", 0), bits=int(bits[0][3:]), **options
-        )
+        options |= terms[bits[0]].options
+        if "values" in options:
+            options["value_bits"] = options.pop("values")
+        if "half_groups" in options:
+            options["half_groups"] = bool(options["half_groups"])
+        kept = (counts.get("full"), counts.get("window"), counts.get("sinks", 0))
+        return Quantized(*kept, bits=int(bits[0][3:]), grows="grows" in terms, **options)
     if "moba" in terms:
-        block, top_k = _numbers("moba", terms["moba"], "moba(block, top_k)", 2)
-        return _blocks(block, top_k, "grows" in terms, **counts)
+        return _blocks(*terms["moba"].numbers, "grows" in terms, **counts)
     if "full" in counts:
         return Full(counts["full"], grows="grows" in terms)
-    return Window(
-        counts["window"], counts.get("sinks", 0), positions="cache" if "in_place" in terms else "absolute"
-    )
+    return Window(counts["window"], counts.get("sinks", 0), **options, **terms["window"].options)
 
 
-def _check_product(spec: str, terms: dict[str, Any], bits: list[str]) -> None:
+def _check_product(spec: str, terms: dict[str, _Term], bits: list[str]) -> None:
     if ("full" in terms) == ("window" in terms):
         raise UserError(
             f"cache: {spec!r} must hold one of full(n) and window(n): either every key stays or the last n do"
@@ -74,38 +96,37 @@ def _check_product(spec: str, terms: dict[str, Any], bits: list[str]) -> None:
     if "sinks" in terms and "full" in terms:
         raise UserError(f"cache: sinks add nothing in {spec!r}: a full cache keeps the first keys anyway")
     if len(bits) > 1:
-        raise UserError(f"cache: {spec!r} asks for {' and '.join(bits)} at once")
-    if "in_place" in terms and bits:
-        raise UserError(
-            f"cache: in_place and {bits[0]} do not go together: keys are coded as they are turned, at "
-            "absolute positions"
-        )
-    if "in_place" in terms and "full" in terms:
-        raise UserError(f"cache: in_place changes nothing in {spec!r}: nothing is ever dropped")
-    if "grows" in terms and (bits or "window" in terms):
-        raise UserError(
-            f"cache: grows and {bits[0] if bits else 'window'} do not go together: only caches full(n) of "
-            "exact keys grow"
-        )
+        raise UserError(f"cache: {spec!r} asks for {' and '.join(bits)} at once; int4(values=2) names two")
+    if "absolute" in terms and "in_place" in terms:
+        raise UserError(f"cache: {spec!r} asks for absolute positions and for those in the cache at once")
+    for name in ("absolute", "in_place"):
+        if name in terms and "full" in terms:
+            raise UserError(f"cache: {name} changes nothing in {spec!r}: nothing is ever dropped")
+    if "absolute" in terms and "sinks" not in terms:
+        raise UserError(f"cache: absolute changes nothing in {spec!r}, which has no sinks")
+    if "grows" in terms and "window" in terms:
+        raise UserError("cache: grows and window do not go together: a window has no end")
+    if bits and terms.get("window", _Term([], {})).options:
+        raise UserError(f"cache: give edge to {bits[0]} instead of window in {spec!r}")
     if "moba" in terms:
         _check_blocks(spec, terms, bits)
 
 
-def _check_blocks(spec: str, terms: dict[str, Any], bits: list[str]) -> None:
+def _check_blocks(spec: str, terms: dict[str, _Term], bits: list[str]) -> None:
     if "sinks" in terms:
         raise UserError(
-            f"cache: sinks and moba do not go together in {spec!r}: what a query sees behind its own block, "
-            "it chooses"
+            f"cache: sinks and moba do not go together in {spec!r}: of the steps before its own block a query "
+            "sees those that it chooses"
         )
     if bits:
         raise UserError(
-            f"cache: {bits[0]} and moba do not go together: blocks are read one by one, for each query "
-            "others, and exactly"
+            f"cache: {bits[0]} and moba do not go together: a query gathers blocks of its own choice, and there "
+            "is no kernel that gathers codes"
         )
-    if "in_place" in terms:
+    if "in_place" in terms or terms.get("window", _Term([], {})).options:
         raise UserError(
-            "cache: in_place and moba do not go together: the means of blocks are those of keys as they "
-            "are turned once"
+            "cache: in_place, edge and moba do not go together: the means of blocks are those of keys at "
+            "absolute positions"
         )
 
 
@@ -121,21 +142,57 @@ def _blocks(
     return MoBA(block, top_k, None, stored=window // max(block, 1))
 
 
-def _arguments(term: str, text: str | None) -> tuple[list[int], dict[str, int]]:
+def _term(term: str, name: str, text: str | None) -> _Term:
+    """The numbers and options of a term, as many and such as it takes."""
     numbers, options = [], {}
     for part in filter(None, (part.strip() for part in (text or "").split(","))):
-        found = re.fullmatch(r"(?:(\w+) *= *)?(\d+)", part)
-        if found is None:
-            raise UserError(f"cache: cannot read {part!r} in {term!r}: a number, or name=number")
+        found = re.fullmatch(r"(?:(\w+) *= *)?(\w+)", part)
+        if found is None or not (found.group(1) or found.group(2).isdigit()):
+            raise UserError(f"cache: cannot read {part!r} in {term!r}: a number, or name=value")
+        value = int(found.group(2)) if found.group(2).isdigit() else found.group(2)
         if found.group(1) is None:
-            numbers.append(int(found.group(2)))
+            numbers.append(value)
         else:
-            options[found.group(1)] = int(found.group(2))
-    return numbers, options
+            options[found.group(1)] = value
+    taken = _OPTIONS.get(name, ())
+    if set(options) - set(taken) or (name.startswith("int") and numbers):
+        given = ", ".join([*map(str, numbers), *options])
+        raise UserError(f"cache: {name} takes {' and '.join(taken) or 'no options'}, got {given}")
+    count = 2 if name == "moba" else int(name in _COUNTS)
+    if len(numbers) != count:
+        takes = f"takes {('no numbers', 'one number', 'two numbers')[count]}"
+        form = f", {_COUNTS[name]}" if name in _COUNTS else ""
+        raise UserError(f"cache: {name} {takes}{form}, got {term!r}")
+    return _Term(numbers, options)
 
 
-def _numbers(name: str, term: tuple[list[int], dict[str, int]], form: str, count: int) -> list[int]:
-    numbers, options = term
-    if len(numbers) != count or options:
-        raise UserError(f"cache: {name} takes {('one number', 'two numbers')[count - 1]}, {form}")
-    return numbers
+def _heads(spec: str) -> Heads:
+    """`heads(0 1 | A | B)`."""
+    of, *policies = spec[len("heads(") : -1].split("|")
+    if not policies or not all(part.isdigit() for part in of.split()):
+        raise UserError(
+            f"cache: {spec!r} must be heads(0 1 ... | A | B): an index per key/value head, caches"
+        )
+    return Heads(tuple(parse_cache(policy) for policy in policies), tuple(map(int, of.split())))
+
+
+def _named(spec: str) -> Policy:
+    """`module:Name(...)`, called with literals."""
+    module, _, call = spec.partition(":")
+    name, parenthesis, arguments = call.partition("(")
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"cache: cannot import {module!r} of {spec!r}: {error}") from error
+    if not hasattr(found, name):
+        raise UserError(f"cache: {module} has no {name!r}{nearest(name, vars(found))}")
+    try:
+        parsed = ast.parse(f"f({arguments}" if parenthesis else "f()", mode="eval").body
+        values = [ast.literal_eval(argument) for argument in parsed.args]
+        options = {option.arg: ast.literal_eval(option.value) for option in parsed.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"cache: the arguments of {spec!r} must be literals such as 8 or size=8") from error
+    policy = getattr(found, name)(*values, **options)
+    if not isinstance(policy, Policy):
+        raise UserError(f"cache: {spec!r} is a {type(policy).__name__}, not a seqlab.models.cache.Policy")
+    return policy

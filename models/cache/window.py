@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from seqlab.checks import UserError, check_choice, check_positive
+from seqlab.checks import UserError, check_at_least, check_choice, check_positive
 from seqlab.kernels.attention import merge
 from seqlab.models.cache.common import (
     NEVER,
     CacheState,
-    Rotary,
+    Scores,
     Span,
     attend,
+    beyond_is_nan,
     earlier,
     empty,
     forget_from,
@@ -22,25 +23,28 @@ from seqlab.models.cache.common import (
     only_valid,
     store,
     stored_span,
+    with_slots,
 )
 from seqlab.models.cache.full import parallel
+from seqlab.models.cache.policy import Policy, slots_for
 from seqlab.shapes import Keys, LogSumExp, Queries, Steps, Values
 from seqlab.state import Segments, segments
 
 
 @dataclasses.dataclass(frozen=True)
-class Window:
+class Window(Policy):
     """The first `sinks` keys of the sequence and the last `window`, the query's own included, in a ring
     buffer.
 
     Args:
       window: W, how many keys a query sees besides the sinks, its own included.
       sinks: how many first keys stay (StreamingLLM, arXiv 2309.17453).
-      softcap: bound of the logits.
-      positions: "absolute" counts steps of the stream; "cache" counts places in the cache, so that the sinks
-        are never further away than sinks + window, however long the stream. Distances within the window are
-        the same in both. Keys are stored rotated once: the sinks are read with a second rotation of the
-        query, at its place in the cache.
+      softcap: deprecated, give it to `Attention`.
+      positions: "cache" counts places in the cache, as StreamingLLM does, so that the sinks are never further
+        away than sinks + window, however long the stream. "absolute" counts steps of the stream: past about
+        1.5 times the length that a rotary model was trained on its sinks do more harm than good. Distances
+        within the window are the same in both. Keys are stored rotated once: the sinks are read with a second
+        rotation of the query, at its place in the cache.
       edge: "step" hides from every query what is older than its window. "call" reproduces the published code
         of StreamingLLM and DuoAttention: all queries of a call see all that was cached before it, and the
         call; results then depend on how a stream is cut.
@@ -51,36 +55,45 @@ class Window:
     window: int
     sinks: int = 0
     softcap: float | None = None
-    positions: str = "absolute"
+    positions: str = "cache"
     edge: str = "step"
 
     def __post_init__(self):
         check_positive("window", self.window)
-        if self.sinks:
-            check_positive("sinks", self.sinks)
+        check_at_least("sinks", self.sinks, 0)
         check_choice(self.positions, ("absolute", "cache"), "positions")
         check_choice(self.edge, ("step", "call"), "edge")
+        if not self.sinks:  # nothing is read from another place: both are one policy
+            object.__setattr__(self, "positions", "cache")
 
     @classmethod
     def published(cls, sinks: int, recent: int) -> "Window":
         """StreamingLLM's own numbers: `recent` keys are kept between steps, so a query sees one more,
         itself."""
-        return cls(recent + 1, sinks, positions="cache")
+        return cls(recent + 1, sinks)
 
     @property
     def exact(self) -> bool:
         return self.edge == "step"
 
     def __str__(self) -> str:
-        return (f"sinks({self.sinks})+" if self.sinks else "") + f"window({self.window})"
+        sinks = f"sinks({self.sinks})+" if self.sinks else ""
+        edge = ", edge=call" if self.edge == "call" else ""
+        return f"{sinks}window({self.window}{edge})" + ("+absolute" if self.positions == "absolute" else "")
 
     @property
     def span(self) -> int:
-        """How many steps it remembers at most."""
         return self.sinks + self.window
 
-    def init_state(self, batch: int, kv_heads: int, width: int, dtype: jax.typing.DTypeLike) -> CacheState:
-        return empty(batch, self.sinks + self.window, kv_heads, width, dtype)
+    def init_state(
+        self,
+        batch: int,
+        kv_heads: int,
+        width: int,
+        dtype: jax.typing.DTypeLike,
+        v_width: int | None = None,
+    ) -> CacheState:
+        return empty(batch, self.span, kv_heads, width, dtype, v_width)
 
     def __call__(
         self,
@@ -90,34 +103,44 @@ class Window:
         state: CacheState | None,
         reset: Steps | None,
         valid: Steps | None,
-        rotary: Rotary,
+        scores: Scores,
     ) -> tuple[Float[Array, "b t h v"], LogSumExp, CacheState | None]:
         if state is None:
-            if not self._in_place:
-                return (*parallel(q, k, v, reset, valid, rotary, **self._limits()), None)
-            where = segments(q.shape[:2], 0, reset, valid)
-            start = jnp.full(q.shape[:1], self.sinks)
-            return (
-                *self._with_sinks_in_place(
-                    q, rotary, where, start, new_span(rotary(k, where.positions), v, where)
-                ),
-                None,
-            )
+            return (*self._whole(q, k, v, reset, valid, scores), None)
         where = segments(q.shape[:2], state.length, reset, valid)
-        k = rotary(k, where.positions)
+        k = scores.rotary(k, where.positions)
         new = self._stored(state, k, v, where, reset)
-        if (
-            q.shape[1] == 1
-        ):  # the ring after the store holds exactly what the one query sees: no copy of the cache is needed
+        # The ring after the store holds exactly what the one query sees: no copy of the cache is needed.
+        if q.shape[1] == 1:
             span = stored_span(new)._replace(segments=None)
         else:
             old = state if self.edge == "step" else _without_oldest(state, self.window - 1, self.sinks)
             span = joined(stored_span(old), new_span(k, v, where))
         if self._in_place:
-            out, lse = self._with_sinks_in_place(q, rotary, where, _ring_start(state, self.sinks), span)
+            # Without a reset all the sinks that a query may see lie, once the chunk is stored, in their slots.
+            first = stored_span(new, slice(0, self.sinks))._replace(segments=None) if reset is None else None
+            start = _ring_start(state, self.sinks)
+            out, lse = self._with_sinks_in_place(q, scores, where, start, span, first)
         else:
-            out, lse = attend(rotary(q, where.positions), where.positions, where, span, **self._limits())
-        return only_valid(out, where), lse, new
+            q = scores.rotary(q, where.positions)
+            out, lse = attend(q, where.positions, where, span, scores, **self._limits())
+        out = only_valid(out, where)
+        if self.held(state) < self.span:  # a state that was made for fewer steps ends with these
+            out, lse = beyond_is_nan(out, lse, where.positions >= self.held(state))
+        return out, lse, new
+
+    def _whole(
+        self, q: Queries, k: Keys, v: Values, reset: Steps | None, valid: Steps | None, scores: Scores
+    ):
+        """The parallel form."""
+        if not self._in_place:
+            return parallel(q, k, v, reset, valid, scores, **self._limits())
+        where = segments(q.shape[:2], 0, reset, valid)
+        span = new_span(scores.rotary(k, where.positions), v, where)
+        start = jnp.full(q.shape[:1], self.sinks)
+        simple = reset is None and valid is None
+        first = Span(*(x[:, : self.sinks] for x in span[:3]), None) if simple else None
+        return self._with_sinks_in_place(q, scores, where, start, span, first)
 
     @property
     def _in_place(self) -> bool:
@@ -125,32 +148,32 @@ class Window:
         return self.positions == "cache" and self.sinks > 0
 
     def _limits(self) -> dict:
-        """What `kernels.attention` is told; under "call" what is stored is what is seen."""
-        return {"softcap": self.softcap} | (
-            {"window": self.window, "sinks": self.sinks} if self.edge == "step" else {}
-        )
+        """The bounds that `kernels.attention` is told; under "call" what is stored is what is seen."""
+        return {"window": self.window, "sinks": self.sinks} if self.edge == "step" else {}
 
     def _with_sinks_in_place(
-        self, q: Queries, rotary: Rotary, where: Segments, start: Int[Array, " b"], span: Span
+        self,
+        q: Queries,
+        scores: Scores,
+        where: Segments,
+        start: Int[Array, " b"],
+        span: Span,
+        first: Span | None,
     ):
         """Attention over the ring at absolute distances, merged with attention over the sinks from the
         query's place in the cache.
 
         `start` [b]: the first position behind the sinks that the state still holds; a fresh sequence starts
-        behind its sinks.
+        behind its sinks. `first`: the sinks, where they lie by themselves; else they are among `span`.
         """
         p = where.positions
-        first = jnp.where(where.ids == 1, start[:, None], self.sinks)  # of the ring, as the query sees it
-        first = jnp.maximum(first, p - self.window + 1) if self.edge == "step" else first
-        place = jnp.where(p < self.sinks, p, self.sinks + p - first)
+        place = place_in_cache(p, where.ids, start, self.sinks, self.window if self.edge == "step" else None)
         ring = span._replace(positions=jnp.where(span.positions >= self.sinks, span.positions, NEVER))
-        if span.segments is None:  # the slots of a state, of which the sinks have the first ones
-            sinks = Span(*(x[:, : self.sinks] for x in span[:3]), None)
-        else:
-            sinks = span._replace(positions=jnp.where(span.positions < self.sinks, span.positions, NEVER))
+        if first is None:
+            first = span._replace(positions=jnp.where(span.positions < self.sinks, span.positions, NEVER))
         window = {"window": self.window} if self.edge == "step" else {}
-        near = attend(rotary(q, p), p, where, ring, softcap=self.softcap, **window)
-        return merge(*near, *attend(rotary(q, place), p, where, sinks, softcap=self.softcap))
+        near = attend(scores.rotary(q, p), p, where, ring, scores, **window)
+        return merge(*near, *attend(scores.rotary(q, place), p, where, first, scores))
 
     def _stored(self, state: CacheState, k, v, where: Segments, reset: Steps | None) -> CacheState:
         ring = self.sinks + (where.positions - self.sinks) % self.window
@@ -159,6 +182,15 @@ class Window:
         # would race.
         survives = (where.positions < self.sinks) | (where.positions >= where.length[:, None] - self.window)
         return store(state, k, v, where, slots, survives, reset)
+
+    def held(self, state: CacheState) -> int:
+        return state.positions.shape[1]
+
+    def slots_for(self, steps: int) -> int:
+        return slots_for(steps, self.span)
+
+    def resize(self, state: CacheState, slots: int) -> CacheState:
+        return with_slots(state, slots)
 
     def evict(self, state: CacheState, recent: int) -> CacheState:
         """`state` with the sinks and the last `recent` keys alone: room for what is to come, as StreamingLLM
@@ -176,6 +208,23 @@ class Window:
                 "before them"
             )
         return forget_from(state, length)
+
+
+def place_in_cache(
+    positions: Int[Array, "b t"],
+    ids: Int[Array, "b t"],
+    start: Int[Array, " b"],
+    sinks: int,
+    window: int | None,
+) -> Int[Array, "b t"]:
+    """The place of each query among the sinks and the ring that it sees, counted from 0.
+
+    `start` [b]: the first position behind the sinks that the state holds, of the sequence with id 1; the ring
+    of a fresh one begins behind its sinks. `window`: how many keys of the ring a query sees, None for all.
+    """
+    first = jnp.where(ids == 1, start[:, None], sinks)
+    first = first if window is None else jnp.maximum(first, positions - window + 1)
+    return jnp.where(positions < sinks, positions, sinks + positions - first)
 
 
 def _without_oldest(state: CacheState, recent: int, sinks: int) -> CacheState:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqlab.models.cache import MoBA
+from seqlab.models.cache import MoBA, Scores
 from seqlab.state import segments
 
 
@@ -16,7 +16,7 @@ def check(case):
     reset = jnp.zeros(q.shape[:2], bool).at[0, starts].set(True)
     policy = MoBA(block, top_k, capacity=-(-max(lens) // block) * block)
 
-    run = jax.jit(lambda q, k, v, state, reset: policy(q, k, v, state, reset, None, unturned))
+    run = jax.jit(lambda q, k, v, state, reset: policy(q, k, v, state, reset, None, Scores(unturned)))
     out, pull = jax.jit(lambda *floats: jax.vjp(lambda *floats: run(*floats, None, reset)[0], *floats))(
         q, k, v
     )

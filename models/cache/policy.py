@@ -1,0 +1,99 @@
+"""The protocol of a cache policy."""
+
+import math
+from typing import Any
+
+import jax
+from jaxtyping import Array, Int
+
+from seqlab.state import State
+
+_LEAST = 256  # slots that a stream begins with; then 1,024, 2,048, 4,096, ...
+
+
+def slots_for(steps: int, most: int, grows: bool = False) -> int:
+    """The least of a few sizes that holds `steps` slots: `most` at most, or doublings of it where it `grows`.
+
+    A step costs what is held, and every size is compiled once: few sizes where a step is cheap anyway,
+    doublings from 1,024 on.
+    """
+    if steps > most and grows:
+        return most * 2 ** math.ceil(math.log2(steps / most))
+    size = _LEAST
+    while size < steps:
+        size *= 4 if size == _LEAST else 2
+    return min(size, most)
+
+
+class Policy:
+    """Base of all cache policies: frozen dataclasses, since a policy is part of a model's description.
+
+    A subclass defines `span`, `init_state`, the call and `rewind`. One whose state has slots that are filled in
+    order also defines `held`, `slots_for` and `resize`: a stream then holds, and a step reads, no more slots
+    than it needs.
+
+    Attributes:
+      exact: whether a stream equals the parallel form.
+      capacity: the longest sequence that can be held; None for no such bound.
+      grows: whether a host gives a state more slots where it would end.
+    """
+
+    exact: bool = True
+    capacity: int | None = None
+    grows: bool = False
+
+    @property
+    def span(self) -> int:
+        """How many steps it remembers at most."""
+        raise NotImplementedError
+
+    @property
+    def end(self) -> int | None:
+        """Where sequences must end; None for a policy that goes on, in constant memory or because it grows."""
+        return None if self.grows else self.capacity
+
+    def init_state(
+        self,
+        batch: int,
+        kv_heads: int,
+        width: int,
+        dtype: jax.typing.DTypeLike,
+        v_width: int | None = None,
+    ) -> State:
+        """The state of `batch` fresh sequences with keys of `width` and values of `v_width` (default: the
+        same), with all the slots that sequences may need."""
+        raise NotImplementedError
+
+    def __call__(
+        self, q: Any, k: Any, v: Any, state: State | None, reset: Any, valid: Any, scores: Any
+    ) -> tuple[Any, Any, State | None]:
+        """Attention of a chunk: out [b, t, h, v], lse [b, t, h] and the new state, from unturned queries
+        [b, t, h, k], keys [b, t, g, k] and values [b, t, g, v]. `state=None` is the parallel form. `scores` are
+        the model's (`seqlab.models.cache.Scores`)."""
+        raise NotImplementedError
+
+    def rewind(self, state: State, steps: Int[Array, " b"]) -> State:
+        """The state `steps` steps ago, row by row; ValueError where the past is gone."""
+        raise NotImplementedError
+
+    def held(self, state: State) -> int:
+        """How many slots a state has."""
+        return self.span
+
+    def slots_for(self, steps: int) -> int:
+        """How many slots a state should have for sequences of `steps` steps."""
+        return self.span
+
+    def resize(self, state: State, slots: int) -> State:
+        """`state` with its first `slots` slots, or with empty ones behind its own."""
+        return state
+
+    def with_room(self, state: State, steps: int) -> State:
+        """`state` with slots for sequences of `steps` steps, if it has fewer."""
+        slots = self.slots_for(steps)
+        return state if slots <= self.held(state) else self.resize(state, slots)
+
+    def compact(self, state: State, steps: int) -> State:
+        """A state of sequences of at most `steps` steps with no more slots than these need."""
+        slots = self.slots_for(steps)
+        return self.resize(state, slots) if slots < self.held(state) else state
