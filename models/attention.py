@@ -141,6 +141,10 @@ class Attention(Module):
     ):
         cache, conv = (state, None) if self.key_conv is None or state is None else state
         q, k, v, conv = self.project(mask_steps(x, valid), conv, reset, valid)
+        if cache is not None:
+            self.cache.check(cache)
+        if x.shape[1] == 0:  # nothing arrived
+            return jnp.zeros((x.shape[0], 0, self.dim), x.dtype), state
         scores = Scores(self.rotary, self.softcap, self.scale)
         if reset is None:
             out, lse, new = self.cache(q, k, v, cache, None, valid, scores)
@@ -204,6 +208,10 @@ class Attention(Module):
     def compact(self, state: State, steps: int) -> State:
         """The state of sequences of at most `steps` steps with no more slots than these need."""
         return self._of_cache(self.cache.compact, state, steps)
+
+    def adopt(self, state: State) -> State:
+        """A state that enters from outside; ValueError where another cache made it."""
+        return self._of_cache(lambda own, _: self.cache.adopt(own), state, 0)
 
     def _of_cache(self, function: Callable[[State, int], State], state: State, steps: int) -> State:
         if self.key_conv is None:

@@ -77,6 +77,16 @@ class MixerBase:
         """`state` with room for sequences of `steps` steps, where it grows; itself otherwise."""
         return state
 
+    def compact(self, state: State, steps: int) -> State:
+        """The state of sequences of at most `steps` steps with no more room than these need; itself where a
+        state has one size."""
+        return state
+
+    def adopt(self, state: State) -> State:
+        """A state that enters from outside, as this mixer continues it; ValueError where its numbers say that
+        another mixer made it. Looks at the numbers: not for jitted code."""
+        return state
+
     def rewind(self, state: State, steps: Int[Array, " b"]) -> State:
         """The state `steps` [b] steps ago; CannotRewind where the mixer does not keep the steps."""
         raise CannotRewind(
@@ -110,6 +120,12 @@ class Composite(MixerBase):
 
     def with_room(self, state: State, steps: int) -> State:
         return self.map_states(state, lambda child, own: as_mixer(child).with_room(own, steps))
+
+    def compact(self, state: State, steps: int) -> State:
+        return self.map_states(state, lambda child, own: as_mixer(child).compact(own, steps))
+
+    def adopt(self, state: State) -> State:
+        return self.map_states(state, lambda child, own: as_mixer(child).adopt(own))
 
     def rewind(self, state: State, steps: int | Int[Array, " b"]) -> State:
         """The state `steps` steps ago, row by row: going on from it is never having seen them. Looks at the

@@ -14,8 +14,8 @@ from helpers import assert_close, assert_identical, random
 
 from seqlab import merge, split, state_bytes, verify_streaming
 from seqlab.models import LMU, LMUFormer, RecurrentLMU
-from seqlab.models.legendre import spiking
 from seqlab.models.layers import Linear
+from seqlab.models.legendre import spiking
 from seqlab.models.legendre.in_turn import TimeConv
 from seqlab.models.legendre.lmuformer import RunningMean
 from seqlab.models.legendre.spiking import lif

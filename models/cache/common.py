@@ -175,6 +175,17 @@ def beyond_is_nan(out: Array, lse: Array, beyond: Array) -> tuple[Array, Array]:
     return jnp.where(beyond[:, :, None, None], jnp.nan, out), jnp.where(beyond[:, :, None], jnp.nan, lse)
 
 
+def check_layout(policy: object, state: CacheState, places: Int[Array, "b s"]) -> None:
+    """Refuse a state whose steps do not lie where `policy` puts them: step `places` in each slot, or none. Looks
+    at the numbers: not for jitted code."""
+    here = state.positions != NEVER
+    if bool(jnp.any(here & (state.positions != places))):
+        raise UserError(f"state holds other steps than {policy} keeps: it was made by another cache")
+    gone = (places >= 0) & (places < state.length[:, None]) & ~here
+    if bool(jnp.any(gone & (places == state.length[:, None] - 1))):
+        raise UserError(f"state lacks the newest step, which {policy} keeps: it was made by another cache")
+
+
 def earlier(state: CacheState, steps: Int[Array, " b"]) -> Int[Array, " b"]:
     """The lengths `steps` steps ago; ValueError where a row has not seen as many. Looks at the numbers: not
     for jitted code."""

@@ -1,6 +1,7 @@
 """The cache that keeps everything, up to a capacity."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from seqlab.models.cache.common import (
     Scores,
     attend,
     beyond_is_nan,
+    check_layout,
     earlier,
     empty,
     forget_from,
@@ -43,6 +45,7 @@ class Full(Policy):
     capacity: int = 4096
     softcap: float | None = None
     grows: bool = False
+    state_type: ClassVar[type] = CacheState
 
     def __post_init__(self):
         check_positive("capacity", self.capacity)
@@ -97,6 +100,13 @@ class Full(Policy):
 
     def resize(self, state: CacheState, slots: int) -> CacheState:
         return with_slots(state, slots)
+
+    def adopt(self, state: CacheState) -> CacheState:
+        """A smaller full cache's state is taken over: what it holds lies where it would lie here."""
+        if isinstance(state, CacheState):
+            check_layout(self, state, jnp.arange(self.held(state))[None])
+            state = self.resize(state, max(self.slots_for(self.held(state)), self.held(state)))
+        return super().adopt(state)
 
     def rewind(self, state: CacheState, steps: Int[Array, " b"]) -> CacheState:
         return forget_from(state, earlier(state, steps))

@@ -93,6 +93,18 @@ class Heads(Policy):
         pairs = zip(self.policies, state, strict=True)
         return tuple(policy.with_room(own, steps) for policy, own in pairs)
 
+    def adopt(self, state: tuple[Any, ...]) -> tuple[Any, ...]:
+        self.check(state)
+        return tuple(policy.adopt(own) for policy, own in zip(self.policies, state, strict=True))
+
+    def check(self, state: tuple[Any, ...]) -> None:
+        if not isinstance(state, tuple) or len(state) != len(self.policies):
+            raise UserError(
+                f"state is not that of {self}, one for each of its caches: it was made by another"
+            )
+        for policy, own in zip(self.policies, state, strict=True):
+            policy.check(own)
+
     def compact(self, state: tuple[Any, ...], steps: int) -> tuple[Any, ...]:
         pairs = zip(self.policies, state, strict=True)
         return tuple(policy.compact(own, steps) for policy, own in pairs)

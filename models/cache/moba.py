@@ -2,7 +2,7 @@
 (MoBA, arXiv 2502.13189)."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +74,7 @@ class MoBA(Policy):
     capacity: int | None = 4096
     stored: int | None = None
     grows: bool = False
+    state_type: ClassVar[type] = MoBAState
 
     def __post_init__(self):
         check_positive("block", self.block)

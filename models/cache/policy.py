@@ -1,11 +1,12 @@
 """The protocol of a cache policy."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from jaxtyping import Array, Int
 
+from seqlab.checks import UserError
 from seqlab.state import State
 
 _LEAST = 256  # slots that a stream begins with; then 1,024, 2,048, 4,096, ...
@@ -36,11 +37,13 @@ class Policy:
       exact: whether a stream equals the parallel form.
       capacity: the longest sequence that can be held; None for no such bound.
       grows: whether a host gives a state more slots where it would end.
+      state_type: the class of its states, None for any.
     """
 
     exact: bool = True
     capacity: int | None = None
     grows: bool = False
+    state_type: ClassVar[type | None] = None
 
     @property
     def span(self) -> int:
@@ -87,6 +90,31 @@ class Policy:
     def resize(self, state: State, slots: int) -> State:
         """`state` with its first `slots` slots, or with empty ones behind its own."""
         return state
+
+    def adopt(self, state: State) -> State:
+        """A state that enters from outside, as this policy continues it: ValueError where what it holds is
+        not what this policy would have kept. Looks at the numbers: not for jitted code."""
+        self.check(state)
+        return state
+
+    def check(self, state: State) -> None:
+        """Refuse a state that another policy has made, as far as its kind and its slots tell."""
+        if self.state_type is not None and not isinstance(state, self.state_type):
+            raise UserError(
+                f"state is a {type(state).__name__}, not the {self.state_type.__name__} of {self}: it was made "
+                "by another cache"
+            )
+        held = self.held(state)
+        if held != self.slots_for(held) and held != self.all_slots:
+            raise UserError(
+                f"state has {held} slots, which no state of {self} has ({self.all_slots} at most): it was "
+                "made by another cache"
+            )
+
+    @property
+    def all_slots(self) -> int:
+        """The slots that `init_state` makes."""
+        return self.span
 
     def with_room(self, state: State, steps: int) -> State:
         """`state` with slots for sequences of `steps` steps, if it has fewer."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +98,7 @@ class Quantized(Policy):
     positions: str = "cache"
     grows: bool = False
     value_bits: int | None = None
+    state_type: ClassVar[type] = QuantizedState
 
     def __post_init__(self):
         if (self.capacity is None) == (self.window is None):
@@ -226,12 +227,15 @@ class Quantized(Policy):
             out, lse = beyond_is_nan(out, lse, where.positions >= held + self.sinks)
         return out, lse, new
 
+    @property
+    def all_slots(self) -> int:
+        return self.slots
+
     def held(self, state: QuantizedState) -> int:
         return state.k.words.shape[3]
 
     def slots_for(self, steps: int) -> int:
-        steps = max(1, steps - self.sinks)
-        return -(-slots_for(steps, self.slots, self.grows) // self.residual) * self.residual
+        return -(-slots_for(max(1, steps), self.slots, self.grows) // self.residual) * self.residual
 
     def resize(self, state: QuantizedState, slots: int) -> QuantizedState:
         k, v, groups = state.k, state.v, slots // self.group

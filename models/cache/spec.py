@@ -1,17 +1,17 @@
 """Cache policies as words, `sinks(4)+window(1020)+int4`, and as the names of one's own."""
 
 import ast
-import importlib
 import re
 from typing import Any, NamedTuple
 
-from seqlab.checks import UserError, check_choice, nearest
+from seqlab.checks import UserError, check_choice
 from seqlab.models.cache.full import Full
 from seqlab.models.cache.heads import Heads
 from seqlab.models.cache.moba import MoBA
 from seqlab.models.cache.policy import Policy
 from seqlab.models.cache.quantized import Quantized
 from seqlab.models.cache.window import Window
+from seqlab.names import imported
 
 _TERMS = ("full", "window", "sinks", "int2", "int4", "int8", "moba", "absolute", "in_place", "grows")
 _OPTIONS = {  # of each term, beside its numbers
@@ -181,18 +181,16 @@ def _named(spec: str) -> Policy:
     module, _, call = spec.partition(":")
     name, parenthesis, arguments = call.partition("(")
     try:
-        found = importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(f"cache: cannot import {module!r} of {spec!r}: {error}") from error
-    if not hasattr(found, name):
-        raise UserError(f"cache: {module} has no {name!r}{nearest(name, vars(found))}")
+        build = imported(f"{module}:{name}")
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"cache: cannot import {module}:{name} of {spec!r}: {error}") from error
     try:
         parsed = ast.parse(f"f({arguments}" if parenthesis else "f()", mode="eval").body
         values = [ast.literal_eval(argument) for argument in parsed.args]
         options = {option.arg: ast.literal_eval(option.value) for option in parsed.keywords}
     except (SyntaxError, ValueError) as error:
         raise UserError(f"cache: the arguments of {spec!r} must be literals such as 8 or size=8") from error
-    policy = getattr(found, name)(*values, **options)
+    policy = build(*values, **options)
     if not isinstance(policy, Policy):
         raise UserError(f"cache: {spec!r} is a {type(policy).__name__}, not a seqlab.models.cache.Policy")
     return policy

@@ -1,6 +1,7 @@
 """The first keys and the last ones, in constant memory: sliding windows, attention sinks, StreamingLLM."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from seqlab.models.cache.common import (
     Span,
     attend,
     beyond_is_nan,
+    check_layout,
     earlier,
     empty,
     forget_from,
@@ -57,6 +59,7 @@ class Window(Policy):
     softcap: float | None = None
     positions: str = "cache"
     edge: str = "step"
+    state_type: ClassVar[type] = CacheState
 
     def __post_init__(self):
         check_positive("window", self.window)
@@ -191,6 +194,14 @@ class Window(Policy):
 
     def resize(self, state: CacheState, slots: int) -> CacheState:
         return with_slots(state, slots)
+
+    def adopt(self, state: CacheState) -> CacheState:
+        self.check(state)
+        slot = jnp.arange(self.held(state))[None]
+        last = state.length[:, None] - 1  # the newest step of each slot of the ring
+        ring = last - (last - slot) % self.window  # slot - sinks = (position - sinks) % window
+        check_layout(self, state, jnp.where(slot < self.sinks, slot, ring))
+        return state
 
     def evict(self, state: CacheState, recent: int) -> CacheState:
         """`state` with the sinks and the last `recent` keys alone: room for what is to come, as StreamingLLM

@@ -152,8 +152,9 @@ def stream_generate(
     rows = _rows(prompt, tokenizer, model.vocab_size, fresh=state is None)
     if state is None:
         state = stream_state(model, len(rows), _check_seed(seed, len(rows)))
+        state = state._replace(model=as_mixer(model).compact(state.model, max(map(len, rows)) + 1))
     else:
-        _check_fits(model, state)
+        state = _adopted(model, state)
     if len(rows) == 1 and not len(rows[0]):
         rows = rows * state.length.shape[0]
     if len(rows) != state.length.shape[0]:
@@ -374,27 +375,34 @@ def _unrolled(model: Module) -> Module:
     return as_mixer(model).unrolled()
 
 
-def _check_fits(model: Module, state: StreamState) -> None:
-    """Refuse a state of another model or cache. Caches that grow may have any room that growing gives."""
+def _adopted(model: Module, state: StreamState) -> StreamState:
+    """A state that continues, refused if another model or cache made it. Caches may have any room that
+    streaming gives them."""
     if not isinstance(state, StreamState):
         raise UserError(f"state must be a StreamState, as Stream.state is, got {type(state).__name__}")
-
-    def fresh(steps: int | None = None) -> StreamState:
-        made = stream_state(model, 1)
-        return made if steps is None else made._replace(model=as_mixer(model).with_room(made.model, steps))
-
-    def differs(like: StreamState) -> UserError | None:
+    mixer, whole = as_mixer(model), jax.eval_shape(lambda: stream_state(model, 1))
+    if jax.tree.structure(state) != jax.tree.structure(whole):
+        check_state(state, whole)
+    state = state._replace(model=mixer.adopt(state.model))
+    sizes = sorted({size for leaf in jax.tree.leaves(state.model) for size in leaf.shape if size})
+    reason = None
+    for steps in (None, *sizes):
+        like = jax.eval_shape(lambda steps=steps: _with_room_for(model, steps))
         try:
             check_state(state, like)
         except UserError as error:
-            return error
-        return None
+            reason = reason or error
+        else:
+            return state
+    raise reason
 
-    reason = differs(jax.eval_shape(fresh))
-    sizes = {size for leaf in jax.tree.leaves(state.model) for size in leaf.shape if size}
-    grown = (jax.eval_shape(functools.partial(fresh, steps)) for steps in sorted(sizes))
-    if reason is not None and all(differs(like) for like in grown):
-        raise reason
+
+def _with_room_for(model: Module, steps: int | None) -> StreamState:
+    """A fresh state with the room that streams of `steps` steps have; None for all."""
+    made, mixer = stream_state(model, 1), as_mixer(model)
+    if steps is None:
+        return made
+    return made._replace(model=mixer.with_room(mixer.compact(made.model, steps), steps))
 
 
 def _check_seed(seed: int | Sequence[int], rows: int) -> np.ndarray:
