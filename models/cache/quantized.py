@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,42 +26,17 @@ from seqlab.models.cache.common import (
 )
 from seqlab.models.cache.policy import Policy, slots_for
 from seqlab.models.cache.quantize import Groups, decode, dequantize, encode, groups_of, quantize
+from seqlab.models.cache.quantized_parts import (
+    Partial,
+    QuantizedState,
+    Recent,
+    attend_recent,
+    put_slot,
+    put_slots,
+)
 from seqlab.models.cache.window import place_in_cache
 from seqlab.shapes import Keys, LogSumExp, Queries, Steps, Values, accumulator
 from seqlab.state import Segments, segments
-
-Partial = tuple[Float[Array, "b t h v"], LogSumExp]  # an attention over some of the keys, to be merged
-
-
-class QuantizedState(NamedTuple):
-    """`sink_k`, `sink_v` [b, g, sinks, k]: the first steps, exact. `k`, `v`: packed codes [b, g, words, s] by
-    slot, with scale and least value [b, g, s / group, k] of keys, over steps, and [b, g, k / group, s] of
-    values, over channels. `rest_k`, `rest_v` [b, g, residual, k]: the newest steps, exact, in a ring.
-    `length` [b]: steps seen."""
-
-    sink_k: Float[Array, "b g n k"]
-    sink_v: Float[Array, "b g n v"]
-    k: Coded
-    v: Coded
-    rest_k: Float[Array, "b g r k"]
-    rest_v: Float[Array, "b g r v"]
-    length: Int[Array, " b"]
-
-
-class _Recent(NamedTuple):
-    """The residual and then the chunk, as one list of e steps: keys and values [b, e, g, k], exact and
-    dequantized, the `groups` that each key is quantized by, the `places` [b, e] of the steps behind the sinks
-    (below 0: a sink), their `segments` [b, e] (0 for nothing), and which keys are not quantized yet, `open_`
-    [b, e]."""
-
-    k: Array
-    coded_k: Array
-    v: Array
-    coded_v: Array
-    groups: Groups
-    places: Array
-    segments: Array
-    open_: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +188,8 @@ class Quantized(Policy):
             new = self._stored(state, recent, where) if streaming else None
             first_call = (state.length == 0)[:, None, None]
             whole = first_call if self.edge == "call" and streaming else jnp.zeros((1, 1, 1), bool)
-            parts = [self._attend_recent(q, where, recent, whole, scores)]
+            place, limits = where.positions - self.sinks, {"residual": self.residual, "window": self.window}
+            parts = [attend_recent(q, place, where, recent, whole, scores, **limits)]
             if streaming:
                 parts.append(self._attend_coded(q, state, where, scores))
             if self.sinks:
@@ -273,7 +249,7 @@ class Quantized(Policy):
         seen = jnp.maximum(state.length - self.sinks, 0)[:, None]
         return seen, seen // self.residual * self.residual
 
-    def _recent(self, state: QuantizedState, k: Keys, v: Values, where: Segments) -> _Recent:
+    def _recent(self, state: QuantizedState, k: Keys, v: Values, where: Segments) -> Recent:
         """The last `residual` steps that were seen, and the chunk."""
         coded = self._ends(state)[1]
         old_k, old = self._recent_keys(state)
@@ -285,7 +261,7 @@ class Quantized(Policy):
         groups = self._key_groups(k_all, self._group_index(places, ids, coded), open_)
         coded_k = decode(encode(k_all, groups, self.bits), groups).astype(k.dtype)
         codes, value_groups = quantize(v_all, self.group, self.v_bits)
-        return _Recent(
+        return Recent(
             k_all,
             jnp.where(open_[..., None, None], coded_k, k_all),
             v_all,
@@ -320,49 +296,14 @@ class Quantized(Policy):
 
     def _kept(self, groups: Groups) -> Groups:
         """As precise as they are stored."""
-        return (
-            Groups(*(x.astype(jnp.float16).astype(x.dtype) for x in groups)) if self.half_groups else groups
-        )
+        if not self.half_groups:
+            return groups
+        return Groups(*(x.astype(jnp.float16).astype(x.dtype) for x in groups))
 
     def _coded_places(self, state: QuantizedState) -> Int[Array, "b s"]:
         """The newest step whose key is quantized in each slot; below 0 for none."""
         coded, slots = self._ends(state)[1], self.held(state)
         return coded - 1 - (coded - 1 - jnp.arange(slots)[None]) % slots
-
-    def _attend_recent(
-        self, q: Queries, where: Segments, recent: _Recent, whole: Array, scores: Scores
-    ) -> Partial:
-        """Dense attention over the residual and the chunk, each key and value as the query sees it, or exactly
-        in the rows where `whole` [b, 1, 1]."""
-        b, t, h, width = q.shape
-        g, acc = recent.v.shape[2], accumulator(q.dtype)
-        queries = q.reshape(b, t, g, h // g, width)
-        place, u = (where.positions - self.sinks)[:, :, None], recent.places[:, None, :]
-        see = (recent.segments[:, None, :] == where.ids[:, :, None]) & (where.ids > 0)[:, :, None]
-        see = see & (u >= 0) & (u <= place)
-        if self.window is not None:
-            see = see & (place - u < self.window)
-        exact_k = whole | (u >= place // self.residual * self.residual)
-        exact_v = whole | (u >= place - self.residual)
-        x = jnp.where(
-            exact_k[:, None, None],
-            _logits(queries, recent.k, scores, acc),
-            _logits(queries, recent.coded_k, scores, acc),
-        )
-        x = jnp.where(see[:, None, None], x, -jnp.inf)
-        row_max = jax.lax.stop_gradient(jnp.maximum(x.max(-1, keepdims=True), jnp.finfo(acc).min))
-        p = jnp.exp(x - row_max)
-        row_sum = p.sum(-1, keepdims=True)
-        safe_sum = jnp.where(row_sum == 0, 1, row_sum)
-        # 0 * NaN is NaN: padding must hold numbers.
-        here = (recent.segments > 0)[:, :, None, None]
-        v, coded_v = (jnp.where(here, x, 0).astype(acc) for x in (recent.v, recent.coded_v))
-        out = jnp.einsum("bgrts,bsgv->btgrv", p / safe_sum, coded_v)
-        near = jnp.where(exact_v[:, None, None], p / safe_sum, 0)
-        out = out + jnp.einsum("bgrts,bsgv->btgrv", near, v - coded_v)
-        lse = jnp.where(row_sum == 0, -jnp.inf, row_max + jnp.log(safe_sum))
-        lse = jnp.moveaxis(lse[..., 0], 3, 1).reshape(b, t, h)
-        return out.reshape(b, t, h, -1).astype(q.dtype), lse
 
     def _attend_coded(self, q: Queries, state: QuantizedState, where: Segments, scores: Scores) -> Partial:
         """Attention over the steps before the residual, of which every query sees key and value quantized."""
@@ -468,7 +409,7 @@ class Quantized(Policy):
 
     # --- what is stored
 
-    def _stored(self, state: QuantizedState, recent: _Recent, where: Segments) -> QuantizedState:
+    def _stored(self, state: QuantizedState, recent: Recent, where: Segments) -> QuantizedState:
         carried = (where.last == 1)[:, None]
         length = where.length
         seen = jnp.maximum(length - self.sinks, 0)[:, None]
@@ -525,59 +466,31 @@ class Quantized(Policy):
         here, ring = where.ids[:, 0] > 0, u % size
         sink, behind = here & (u < 0), here & (u >= 0)
         fills = behind & (ring == size - 1)
-        rows, heads = jnp.arange(k.shape[0])[:, None, None], jnp.arange(k.shape[1])[:, None]
-
-        def put(x: Array, values: Array, slot: Array, keep: Array) -> Array:
-            """x [b, g, s, .] with values [b, g, .] in a slot."""
-            return x.at[rows[:, 0], heads.T, jnp.where(keep, slot, x.shape[2])[:, None]].set(
-                values.astype(x.dtype), mode="drop"
-            )
-
-        def put_last(x: Array, values: Array, first: Array, keep: Array, axis: int) -> Array:
-            """x [b, g, ., s] or [b, g, s, .] with values of the same layout in its slots from `first` on."""
-            at = first[:, None] + jnp.arange(values.shape[axis])
-            at = jnp.where(keep[:, None], at, x.shape[axis])[:, None]
-            index = (rows, heads, slice(None), at) if axis == 3 else (rows, heads, at)
-            values = jnp.moveaxis(values, 3, 2) if axis == 3 else values
-            return x.at[index].set(values.astype(x.dtype), mode="drop")
-
         old_v = jnp.take_along_axis(state.rest_v, ring[:, None, None, None], axis=2)
         codes, groups = quantize(old_v, self.group, self.v_bits)
         coded_v = (
             words_of(codes.swapaxes(2, 3), self.v_bits),
             *(x.swapaxes(2, 3) for x in self._kept(groups)),
         )
-        displaced = behind & (u >= size)
-        rest_k = put(state.rest_k, k, ring, behind)
+        displaced, oldest = behind & (u >= size), (u - size) % slots
+        rest_k = put_slot(state.rest_k, k, ring, behind)
         parts = rest_k.reshape(*rest_k.shape[:2], -1, self.group, rest_k.shape[3])
         groups = self._kept(groups_of(parts.min(3), parts.max(3), self.bits))
         codes = encode(parts, Groups(*(x[:, :, :, None] for x in groups)), self.bits).reshape(rest_k.shape)
         words, first = words_of(codes.swapaxes(2, 3), self.bits), (u - size + 1) % slots
         coded_k = Coded(
-            put_last(state.k.words, words, first, fills, 3),
+            put_slots(state.k.words, words, first, fills, 3),
             *(
-                put_last(x, y, first // self.group, fills, 2)
+                put_slots(x, y, first // self.group, fills, 2)
                 for x, y in zip(state.k[1:], groups, strict=True)
             ),
         )
         return QuantizedState(
-            put(state.sink_k, k, u + self.sinks, sink),
-            put(state.sink_v, v, u + self.sinks, sink),
+            put_slot(state.sink_k, k, u + self.sinks, sink),
+            put_slot(state.sink_v, v, u + self.sinks, sink),
             coded_k,
-            Coded(
-                *(
-                    put_last(x, y, (u - size) % slots, displaced, 3)
-                    for x, y in zip(state.v, coded_v, strict=True)
-                )
-            ),
+            Coded(*(put_slots(x, y, oldest, displaced, 3) for x, y in zip(state.v, coded_v, strict=True))),
             jnp.where(fills[:, None, None, None], jnp.zeros((), rest_k.dtype), rest_k),
-            put(state.rest_v, v, ring, behind),
+            put_slot(state.rest_v, v, ring, behind),
             where.length,
         )
-
-
-def _logits(q: Array, k: Array, scores: Scores, acc: jax.typing.DTypeLike) -> Array:
-    """Logits [b, g, r, t, e]."""
-    scale = q.shape[-1] ** -0.5 if scores.scale is None else scores.scale
-    x = jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=acc) * scale
-    return x if scores.softcap is None else scores.softcap * jnp.tanh(x / scores.softcap)
