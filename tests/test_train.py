@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from seqlab.models import LanguageModel
 from seqlab.train import config
 from seqlab.train.data import ArraySource
 from seqlab.train.experiment import Experiment
-from seqlab.train.folder import BusyError, claimed, locate, runs_near
+from seqlab.train.folder import BusyError, claimed, locate
 from seqlab.train.loop import Interruptions, NonFiniteError, run
 from seqlab.train.memory import OutOfMemoryError, explained
 from seqlab.train.metrics import Metrics
@@ -338,11 +337,6 @@ def test_where_a_folder_lies(tmp_path, monkeypatch):
     assert locate("../link/run") == locate("~/there/run") == locate("run") == tmp_path / "there" / "run"
     with pytest.raises(ValueError, match="null character"):
         locate("a\0b")
-    for name in ("demo", "digits"):
-        (tmp_path / "runs" / name / "checkpoints").mkdir(parents=True)
-        (tmp_path / "runs" / name / "config.json").write_text("{}")
-    assert [pathlib.Path(path).name for path in runs_near(tmp_path / "runs" / "dmeo")] == ["demo", "digits"]
-    assert runs_near(tmp_path / "rnus" / "digits")[0] == str(tmp_path / "runs" / "digits")
 
 
 @pytest.mark.parametrize(

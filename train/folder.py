@@ -43,31 +43,6 @@ def fingerprint_of(workdir: pathlib.Path) -> str | None:
     return file.read_text(errors="replace").strip() if file.exists() else None
 
 
-def is_run(folder: pathlib.Path) -> bool:
-    """Whether `folder` is that of a run."""
-    return (folder / "config.json").is_file() and (
-        (folder / "checkpoints").is_dir() or (folder / "config.txt").is_file()
-    )
-
-
-def runs_near(workdir: str | os.PathLike[str], most: int = 20) -> list[str]:
-    """The runs that somebody may mean who has asked for `workdir`, the likeliest first: those below its nearest
-    parent that exists, two levels deep, as paths to be typed."""
-    import difflib
-
-    wanted = pathlib.Path(workdir).expanduser()
-    parent = next((path for path in wanted.parents if path.is_dir()), None)
-    if parent is None:
-        return []
-    found = []
-    for pattern in ("*", "*/*"):
-        with contextlib.suppress(OSError):
-            found += sorted(str(path.parent) for path in parent.glob(f"{pattern}/config.json"))[:1000]
-    found = [path for path in found if is_run(pathlib.Path(path))]
-    found.sort(key=lambda path: -difflib.SequenceMatcher(None, path, str(wanted)).ratio())
-    return found[:most]
-
-
 @contextlib.contextmanager
 def claimed(workdir: pathlib.Path) -> Iterator[None]:
     """Within the block nobody else may train in `workdir`, which is made.
