@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import seqlab
+import seqlab.cli.common
 from seqlab import cli
 from seqlab.module import params_of
 from seqlab.train import loop
@@ -266,12 +267,12 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 
 
 def test_the_users_compile_cache_is_left_alone(folder):
-    cli._enable_compile_cache()
+    cli.common.enable_compile_cache()
     assert pathlib.Path(jax.config.jax_compilation_cache_dir) == folder / "cache" / "seqlab" / "xla"
     jax.config.update("jax_compilation_cache_dir", str(folder / "mine"))
-    cli._enable_compile_cache()
+    cli.common.enable_compile_cache()
     assert pathlib.Path(jax.config.jax_compilation_cache_dir) == folder / "mine"
-    assert cli._compile_cache() == folder / "mine"
+    assert cli.common.compile_cache() == folder / "mine"
 
 
 def test_a_config_may_use_modules_of_the_working_folder(folder, capsys):

@@ -1,0 +1,312 @@
+"""The commands that use a trained model: cache-bench, stream, eval, export, show."""
+
+import argparse
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from seqlab.cli.common import (
+    add_json,
+    add_run,
+    add_set,
+    add_text,
+    enable_compile_cache,
+    load,
+    say,
+)
+
+
+def add_commands(commands: Any) -> None:
+    """The commands that do something with a trained model."""
+    _add_cache_bench(commands)
+    _add_stream(commands)
+    _add_eval(commands)
+    _add_export(commands)
+    _add_show(commands)
+
+
+def _add_cache_bench(commands: Any) -> None:
+    bench = commands.add_parser(
+        "cache-bench",
+        help="what a trained model is worth with other caches, and what they cost; a table and a figure",
+    )
+    add_run(bench)
+    bench.add_argument(
+        "--caches", metavar="A,B,...", help='caches, such as "full(2048),sinks(4)+window(252)+int4,duo(0.75)"'
+    )
+    bench.add_argument(
+        "--length",
+        type=int,
+        metavar="N",
+        help="steps of the held-out streams; default four times the trained length",
+    )
+    bench.add_argument("--rows", type=int, metavar="N", help="held-out streams")
+    bench.add_argument(
+        "--items",
+        type=int,
+        default=16,
+        metavar="N",
+        help="contexts with pass keys, for every depth; default %(default)s",
+    )
+    bench.add_argument(
+        "--turns", type=int, default=4, metavar="N", help="questions to a shared context; default %(default)s"
+    )
+    bench.add_argument(
+        "--fit-gates",
+        type=int,
+        metavar="STEPS",
+        help="first fit DuoAttention's gates, kept in the run's folder",
+    )
+    bench.add_argument(
+        "--out", type=pathlib.Path, metavar="DIR", help="folder of the figures; default WORKDIR/cache_bench"
+    )
+    add_text(bench)
+    add_json(bench)
+    bench.set_defaults(run=_cache_bench)
+
+
+def _add_stream(commands: Any) -> None:
+    stream = commands.add_parser("stream", help="generate text with a trained model, live and without end")
+    add_run(stream)
+    stream.add_argument("--prompt", default="", metavar="TEXT", help="- reads it from stdin")
+    stream.add_argument("--max-tokens", type=int, metavar="N", help="default: no end (Ctrl-C stops)")
+    stream.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="0 takes the likeliest token; default %(default)s",
+    )
+    stream.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    stream.add_argument(
+        "--top-p", type=float, metavar="P", help="draw from the smallest set of probability P"
+    )
+    stream.add_argument("--seed", type=int, default=0)
+    stream.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end after this text; may be given several times",
+    )
+    stream.add_argument(
+        "--cache",
+        metavar="SPEC",
+        help="what attention remembers instead of what it was trained with, e.g. sinks(4)+window(1020)+int4",
+    )
+    stream.add_argument(
+        "--chat",
+        action="store_true",
+        help="the prompt is a message, written by the model's chat template; without one, talk line by line",
+    )
+    stream.add_argument("--system", metavar="TEXT", help="with --chat: the message from the system")
+    stream.set_defaults(run=_stream)
+
+
+def _add_eval(commands: Any) -> None:
+    evaluate = commands.add_parser(
+        "eval", help="what a trained model is worth on the held-out data, in the figure of its task"
+    )
+    add_run(evaluate)
+    add_set(evaluate, "change fields of the data, such as data.length=1024")
+    add_text(evaluate)
+    evaluate.add_argument("--length", type=int, metavar="N", help="tokens a window of text")
+    add_json(evaluate)
+    evaluate.set_defaults(run=_eval)
+
+
+def _add_export(commands: Any) -> None:
+    exporting = commands.add_parser(
+        "export", help="a trained model for programs without seqlab: safetensors and StableHLO"
+    )
+    add_run(exporting)
+    exporting.add_argument(
+        "--out", type=pathlib.Path, metavar="DIR", help="a new folder; default WORKDIR/export"
+    )
+    exporting.add_argument(
+        "--chunk",
+        type=int,
+        default=64,
+        metavar="N",
+        help="steps of a prompt that are read at once; default %(default)s",
+    )
+    exporting.add_argument(
+        "--platforms", default="cpu,cuda,tpu", metavar="A,B", help="what it can run on; default %(default)s"
+    )
+    exporting.add_argument("--cache", metavar="SPEC", help="what attention remembers, as for stream")
+    exporting.set_defaults(run=_export)
+
+
+def _add_show(commands: Any) -> None:
+    showing = commands.add_parser(
+        "show", help="draw what a model of images says of held-out pictures, and its feature maps"
+    )
+    add_run(showing)
+    showing.add_argument("--count", type=int, default=6, metavar="N", help="pictures; default %(default)s")
+    showing.add_argument(
+        "--output", type=pathlib.Path, metavar="FILE", help="default: show.png in the folder of the run"
+    )
+    showing.set_defaults(run=_show)
+
+
+def _cache_bench(args: argparse.Namespace) -> int:
+    from seqlab.studies import cache_bench, gates, report
+
+    enable_compile_cache()
+    if args.fit_gates is not None:
+        gates.fit(args.workdir, args.fit_gates, trust=args.trust)
+    sizes = {
+        name: getattr(args, name)
+        for name in ("step", "length", "rows", "items", "turns", "out", "trust", "dtype", "text")
+    }
+    planned = cache_bench.plan(args.workdir, args.caches, **sizes)
+    result = cache_bench.run(planned)
+    if args.json:
+        print((planned.folder / "cache_bench.json").read_text(), end="")
+    else:
+        print(report.as_text(cache_bench.as_table(result)))
+    say(f"{planned.folder}: cache_bench.json, cache_bench.md, cache_bench.png")
+    return 0
+
+
+def _stream(args: argparse.Namespace) -> int:
+    from seqlab.models.attention import bytes_per_step, with_cache
+    from seqlab.streaming.generate import stream_generate
+    from seqlab.studies import runs
+    from seqlab.studies.conversation import Conversation
+
+    enable_compile_cache()
+    run = load(args)
+    if run.tokenizer is None:
+        kind = (
+            "model of numbers, not of tokens"
+            if run.model.origin is None
+            else "folder without a tokenizer.json"
+        )
+        raise runs.RunError(f"{args.workdir} is a {kind}: there is nothing to stream as text")
+    if args.system is not None and not args.chat:
+        raise runs.RunError("--system is for --chat")
+    names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "cache")
+    options = {name: getattr(args, name) for name in names}
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    talk = Conversation(run, args.system, **options) if args.chat else None
+    stream = None if talk else stream_generate(run.model, prompt, tokenizer=run.tokenizer, **options)
+    if args.cache:
+        say(
+            f"cache {args.cache}: {bytes_per_step(with_cache(run.model, args.cache), run.model.dtype):,.1f} "
+            "bytes a remembered step"
+        )
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
+    code = 0
+    try:
+        for tokens in map(talk.say, [prompt] if prompt else _lines()) if talk else [stream]:
+            for token in tokens:
+                print(token.text, end="", flush=True)
+            print(flush=True)
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:  # the reader has seen enough; Python's own flush at exit must not complain again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    stream = talk.stream if talk else stream
+    if stream is None:  # nothing was said
+        return code
+    stats = stream.stats
+    say(
+        f"\n{stats['tokens']} tokens, {stats['tokens_per_second']:,.0f} tokens/s; {stats['state_bytes']:,} "
+        "bytes of state; "
+        f"{stats['programs']} programs compiled in {stats['compile_seconds']:.1f} s"
+    )
+    return code
+
+
+def _lines() -> Iterator[str]:
+    """What a person types, line by line, until there is no more."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.rstrip("\n")
+
+
+def _with_other_data(base: Any, assignments: Sequence[str]) -> Any:
+    """A run's config with other data or metric; its model stays what it is."""
+    from seqlab.train import config
+
+    cfg = base
+    for assignment in assignments:
+        cfg = config.override(cfg, assignment)
+    fixed = [line for line in config.diff(base, cfg) if line.startswith("model")]
+    if fixed:
+        raise config.ConfigError(f"the model of a run is what it is, and cannot be set: {fixed[0]}")
+    return cfg
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from seqlab.studies import runs, texts
+    from seqlab.train import config
+    from seqlab.train.metrics import as_json
+
+    enable_compile_cache()
+    run = load(args)
+    experiment = texts.experiment_of(run, args.text, args.length)
+    if args.set and isinstance(experiment.data, texts.HeldOutText):
+        raise config.ConfigError(f"--set {args.set[0]}: text has no fields to set: use --text and --length")
+    if args.set:
+        experiment = config.build(_with_other_data(run.config, args.set))
+    result = runs.evaluate(run.model, experiment)
+    quality = result.quality
+    record = {
+        "workdir": str(args.workdir),
+        "step": run.step,
+        quality.name: result.value,
+        "targets": result.targets,
+    }
+    perplexity = ""
+    if isinstance(experiment.data, texts.HeldOutText):
+        record["perplexity"] = 2**result.value
+        perplexity = f" (perplexity {record['perplexity']:.4f})"
+    if args.json:
+        print(as_json(record))
+    else:
+        print(
+            f"{args.workdir}, step {run.step}: {quality.sentence(result.value)}{perplexity} over {result.targets:,} "
+            "targets"
+        )
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from seqlab.interop import export
+    from seqlab.models.attention import with_cache
+
+    run = load(args)
+    model = with_cache(run.model, args.cache) if args.cache else run.model
+    folder = export.bundle(
+        model,
+        args.out or (args.workdir.parent if args.workdir.is_file() else args.workdir) / "export",
+        chunk=args.chunk,
+        platforms=args.platforms.split(","),
+        about={"workdir": str(args.workdir), "step": run.step},
+        tokenizer=run.tokenizer,
+    )
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            print(f"{path}  {path.stat().st_size:,} bytes")
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    from seqlab.studies.runs import RunError
+    from seqlab.studies.show import show
+
+    if args.count < 1:
+        raise RunError(f"--count must be at least 1, got {args.count}")
+    enable_compile_cache()
+    print(show(args.workdir, step=args.step, trust=args.trust, count=args.count, path=args.output))
+    return 0

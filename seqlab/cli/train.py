@@ -1,0 +1,93 @@
+"""The commands that train: train, compare."""
+
+import argparse
+import pathlib
+from typing import Any
+
+from seqlab.cli.common import (
+    SIGNALS,
+    add_changes,
+    add_json,
+    enable_compile_cache,
+    say,
+)
+
+
+def add_commands(commands: Any) -> None:
+    """The commands that train."""
+    train = commands.add_parser("train", help="train a config, or go on with a run")
+    train.add_argument(
+        "config", help="a name (`seqlab list` shows them) or the path of a Python file with base()"
+    )
+    train.add_argument("--workdir", type=pathlib.Path, metavar="DIR", help="run folder; default runs/CONFIG")
+    add_changes(train)
+    train.add_argument(
+        "--extend",
+        action="store_true",
+        help="go on with a run though steps or the optimizer are not those it began with",
+    )
+    train.add_argument(
+        "--distributed",
+        nargs="?",
+        const="auto",
+        metavar="HOST:PORT,COUNT,INDEX",
+        help="as one of several processes; alone where the cluster knows (SLURM, TPU pods)",
+    )
+    train.set_defaults(run=_train)
+
+    comparing = commands.add_parser(
+        "compare", help="train configs, or one with several mixers, on one budget; a table and a figure"
+    )
+    comparing.add_argument("configs", nargs="+", metavar="config", help="names or paths, as for train")
+    comparing.add_argument(
+        "--mixers",
+        metavar="A,B,...",
+        help='each config with each of these, such as "mamba(state_size=4),attention"',
+    )
+    comparing.add_argument("--steps", type=int, metavar="N", help="updates of every run")
+    comparing.add_argument(
+        "--workdir", type=pathlib.Path, metavar="DIR", help="folder of the runs; default runs/compare_CONFIGS"
+    )
+    add_changes(comparing)
+    add_json(comparing)
+    comparing.set_defaults(run=_compare)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from seqlab.train import config, processes
+    from seqlab.train.loop import run
+
+    if args.distributed:
+        processes.join(args.distributed)
+    cfg = base = config.load(args.config)
+    for call in args.fiddler:
+        cfg = config.fiddle(cfg, call)
+    for assignment in args.set:
+        cfg = config.override(cfg, assignment)
+    experiment = config.build(cfg)
+    workdir = args.workdir or pathlib.Path("runs") / pathlib.Path(args.config).stem
+    changes = "".join(f"\n  {line}" for line in config.diff(base, cfg))
+    title = f"{args.config} in {workdir}" + (f", changed:{changes}" if changes else "")
+    enable_compile_cache()
+    return SIGNALS[run(experiment, workdir, cfg, args.extend, title).status]
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from seqlab.studies import compare, report
+    from seqlab.train.metrics import as_json
+
+    candidates = compare.plan(args.configs, args.mixers, args.fiddler, args.steps, args.set)
+    workdir = args.workdir or pathlib.Path("runs") / "_".join(
+        ["compare", *(pathlib.Path(name).stem for name in args.configs)]
+    )
+    enable_compile_cache()
+    result = compare.compare(candidates, workdir)
+    if result.status == "finished":
+        record = {
+            "workdir": str(workdir),
+            "quality": result.quality._asdict(),
+            "rows": [row._asdict() for row in result.rows],
+        }
+        print(as_json(record) if args.json else report.as_text(compare.as_table(result)))
+        say(f"{workdir}: compare.json, compare.md, compare.png")
+    return SIGNALS[result.status]
