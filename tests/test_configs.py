@@ -25,6 +25,7 @@ from seqlab.train.data import ArraySource, Batches
 from seqlab.train.experiment import Experiment
 from seqlab.train.forecast import forecast_loss
 from seqlab.train.loop import build as initialise
+from seqlab.train.optim import named
 from seqlab.train.override import children
 from seqlab.train.step import init_state, train_step
 from seqlab.train.text import Text, TfdsText
@@ -246,7 +247,11 @@ def test_overrides_refuse(assignment, message):
         ("model.dtype=float8", "model: dtype must be 'float32', 'bfloat16' or 'float64', got 'float8'"),
         ("model.mixers[0].dim=3", r"model.mixers\[0\]: .*multiple values for argument 'dim'"),
         ("model.vocab_size=100", "model.vocab_size: got 100, expected at least 256"),
-        ("optimizer.peak=-1", "optimizer: steps and peak must be positive"),
+        ("optimizer.peak=-1", r"optimizer: peak must be in \(0, inf\), got -1"),
+        ("optimizer.clip=0.0", r"optimizer: clip must be in \(0, inf\), got 0.0"),
+        ("optimizer.b2=1.0", r"optimizer: b2 must be in \[0, 1\), got 1.0"),
+        ("optimizer=optax:sgd", "first argument is learning_rate; say .*:named optimizer.name=sgd"),
+        ("optimizer=os:getcwd", "optimizer: .*getcwd cannot be called as optimizer"),
         ("data.length=0", "data: length must be a positive number"),
         ("data=3", "data: int has no 'train'"),
         ("seed=-1", r"^seed must be an integer in \[0, 2\*\*32\), got -1"),
@@ -634,3 +639,25 @@ def test_tfds_text_asks_for_what_it_names(monkeypatch):
 
 def test_an_experiment_from_the_defaults():
     assert isinstance(config.build(parts.language_run(parts.byte_model(32, 1, parts.mamba()))), Experiment)
+
+
+def test_an_optimizer_of_optax_is_named_with_its_options():
+    """Two steps of SGD with momentum 0.5 on a gradient of 1 at a constant rate of 0.1: 0.1, then 0.15."""
+    options = {
+        "name": "sgd",
+        "options": {"momentum": 0.5},
+        "peak": 0.1,
+        "final": 1.0,
+        "warmup": 0,
+        "clip": None,
+    }
+    optimizer = named(10, **options)
+    state, moves = optimizer.init(jnp.zeros(())), []
+    for _ in range(2):
+        update, state = optimizer.update(jnp.ones(()), state, jnp.zeros(()))
+        moves.append(float(update))
+    np.testing.assert_allclose(moves, [-0.1, -0.15], rtol=1e-6)
+    with pytest.raises(ValueError, match=r"optimizer.name.*'lionn'.*did you mean 'lion'"):
+        named(10, name="lionn")
+    with pytest.raises(ValueError, match=r"optimizer.options of lion.*'b3'"):
+        named(10, name="lion", options={"b3": 0.1})

@@ -32,6 +32,7 @@ from seqlab import names as names_of_code
 from seqlab.checks import nearest
 from seqlab.train.experiment import Experiment
 from seqlab.train.folder import fingerprint_of, has_steps, locate
+from seqlab.train.optim import check_factory
 from seqlab.train.override import ConfigError, check, children, fields, fit, literal, named, override, tree
 
 __all__ = [
@@ -153,7 +154,13 @@ def build(cfg: fdl.Config) -> Experiment:
         _with_places(tree(cfg))
     )  # the same, but its factories say where they stand in the config
     model = nnx.eval_shape(lambda: trial.model(rngs=nnx.Rngs(0)))
-    trial.optimizer(experiment.steps)
+    try:
+        check_factory(experiment.optimizer)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    optimizer = trial.optimizer(experiment.steps)
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise ConfigError(f"optimizer: gives {type(optimizer).__name__}, expected an optax transformation")
     for name in ("train", "validation", "tokenizer"):
         if not hasattr(experiment.data, name):
             raise ConfigError(f"data: {type(experiment.data).__name__} has no {name!r}")

@@ -23,7 +23,11 @@ from seqlab.train.packing import Item
 from seqlab.train.tasks.digits import digit_arrays
 from seqlab.train.tasks.examples import VALIDATION
 
-_SUFFIXES = ("*.png", "*.jpg", "*.jpeg", "*.bmp", "*.gif", "*.webp")
+# In letters of either case: cameras write .JPG.
+_SUFFIXES = tuple(
+    "*." + "".join(f"[{letter}{letter.upper()}]" for letter in suffix)
+    for suffix in ("png", "jpg", "jpeg", "bmp", "gif", "webp")
+)
 
 
 class Pictures:
@@ -176,8 +180,20 @@ class _Read:
     def __call__(self, index: int) -> UInt8[np.ndarray, "h w c"]:
         from PIL import Image
 
-        with Image.open(self.files[index]) as image:
-            return scaled(np.asarray(image.convert("RGB")), self.size, self.channels)
+        path = self.files[index]
+        try:
+            with Image.open(path) as image:
+                pixels = _eight_bits(np.asarray(image)) if image.mode.startswith("I") else None
+                pixels = np.asarray(image.convert("RGB")) if pixels is None else pixels
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise OSError(f"{path} cannot be read as a picture: {error}") from error
+        return scaled(pixels, self.size, self.channels)
+
+
+def _eight_bits(grey: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
+    """A grey picture of 16 bits as one of three equal channels of 8, which a conversion would clip."""
+    eight = np.round(np.asarray(grey, np.float64) / 257).clip(0, 255).astype(np.uint8)
+    return np.repeat(eight[..., None], 3, axis=2)
 
 
 @dataclasses.dataclass(frozen=True)

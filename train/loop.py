@@ -93,9 +93,10 @@ def run(
         windows = experiment.data.train(experiment.seed)
         batches = Batches(windows, experiment.batch_size, experiment.seed, *share(mesh))
         held_out = held_out_batches(experiment, mesh)
+        check_labels(experiment, windows)
         changes: list[str] = []
 
-        fingerprint = getattr(windows, "fingerprint", None)
+        fingerprint = _fingerprint(windows, experiment.data.validation())
 
         def claim() -> None:
             if cfg is not None:  # what is refused leaves no folder behind
@@ -116,7 +117,9 @@ def _settle(
     if cfg is not None:
         config.differences(cfg, workdir, extend, fingerprint)
     begun = fingerprint_of(workdir) if has_steps(workdir) else None
-    if None not in (begun, fingerprint) and begun != fingerprint:  # the same step would be another batch
+    # The same step would be another batch, or the same checkpoint have another figure. Older runs recorded the
+    # data of training alone.
+    if None not in (begun, fingerprint) and begun not in (fingerprint, fingerprint.partition(".")[0]):
         raise UserError(
             f"{workdir} was begun on other data (data.txt has fingerprint {begun}, now {fingerprint}): use "
             "another workdir"
@@ -333,6 +336,27 @@ def _good(saved: int, workdir: pathlib.Path) -> str:
         f"the last good checkpoint is step {saved} ({workdir}): go on from it with a smaller rate, --extend "
         "--set optimizer.peak=..."
     )
+
+
+def _fingerprint(train: Any, validation: Any) -> str | None:
+    """Of the data of both kinds; None where they tell of none."""
+    found = [getattr(windows, "fingerprint", None) for windows in (train, validation)]
+    return None if found[0] is None else ".".join(part for part in found if part is not None)
+
+
+def check_labels(experiment: Experiment, windows: Any) -> None:
+    """Refuse data with more classes than the model has outputs, before anything is trained on them."""
+    targets = getattr(windows, "targets", None)
+    if targets is None or getattr(windows, "classes", None) is None or not len(targets):
+        return
+    model = nnx.eval_shape(lambda: experiment.model(rngs=nnx.Rngs(0)))
+    inputs = jax.ShapeDtypeStruct((1, *windows[0]["inputs"].shape), np.float32)
+    outputs = jax.eval_shape(lambda model, x: model(x), model, inputs).shape[-1]
+    if int(np.max(targets)) >= outputs:
+        raise UserError(
+            f"model.outputs: got {outputs}, but the data has the label {int(np.max(targets))} "
+            f"({windows.classes} classes): set model.outputs={windows.classes}"
+        )
 
 
 def held_out_batches(experiment: Experiment, mesh: Mesh | None = None) -> Any:

@@ -1,5 +1,8 @@
 """Optimizers: optax, with the choices of a sequence model made once."""
 
+import inspect
+import math
+import numbers
 import re
 from typing import Any, NamedTuple
 
@@ -8,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from seqlab.checks import UserError
+from seqlab.checks import UserError, check_at_least, check_choice, check_positive
 from seqlab.module import Params
 
 # Never decayed: norms, biases, the parameters of recurrences, whose size has a meaning, and MambaMixer's
@@ -31,22 +34,117 @@ def adamw(
     """AdamW (arXiv 1711.05101) under a linear warm-up and a cosine to `final` times the peak, gradients
     clipped by their global norm.
 
-    With `average` an exponential moving average of the parameters is kept, with this decay; see
-    `parameter_average`.
+    Args:
+      steps: of the run.
+      peak, final: the largest learning rate, above 0, and the share of it at the end, 0 to 1.
+      warmup: steps up to the peak.
+      b1, b2: decays of the moments, in [0, 1).
+      weight_decay: at least 0; of matrices alone, see `decayed`.
+      clip: largest global norm of a gradient, above 0; None to leave gradients as they are.
+      average: decay of an exponential moving average of the parameters, see `parameter_average`; None for
+        none.
+
+    Raises:
+      ValueError: an option out of its range.
     """
-    if steps < 1 or warmup < 0 or peak <= 0:
-        raise UserError(
-            f"steps and peak must be positive and warmup not negative, got steps={steps}, peak={peak}, "
-            f"warmup={warmup}"
-        )
-    rate = schedule(steps, peak=peak, final=final, warmup=warmup)
+    _check(b1=(b1, 0, 1, "[)"), b2=(b2, 0, 1, "[)"), weight_decay=(weight_decay, 0, math.inf, "[)"))
+    rate = _rate(steps, peak, final, warmup)
     decay = optax.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=decayed)
-    parts = [
-        *([] if clip is None else [optax.clip_by_global_norm(clip)]),
-        decay,
-        *([] if average is None else [parameter_average(average)]),
-    ]
+    return _chained(decay, clip, average)
+
+
+def named(
+    steps: int,
+    *,
+    name: str,
+    options: dict[str, Any] | None = None,
+    peak: float = 1e-3,
+    final: float = 0.1,
+    warmup: int = 100,
+    clip: float | None = 1.0,
+    average: float | None = None,
+) -> optax.GradientTransformation:
+    """An optimizer of optax by its name, under the schedule, the clipping and the average of `adamw`.
+
+        --set optimizer=seqlab.train.optim:named optimizer.name=lion optimizer.options="{'b1': 0.9}"
+
+    Args:
+      name: such as "lion", "sgd", "adafactor": a function of optax that takes a `learning_rate`.
+      options: its other keywords.
+      steps, peak, final, warmup, clip, average: as in `adamw`.
+
+    Raises:
+      ValueError: optax has no such optimizer (with the nearest name), or it does not take an option.
+    """
+    known = sorted(key for key, value in vars(optax).items() if _takes_rate(value))
+    check_choice(name, known, "optimizer.name")
+    build = getattr(optax, name)
+    for option in options or {}:
+        check_choice(option, list(inspect.signature(build).parameters), f"optimizer.options of {name}")
+    try:
+        return _chained(build(_rate(steps, peak, final, warmup), **(options or {})), clip, average)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optimizer: optax.{name} with {options}: {error}") from error
+
+
+def check_factory(factory: Any) -> None:
+    """Refuse what cannot be called as factory(steps): the number of steps must not be taken for something else,
+    such as a learning rate.
+
+    Raises:
+      ValueError: says how to name an optimizer of optax.
+    """
+    function = getattr(factory, "func", factory)
+    label = f"{getattr(function, '__module__', '')}.{getattr(function, '__name__', function)}"
+    try:
+        first = next(iter(inspect.signature(function).parameters), None)
+    except (ValueError, TypeError):  # written in C, or not callable
+        first = None
+    if first != "steps":
+        hint = (
+            f"; say optimizer={__name__}:named optimizer.name={function.__name__}"
+            if _takes_rate(function)
+            else ""
+        )
+        raise UserError(
+            f"optimizer: {label} cannot be called as optimizer(steps), for its first argument is "
+            f"{first or 'unknown'}{hint}"
+        )
+
+
+def _takes_rate(function: Any) -> bool:
+    if not inspect.isfunction(function):
+        return False
+    return next(iter(inspect.signature(function).parameters), None) == "learning_rate"
+
+
+def _rate(steps: int, peak: float, final: float, warmup: int) -> optax.Schedule:
+    check_positive("steps", steps)
+    check_at_least("warmup", warmup, 0)
+    _check(peak=(peak, 0, math.inf, "()"), final=(final, 0, 1, "[]"))
+    return schedule(steps, peak=peak, final=final, warmup=warmup)
+
+
+def _chained(
+    optimizer: optax.GradientTransformation, clip: float | None, average: float | None
+) -> optax.GradientTransformation:
+    """`optimizer` between clipping and the average of the parameters."""
+    if clip is not None:
+        _check(clip=(clip, 0, math.inf, "()"))
+    parts = [] if clip is None else [optax.clip_by_global_norm(clip)]
+    parts.append(optimizer)
+    parts += [] if average is None else [parameter_average(average)]
     return parts[0] if len(parts) == 1 else optax.chain(*parts)
+
+
+def _check(**options: tuple[float, float, float, str]) -> None:
+    """Refuse numbers outside their range: name=(value, least, greatest, brackets as in "[)")."""
+    for name, (value, low, high, brackets) in options.items():
+        real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        above = real and (low <= value if brackets[0] == "[" else low < value)
+        below = real and (value <= high if brackets[1] == "]" else value < high)
+        if not (above and below):
+            raise UserError(f"{name} must be in {brackets[0]}{low}, {high}{brackets[1]}, got {value!r}")
 
 
 class AverageState(NamedTuple):

@@ -237,8 +237,9 @@ def _specs(text: str) -> list[str]:
 
 
 def _fiddler(spec: str) -> str:
-    """mamba(state_size=4) as the call of the fiddler: mixer(mamba, state_size=4)."""
+    """mamba(state_size=4) as the call of the fiddler: mixer(mamba, state_size=4); module:Name is quoted."""
     name, opened, options = spec.partition("(")
+    name = repr(name) if ":" in name and not name.startswith(("'", '"')) else name
     return f"mixer({name}, {options}" if opened else f"mixer({name})"
 
 

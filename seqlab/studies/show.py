@@ -30,7 +30,8 @@ def views(model: Any, experiment: Any, count: int) -> Views:
       RunError: the model is not one of images.
     """
     pictures = experiment.data.validation()
-    items = [pictures[i * len(pictures) // count] for i in range(min(count, len(pictures)))]
+    count = min(count, len(pictures))
+    items = [pictures[i * len(pictures) // count] for i in range(count)]
     if not hasattr(model, "features") or items[0]["inputs"].ndim != 3:
         raise RunError("this run is of a model that does not look at images: there is nothing to draw")
     inputs, targets = (np.stack([item[name] for item in items]) for name in ("inputs", "targets"))
