@@ -150,9 +150,8 @@ def build(cfg: fdl.Config) -> Experiment:
         raise _located(error) from error
     if not isinstance(experiment, Experiment):
         raise ConfigError(f"the config builds {type(experiment).__name__}, expected Experiment")
-    trial = fdl.build(
-        _with_places(tree(cfg))
-    )  # the same, but its factories say where they stand in the config
+    # The same, but its factories say where they stand in the config.
+    trial = fdl.build(_with_places(tree(cfg)))
     model = nnx.eval_shape(lambda: trial.model(rngs=nnx.Rngs(0)))
     try:
         check_factory(experiment.optimizer)
