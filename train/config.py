@@ -32,7 +32,7 @@ from seqlab import names as names_of_code
 from seqlab.checks import nearest
 from seqlab.train.experiment import Experiment
 from seqlab.train.folder import fingerprint_of, has_steps, locate
-from seqlab.train.optim import check_factory
+from seqlab.train.optim import check_factory, check_transformation
 from seqlab.train.override import ConfigError, check, children, fields, fit, literal, named, override, tree
 
 __all__ = [
@@ -153,13 +153,8 @@ def build(cfg: fdl.Config) -> Experiment:
     # The same, but its factories say where they stand in the config.
     trial = fdl.build(_with_places(tree(cfg)))
     model = nnx.eval_shape(lambda: trial.model(rngs=nnx.Rngs(0)))
-    try:
-        check_factory(experiment.optimizer)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    optimizer = trial.optimizer(experiment.steps)
-    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-        raise ConfigError(f"optimizer: gives {type(optimizer).__name__}, expected an optax transformation")
+    check_factory(experiment.optimizer)
+    check_transformation(trial.optimizer(experiment.steps))
     for name in ("train", "validation", "tokenizer"):
         if not hasattr(experiment.data, name):
             raise ConfigError(f"data: {type(experiment.data).__name__} has no {name!r}")

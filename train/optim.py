@@ -13,6 +13,7 @@ from jaxtyping import Array, Int
 
 from seqlab.checks import UserError, check_at_least, check_choice, check_positive
 from seqlab.module import Params
+from seqlab.train.override import ConfigError
 
 # Never decayed: norms, biases, the parameters of recurrences, whose size has a meaning, and MambaMixer's
 # sums, which are at home at 1.
@@ -92,7 +93,7 @@ def check_factory(factory: Any) -> None:
     such as a learning rate.
 
     Raises:
-      ValueError: says how to name an optimizer of optax.
+      ConfigError: says how to name an optimizer of optax.
     """
     function = getattr(factory, "func", factory)
     label = f"{getattr(function, '__module__', '')}.{getattr(function, '__name__', function)}"
@@ -106,10 +107,16 @@ def check_factory(factory: Any) -> None:
             if _takes_rate(function)
             else ""
         )
-        raise UserError(
+        raise ConfigError(
             f"optimizer: {label} cannot be called as optimizer(steps), for its first argument is "
             f"{first or 'unknown'}{hint}"
         )
+
+
+def check_transformation(optimizer: Any) -> None:
+    """Refuse what an optimizer's factory gave if it is no optax transformation (ConfigError)."""
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise ConfigError(f"optimizer: gives {type(optimizer).__name__}, expected an optax transformation")
 
 
 def _takes_rate(function: Any) -> bool:
