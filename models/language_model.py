@@ -53,4 +53,4 @@ class LanguageModel(Model):
 
     def read_out(self, x: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Logits in float32 at least."""
-        return self.embedding.read_out(x) if self.head is None else self.head(x).astype(accumulator(x.dtype))
+        return self.embedding.read_out(x) if self.head is None else self.head(x, accumulator(x.dtype))

@@ -84,9 +84,13 @@ class Linear(Module):
         )
         self.bias = nnx.Param(jnp.zeros((outputs,))) if bias else None
 
-    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        y = matmul(x, self.weight[...].astype(x.dtype))
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+    def __call__(
+        self, x: Float[Array, "*b i"], dtype: jax.typing.DTypeLike | None = None
+    ) -> Float[Array, "*b o"]:
+        """y in the dtype of `x`, or accumulated and returned in `dtype`: logits must not be rounded to the
+        few bits of the activations."""
+        y = matmul(x, self.weight[...].astype(x.dtype), dtype)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
 class Identity(Module):

@@ -39,6 +39,7 @@ _PUBLIC = {
     "ByteTokenizer": "seqlab.tokenizers",
     "stream_generate": "seqlab.streaming.generate",
     "rewind_stream": "seqlab.streaming.generate",
+    "warm_up": "seqlab.streaming.generate",
     "load": "seqlab.studies.runs",
     "convert": "seqlab.interop.convert",
     "save_pretrained": "seqlab.interop.huggingface",

@@ -7,8 +7,10 @@ character is not text.
 """
 
 import codecs
+import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -79,13 +81,17 @@ class ByteDecoder:
     def __init__(self) -> None:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def push(self, token: int) -> str:
-        """The text that `token` completes, "" inside a character. Raises ValueError for a token outside
-        0..255."""
+    def raw(self, token: int) -> bytes:
+        """The byte of `token`. Raises ValueError for a token outside 0..255."""
         value = int(token)
         if not 0 <= value < ByteTokenizer.vocab_size:
             raise UserError(f"token: got {value}, expected a byte, 0 to 255")
-        return self._utf8.decode(bytes((value,)))
+        return bytes((value,))
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes, "" inside a character. Raises ValueError for a token outside
+        0..255."""
+        return self._utf8.decode(self.raw(token))
 
     def finish(self) -> str:
         """U+FFFD if the stream broke off inside a character, else ""; the decoder is as new afterwards."""
@@ -175,8 +181,9 @@ class FileTokenizer:
         return np.asarray(ids, np.int32)
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of `tokens`; special ones have none."""
-        return self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True)
+        """The text of `tokens`; special ones have none. Bytes that are no UTF-8 turn into U+FFFD."""
+        decoder = self.decoder()
+        return "".join(map(decoder.push, tokens)) + decoder.finish()
 
     def number(self, token: str) -> int | None:
         """The number of the token that is written so, None where there is none."""
@@ -184,7 +191,7 @@ class FileTokenizer:
 
     def decoder(self) -> "FileDecoder":
         """A new decoder for one stream of tokens."""
-        return FileDecoder(self)
+        return FileDecoder(self._tokenizer)
 
     def as_json(self) -> str:
         """The text of a tokenizer.json that encodes and decodes as this one does."""
@@ -201,48 +208,100 @@ class FileTokenizer:
 
 
 class FileDecoder:
-    """Holds tokens back until their text can no longer change by what follows.
+    """The text of a stream of tokens of a tokenizer.json, with a bounded memory of what came before.
 
-    The text of a token depends on its neighbours (a first space that is cut, a character of several tokens), so the
-    new text is what a few tokens say with the new one beyond what they said without it.
+    Tokens of bytes (byte-level BPE, byte fallback) give their bytes, and a character comes out with its last
+    one. The text of other tokens is what they add to that of the few tokens before them, so that it has the
+    blanks of a continuation.
     """
 
-    def __init__(self, tokenizer: FileTokenizer) -> None:
+    _CONTEXT = 4  # tokens before: decoders of tokenizer.json look at one at most
+
+    def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._special = {
+            number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special
+        }
+        kinds = _decoder_kinds(tokenizer)
+        self._bytewise = "ByteLevel" in kinds and kinds <= {"ByteLevel", "Fuse"}
+        self._fallback = "ByteFallback" in kinds
         self._begin()
 
     def _begin(self) -> None:
-        self._tokens: list[int] = []  # those whose text was given, as context, and those that are held back
-        self._given = 0  # how many of these are context
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._context: list[int] = []
+        self._held: list[int] = []
+
+    def raw(self, token: int) -> bytes:
+        """The bytes of UTF-8 that `token` adds, which may end inside a character."""
+        token = int(token)
+        name = self._tokenizer.id_to_token(token) if token >= 0 else None
+        if name is None or token in self._special:
+            return b""
+        if self._bytewise:
+            values = [_BYTE_OF.get(letter) for letter in name]
+            return name.encode() if None in values else bytes(values)
+        byte = _BYTE_TOKEN.fullmatch(name) if self._fallback else None
+        if byte:
+            rest = self._rest()
+            self._context = [*self._context, token][-self._CONTEXT :]
+            return rest + bytes((int(byte[1], 16),))
+        added = self._added([*self._held, token])
+        # Some decoder may need further tokens for a character, at most three more.
+        if added.endswith("\ufffd") and len(self._held) < 3:
+            self._held.append(token)
+            return b""
+        self._context = [*self._context, *self._held, token][-self._CONTEXT :]
+        self._held = []
+        return added.encode("utf-8", errors="replace")
 
     def push(self, token: int) -> str:
         """The text that `token` completes, "" inside a character."""
-        if int(token) in self._tokenizer.special:
-            return ""
-        self._tokens.append(int(token))
-        text, count = self._text(), len(self._tokens)
-        if text.endswith("\ufffd"):
-            if count - self._given <= _HELD:
-                return ""
-            count -= 3  # at most so many tokens wait for the end of a character
-        return self._give(count)
+        return self._utf8.decode(self.raw(token))
 
     def finish(self) -> str:
         """The text of what was held back; the decoder is as new afterwards."""
-        rest = self._give(len(self._tokens)) if self._tokens else ""
+        rest = self._utf8.decode(self._rest(), final=True)
         self._begin()
         return rest
 
-    def _text(self, count: int | None = None) -> str:
-        return self._tokenizer.decode(self._tokens[:count])
+    def _rest(self) -> bytes:
+        """The bytes of the tokens that are held back, which then are no longer."""
+        if not self._held:
+            return b""
+        added = self._added(self._held)
+        self._context = [*self._context, *self._held][-self._CONTEXT :]
+        self._held = []
+        return added.encode("utf-8", errors="replace")
 
-    def _give(self, count: int) -> str:
-        """What the first `count` tokens say beyond the context. What was new in them is the next context."""
-        before, text = self._text(self._given), self._text(count)
-        if count > self._given:
-            self._tokens = self._tokens[self._given :]
-            self._given = count - self._given
-        return text[len(before) :]
+    def _added(self, tokens: list[int]) -> str:
+        before = self._tokenizer.decode(self._context, skip_special_tokens=True)
+        after = self._tokenizer.decode([*self._context, *tokens], skip_special_tokens=True)
+        if after.startswith(before):
+            return after[len(before) :]
+        pairs = enumerate(zip(before, after, strict=False))
+        return after[next((i for i, (a, b) in pairs if a != b), min(len(before), len(after))) :]
+
+
+def _decoder_kinds(tokenizer: Any) -> set[str]:
+    """The types of the decoder's parts, as tokenizer.json names them."""
+    if tokenizer.decoder is None:
+        return set()
+    described = json.loads(tokenizer.decoder.__getstate__())
+    parts = described["decoders"] if described["type"] == "Sequence" else [described]
+    return {part["type"] for part in parts}
+
+
+def _byte_letters() -> dict[str, int]:
+    """The letters that byte-level BPE writes bytes as: printable bytes as themselves, the others from U+0100
+    on, in order (Radford et al. 2019)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_letters()
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 def begin(tokenizer: Tokenizer, text: str | bytes) -> Int[np.ndarray, " t"]:
@@ -258,28 +317,6 @@ def ends_of(tokenizer: Tokenizer) -> frozenset[int]:
     """The tokens that end a text: all of a tokenizer's `ends`, or its one `eos`, or none."""
     eos = getattr(tokenizer, "eos", None)
     return getattr(tokenizer, "ends", frozenset() if eos is None else frozenset((eos,)))
-
-
-def special_text(tokenizer: Tokenizer, token: int) -> str:
-    """How a special token is written, which streams as no text; "" for any other."""
-    return getattr(tokenizer, "special", {}).get(token, "")
-
-
-def decoder_after(tokenizer: Tokenizer, tokens: Sequence[int]) -> TextDecoder:
-    """A new decoder for what follows `tokens`: their text and that of the stream, joined, is the text of all."""
-    tokens = [int(token) for token in tokens]
-    for begin in range(4):  # not inside a character, which has four bytes at most
-        decoder = tokenizer.decoder()
-        try:
-            text = "".join(map(decoder.push, tokens[-2 * _HELD - begin :]))
-        except ValueError:  # numbers that are no text
-            return tokenizer.decoder()
-        if not text.startswith("\ufffd"):
-            break
-    return decoder
-
-
-_HELD = 8  # tokens without a whole character after which the text is broken, and is given as it is
 
 
 def _as_text(text: str | bytes) -> str:

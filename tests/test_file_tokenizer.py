@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from seqlab.interop.huggingface import PretrainedError, tokenizer_of
-from seqlab.tokenizers import FileTokenizer, begin, decoder_after, ends_of, special_text
+from seqlab.streaming.text import CONTEXT, RowText
+from seqlab.tokenizers import FileTokenizer, begin, ends_of
 
 tokenizers = pytest.importorskip("tokenizers")
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors  # noqa: E402
@@ -113,7 +114,7 @@ def test_tokens_that_the_settings_add_are_read_and_are_special(folder):
     made = folder(words(), {}, settings)
     assert made.encode("a<|im_end|>b<think> </s>").tolist() == [4, 8, 5, 9, 1]
     assert made.decode([4, 8, 5, 1, 2, 9]) == "a b <think>"
-    assert {special_text(made, token) for token in (8, 1, 2, 9, 4)} == {"<|im_end|>", "</s>", "<|eot|>", ""}
+    assert {made.special.get(token) for token in (8, 1, 2, 9, 4)} == {"<|im_end|>", "</s>", "<|eot|>", None}
     assert made.vocab_size == 10
     settings["added_tokens_decoder"] = {"12": {"content": "<new>", "special": True}}
     with pytest.raises(PretrainedError, match=r"token '<new>' is 8 there and 12 in the settings"):
@@ -185,12 +186,12 @@ def test_pieces_joined_are_the_text_of_all_tokens_wherever_a_stream_is_cut(make,
         noise = rng.integers(least, tokenizer.vocab_size, rng.integers(1, 40)).tolist()
         tokens = noise if case % 2 else noise[:5] + text + noise[5:]
         cut = int(rng.integers(0, len(tokens) + 1))
-        first, second = tokenizer.decoder(), decoder_after(tokenizer, tokens[:cut])
+        first, second = tokenizer.decoder(), RowText(tokenizer, before=tokens[:cut][-CONTEXT:])
         whole = "".join(map(first.push, tokens)) + first.finish()
         assert whole == tokenizer.decode(tokens)
         before = tokenizer.decoder()
         head = "".join(map(before.push, tokens[:cut]))
-        rest = "".join(map(second.push, tokens[cut:])) + second.finish()
+        rest = "".join(second.push(token)[0] for token in tokens[cut:]) + second.finish()
         assert head + rest == whole
 
 

@@ -147,12 +147,11 @@ def test_text_is_given_in_whole_characters():
 
     made = list(seqlab.stream_generate(Copy(), b"?", max_tokens=len(Copy.data) - 1, temperature=0))
     assert "".join(token.text for token in made) == "né→🙂x"[1:] and "�" not in "".join(t.text for t in made)
-    cut = list(seqlab.stream_generate(Copy(), b"?", max_tokens=3, temperature=0))
-    assert [token.text for token in cut] == [
-        "",
-        "é",
-        "�",
-    ]  # the end hands out what is left of a broken character
+    stream = seqlab.stream_generate(Copy(), b"?", max_tokens=3, temperature=0)
+    assert [token.text for token in stream] == ["", "é", ""]
+    assert stream.held == ["�"]  # the stream may go on, and then the character is whole
+    rest = list(seqlab.stream_generate(Copy(), state=stream.state, max_tokens=2, temperature=0))
+    assert [token.text for token in rest] == ["", "→"]
 
 
 def test_two_prompts_of_any_length_cost_a_bounded_number_of_programs():
@@ -209,7 +208,7 @@ def test_draws_follow_the_filtered_distribution():
             "token 195 at place 4 is not in the model's vocabulary of 128",
         ),
         ({"prompt": [1, -2]}, "token -2 at place 1"),
-        ({"max_tokens": 0}, "max_tokens must be an integer from 1"),
+        ({"max_tokens": -1}, "max_tokens must be an integer of at least 0"),
         ({"max_tokens": True}, "max_tokens"),
         ({"block": 1000}, "block must be an integer from 1 to 128"),
         ({"temperature": -1}, "temperature"),

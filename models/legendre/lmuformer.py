@@ -387,7 +387,7 @@ class RunningMean:
         reset: Steps | None = None,
         valid: Steps | None = None,
     ):
-        y = self.head(mask_steps(x, valid)).astype(accumulator(x.dtype))
+        y = self.head(mask_steps(x, valid), accumulator(x.dtype))
         total, length = self.init_state(x.shape[0], x.dtype) if state is None else state
         # A sum is the scan whose decay is exp(0): it knows resets and invalid steps, and forgets without
         # subtracting.

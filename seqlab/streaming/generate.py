@@ -1,462 +1,329 @@
-"""Streaming generation: an iterator over tokens that can run for ever in constant memory.
+"""Streaming generation: an iterator over tokens that can run indefinitely in constant memory.
 
 A model is anything that maps tokens and a state to features and logits (`LanguageModel`). Its prompt is read
 in chunks of a few fixed sizes, then tokens are drawn in blocks inside one compiled loop. Whatever the chunks,
 the blocks or the row of the batch, the same prompt and seed give the same tokens, because every one of these
-is a split of one sequence.
+is a split of one sequence. Settings are arguments of the compiled functions: a new value compiles nothing.
 """
 
-import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt32
 
 from seqlab.checks import UserError
 from seqlab.mixer import as_mixer
 from seqlab.models.attention import with_cache
-from seqlab.module import Module, Static, merge, split
-from seqlab.state import State, check_state
+from seqlab.module import Module, split
+from seqlab.streaming.programs import (
+    BLOCK_LIMIT,
+    LogitsContext,
+    LogitsFunction,
+    programs,
+    rewind_stream,
+)
+from seqlab.streaming.prompts import (
+    Prompt,
+    check_chunks,
+    check_flag,
+    check_function,
+    check_limits,
+    check_number,
+    check_tokenizer,
+    read_ends,
+    read_prompts,
+)
 from seqlab.streaming.sampling import Sampling, check_sampling, draw
-from seqlab.tokenizers import ByteTokenizer, Tokenizer, begin, decoder_after, ends_of, special_text
+from seqlab.streaming.states import (
+    RECENT,
+    Past,
+    StreamState,
+    adopted,
+    check_seed,
+    stream_state,
+    unrolled,
+    with_room_for,
+)
+from seqlab.streaming.stream import Setup, Stream, Token, padded, slots_of
+from seqlab.tokenizers import ByteTokenizer, Tokenizer
+
+__all__ = [
+    "PREFILL_CHUNKS",
+    "LogitsContext",
+    "Past",
+    "Sampling",
+    "Stream",
+    "StreamState",
+    "Token",
+    "check_sampling",
+    "draw",
+    "rewind_stream",
+    "stream_generate",
+    "stream_state",
+    "warm_up",
+]
 
 PREFILL_CHUNKS = (16, 128, 512)
-_BLOCK_LIMIT = 128  # tokens in one dispatch at most
-_BLOCK_SECONDS = (
-    0.03  # blocks grow until they take this long: text keeps appearing, and dispatch is a small share
-)
-
-Prompt = str | bytes | Sequence[int] | np.ndarray
-
-
-class StreamState(NamedTuple):
-    """Everything needed to go on: rows can be taken, put, forked and saved as those of any state.
-
-    `model`: the model's state after `length` [b] tokens. `logits` [b, v]: of the next one. `seed` [b]: of
-    each row's draws.
-    """
-
-    model: State
-    logits: Float[Array, "b v"]
-    seed: UInt32[Array, " b"]
-    length: Int[Array, " b"]
-
-
-class Token(NamedTuple):
-    """One generated token: `row` of the batch, `index` among the row's generated tokens, the `text` that it
-    completes (may be empty: characters are only given whole), `logprob` under the model, and `finished`:
-    None, "stop", "length" or "capacity"."""
-
-    row: int
-    index: int
-    token: int
-    text: str
-    logprob: float
-    finished: str | None
-
-
-def stream_state(model: Module, batch: int = 1, seed: int | Sequence[int] = 0) -> StreamState:
-    """The state of `batch` fresh streams."""
-    model = _unrolled(model)
-    seeds = np.broadcast_to(np.asarray(seed, np.uint32), (batch,))
-    return StreamState(
-        model.init_state(batch),
-        jnp.zeros((batch, model.vocab_size), jnp.float32),
-        jnp.asarray(seeds),
-        jnp.zeros((batch,), jnp.int32),
-    )
-
-
-def rewind_stream(
-    model: Module, state: StreamState, steps: int | Sequence[int], last: Sequence[int]
-) -> StreamState:
-    """The stream `steps` tokens ago, each row; `last` [b] is the token that then was the last one. It is read
-    again for its logits.
-
-    Raises what `Model.rewind` raises, and ValueError where a stream would be left without a token.
-    """
-    model, last = _unrolled(model), np.asarray(last, np.int32)
-    if last.shape != state.length.shape:
-        raise UserError(
-            f"last must name one token for each of {state.length.shape[0]} rows, got {last.tolist()}"
-        )
-    if np.any(np.asarray(steps) >= np.asarray(state.length)):
-        raise UserError(f"steps must leave a token of the {state.length.tolist()} in each row, got {steps}")
-    steps = jnp.broadcast_to(jnp.asarray(steps, jnp.int32) + 1, last.shape)
-    static, params = split(model)
-    back = state._replace(model=model.rewind(state.model, steps), length=state.length - steps)
-    read = _programs(static, Sampling()).prefill
-    return read(tuple(params.values()), back, jnp.asarray(last)[:, None], jnp.ones((len(last), 1), bool))
+_POSITIONS = 2**31 - 2**16  # steps that int32 counts, with room for the arithmetic of a chunk
 
 
 def stream_generate(
     model: Module,
     prompt: Prompt | Sequence[Prompt] = (),
     *,
-    max_tokens: int | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int | Sequence[int] = 0,
+    max_tokens: int | Sequence[int | None] | None = None,
+    temperature: float | Sequence[float] = 1.0,
+    top_k: int | Sequence[int | None] | None = None,
+    top_p: float | Sequence[float | None] | None = None,
+    seed: int | Sequence[int] | None = None,
     state: StreamState | None = None,
-    stop: str | bytes | Sequence[str | bytes] = (),
+    stop: Any = (),
     tokenizer: Tokenizer | None = None,
     cache: Any = None,
     block: int | None = None,
     prefill_chunks: Sequence[int] = PREFILL_CHUNKS,
-) -> "Stream":
-    """Generate after `prompt`, token by token, for ever unless told to stop.
+    min_p: float | Sequence[float | None] | None = None,
+    repetition_penalty: float | Sequence[float] = 1.0,
+    presence_penalty: float | Sequence[float] = 0.0,
+    frequency_penalty: float | Sequence[float] = 0.0,
+    logit_bias: Mapping[int, float] | Sequence[Mapping[int, float] | None] | None = None,
+    stop_tokens: Any = None,
+    include_stop: bool = True,
+    logits: LogitsFunction | None = None,
+    logits_values: Any = None,
+    top_logprobs: int = 0,
+) -> Stream:
+    """Generate after `prompt`, token by token, indefinitely unless told to stop.
 
         for token in seqlab.stream_generate(model, "def "):
             print(token.text, end="", flush=True)
 
+    Settings from `max_tokens` to `seed` and from `min_p` to `logit_bias` are one value for all rows or a
+    sequence of one per row; other values compile nothing anew, nor does another number of rows up to the next
+    power of two. Each row gives what it would give alone.
+
     Args:
-      prompt: text, bytes or token ids, or a list of prompts of any lengths, one a row. Text at the start of a
-        stream is preceded by the tokenizer's `bos`, or by what a published tokenizer's files say. May be empty where `state` is given.
-      max_tokens: tokens a row; None for no end.
-      temperature: 0 takes the likeliest token; `top_k`, `top_p` restrict the draw to the k likeliest, or to
-        the smallest set of probability p.
-      seed: of the draws. One number serves every row (equal prompts then give equal rows), or one number a
-        row.
-      state: continue from `Stream.state`; its rows are the batch.
-      stop: a row ends after text that ends with one of these.
-      tokenizer: bytes by default.
+      prompt: text, bytes or token ids [t], or a list of prompts of any lengths or an integer array [b, t],
+        one per row. Text at the start of a stream is preceded by the tokenizer's `bos`, or by what a
+        published tokenizer's files say. May be empty where `state` is given.
+      max_tokens: tokens per row; None for no end, 0 to read the prompt only.
+      temperature: 0 (and less than 1e-6) takes the likeliest token, the lowest among equals.
+      top_k, top_p, min_p: draw among the k likeliest; of these among the fewest of probability p, at least;
+        of these among those with `min_p` times the probability of the likeliest. Among equals the lowest stay.
+      seed: of the draws: equal prompts and seeds give equal rows. None is 0, or what `state` was drawn with.
+      state: continue from `Stream.state`; its rows are the batch. It stays valid.
+      stop: a row ends after a token that completes one of these: texts, bytes, tokens or sequences of tokens,
+        of at most 256 bytes or tokens. Text of a stream that `state` continues counts, that of prompts does
+        not.
+      tokenizer: bytes by default. Tokens that it lacks have no text.
       cache: what the attention layers remember instead of what they were built with: a policy of
-        `seqlab.models.cache`, one a layer, or words such as "sinks(4)+window(1020)+int4". A `state` that is
+        `seqlab.models.cache`, one per layer, or words such as "sinks(4)+window(1020)+int4". A `state` that is
         continued must have been made with the same.
-      block: tokens drawn in one dispatch; by default as many as take 30 ms. It changes no token.
+      block: tokens drawn in one dispatch, at most 128; by default as many as take 30 ms. It changes no token.
       prefill_chunks: the chunk sizes in which prompts are read: each is compiled once.
+      repetition_penalty, presence_penalty, frequency_penalty: for the last 512 tokens of a row, its prompt
+        included: the first divides their positive logits and multiplies the negative ones, the second is
+        subtracted, the third once per occurrence.
+      logit_bias: {token: what is added to its logit}; -inf forbids it.
+      stop_tokens: tokens that end a row, one set for all rows or one per row, besides the tokenizer's `eos`.
+      include_stop: False withholds the text of the stop, and text that may become one until it cannot.
+      logits: a function of logits [b, v] and a `LogitsContext` that returns what to draw from instead, -inf
+        at what a grammar forbids. It is compiled into the loop: hand over the same function each time.
+      logits_values: arrays with one row per row of the batch, which `logits` sees as `context.values`.
+      top_logprobs: how many of the likeliest tokens `Token.top` names.
     Raises:
-      ValueError: an option out of range, a token that the vocabulary lacks, an empty prompt without state, or
-      more tokens than a
-        bounded cache can hold; all before anything is computed.
+      ValueError: an option out of range, by its name; a token that the vocabulary lacks, an empty prompt
+        without state, or more tokens than a bounded cache can hold; all before anything is computed.
     """
-    sampling = check_sampling(temperature, top_k, top_p)
-    for name, value, most in (("max_tokens", max_tokens, 2**31), ("block", block, _BLOCK_LIMIT)):
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, int | np.integer) or not 1 <= value <= most
-        ):
-            raise UserError(f"{name} must be an integer from 1 to {most}, or None, got {value!r}")
-    chunks = tuple(sorted(set(prefill_chunks)))
-    if not chunks or chunks[0] < 1 or len(chunks) > 8:
-        raise UserError(f"prefill_chunks must be one to eight positive sizes, got {prefill_chunks!r}")
-    model, tokenizer = (
-        _unrolled(model if cache is None else with_cache(model, cache)),
-        tokenizer or ByteTokenizer(),
+    model = _streamable(model, cache)
+    tokenizer = check_tokenizer(ByteTokenizer() if tokenizer is None else tokenizer)
+    vocabulary = model.vocab_size
+    rows = read_prompts(prompt, tokenizer, vocabulary, fresh=state is None)
+    if state is not None:
+        state = adopted(model, state)
+        rows = _rows_of(state, rows)
+    count = len(rows)
+    if seed is None:
+        seed = 0 if state is None else np.asarray(state.seed)
+    seeds = check_seed(seed, count)
+    sampling = check_sampling(
+        temperature,
+        top_k,
+        top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=logit_bias,
+        rows=count,
+        vocab_size=vocabulary,
     )
-    rows = _rows(prompt, tokenizer, model.vocab_size, fresh=state is None)
-    if state is None:
-        state = stream_state(model, len(rows), _check_seed(seed, len(rows)))
-        state = state._replace(model=as_mixer(model).compact(state.model, max(map(len, rows)) + 1))
-    else:
-        state = _adopted(model, state)
+    limits = check_limits(max_tokens, count)
+    setup = Setup(
+        model=model,
+        rows=rows,
+        state=state,
+        seeds=seeds,
+        sampling=sampling,
+        limits=limits,
+        room=_room(model, state, rows, limits),
+        ends=read_ends(stop, stop_tokens, tokenizer, count, vocabulary),
+        withhold=not check_flag("include_stop", include_stop),
+        tokenizer=tokenizer,
+        block=None if block is None else check_number("block", block, 1, BLOCK_LIMIT),
+        chunks=check_chunks(prefill_chunks),
+        function=check_function("logits", logits),
+        values=_check_values(logits, logits_values, count, vocabulary),
+        top=check_number("top_logprobs", top_logprobs, 0, vocabulary),
+    )
+    longest = max(map(len, rows)) + 1
+
+    def start(batch: int) -> StreamState:
+        state = with_room_for(model, longest, batch)
+        return state._replace(seed=jnp.asarray(np.pad(seeds, (0, batch - count))))
+
+    return Stream(setup, start)
+
+
+def warm_up(
+    model: Module,
+    rows: int | Sequence[int] = 1,
+    *,
+    steps: int = 1,
+    cache: Any = None,
+    prefill_chunks: Sequence[int] = PREFILL_CHUNKS,
+    top_logprobs: int = 0,
+    logits: LogitsFunction | None = None,
+    logits_values: Any = None,
+) -> dict[str, float]:
+    """Compile what streams of `model` need, so that the first request waits for nothing.
+
+    Args:
+      rows: how many rows, or several such numbers; they are rounded up to powers of two.
+      steps: the longest prompt with what follows it: caches that grow are compiled in every size up to it.
+      cache, prefill_chunks, top_logprobs, logits, logits_values: as `stream_generate` will get them.
+    Returns:
+      `programs`, how many are compiled by now for this model, and `seconds`, what that took.
+    Raises:
+      ValueError: an option out of range, by its name.
+    """
+    begin = time.perf_counter()
+    model = _streamable(model, cache)
+    sizes = [rows] if not isinstance(rows, Sequence) else list(rows)
+    sizes = sorted({padded(check_number("rows", size, 1, 2**20)) for size in sizes})
+    chunks = check_chunks(prefill_chunks)
+    top = slots_of(check_number("top_logprobs", top_logprobs, 0, model.vocab_size))
+    check_function("logits", logits)
+    static, params = split(model)
+    leaves, use = tuple(params.values()), programs(static)
+    for size in sizes:
+        ends = read_ends((), None, ByteTokenizer(), size, model.vocab_size).tokens
+        values = _check_values(logits, _resized(logits_values, size), size, model.vocab_size)
+        settings = jax.tree.map(jnp.asarray, (check_sampling(rows=size), ends, values))
+        none = np.zeros(size, np.int32)
+        for fresh in _sizes_of(model, size, check_number("steps", steps, 1, _POSITIONS)):
+            state = use.copy(fresh)
+            for chunk in chunks:
+                tokens, valid = np.zeros((size, chunk), np.int32), np.zeros((size, chunk), bool)
+                state = use.prefill(leaves, state, tokens, valid)
+            use.decode(leaves, use.copy(state), none, *settings, top=top, function=logits)
+    return {"programs": use.compiled(), "seconds": time.perf_counter() - begin}
+
+
+def _sizes_of(model: Module, rows: int, steps: int) -> Iterator[StreamState]:
+    """Fresh states in every size that they have on the way to `steps` steps."""
+    seen, reached = set(), 1
+    while reached < 2 * steps:
+        shapes = jax.eval_shape(functools.partial(with_room_for, model, min(reached, steps), rows))
+        key = tuple(leaf.shape for leaf in jax.tree.leaves(shapes))
+        if key not in seen:
+            seen.add(key)
+            yield with_room_for(model, min(reached, steps), rows)
+        reached *= 2
+
+
+def _resized(values: Any, rows: int) -> Any:
+    return jax.tree.map(lambda leaf: np.resize(leaf, (rows, *np.shape(leaf)[1:])), values)
+
+
+def _streamable(model: Any, cache: Any) -> Module:
+    """`model` as it decodes, with `cache` where one is given."""
+    needed = ("vocab_size", "features", "read_out", "init_state")
+    lacking = [name for name in needed if not hasattr(model, name)]
+    if lacking or not isinstance(model, Module):
+        reason = f"has no {', '.join(lacking)}" if lacking else "is no seqlab.Module"
+        raise UserError(f"model must be a language model, but {type(model).__name__} {reason}")
+    if not as_mixer(model).causal:
+        raise UserError(f"model: {type(model).__name__} is not causal, and cannot generate step by step")
+    try:
+        return unrolled(model if cache is None else with_cache(model, cache))
+    except UserError:
+        raise
+    except (TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"cache: {cache!r:.80} is no cache for this model ({error})") from error
+
+
+def _rows_of(state: StreamState, rows: list[np.ndarray]) -> list[np.ndarray]:
+    """The prompts of the rows of `state`."""
+    batch = state.length.shape[0]
     if len(rows) == 1 and not len(rows[0]):
-        rows = rows * state.length.shape[0]
-    if len(rows) != state.length.shape[0]:
-        raise UserError(f"prompt has {len(rows)} rows, state has {state.length.shape[0]}")
-    room = _room(model, state, rows, max_tokens)
-    stops = (stop,) if isinstance(stop, str | bytes) else tuple(stop)
-    if not all(stops):
-        raise UserError("stop must not contain an empty string")
-    return Stream(model, rows, state, sampling, max_tokens, room, stops, tokenizer, block, chunks)
-
-
-class Stream(Iterator[Token]):
-    """The iterator that `stream_generate` returns: `Token`s, the rows of a batch in turn.
-
-    `state` is the state after exactly the tokens that have been handed out; `stats` says how fast and how
-    large it is.
-    """
-
-    def __init__(self, model, rows, state, sampling, max_tokens, room, stops, tokenizer, block, chunks):
-        static, params = split(model)
-        self._programs = _programs(static, sampling)
-        self._leaves = tuple(params.values())
-        self._before = self._after = state
-        self._with_room = as_mixer(model).with_room
-        self._left = np.minimum(room, np.iinfo(np.int32).max if max_tokens is None else max_tokens).astype(
-            np.int64
-        )
-        self._room, self._fixed_block, self._block = room, block, block or 8
-        self._decoders = [decoder_after(tokenizer, row) for row in rows]
-        self._tokenizer, self._ends = tokenizer, ends_of(tokenizer)
-        self._stops = tuple(s.encode() if isinstance(s, str) else s for s in stops)
-        self._tails = [b""] * len(rows)
-        self._made = np.zeros(len(rows), np.int64)
-        self._done = self._left < 1
-        self._pending: list[Token] = []
-        self._next = 0
-        self._given = np.zeros(len(rows), np.int64)  # of the current block
-        self._clock = {"prefill": _Clock(), "decode": _Clock()}
-        self._prompt_tokens = sum(map(len, rows))
-        self._read(rows, chunks)
-
-    @property
-    def state(self) -> StreamState:
-        """After the prompt and the tokens handed out so far, and no others: a value to save, fork or continue
-        from."""
-        if self._next >= len(self._pending) and not self._cut:
-            return self._after
-        return self._programs.decode(self._leaves, self._before, jnp.asarray(self._given, jnp.int32))[0]
-
-    @property
-    def stats(self) -> dict[str, float]:
-        """Tokens read and made, how fast (compilation apart), bytes of state, compiled programs, tokens a
-        block."""
-        prefill, decode = self._clock["prefill"], self._clock["decode"]
-        return {
-            "prompt_tokens": self._prompt_tokens,
-            "prompt_tokens_per_second": prefill.speed,
-            "tokens": int(self._made.sum()),
-            "tokens_per_second": decode.speed,
-            "seconds": prefill.seconds + decode.seconds,
-            "compile_seconds": prefill.compiling + decode.compiling,
-            "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(self._after)),
-            "programs": self._programs.compiled(),
-            "block": self._block,
-        }
-
-    def __next__(self) -> Token:
-        while self._next >= len(self._pending):
-            if self._done.all():
-                raise StopIteration
-            self._generate()
-        token = self._pending[self._next]
-        self._next += 1
-        self._given[token.row] += 1
-        return token
-
-    def _read(self, rows: list[np.ndarray], chunks: tuple[int, ...]) -> None:
-        """Chunked prefill: ragged rows side by side, right-padded with invalid steps."""
-        start, longest = 0, max(map(len, rows))
-        while start < longest:
-            fitting = [size for size in chunks if size <= longest - start]
-            size = fitting[-1] if fitting else chunks[0]
-            tokens, valid = np.zeros((len(rows), size), np.int32), np.zeros((len(rows), size), bool)
-            for row, ids in enumerate(rows):
-                piece = ids[start : start + size]
-                tokens[row, : len(piece)], valid[row, : len(piece)] = piece, True
-            self._after = self._run(
-                "prefill", int(valid.sum()), self._grown(self._after, valid.sum(1)), tokens, valid
-            )
-            start += size
-        self._before, self._cut = self._after, False
-
-    def _run(self, program: str, tokens: int, *args: Any) -> Any:
-        """Run a program to its end and book its time; a call that had to compile is booked as compilation."""
-        known, begin = self._programs.compiled(), time.perf_counter()
-        result = jax.block_until_ready(getattr(self._programs, program)(self._leaves, *args))
-        self._clock[program].book(time.perf_counter() - begin, tokens, self._programs.compiled() > known)
-        return result
-
-    def _generate(self) -> None:
-        """Draw a block of tokens and queue them; a row that meets a stop text hands out nothing after it."""
-        limits = np.where(self._done, 0, np.minimum(self._left, self._block)).astype(np.int32)
-        self._before = self._grown(self.state, limits)
-        self._after, tokens, logprobs = self._run("decode", int(limits.sum()), self._before, limits)
-        tokens, logprobs = np.asarray(tokens), np.asarray(logprobs)
-        self._pending, self._next, self._cut = [], 0, False
-        self._given[:] = 0
-        for step in range(int(limits.max())):
-            for row in np.flatnonzero((limits > step) & ~self._done):
-                self._pending.append(
-                    self._token(int(row), int(tokens[row, step]), float(logprobs[row, step]))
-                )
-                self._cut |= bool(self._done[row] and step + 1 < limits[row])
-        if self._fixed_block is None and limits.max() == self._block:
-            self._block = int(
-                np.clip(self._block * min(2.0, _BLOCK_SECONDS / self._clock["decode"].last), 1, _BLOCK_LIMIT)
-            )
-
-    def _grown(self, state: StreamState, more: np.ndarray) -> StreamState:
-        """`state` with room for `more` [b] steps, where the model's caches grow."""
-        return state._replace(
-            model=self._with_room(state.model, int(np.max(np.asarray(state.length) + more)))
-        )
-
-    def _token(self, row: int, token: int, logprob: float) -> Token:
-        index = int(self._made[row])
-        self._made[row] += 1
-        self._left[row] -= 1
-        text, finished = self._decoders[row].push(token), None
-        if self._stops:
-            seen = text + special_text(self._tokenizer, token)  # what chat formats end turns with has no text
-            tail = self._tails[row] + seen.encode()
-            finished = "stop" if seen and any(stop in tail for stop in self._stops) else None
-            self._tails[row] = (
-                tail[-max(map(len, self._stops)) + 1 :] if max(map(len, self._stops)) > 1 else b""
-            )
-        if token in self._ends:
-            finished = "stop"
-        if finished is None and self._left[row] < 1:
-            finished = "capacity" if self._made[row] >= self._room[row] else "length"
-        if finished:
-            self._done[row] = True
-            text += self._decoders[row].finish()
-        return Token(row, index, token, text, logprob, finished)
-
-
-@dataclasses.dataclass
-class _Clock:
-    """Seconds at work and at compiling, and the tokens of the former."""
-
-    seconds: float = 0.0
-    compiling: float = 0.0
-    tokens: int = 0
-    last: float = 1.0
-
-    @property
-    def speed(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
-
-    def book(self, seconds: float, tokens: int, compiled: bool) -> None:
-        self.last = seconds
-        if compiled:
-            self.compiling += seconds
-        else:
-            self.seconds, self.tokens = self.seconds + seconds, self.tokens + tokens
-
-
-class _Programs(NamedTuple):
-    prefill: Callable[..., StreamState]
-    decode: Callable[..., tuple[StreamState, Array, Array]]
-    compiled: Callable[[], int]
-
-
-@functools.lru_cache(maxsize=32)
-def _programs(static: Static, sampling: Sampling) -> _Programs:
-    """The compiled functions of a model: parameters travel as a flat tuple, the cheapest thing to hand to a
-    jitted function."""
-    traced = []
-
-    def model(leaves: tuple[Array, ...]) -> Any:
-        return merge(static, dict(zip(static.names, leaves, strict=True)))
-
-    def prefill(leaves, state, tokens, valid):
-        traced.append(tokens.shape)
-        net = model(leaves)
-        count = jnp.sum(valid, axis=1, dtype=jnp.int32)
-        features, new = net.features(tokens, state.model, None, valid)
-        last = jnp.take_along_axis(features, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-        logits = jnp.where(count[:, None] > 0, net.read_out(last).astype(jnp.float32), state.logits)
-        return state._replace(model=new, logits=logits, length=state.length + count)
-
-    def decode(leaves, state, limits):
-        traced.append("decode")
-        net, batch = model(leaves), limits.shape[0]
-
-        def step(carry):
-            i, state, tokens, logprobs = carry
-            active = i < limits
-            token = draw(state.logits, state.seed, state.length, sampling)
-            logprob = jnp.take_along_axis(jax.nn.log_softmax(state.logits), token[:, None], axis=1)[:, 0]
-            logits, new = net(token[:, None], state.model, None, active[:, None])
-            logits = jnp.where(active[:, None], logits[:, 0].astype(jnp.float32), state.logits)
-            state = StreamState(new, logits, state.seed, state.length + active)
-            return i + 1, state, tokens.at[:, i].set(token), logprobs.at[:, i].set(logprob)
-
-        empty = jnp.zeros((batch, _BLOCK_LIMIT), jnp.int32), jnp.zeros((batch, _BLOCK_LIMIT), jnp.float32)
-        _, state, tokens, logprobs = jax.lax.while_loop(
-            lambda carry: carry[0] < jnp.max(limits), step, (0, state, *empty)
-        )
-        return state, tokens, logprobs
-
-    # The old state is not donated: `Stream.state` may have to replay a part of the block from it.
-    return _Programs(jax.jit(prefill), jax.jit(decode), lambda: len(traced))
-
-
-def _unrolled(model: Module) -> Module:
-    """`model` as it decodes best; its states have another structure where its layers were scanned."""
-    return as_mixer(model).unrolled()
-
-
-def _adopted(model: Module, state: StreamState) -> StreamState:
-    """A state that continues, refused if another model or cache made it. Caches may have any room that
-    streaming gives them."""
-    if not isinstance(state, StreamState):
-        raise UserError(f"state must be a StreamState, as Stream.state is, got {type(state).__name__}")
-    mixer, whole = as_mixer(model), jax.eval_shape(lambda: stream_state(model, 1))
-    if jax.tree.structure(state) != jax.tree.structure(whole):
-        check_state(state, whole)
-    state = state._replace(model=mixer.adopt(state.model))
-    sizes = sorted({size for leaf in jax.tree.leaves(state.model) for size in leaf.shape if size})
-    reason = None
-    for steps in (None, *sizes):
-        like = jax.eval_shape(lambda steps=steps: _with_room_for(model, steps))
-        try:
-            check_state(state, like)
-        except UserError as error:
-            reason = reason or error
-        else:
-            return state
-    raise reason
-
-
-def _with_room_for(model: Module, steps: int | None) -> StreamState:
-    """A fresh state with the room that streams of `steps` steps have; None for all."""
-    made, mixer = stream_state(model, 1), as_mixer(model)
-    if steps is None:
-        return made
-    return made._replace(model=mixer.with_room(mixer.compact(made.model, steps), steps))
-
-
-def _check_seed(seed: int | Sequence[int], rows: int) -> np.ndarray:
-    seeds = np.asarray(seed)
-    if (
-        seeds.dtype.kind not in "iu"
-        or seeds.ndim > 1
-        or (seeds.ndim == 1 and len(seeds) != rows)
-        or (seeds < 0).any()
-        or (seeds >= 2**32).any()
-    ):
-        raise UserError(
-            f"seed must be one integer in [0, 2**32), or one for each of {rows} rows, got {seed!r}"
-        )
-    return seeds.astype(np.uint32)
-
-
-def _rows(prompt: Any, tokenizer: Tokenizer, vocab_size: int, fresh: bool) -> list[np.ndarray]:
-    """The prompts as token arrays, one a row, checked against the vocabulary."""
-    one = (
-        isinstance(prompt, str | bytes | np.ndarray)
-        or not len(prompt)
-        or isinstance(prompt[0], int | np.integer)
-    )
-    rows = []
-    for i, item in enumerate([prompt] if one else prompt):
-        if isinstance(item, str | bytes):
-            ids = np.asarray(begin(tokenizer, item) if fresh else tokenizer.encode(item), np.int64)
-        else:
-            ids = np.asarray(item, np.int64).ravel()
-        if fresh and not len(ids):
-            raise UserError(f"prompt {i} is empty, and there is no state to continue from")
-        bad = np.flatnonzero((ids < 0) | (ids >= vocab_size))
-        if len(bad):
-            raise UserError(
-                f"prompt {i}: token {ids[bad[0]]} at place {bad[0]} is not in the model's vocabulary of "
-                f"{vocab_size}"
-            )
-        rows.append(ids)
+        rows = rows * batch
+    if len(rows) != batch:
+        raise UserError(f"prompt has {len(rows)} rows, state has {batch}")
+    empty = [row for row, ids in enumerate(rows) if not len(ids) and not int(state.length[row])]
+    if empty:
+        raise UserError(f"prompt {empty[0]} is empty, and the state has not read anything yet")
     return rows
 
 
-def _room(model: Module, state: StreamState, rows: list[np.ndarray], max_tokens: int | None) -> np.ndarray:
-    """How many tokens each row can still hold after its prompt, where a cache is bounded."""
-    capacity = as_mixer(model).capacity
-    if capacity is None:
-        return np.full(len(rows), np.iinfo(np.int32).max, np.int64)
-    used = np.asarray(state.length, np.int64) + [len(row) for row in rows]
-    if (used + (max_tokens or 0) > capacity).any():
+def _room(model: Module, state: StreamState | None, rows: list[np.ndarray], limits: np.ndarray) -> np.ndarray:
+    """How many tokens each row can still hold after its prompt: positions are int32, and caches bounded."""
+    used = np.asarray([len(row) for row in rows], np.int64)
+    if state is not None:
+        used = used + np.asarray(state.length, np.int64)
+    if (used > _POSITIONS).any():
         row = int(np.argmax(used))
         raise UserError(
-            f"row {row} needs {used[row]} steps for its prompt and {max_tokens or 0} for max_tokens, but "
-            "the model's full cache "
-            f"holds {capacity}: shorten them, or build the model with a larger Full(capacity) or with a "
-            "Window"
+            f"prompt {row} ends at step {used[row]} of its stream, and positions end at {_POSITIONS}: "
+            "begin a new stream"
         )
-    return capacity - used
+    room = _POSITIONS - used
+    capacity = as_mixer(model).capacity
+    if capacity is None:
+        return room
+    wanted = np.where(limits == np.iinfo(np.int64).max, 0, np.minimum(limits, 2**62))
+    if (used + wanted > capacity).any():
+        row = int(np.argmax(used + wanted))
+        raise UserError(
+            f"row {row} needs {used[row]} steps for its prompt and {wanted[row]} for max_tokens, but the "
+            f"model's full cache holds {capacity}: shorten them, or build the model with a larger "
+            "Full(capacity) or with a Window"
+        )
+    return np.minimum(room, capacity - used)
+
+
+def _check_values(function: Any, values: Any, rows: int, vocabulary: int) -> Any:
+    """`values` as arrays, and `function` tried on shapes: both refused before any work."""
+    try:
+        arrays = jax.tree.map(jnp.asarray, values)
+    except Exception as error:  # whatever JAX says of what is no array
+        raise UserError(f"logits_values must be arrays with a row per row of the batch ({error})") from error
+    if any(leaf.ndim < 1 or leaf.shape[0] != rows for leaf in jax.tree.leaves(arrays)):
+        shapes = [leaf.shape for leaf in jax.tree.leaves(arrays)]
+        raise UserError(f"logits_values must have one row per each of {rows} rows, got {shapes}")
+    if function is None or not callable(function):
+        return arrays
+    whole = jax.ShapeDtypeStruct((rows, vocabulary), jnp.float32)
+    counts = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    recent = jax.ShapeDtypeStruct((rows, RECENT), jnp.int32)
+    try:
+        made = jax.eval_shape(function, whole, LogitsContext(recent, counts, counts, arrays))
+    except Exception as error:  # the user's own function
+        raise UserError(f"logits: the function fails on logits [{rows}, {vocabulary}] ({error})") from error
+    if getattr(made, "shape", None) != whole.shape:
+        raise UserError(f"logits must return an array {whole.shape}, got {made!r:.80}")
+    return arrays

@@ -1,0 +1,220 @@
+"""The compiled functions of a stream, keyed by the model alone: sampling settings are arguments of them."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from seqlab.checks import UserError
+from seqlab.mixer import as_mixer
+from seqlab.module import Module, Static, merge, split
+from seqlab.state import take_rows
+from seqlab.streaming.sampling import Sampling, adjusted, sample
+from seqlab.streaming.states import RECENT, Past, StreamState, unrolled
+
+BLOCK_LIMIT = 128  # tokens in one dispatch at most
+
+
+class Drawn(NamedTuple):
+    """A block of tokens. `count` [b]: how many a row made, up to its limit or the token that ended it.
+    `broken` [b]: the row's logits were not finite after these. `top`: the likeliest tokens and their
+    log-probabilities [b, block, n]."""
+
+    count: Int[Array, " b"]
+    broken: Bool[Array, " b"]
+    tokens: Int[Array, "b block"]
+    logprobs: Float[Array, "b block"]
+    sampled: Float[Array, "b block"]
+    top: tuple[Int[Array, "b block n"], Float[Array, "b block n"]]
+
+
+class LogitsContext(NamedTuple):
+    """What a `logits` function may look at, one row per stream: the last tokens (newest last), how many of
+    them there are, the tokens read and drawn so far, and the user's own `values`."""
+
+    recent: Int[Array, "b r"]
+    known: Int[Array, " b"]
+    length: Int[Array, " b"]
+    values: Any
+
+
+LogitsFunction = Callable[[Float[Array, "b v"], LogitsContext], Float[Array, "b v"]]
+
+
+class Programs(NamedTuple):
+    """`prefill(leaves, state, tokens, valid)`, `decode(leaves, state, limits, sampling, ends, values, top=,
+    function=)`: both take their state over; `copy(state)` is what a state that someone else has goes through
+    before; `rows(state, index)` is `take_rows`. `compiled()` counts the programs of the first two."""
+
+    prefill: Callable[..., StreamState]
+    decode: Callable[..., tuple[StreamState, Drawn]]
+    copy: Callable[[StreamState], StreamState]
+    rows: Callable[[StreamState, Array], StreamState]
+    compiled: Callable[[], int]
+
+
+def rewind_stream(model: Module, state: StreamState, steps: Any, last: Any = None) -> StreamState:
+    """The stream `steps` tokens ago, one number for all rows or one per row.
+
+    Args:
+      last: [b], the token that then was the last one of each row: it is read again for its logits. By default
+        what the state remembers, which are the last 512 tokens.
+    Raises:
+      ValueError: a stream would be left without a token, or what `Model.rewind` raises.
+    """
+    model, batch = unrolled(model), state.length.shape[0]
+    steps = _integers("steps", steps, batch)
+    lengths, known = np.asarray(state.length), np.asarray(state.past.known)
+    if (steps < 0).any() or (steps >= lengths).any():
+        raise UserError(
+            f"steps must be at least 0 and leave a token of the {lengths.tolist()} in each row, got "
+            f"{steps.tolist()}"
+        )
+    place = np.maximum(np.arange(RECENT) - steps[:, None], 0)
+    tokens = np.take_along_axis(np.asarray(state.past.tokens), place, axis=1)
+    if last is None:
+        if (steps >= known).any():
+            raise UserError(
+                f"last must name the last token of each row: the state knows {known.tolist()} tokens, which "
+                f"is not enough for steps={steps.tolist()}"
+            )
+    elif np.shape(last) != (batch,):
+        raise UserError(f"last must name one token for each of {batch} rows, got {last!r:.80}")
+    else:
+        tokens[:, -1] = _integers("last", last, batch)
+    if (tokens[:, -1] < 0).any() or (tokens[:, -1] >= model.vocab_size).any():
+        raise UserError(f"last: {tokens[:, -1].tolist()} are not all in the vocabulary of {model.vocab_size}")
+    static, params = split(model)
+    again = jnp.asarray(steps + 1, jnp.int32)
+    back = state._replace(model=as_mixer(model).rewind(state.model, again), length=state.length - again)
+    use = programs(static)
+    read = use.prefill(
+        tuple(params.values()), use.copy(back), jnp.asarray(tokens[:, -1:]), jnp.ones((batch, 1), bool)
+    )
+    past = Past(
+        jnp.asarray(tokens),
+        jnp.asarray(np.maximum(known - steps, 1), jnp.int32),
+        jnp.asarray(np.maximum(np.asarray(state.past.spoken) - steps, 0), jnp.int32),
+        jnp.full((batch,), -1, jnp.int32),
+    )
+    return read._replace(past=past)
+
+
+def _integers(name: str, value: Any, batch: int) -> np.ndarray:
+    try:
+        array = np.asarray(value)
+    except Exception:  # ragged, or of a library that refuses
+        array = np.asarray(None)
+    if array.dtype.kind not in "iu" or array.shape not in ((), (batch,)):
+        raise UserError(f"{name} must be one integer, or one for each of {batch} rows, got {value!r:.80}")
+    return np.broadcast_to(array.astype(np.int64), (batch,))
+
+
+@functools.lru_cache(maxsize=32)
+def programs(static: Static) -> Programs:
+    """The compiled functions of a model: parameters travel as a flat tuple, the cheapest thing to hand to a
+    jitted function."""
+    traced = []
+
+    def model(leaves: tuple[Array, ...]) -> Any:
+        return merge(static, dict(zip(static.names, leaves, strict=True)))
+
+    def prefill(leaves, state, tokens, valid):
+        traced.append(tokens.shape)
+        net = model(leaves)
+        count = jnp.sum(valid, axis=1, dtype=jnp.int32)
+        features, new = net.features(tokens, state.model, None, valid)
+        last = jnp.take_along_axis(features, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
+        logits = jnp.where(count[:, None] > 0, net.read_out(last).astype(jnp.float32), state.logits)
+        past = _later(state.past, tokens.astype(jnp.int32), count)
+        return StreamState(new, logits, state.seed, state.length + count, past)
+
+    def decode(leaves, state, limits, sampling, ends, values, *, top, function):
+        traced.append("decode")
+        return _decode(model(leaves), state, limits, sampling, ends, values, top, function)
+
+    return Programs(
+        jax.jit(prefill, donate_argnums=1),
+        jax.jit(decode, donate_argnums=1, static_argnames=("top", "function")),
+        jax.jit(lambda state: jax.tree.map(jnp.copy, state)),
+        jax.jit(take_rows),
+        lambda: len(traced),
+    )
+
+
+def _later(past: Past, tokens: Int[Array, "b t"], count: Int[Array, " b"]) -> Past:
+    """`past` after the first `count` [b] of `tokens`."""
+    places = count[:, None] + jnp.arange(RECENT)
+    known = jnp.minimum(past.known + count, RECENT)
+    return past._replace(
+        tokens=jnp.take_along_axis(jnp.concatenate([past.tokens, tokens], axis=1), places, axis=1),
+        known=known,
+    )
+
+
+def _decode(
+    net: Any,
+    state: StreamState,
+    limits: Int[Array, " b"],
+    sampling: Sampling,
+    ends: Int[Array, "b n"],
+    values: Any,
+    top: int,
+    function: LogitsFunction | None,
+) -> tuple[StreamState, Drawn]:
+    """Draw up to `limits` [b] tokens per row: each is drawn from the state's logits and read by the model."""
+    batch = limits.shape[0]
+    past, length, seed = state.past, state.length, state.seed
+    shape = batch, BLOCK_LIMIT
+    likeliest = tuple(jnp.zeros((*shape, top), dtype) for dtype in (jnp.int32, jnp.float32))
+    empty = Drawn(
+        jnp.zeros((batch,), jnp.int32),
+        jnp.zeros((batch,), bool),
+        jnp.concatenate([past.tokens, jnp.zeros(shape, jnp.int32)], axis=1),
+        jnp.zeros(shape, jnp.float32),
+        jnp.zeros(shape, jnp.float32),
+        likeliest,
+    )
+
+    def step(carry):
+        i, live, own, raw, made = carry
+        known = jnp.minimum(past.known + i, RECENT)
+        recent = jax.lax.dynamic_slice_in_dim(made.tokens, i, RECENT, axis=1)
+        ready = adjusted(raw, recent, known, sampling)
+        if function is not None:
+            ready = function(ready, LogitsContext(recent, known, length + i, values)).astype(jnp.float32)
+        # Neither NaN nor +inf, and not all of them -inf: then there is something to draw from.
+        sound = jnp.isfinite(jnp.max(raw, axis=1)) & jnp.isfinite(jnp.max(ready, axis=1))
+        going = live & sound
+        token, sampled = sample(ready, seed, length + i, sampling)
+        logprobs = jax.nn.log_softmax(raw)
+        if top:
+            found = jax.lax.top_k(logprobs, top)[::-1]
+            made = made._replace(
+                top=tuple(
+                    jax.lax.dynamic_update_index_in_dim(whole, part.astype(whole.dtype), i, 1)
+                    for whole, part in zip(made.top, found, strict=True)
+                )
+            )
+        made = made._replace(
+            count=made.count + going,
+            broken=made.broken | (live & ~sound),
+            tokens=made.tokens.at[:, RECENT + i].set(token),
+            logprobs=made.logprobs.at[:, i].set(jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]),
+            sampled=made.sampled.at[:, i].set(sampled),
+        )
+        logits, own = net(token[:, None], own, None, going[:, None])
+        raw = jnp.where(going[:, None], logits[:, 0].astype(jnp.float32), raw)
+        ended = jnp.any(token[:, None] == ends, axis=1)
+        return i + 1, going & ~ended & (i + 1 < limits), own, raw, made
+
+    _, _, own, raw, made = jax.lax.while_loop(
+        lambda carry: jnp.any(carry[1]), step, (0, limits > 0, state.model, state.logits, empty)
+    )
+    made = made._replace(tokens=made.tokens[:, RECENT:])
+    past = _later(past, made.tokens, made.count)
+    return StreamState(own, raw, seed, length + made.count, past), made

@@ -1,0 +1,347 @@
+"""The iterator that `stream_generate` returns: tokens, their text, and the state after each of them."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seqlab.mixer import as_mixer
+from seqlab.module import Module, split
+from seqlab.streaming.programs import BLOCK_LIMIT, Drawn, LogitsFunction, programs
+from seqlab.streaming.prompts import Ends
+from seqlab.streaming.sampling import Sampling
+from seqlab.streaming.states import RECENT, StreamState
+from seqlab.streaming.text import CONTEXT, RowText
+from seqlab.tokenizers import Tokenizer
+
+_FIRST_BLOCK = 4
+_SHORTEST_BLOCK = 4  # however slow a step is: a dispatch has its price
+_BLOCK_SECONDS = (
+    0.03  # blocks grow until they take this long: text keeps appearing, dispatch is a small share
+)
+_REPLAY = 32  # tokens after which a state is kept from which `Stream.state` can be made again
+
+
+class Token(NamedTuple):
+    """One generated token of a stream.
+
+    `row`: of the batch. `index`: among the row's generated tokens. `text`: what it completes (may be empty:
+    characters are only given whole). `logprob`: log-probability under the model. `finished`: None, or why the
+    row ends: "stop", "length", "capacity" (no further step can be held), "nonfinite" (the model's logits are
+    not finite or forbid every token: nothing was drawn, and `token` is -1). `sampled_logprob`: under the
+    distribution it was drawn from, 0 for the likeliest. `top`: the likeliest tokens and their
+    log-probabilities under the model, as many as `top_logprobs`.
+    """
+
+    row: int
+    index: int
+    token: int
+    text: str
+    logprob: float
+    finished: str | None
+    sampled_logprob: float = math.nan
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass
+class Setup:
+    """Everything a stream is made of, checked. Arrays have one row per row of the batch."""
+
+    model: Module  # unrolled
+    rows: list[np.ndarray]
+    state: StreamState | None  # None: fresh
+    seeds: np.ndarray
+    sampling: Sampling
+    limits: np.ndarray
+    room: np.ndarray
+    ends: Ends
+    withhold: bool
+    tokenizer: Tokenizer
+    block: int | None
+    chunks: tuple[int, ...]
+    function: LogitsFunction | None
+    values: Any
+    top: int
+
+
+class Stream(Iterator[Token]):
+    """The iterator that `stream_generate` returns: `Token`s, the rows of a batch in turn.
+
+    `state` is the state after exactly the tokens that have been handed out; `held` the text of each row that
+    was not; `stats` says how fast and how large it is.
+    """
+
+    def __init__(self, setup: Setup, start: Callable[[int], StreamState]):
+        static, params = split(setup.model)
+        self._setup, self._programs, self._leaves = setup, programs(static), tuple(params.values())
+        self._rows = len(setup.rows)
+        self._padded = padded(self._rows)
+        self._with_room = as_mixer(setup.model).with_room
+        self._clock = {"prefill": _Clock(), "decode": _Clock()}
+        self._block = setup.block or _FIRST_BLOCK
+        self._begin_text()
+        index = np.pad(np.arange(self._rows), (0, self._padded - self._rows))  # those beyond repeat the first
+        self._settings = jax.tree.map(
+            lambda leaf: jnp.asarray(leaf)[index], (setup.sampling, setup.ends.tokens, setup.values)
+        )
+        self._end_sets = [set(row.tolist()) - {-1} for row in setup.ends.tokens]
+        self._left = np.minimum(setup.limits, setup.room)
+        self._done = self._left < 1
+        self._made = np.zeros(self._rows, np.int64)
+        self._given = np.zeros(self._rows, np.int64)  # of the current block
+        self._count = np.zeros(self._rows, np.int64)
+        self._queue: Iterator[tuple[int, int]] = iter(())
+        self._after = self._begin_state(start, index)
+        self._base: StreamState | None = None  # `_after` is this one after `_since` tokens
+        self._since = np.zeros(self._rows, np.int64)
+        self._shared = False  # whether someone else has `_after`, whose memory must then not be reused
+        self._read()
+
+    def _begin_text(self) -> None:
+        """The text of each row from where its state left it. A prompt ends what can be part of a stop."""
+        setup, past = self._setup, None if self._setup.state is None else self._setup.state.past
+        self._texts, self._spoken = [], np.zeros(self._rows, np.int64)
+        remembered = None if past is None else [np.asarray(part) for part in past]
+        for row, prompt in enumerate(setup.rows):
+            context, spoken, held = prompt[-CONTEXT:].tolist(), [], 0
+            if remembered is not None:
+                tokens, known, said, held = (part[row] for part in remembered)
+                said = 0 if len(prompt) else int(said)
+                self._spoken[row] = said
+                before = tokens[RECENT - int(known) : RECENT - said].tolist()
+                context = [*before[-CONTEXT:], *context]
+                spoken = tokens[RECENT - said :].tolist()
+                if not (held or setup.ends.texts or setup.ends.sequences):  # then only its last tokens matter
+                    context = [*context, *spoken][-CONTEXT:]
+                    spoken = []
+            self._texts.append(
+                RowText(
+                    setup.tokenizer,
+                    setup.ends.texts,
+                    setup.ends.sequences,
+                    setup.withhold,
+                    context,
+                    spoken,
+                    int(held),
+                )
+            )
+
+    def _begin_state(self, start: Callable[[int], StreamState], index: np.ndarray) -> StreamState:
+        """A state that nobody else has, padded to a number of rows that few programs differ in."""
+        setup = self._setup
+        if setup.state is None:
+            self._length = np.zeros(self._rows, np.int64)
+            return self._programs.copy(start(self._padded))
+        self._length = np.asarray(setup.state.length, np.int64)
+        state = setup.state._replace(seed=jnp.asarray(setup.seeds))
+        if self._padded == self._rows:
+            return self._programs.copy(state)
+        return self._programs.rows(state, jnp.asarray(index, jnp.int32))
+
+    @property
+    def state(self) -> StreamState:
+        """After the prompt and the tokens handed out so far, and no others: a value to save, fork or continue
+        from."""
+        if (self._given == self._count).all():
+            state = self._after
+            self._shared = self._shared or self._padded == self._rows
+        else:
+            state = self._replayed()
+        if self._padded != self._rows:
+            state = self._programs.rows(state, jnp.arange(self._rows, dtype=jnp.int32))
+        held = np.asarray([text.held for text in self._texts], np.int32)
+        spoken = np.minimum(self._spoken, RECENT).astype(np.int32)
+        return state._replace(past=state.past._replace(spoken=jnp.asarray(spoken), held=jnp.asarray(held)))
+
+    @property
+    def held(self) -> list[str]:
+        """The text of each row that was not handed out: characters that are not complete, and what may begin
+        a stop text that is withheld. A stream continued from `state` goes on with it."""
+        return [text.rest for text in self._texts]
+
+    @property
+    def stats(self) -> dict[str, float]:
+        """Tokens read and handed out, how fast (compilation apart), bytes of state, compiled programs, tokens
+        a block."""
+        prefill, decode = self._clock["prefill"], self._clock["decode"]
+        return {
+            "prompt_tokens": sum(map(len, self._setup.rows)),
+            "prompt_tokens_per_second": prefill.speed,
+            "tokens": int(self._made.sum()),
+            "tokens_per_second": decode.speed,
+            "seconds": prefill.seconds + decode.seconds,
+            "compile_seconds": prefill.compiling + decode.compiling,
+            "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(self._after))
+            * self._rows
+            // self._padded,
+            "programs": self._programs.compiled(),
+            "block": self._block,
+        }
+
+    def __next__(self) -> Token:
+        while True:
+            for step, row in self._queue:
+                if not self._done[row]:
+                    return self._token(row, step)
+            if self._done.all():
+                raise StopIteration
+            self._generate()
+
+    def _token(self, row: int, step: int) -> Token:
+        """Hand out the token of a row's `step` in the current block. A row that has ended hands out no
+        more."""
+        index = int(self._made[row])
+        if step == self._count[row]:  # what would have followed cannot be drawn
+            self._done[row] = True
+            self._spoken[row] = 0
+            text = self._texts[row].finish()
+            return Token(row, index, -1, text, math.nan, "nonfinite")
+        tokens, logprobs, sampled, top = self._drawn
+        token = tokens[row][step]
+        for counter, change in (
+            (self._made, 1),
+            (self._given, 1),
+            (self._since, 1),
+            (self._length, 1),
+            (self._spoken, 1),
+            (self._left, -1),
+        ):
+            counter[row] += change
+        text, ended = self._texts[row].push(token, token in self._end_sets[row])
+        finished = "stop" if ended else None
+        if not ended and self._left[row] < 1:
+            finished = "capacity" if self._made[row] >= self._setup.room[row] else "length"
+        if finished == "capacity":
+            text += self._texts[row].finish()
+        if finished:
+            self._done[row] = True
+            self._spoken[row] = 0 if finished == "stop" else self._spoken[row]
+        likeliest = tuple(zip(top[0][row][step], top[1][row][step], strict=True)) if top else ()
+        return Token(
+            row,
+            index,
+            token,
+            text,
+            logprobs[row][step],
+            finished,
+            sampled[row][step],
+            likeliest[: self._setup.top],
+        )
+
+    def _read(self) -> None:
+        """Chunked prefill: ragged rows side by side, right-padded with invalid steps."""
+        rows, chunks = self._setup.rows, self._setup.chunks
+        start, longest = 0, max(map(len, rows))
+        while start < longest:
+            fitting = [size for size in chunks if size <= longest - start]
+            size = fitting[-1] if fitting else chunks[0]
+            tokens = np.zeros((self._padded, size), np.int32)
+            valid = np.zeros((self._padded, size), bool)
+            for row, ids in enumerate(rows):
+                piece = ids[start : start + size]
+                tokens[row, : len(piece)] = piece
+                valid[row, : len(piece)] = True
+            count = valid.sum(1)[: self._rows]
+            state = self._grown(self._after, self._length + count)
+            self._after = self._run("prefill", int(count.sum()), state, tokens, valid)
+            self._length += count
+            start += size
+
+    def _run(self, program: str, tokens: int, *args: Any, **options: Any) -> Any:
+        """Run a program to its end and book its time; a call that had to compile is booked as compilation."""
+        known, begin = self._programs.compiled(), time.perf_counter()
+        result = jax.block_until_ready(getattr(self._programs, program)(self._leaves, *args, **options))
+        self._clock[program].book(time.perf_counter() - begin, tokens, self._programs.compiled() > known)
+        return result
+
+    def _decode(self, state: StreamState, limits: np.ndarray) -> tuple[StreamState, Drawn]:
+        wide = np.zeros(self._padded, np.int32)
+        wide[: self._rows] = limits
+        sampling, ends, values = self._settings
+        options = {"top": slots_of(self._setup.top), "function": self._setup.function}
+        return self._run("decode", 0, state, wide, sampling, ends, values, **options)
+
+    def _generate(self) -> None:
+        """Draw a block of tokens, to be handed out one by one."""
+        if (self._given != self._count).any():
+            self._after, self._shared = self._replayed(), False
+        if self._base is None or self._shared or self._since.max() >= _REPLAY:
+            self._base, self._after = self._after, self._programs.copy(self._after)
+            self._shared = False
+            self._since[:] = 0
+        limits = np.where(self._done, 0, np.minimum(self._left, self._block))
+        state = self._grown(self._after, self._length + limits)
+        self._after, drawn = self._decode(state, limits)
+        count, broken = (np.asarray(part)[: self._rows] for part in (drawn.count, drawn.broken))
+        self._count, self._given = count.astype(np.int64), np.zeros(self._rows, np.int64)
+        clock = self._clock["decode"]
+        clock.tokens += 0 if clock.compiled else int(count.sum())
+        longest = int(count.max())
+        parts = [
+            np.asarray(part)[:, :longest].tolist() for part in (drawn.tokens, drawn.logprobs, drawn.sampled)
+        ]
+        top = [np.asarray(part)[:, :longest].tolist() for part in drawn.top] if self._setup.top else None
+        self._drawn = (*parts, top)
+        handed = count + broken
+        self._queue = (
+            (step, row)
+            for step in range(int(handed.max()))
+            for row in range(self._rows)
+            if step < handed[row]
+        )
+        if self._setup.block is None and not clock.compiled and longest == self._block:
+            size = self._block * min(2.0, _BLOCK_SECONDS / clock.last)
+            self._block = int(np.clip(size, _SHORTEST_BLOCK, BLOCK_LIMIT))
+
+    def _replayed(self) -> StreamState:
+        """The state after the tokens handed out, made again from the last one that was kept."""
+        state, left = self._programs.copy(self._base), self._since.copy()
+        length = self._length - self._since
+        while left.any():
+            limits = np.minimum(left, BLOCK_LIMIT)
+            state, _ = self._decode(self._grown(state, length + limits), limits)
+            left -= limits
+            length += limits
+        return state
+
+    def _grown(self, state: StreamState, length: np.ndarray) -> StreamState:
+        """`state` with room for `length` [b] steps, where the model's caches grow."""
+        return state._replace(model=self._with_room(state.model, int(length.max())))
+
+
+def padded(rows: int) -> int:
+    """The rows that a program is compiled for: the next power of two."""
+    return 1 << (rows - 1).bit_length()
+
+
+def slots_of(top: int) -> int:
+    """How many likeliest tokens a program reports where `top` are asked for: none, or a power of two of at
+    least 8."""
+    return 0 if top == 0 else max(8, padded(top))
+
+
+@dataclasses.dataclass
+class _Clock:
+    """Seconds at work and at compiling, the tokens of the former, and how the last call went."""
+
+    seconds: float = 0.0
+    compiling: float = 0.0
+    tokens: int = 0
+    last: float = 1.0
+    compiled: bool = True
+
+    @property
+    def speed(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def book(self, seconds: float, tokens: int, compiled: bool) -> None:
+        self.last, self.compiled = seconds, compiled
+        if compiled:
+            self.compiling += seconds
+        else:
+            self.seconds, self.tokens = self.seconds + seconds, self.tokens + tokens
