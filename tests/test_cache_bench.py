@@ -132,8 +132,8 @@ def test_without_a_choice_everything_is_measured_that_fits_the_heads():
         "full(256)+int8(group=8, residual=16)",
         "full(256)+int4(group=8, residual=16)",
         "window(8)",
+        "sinks(4)+window(4)+absolute",
         "sinks(4)+window(4)",
-        "sinks(4)+window(4)+in_place",
         "sinks(4)+window(4)+int4(group=8, residual=16)",
         "duo(0.75)",
     ]

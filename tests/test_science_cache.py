@@ -87,8 +87,8 @@ def test_sinks_keep_a_stream_alive_where_a_window_and_attention_over_everything_
     dense, window, sinks, in_place = (
         f"full({DENSE})",
         "window(256)",
+        "sinks(4)+window(252)+absolute",
         "sinks(4)+window(252)",
-        "sinks(4)+window(252)+in_place",
     )
     sizes = {"rows": 4, "items": 1, "turns": 1}
     bench, rows = benched(workdir, tmp_path / "bounded", [window, sinks, in_place], length=STREAM, **sizes)

@@ -196,7 +196,7 @@ def defaults(layer: Attention, trained: int, most: int, duo: bool) -> list[str]:
     return [
         f"full({most})",
         *[f"full({most})+int{b}{coded}" for b in bits],
-        *[f"window({window})", sinks, f"{sinks}+in_place"],
+        *[f"window({window})", f"{sinks}+absolute", sinks],
         *[f"{sinks}+int{b}{coded}" for b in bits if b == 4],
         *(["duo(0.75)"] if duo else []),
     ]

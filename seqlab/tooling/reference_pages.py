@@ -36,7 +36,7 @@ _CACHES = (
         "full(4096)+grows",
         "window(1024)",
         "sinks(4)+window(1020)",
-        "sinks(4)+window(1020)+in_place",
+        "sinks(4)+window(1020)+absolute",
     ),
     *(
         "full(4096)+int8",
