@@ -181,8 +181,9 @@ def check_layout(policy: object, state: CacheState, places: Int[Array, "b s"]) -
     here = state.positions != NEVER
     if bool(jnp.any(here & (state.positions != places))):
         raise UserError(f"state holds other steps than {policy} keeps: it was made by another cache")
+    some = jnp.any(here, axis=1, keepdims=True)  # a row may have forgotten all that it had seen
     gone = (places >= 0) & (places < state.length[:, None]) & ~here
-    if bool(jnp.any(gone & (places == state.length[:, None] - 1))):
+    if bool(jnp.any(some & gone & (places == state.length[:, None] - 1))):
         raise UserError(f"state lacks the newest step, which {policy} keeps: it was made by another cache")
 
 
