@@ -100,7 +100,7 @@ def test_a_config_is_shrunk_and_stepped_twice(name):
         assert metrics.finite
     model = nnx.eval_shape(lambda: experiment.model(rngs=nnx.Rngs(0)))
     if experiment.loss not in (forecast_loss, picture_loss):
-        guess = np.log(model.vocab_size if hasattr(model, "vocab_size") else model.outputs)
+        guess = np.log(model.vocab_size or model.outputs)
         assert abs(losses[0] - guess) < 0.5, "at random parameters the loss is that of a guess"
     assert int(state.step) == 2
     # the first update has learning rate 0 (warm-up), the second moves every parameter
