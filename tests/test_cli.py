@@ -142,7 +142,7 @@ def test_a_run_from_training_to_text(folder, monkeypatch, capsys):
         whole.model, "12 13 ", max_tokens=20, seed=3, temperature=1.0, tokenizer=whole.tokenizer
     )
     assert "".join(token.text for token in tokens) + "\n" == first.out
-    assert cli.main(["stream", "whole", "--max-tokens", "0"]) == 2
+    assert cli.main(["stream", "whole", "--max-tokens", "-1"]) == 2
 
     # what took long to compile is kept, below the folder that the user's environment names
     assert pathlib.Path(jax.config.jax_compilation_cache_dir) == folder / "cache" / "seqlab" / "xla"

@@ -331,7 +331,9 @@ def test_merge_refuses_shapes_that_do_not_fit():
 
 
 def plan(t, places=(None,) * 4, window=None, sinks=0, heads=64):
-    return xla._plan(xla.Rule(True, window, sinks, None, 1.0), xla.Places(*places), heads, t, t)
+    left = None if window is None else window - 1
+    rule = xla.Rule(left=left, right=0, sinks=sinks, softcap=None, scale=1.0)
+    return xla._plan(rule, xla.Places(*places), heads, t, t)
 
 
 def test_tiles_that_nobody_sees_are_skipped():

@@ -80,6 +80,9 @@ def test_a_mesh_is_one_line_of_config(tmp_path):
     config.prepare(cfg, tmp_path)
     cfg = config.override(cfg, "mesh.sequence=8")
     config.prepare(cfg, tmp_path)  # the same run on other devices
+    step = tmp_path / "checkpoints" / "1"  # a folder without a checkpoint belongs to nobody
+    step.mkdir(parents=True)
+    (step / "commit_success.txt").touch()
     with pytest.raises(config.ConfigError, match="steps"):
         config.prepare(config.override(cfg, "steps=7"), tmp_path)
     assert dict(config.build(cfg).mesh.make().shape) == {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 8}
