@@ -231,6 +231,7 @@ class FileDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._context: list[int] = []
         self._held: list[int] = []
+        self._broken = ""
 
     def raw(self, token: int) -> bytes:
         """The bytes of UTF-8 that `token` adds, which may end inside a character."""
@@ -256,12 +257,16 @@ class FileDecoder:
         return added.encode("utf-8", errors="replace")
 
     def push(self, token: int) -> str:
-        """The text that `token` completes, "" inside a character."""
-        return self._utf8.decode(self.raw(token))
+        """The text that `token` completes, "" inside a character. Of bytes that are no character the last
+        three are given with what follows them."""
+        text = self._broken + self._utf8.decode(self.raw(token))
+        whole = text.rstrip("\ufffd")
+        self._broken = text[max(len(whole), len(text) - 3) :]
+        return text[: len(text) - len(self._broken)]
 
     def finish(self) -> str:
         """The text of what was held back; the decoder is as new afterwards."""
-        rest = self._utf8.decode(self._rest(), final=True)
+        rest = self._broken + self._utf8.decode(self._rest(), final=True)
         self._begin()
         return rest
 

@@ -189,8 +189,8 @@ def test_pieces_joined_are_the_text_of_all_tokens_wherever_a_stream_is_cut(make,
         first, second = tokenizer.decoder(), RowText(tokenizer, before=tokens[:cut][-CONTEXT:])
         whole = "".join(map(first.push, tokens)) + first.finish()
         assert whole == tokenizer.decode(tokens)
-        before = tokenizer.decoder()
-        head = "".join(map(before.push, tokens[:cut]))
+        before = RowText(tokenizer)
+        head = "".join(before.push(token)[0] for token in tokens[:cut])
         rest = "".join(second.push(token)[0] for token in tokens[cut:]) + second.finish()
         assert head + rest == whole
 

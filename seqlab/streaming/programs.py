@@ -13,7 +13,7 @@ from seqlab.checks import UserError
 from seqlab.mixer import as_mixer
 from seqlab.module import Module, Static, merge, split
 from seqlab.state import take_rows
-from seqlab.streaming.sampling import Sampling, adjusted, sample
+from seqlab.streaming.sampling import Sampling, adjusted, alters, sample
 from seqlab.streaming.states import RECENT, Past, StreamState, unrolled
 
 BLOCK_LIMIT = 128  # tokens in one dispatch at most
@@ -67,20 +67,19 @@ def rewind_stream(model: Module, state: StreamState, steps: Any, last: Any = Non
       ValueError: a stream would be left without a token, or what `Model.rewind` raises.
     """
     model, batch = unrolled(model), state.length.shape[0]
-    steps = _integers("steps", steps, batch)
+    given, steps = steps, _integers("steps", steps, batch)
     lengths, known = np.asarray(state.length), np.asarray(state.past.known)
-    if (steps < 0).any() or (steps >= lengths).any():
-        raise UserError(
-            f"steps must be at least 0 and leave a token of the {lengths.tolist()} in each row, got "
-            f"{steps.tolist()}"
-        )
+    if (steps < 0).any():
+        raise UserError(f"steps must be 0 or more, got {given}")
+    if (steps >= lengths).any():
+        raise UserError(f"steps must leave a token of the {lengths.tolist()} in each row, got {given}")
     place = np.maximum(np.arange(RECENT) - steps[:, None], 0)
     tokens = np.take_along_axis(np.asarray(state.past.tokens), place, axis=1)
     if last is None:
         if (steps >= known).any():
             raise UserError(
                 f"last must name the last token of each row: the state knows {known.tolist()} tokens, which "
-                f"is not enough for steps={steps.tolist()}"
+                f"is not enough for steps={given}"
             )
     elif np.shape(last) != (batch,):
         raise UserError(f"last must name one token for each of {batch} rows, got {last!r:.80}")
@@ -180,17 +179,15 @@ def _decode(
         likeliest,
     )
 
+    plain = jnp.logical_not(alters(sampling))
+
     def step(carry):
         i, live, own, raw, made = carry
         known = jnp.minimum(past.known + i, RECENT)
         recent = jax.lax.dynamic_slice_in_dim(made.tokens, i, RECENT, axis=1)
-        ready = adjusted(raw, recent, known, sampling)
-        if function is not None:
-            ready = function(ready, LogitsContext(recent, known, length + i, values)).astype(jnp.float32)
-        # Neither NaN nor +inf, and not all of them -inf: then there is something to draw from.
-        sound = jnp.isfinite(jnp.max(raw, axis=1)) & jnp.isfinite(jnp.max(ready, axis=1))
+        context = LogitsContext(recent, known, length + i, values)
+        token, sampled, sound = _chosen(raw, seed, context, sampling, plain, function)
         going = live & sound
-        token, sampled = sample(ready, seed, length + i, sampling)
         logprobs = jax.nn.log_softmax(raw)
         if top:
             found = jax.lax.top_k(logprobs, top)[::-1]
@@ -218,3 +215,28 @@ def _decode(
     made = made._replace(tokens=made.tokens[:, RECENT:])
     past = _later(past, made.tokens, made.count)
     return StreamState(own, raw, seed, length + made.count, past), made
+
+
+def _chosen(
+    raw: Float[Array, "b v"],
+    seed: Array,
+    context: LogitsContext,
+    sampling: Sampling,
+    plain: Bool[Array, ""],
+    function: LogitsFunction | None,
+) -> tuple[Int[Array, " b"], Float[Array, " b"], Bool[Array, " b"]]:
+    """The next token of each row, its log-probability where it was drawn, and whether there was anything to
+    draw from: neither NaN nor +inf, and not only -inf. `plain`: every row takes the likeliest."""
+    sound = jnp.isfinite(jnp.max(raw, axis=1))
+
+    def drawn() -> tuple[Array, Array, Array]:
+        ready = adjusted(raw, context.recent, context.known, sampling)
+        if function is not None:
+            ready = function(ready, context).astype(jnp.float32)
+        token, logprob = sample(ready, seed, context.length, sampling)
+        return token, logprob, sound & jnp.isfinite(jnp.max(ready, axis=1))
+
+    if function is not None:
+        return drawn()
+    likeliest = jnp.argmax(raw, axis=1).astype(jnp.int32)
+    return jax.lax.cond(plain, lambda: (likeliest, jnp.zeros(seed.shape), sound), drawn)

@@ -166,6 +166,16 @@ def adjusted(
     return jax.lax.cond(some | jnp.any(sampling.bias != 0), both, lambda logits: logits, logits)
 
 
+def alters(sampling: Sampling) -> Bool[Array, ""]:
+    """Whether any row does other than take its likeliest token."""
+    warm = jnp.any(jnp.asarray(sampling.temperature) >= COLDEST)
+    scaled = jnp.any(jnp.asarray(sampling.repetition_penalty) != 1)
+    less = jnp.any(
+        (jnp.asarray(sampling.presence_penalty) != 0) | (jnp.asarray(sampling.frequency_penalty) != 0)
+    )
+    return warm | scaled | less | jnp.any(jnp.asarray(sampling.bias) != 0)
+
+
 def _per_row(value: Any, default: float, dtype: Any, logits: Array) -> Array:
     return jnp.broadcast_to(jnp.asarray(default if value is None else value, dtype), logits.shape[:1])
 

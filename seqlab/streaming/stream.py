@@ -1,6 +1,7 @@
 """The iterator that `stream_generate` returns: tokens, their text, and the state after each of them."""
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -90,22 +91,23 @@ class Stream(Iterator[Token]):
             lambda leaf: jnp.asarray(leaf)[index], (setup.sampling, setup.ends.tokens, setup.values)
         )
         self._end_sets = [set(row.tolist()) - {-1} for row in setup.ends.tokens]
-        self._left = np.minimum(setup.limits, setup.room)
-        self._done = self._left < 1
-        self._made = np.zeros(self._rows, np.int64)
-        self._given = np.zeros(self._rows, np.int64)  # of the current block
-        self._count = np.zeros(self._rows, np.int64)
+        # Lists: what happens once per token must be cheap.
+        self._most: list[int] = np.minimum(setup.limits, setup.room).tolist()
+        self._done = [most < 1 for most in self._most]
+        self._stopped = [False] * self._rows
+        self._made = [0] * self._rows  # handed out
+        self._drawn_until = [0] * self._rows  # of those, with the current block
         self._queue: Iterator[tuple[int, int]] = iter(())
         self._after = self._begin_state(start, index)
-        self._base: StreamState | None = None  # `_after` is this one after `_since` tokens
-        self._since = np.zeros(self._rows, np.int64)
+        self._base: StreamState | None = None
+        self._base_made = np.zeros(self._rows, np.int64)  # tokens that led to it; `_after` follows from it
         self._shared = False  # whether someone else has `_after`, whose memory must then not be reused
         self._read()
 
     def _begin_text(self) -> None:
         """The text of each row from where its state left it. A prompt ends what can be part of a stop."""
         setup, past = self._setup, None if self._setup.state is None else self._setup.state.past
-        self._texts, self._spoken = [], np.zeros(self._rows, np.int64)
+        self._texts, self._spoken = [], np.zeros(self._rows, np.int64)  # before the first token
         remembered = None if past is None else [np.asarray(part) for part in past]
         for row, prompt in enumerate(setup.rows):
             context, spoken, held = prompt[-CONTEXT:].tolist(), [], 0
@@ -135,7 +137,7 @@ class Stream(Iterator[Token]):
         """A state that nobody else has, padded to a number of rows that few programs differ in."""
         setup = self._setup
         if setup.state is None:
-            self._length = np.zeros(self._rows, np.int64)
+            self._length = np.zeros(self._rows, np.int64)  # before the first token
             return self._programs.copy(start(self._padded))
         self._length = np.asarray(setup.state.length, np.int64)
         state = setup.state._replace(seed=jnp.asarray(setup.seeds))
@@ -147,7 +149,7 @@ class Stream(Iterator[Token]):
     def state(self) -> StreamState:
         """After the prompt and the tokens handed out so far, and no others: a value to save, fork or continue
         from."""
-        if (self._given == self._count).all():
+        if self._made == self._drawn_until:
             state = self._after
             self._shared = self._shared or self._padded == self._rows
         else:
@@ -155,7 +157,7 @@ class Stream(Iterator[Token]):
         if self._padded != self._rows:
             state = self._programs.rows(state, jnp.arange(self._rows, dtype=jnp.int32))
         held = np.asarray([text.held for text in self._texts], np.int32)
-        spoken = np.minimum(self._spoken, RECENT).astype(np.int32)
+        spoken = np.where(self._stopped, 0, np.minimum(self._spoken + self._made, RECENT)).astype(np.int32)
         return state._replace(past=state.past._replace(spoken=jnp.asarray(spoken), held=jnp.asarray(held)))
 
     @property
@@ -172,7 +174,7 @@ class Stream(Iterator[Token]):
         return {
             "prompt_tokens": sum(map(len, self._setup.rows)),
             "prompt_tokens_per_second": prefill.speed,
-            "tokens": int(self._made.sum()),
+            "tokens": sum(self._made),
             "tokens_per_second": decode.speed,
             "seconds": prefill.seconds + decode.seconds,
             "compile_seconds": prefill.compiling + decode.compiling,
@@ -188,50 +190,35 @@ class Stream(Iterator[Token]):
             for step, row in self._queue:
                 if not self._done[row]:
                     return self._token(row, step)
-            if self._done.all():
+            if all(self._done):
                 raise StopIteration
             self._generate()
 
     def _token(self, row: int, step: int) -> Token:
         """Hand out the token of a row's `step` in the current block. A row that has ended hands out no
         more."""
-        index = int(self._made[row])
-        if step == self._count[row]:  # what would have followed cannot be drawn
-            self._done[row] = True
-            self._spoken[row] = 0
-            text = self._texts[row].finish()
-            return Token(row, index, -1, text, math.nan, "nonfinite")
+        index = self._made[row]
+        if index == self._drawn_until[row]:  # what would have followed cannot be drawn
+            self._done[row] = self._stopped[row] = True
+            return Token(row, index, -1, self._texts[row].finish(), math.nan, "nonfinite")
         tokens, logprobs, sampled, top = self._drawn
         token = tokens[row][step]
-        for counter, change in (
-            (self._made, 1),
-            (self._given, 1),
-            (self._since, 1),
-            (self._length, 1),
-            (self._spoken, 1),
-            (self._left, -1),
-        ):
-            counter[row] += change
+        self._made[row] = index + 1
         text, ended = self._texts[row].push(token, token in self._end_sets[row])
-        finished = "stop" if ended else None
-        if not ended and self._left[row] < 1:
-            finished = "capacity" if self._made[row] >= self._setup.room[row] else "length"
-        if finished == "capacity":
-            text += self._texts[row].finish()
+        finished = None
+        if ended:
+            finished = "stop"
+            self._stopped[row] = True
+        elif index + 1 >= self._most[row]:
+            finished = "capacity" if index + 1 >= self._setup.room[row] else "length"
+            text += self._texts[row].finish() if finished == "capacity" else ""
         if finished:
             self._done[row] = True
-            self._spoken[row] = 0 if finished == "stop" else self._spoken[row]
-        likeliest = tuple(zip(top[0][row][step], top[1][row][step], strict=True)) if top else ()
-        return Token(
-            row,
-            index,
-            token,
-            text,
-            logprobs[row][step],
-            finished,
-            sampled[row][step],
-            likeliest[: self._setup.top],
-        )
+        likeliest = ()
+        if top:
+            pairs = zip(top[0][row][step], top[1][row][step], strict=True)
+            likeliest = tuple(itertools.islice(pairs, self._setup.top))
+        return Token(row, index, token, text, logprobs[row][step], finished, sampled[row][step], likeliest)
 
     def _read(self) -> None:
         """Chunked prefill: ragged rows side by side, right-padded with invalid steps."""
@@ -268,17 +255,17 @@ class Stream(Iterator[Token]):
 
     def _generate(self) -> None:
         """Draw a block of tokens, to be handed out one by one."""
-        if (self._given != self._count).any():
+        if self._made != self._drawn_until:
             self._after, self._shared = self._replayed(), False
-        if self._base is None or self._shared or self._since.max() >= _REPLAY:
+        made = np.asarray(self._made, np.int64)
+        if self._base is None or self._shared or (made - self._base_made).max() >= _REPLAY:
             self._base, self._after = self._after, self._programs.copy(self._after)
-            self._shared = False
-            self._since[:] = 0
-        limits = np.where(self._done, 0, np.minimum(self._left, self._block))
-        state = self._grown(self._after, self._length + limits)
+            self._base_made, self._shared = made, False
+        limits = np.where(self._done, 0, np.minimum(self._most - made, self._block))
+        state = self._grown(self._after, self._length + made + limits)
         self._after, drawn = self._decode(state, limits)
         count, broken = (np.asarray(part)[: self._rows] for part in (drawn.count, drawn.broken))
-        self._count, self._given = count.astype(np.int64), np.zeros(self._rows, np.int64)
+        self._drawn_until = (made + count).tolist()
         clock = self._clock["decode"]
         clock.tokens += 0 if clock.compiled else int(count.sum())
         longest = int(count.max())
@@ -300,8 +287,8 @@ class Stream(Iterator[Token]):
 
     def _replayed(self) -> StreamState:
         """The state after the tokens handed out, made again from the last one that was kept."""
-        state, left = self._programs.copy(self._base), self._since.copy()
-        length = self._length - self._since
+        state, left = self._programs.copy(self._base), np.asarray(self._made, np.int64) - self._base_made
+        length = self._length + self._base_made
         while left.any():
             limits = np.minimum(left, BLOCK_LIMIT)
             state, _ = self._decode(self._grown(state, length + limits), limits)
