@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from seqlab.module import Module
+
 
 def assert_close(actual, expected, tolerance, name="value"):
     """Every leaf of `actual` equals that of `expected` within `tolerance` times the largest magnitude of the
@@ -56,3 +58,29 @@ def abstract(build):
     blank = {name: lambda key, shape, **bounds: jnp.zeros(shape) for name in ("normal", "uniform")}
     with mock.patch.multiple(jax.random, **blank, key_data=lambda key: key):
         return nnx.eval_shape(lambda: build(rngs=_NoKeys()))
+
+
+class Parrot(Module):
+    """A model that says the tokens of a text in turn, whatever it reads: its logits are right by
+    construction."""
+
+    causal, lookahead, exact, vocab_size = True, 0, True, 256
+
+    def __init__(self, text):
+        self.text = tuple(text)
+
+    def init_state(self, batch, dtype=jnp.float32):
+        return jnp.zeros((batch,), jnp.int32)
+
+    def features(self, inputs, state=None, reset=None, valid=None):
+        valid = jnp.ones(inputs.shape, bool) if valid is None else valid
+        start = jnp.zeros(inputs.shape[:1], jnp.int32) if state is None else state
+        places = start[:, None] + jnp.cumsum(valid, axis=1, dtype=jnp.int32)
+        said = jnp.asarray(self.text)[(places - 1) % len(self.text)]
+        return 20 * jax.nn.one_hot(said, self.vocab_size), places[:, -1]
+
+    def read_out(self, x):
+        return x
+
+    def __call__(self, inputs, state=None, reset=None, valid=None):
+        return self.features(inputs, state, reset, valid)
