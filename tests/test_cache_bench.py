@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 import seqlab
+import seqlab.cli.model
+import seqlab.cli.train
 from seqlab import cli
 from seqlab.models.attention import with_cache
 from seqlab.state import state_bytes
@@ -31,7 +33,8 @@ def folder(tmp_path_factory):
         (folder / "corpus" / f"{i}.txt").write_text(" ".join(rng.choice(["one", "two", "three"], 200)))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(cli, "_enable_compile_cache", lambda: None)
+        for commands in (cli.model, cli.train):
+            patch.setattr(commands, "enable_compile_cache", lambda: None)
         changes = ["data.paths=corpus", "data.length=16", "data.lead=True", "model.depth=2"]
         assert (
             cli.main(["train", "lm_attention", "--fiddler", "tiny", "--set", *changes, "--workdir", "run"])
@@ -43,7 +46,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def here(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(cli, "_enable_compile_cache", lambda: None)  # the session's own is in use
+    # the session's own is in use
+    for commands in (cli.model, cli.train):
+        monkeypatch.setattr(commands, "enable_compile_cache", lambda: None)
 
 
 def test_figures_are_those_of_the_whole_sequence_at_once(capsys, monkeypatch):

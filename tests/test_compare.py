@@ -7,6 +7,8 @@ import pathlib
 import pytest
 
 import seqlab
+import seqlab.cli.model
+import seqlab.cli.train
 from seqlab import cli
 from seqlab.module import count_params
 from seqlab.state import state_bytes
@@ -27,7 +29,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def here(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(cli, "_enable_compile_cache", lambda: None)  # the session's own is in use
+    # the session's own is in use
+    for commands in (cli.model, cli.train):
+        monkeypatch.setattr(commands, "enable_compile_cache", lambda: None)
 
 
 def test_mixers_of_one_config_are_trained_and_measured(capsys, monkeypatch):

@@ -111,7 +111,7 @@ def test_steps_are_counted_backwards():
     with pytest.raises(ValueError, match="layer 0: steps must be 0 or more, got -1"):
         model.rewind(after(20, model.init_state(2)), -1)
     stream = after(20, stream_state(model, 2))
-    with pytest.raises(ValueError, match=r"steps must be at least 0 and leave a token of the \[20, 20\]"):
+    with pytest.raises(ValueError, match=r"steps must leave a token of the \[20, 20\] in each row, got 20"):
         seqlab.rewind_stream(model, stream, 20, last=[1, 1])
     with pytest.raises(ValueError, match="last must name one token for each of 2 rows"):
         seqlab.rewind_stream(model, stream, 2, last=[1])
