@@ -125,7 +125,7 @@ def test_model_obeys_the_law_in_other_dtypes(name, dtype):
 def test_window_is_the_mask(length, sinks):
     """Streaming by chunks of every size, longer than the window included, equals dense attention under the
     mask."""
-    mixer = Attention(16, heads=2, cache=Window(zoo.WINDOW, sinks=sinks), rngs=nnx.Rngs(0))
+    mixer = Attention(16, heads=2, cache=Window(zoo.WINDOW, sinks, positions="absolute"), rngs=nnx.Rngs(0))
     x = jnp.asarray(np.random.default_rng(length).normal(size=(2, length, 16)), jnp.float32)
     expected = dense_attention(mixer, x, zoo.WINDOW, sinks)
     call = windowed(sinks)
@@ -141,7 +141,9 @@ def test_window_is_the_mask(length, sinks):
 @functools.cache
 def windowed(sinks):
     """One compiled mixer for all lengths: whole chunks of the same size are the same program."""
-    static, params = split(Attention(16, heads=2, cache=Window(zoo.WINDOW, sinks=sinks), rngs=nnx.Rngs(0)))
+    static, params = split(
+        Attention(16, heads=2, cache=Window(zoo.WINDOW, sinks, positions="absolute"), rngs=nnx.Rngs(0))
+    )
     call = jax.jit(lambda params, x, state: merge(static, params)(x, state))
     return functools.partial(call, params)
 

@@ -484,10 +484,10 @@ def test_attention_counts_beyond_two_billion_elements():
     k[0, -1, -1], k[0, -2, -1] = 1, 1
     places = triton_gpu.Places(None, None, None, None)
     cut = triton_gpu.blocks("forward", 1, s, width, 2)
-    rule = triton_gpu.Rule(True, 2, 0, None, 1.0)
+    rule = triton_gpu.Rule(left=1, right=0, sinks=0, softcap=None, scale=1.0)
     constants = triton_gpu._constants(rule, q, k, k, places, cut)
-    constants |= {"ROWS": 1, "SINK": False, "SPLITS": 1, "KEY_STRIDE": g, "GROUP_STRIDE": 1}
-    arrays = [q, k, k, *(q,) * 6, out, lse]
+    constants |= {"ROWS": 1, "SINK": False, "ALIBI": False, "SPLITS": 1, "KEY_STRIDE": g, "GROUP_STRIDE": 1}
+    arrays = [q, k, k, *(q,) * 7, out, lse]
     triton_cpu.interpret_in_place(triton_kernels.forward, arrays, (1, g, 1), constants, (0, g - 1, 0))
     assert out[0, 0, 0, -1].tolist() == [1] * width
     np.testing.assert_allclose(lse[0, 0, 0, -1], width + np.log(2), rtol=1e-6)
@@ -504,17 +504,20 @@ def test_the_gradient_of_attention_counts_beyond_two_billion_elements():
     x[0, -1, -1] = 0.25
     lse, d = np.zeros((1, t, g), np.float32), np.zeros((1, t, g), np.float32)
     lse[0, -1, -1], d[0, -1, -1] = width / 16, width / 16 - 2
-    rule, places = triton_gpu.Rule(True, 1, 0, None, 1.0), triton_gpu.Places(None, None, None, None)
+    rule = triton_gpu.Rule(left=0, right=0, sinks=0, softcap=None, scale=1.0)
+    places = triton_gpu.Places(None, None, None, None)
+    no_slopes = np.zeros((1, t, g), np.float32)  # of which the kernel of queries writes nothing
     for kernel, outputs in (
         (triton_kernels.backward_keys, results[:2]),
-        (triton_kernels.backward_queries, results[2:]),
+        (triton_kernels.backward_queries, [*results[2:], no_slopes]),
     ):
         cut = triton_gpu.blocks(kernel.fn.__name__, t, t, width, 2)
-        tiles = backend.blocks(t, cut.keys if len(outputs) == 2 else cut.rows)
-        constants = triton_gpu._constants(rule, x, x, x, places, cut)
-        last = tiles - 1 if len(outputs) == 2 else 0  # rows are walked from the last
+        of_keys = kernel is triton_kernels.backward_keys
+        tiles = backend.blocks(t, cut.keys if of_keys else cut.rows)
+        constants = triton_gpu._constants(rule, x, x, x, places, cut) | {"ALIBI": False}
+        last = tiles - 1 if of_keys else 0  # rows are walked from the last
         triton_cpu.interpret_in_place(
-            kernel, [x] * 4 + [lse, d, *[x] * 5, *outputs], (tiles, g, 1), constants, (last, g - 1, 0)
+            kernel, [x] * 4 + [lse, d, *[x] * 6, *outputs], (tiles, g, 1), constants, (last, g - 1, 0)
         )
     for result, expected in zip(results, (2 * 0.25, 0.25, 2 * 0.25), strict=True):
         assert result[0, -1, -1].tolist() == [expected] * width and not result[0, -2, -1].any()
