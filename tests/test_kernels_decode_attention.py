@@ -21,6 +21,8 @@ from seqlab.models.cache.quantize import dequantize, quantize
 SOME = (
     "int8",
     "int2",
+    "int4_values2",
+    "int2_values8",
     "odd_widths",
     "nothing_seen",
     "bfloat16",
@@ -47,7 +49,7 @@ def numbers(x, bits, over_steps):
 
 
 def by_hand(spec, q, k, v, visible, softcap=None):
-    keys, values = numbers(k, spec.bits, True), numbers(v, spec.bits, False)
+    keys, values = numbers(k, spec.bits, True), numbers(v, spec.v_bits or spec.bits, False)
     out, lse = np.zeros((spec.b, spec.h, spec.v)), np.full((spec.b, spec.h), -np.inf)
     for row, head in np.ndindex(spec.b, spec.h):
         seen, group = np.asarray(visible[row]), head * spec.g // spec.h
@@ -65,7 +67,8 @@ def by_hand(spec, q, k, v, visible, softcap=None):
 )
 def test_values_are_those_of_the_definition(name, implementation):
     arguments = inputs(SPECS[name])
-    options = {"softcap": arguments.pop("softcap", None), "implementation": implementation}
+    options = {name: arguments.pop(name, None) for name in ("softcap", "v_bits")}
+    options["implementation"] = implementation
     out, lse = jax.jit(lambda a: decode_attention(**a, **options))(arguments)
     expected, expected_lse = by_hand(SPECS[name], **arguments, softcap=options["softcap"])
     assert out.dtype == SPECS[name].dtype and lse.dtype == jnp.float32
@@ -104,6 +107,8 @@ def test_hidden_slots_do_nothing():
 OTHERS = (
     "full(64)+int8(group=16, residual=32)",
     "full(64)+int2(group=16, residual=16)",
+    "full(64)+int4(group=16, residual=16, values=2)",
+    "sinks(1)+window(33)+int2(group=16, residual=32, values=8)",
     "full(64)",
     "sinks(2)+window(30)+in_place",
 )
@@ -145,6 +150,8 @@ def test_a_stream_goes_through_the_kernels(cache, name, monkeypatch):
         ({"q": jnp.ones((2, 3, 32))}, "divides the 3 heads of q, got g=2"),
         ({"q": jnp.ones((2, 4, 30))}, "k.words must hold 30 numbers of 2, 4, 8 bits, got 4 words"),
         ({"k": jnp.ones((2, 2, 64, 32))}, "k and v must both be Coded or both arrays, got .* and Coded"),
+        ({"v_bits": 3}, r"v_bits must be one of \(2, 4, 8\) or None, .* got 3 with Coded"),
+        ({"k": jnp.ones((2, 2, 64, 32)), "v": jnp.ones((2, 2, 64, 32)), "v_bits": 4}, "got 4 with "),
         ({"softcap": 0}, "softcap must be a number above 0 or None, got 0"),
         (
             {"visible": jnp.ones((2, 64))},

@@ -117,7 +117,7 @@ ALONE = {  # what libtpu wants to know of a machine without a TPU
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
-STATIC = ("chunk", "causal", "window", "sinks", "softcap", "scale")
+STATIC = ("chunk", "causal", "window", "sinks", "softcap", "scale", "v_bits")
 
 
 def specs(op):

@@ -650,7 +650,7 @@ def test_the_gradient_of_linear_attention_counts_beyond_two_billion_elements():
 # --- decode_attention
 
 
-@pytest.mark.parametrize("name", some(decode_specs.SPECS, ["odd_widths", "numbers"]))
+@pytest.mark.parametrize("name", some(decode_specs.SPECS, ["odd_widths", "int4_values2", "numbers"]))
 def test_decode_attention_is_the_definition(name, interpreted):
     spec, arguments = decode_specs.SPECS[name], decode_specs.inputs(decode_specs.SPECS[name])
     out, lse = kernels.decode_attention(**arguments, implementation="triton_gpu")
@@ -676,6 +676,14 @@ def test_decode_attention_fits(bits, dtype):
         fits(of_shapes(decode_specs.Spec(1, 1024, 32, 8, width, width, bits, group=group, dtype=dtype)))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("v_bits", [2, 8])
+def test_decode_attention_fits_where_values_have_other_bits(v_bits):
+    options = {"dtype": "bfloat16", "v_bits": v_bits}
+    for width in (64, 256):
+        fits(of_shapes(decode_specs.Spec(1, 1024, 32, 8, width, width, 4, **options)))
+
+
 def test_decode_attention_counts_beyond_two_billion_words():
     from seqlab.kernels.decode_attention import triton_kernels
 
@@ -693,7 +701,8 @@ def test_decode_attention_counts_beyond_two_billion_words():
         "G": g,
         "K": width,
         "V": width,
-        "BITS": 4,
+        "K_BITS": 4,
+        "V_BITS": 4,
         "BN": 128,
         "K_GROUP": 128,
         "V_GROUP": width,

@@ -132,8 +132,9 @@ def _one_query(
         sinks=rule.sinks,
     )
     heads_first = (x.swapaxes(1, 2) for x in (k, v))
+    seen = jnp.broadcast_to(keep, (b, s))
     found = decode_attention(
-        q[:, 0], *heads_first, jnp.broadcast_to(keep, (b, s)), softcap=rule.softcap, scale=rule.scale
+        q[:, 0], *heads_first, seen, softcap=rule.softcap, scale=rule.scale, bits=(None, None)
     )
     out, lse = (x[:, None] for x in found)
     return (out, lse) if sink is None else with_sink(out, lse, sink, places.q_segments)

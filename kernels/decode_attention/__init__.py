@@ -41,6 +41,7 @@ def decode_attention(
     *,
     softcap: float | None = None,
     scale: float | None = None,
+    v_bits: int | None = None,
     implementation: Named = None,
 ) -> tuple[Float[Array, "b h v"], Float[Array, "b h"]]:
     """Softmax attention of one query a row over the slots of a cache, with the log-sum-exp by which `merge`
@@ -55,12 +56,13 @@ def decode_attention(
       q: [b, h, k]; query head i reads key/value head i // (h // g).
       k: numbers [b, g, s, k], or words [b, g, k bits / 32, s] with scale and least [b, g, groups, k], where
         the groups divide s.
-      v: numbers [b, g, s, v], or words [b, g, v bits / 32, s] with scale and least [b, g, groups, s]; in as
-        many bits as k.
+      v: numbers [b, g, s, v], or words [b, g, v bits / 32, s] with scale and least [b, g, groups, s].
       visible: [b, s]; what the other slots hold, NaN included, reaches no result. A row that sees nothing has
         out = 0 and lse = -inf.
       softcap: bound c of the logits, c tanh(x / c).
       scale: default 1 / sqrt(k).
+      v_bits: of a code of v, 2, 4 or 8; default: as many as k has, which is read off its words and the width
+        of q.
       implementation: "reference", "xla", "pallas_tpu" or "triton_gpu"; None lets `seqlab.kernels.dispatch`
         choose.
 
@@ -73,7 +75,7 @@ def decode_attention(
     Source: KIVI (arXiv 2402.02750) for the codes; keys split among programs as in Flash-Decoding, evenly by
     what is seen as in LeanAttention (arXiv 2405.10480).
     """
-    _check(q, k, v, visible)
+    _check(q, k, v, visible, v_bits)
     if softcap is not None and not (
         isinstance(softcap, numbers.Real) and not isinstance(softcap, bool) and 0 < softcap < math.inf
     ):
@@ -82,7 +84,9 @@ def decode_attention(
         "softcap": None if softcap is None else float(softcap),
         "scale": q.shape[-1] ** -0.5 if scale is None else float(scale),
     }
-    return _op(q, k, v, visible, **limits, implementation=implementation)
+    k_bits = bits_of(k, q.shape[-1]) if isinstance(k, Coded) else None  # None for numbers
+    bits = k_bits, k_bits if v_bits is None else v_bits
+    return _op(q, k, v, visible, bits=bits, **limits, implementation=implementation)
 
 
 def codes_of(words: UInt[Array, "*b w s"], bits: int) -> UInt[Array, "*b d s"]:
@@ -134,7 +138,7 @@ def bits_of(k: Coded, width: int) -> int:
     return 32 * k.words.shape[2] // width
 
 
-def _check(q: Array, k: Coded | Array, v: Coded | Array, visible: Array) -> None:
+def _check(q: Array, k: Coded | Array, v: Coded | Array, visible: Array, v_bits: int | None) -> None:
     if q.ndim != 3 or not jnp.issubdtype(q.dtype, jnp.floating):
         raise UserError(f"q must be a floating-point array [b, h, k], got {q.dtype}{q.shape}")
     if isinstance(k, Coded) != isinstance(v, Coded):
@@ -154,7 +158,15 @@ def _check(q: Array, k: Coded | Array, v: Coded | Array, visible: Array) -> None
     g = (k.words if coded else k).shape[1]
     if g == 0 or h % g:
         raise UserError(f"k must have a number of heads that divides the {h} heads of q, got g={g}")
-    (_check_codes if coded else _check_numbers)(q, k, v)
+    if v_bits is not None and (not coded or v_bits not in BITS):
+        raise UserError(
+            f"v_bits must be one of {BITS} or None, and None where v holds numbers, got {v_bits!r} with "
+            f"{type(v).__name__}"
+        )
+    if coded:
+        _check_codes(q, k, v, v_bits)
+    else:
+        _check_numbers(q, k, v)
     s = k.words.shape[3] if coded else k.shape[2]
     if visible.shape != (b, s) or visible.dtype != bool:
         raise UserError(
@@ -169,7 +181,7 @@ def _check_numbers(q: Array, k: Array, v: Array) -> None:
         raise UserError(f"v must begin with the axes of k, [b, g, s] = {k.shape[:3]}, got {v.shape}")
 
 
-def _check_codes(q: Array, k: Coded, v: Coded) -> None:
+def _check_codes(q: Array, k: Coded, v: Coded, v_bits: int | None) -> None:
     (b, _, width), (_, g, count, s) = q.shape, k.words.shape
     if v.words.shape[1] != g or v.words.shape[3] != s:
         raise UserError(
@@ -180,7 +192,7 @@ def _check_codes(q: Array, k: Coded, v: Coded) -> None:
             f"k.words must hold {width} numbers of {', '.join(map(str, BITS))} bits, got {count} words of "
             "32 bits"
         )
-    values = 32 * v.words.shape[2] // bits_of(k, width)
+    values = 32 * v.words.shape[2] // (bits_of(k, width) if v_bits is None else v_bits)
     for name, x, axes, last, divided in (
         ("k", k, f"[b, g, groups, k] with k={width} and groups that divide s={s}", width, s),
         ("v", v, f"[b, g, groups, s] with s={s} and groups that divide {values} values", s, values),

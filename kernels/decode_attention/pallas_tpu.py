@@ -42,16 +42,17 @@ class Cut(NamedTuple):
     values: int
     slots: int
     splits: int
-    bits: int | None  # None for numbers
+    k_bits: int | None  # None for numbers
+    v_bits: int | None
     steps: int  # that share a scale of keys
     softcap: float | None
     scale: float
 
 
-def decode_attention(q, k, v, visible, *, softcap, scale):
+def decode_attention(q, k, v, visible, *, softcap, scale, bits):
     """`out, lse`; see `seqlab.kernels.decode_attention`, which has checked the arguments. Not to be
     differentiated."""
-    from seqlab.kernels.decode_attention import Coded, bits_of, seen_tiles
+    from seqlab.kernels.decode_attention import Coded, seen_tiles
 
     (b, h, width), s, coded = q.shape, visible.shape[1], isinstance(k, Coded)
     arrays = (*k, *v) if coded else (k, v)
@@ -59,15 +60,14 @@ def decode_attention(q, k, v, visible, *, softcap, scale):
     if 0 in (b, h, s):
         raise NotImplementedError("nothing to attend to")
     g = arrays[0].shape[1]
-    bits = bits_of(k, width) if coded else None
-    values = 32 * v.words.shape[2] // bits if coded else v.shape[3]
+    values = 32 * v.words.shape[2] // bits[1] if coded else v.shape[3]
     steps = s // k.scale.shape[2] if coded else 1
     slots = _slots(
         s, steps, find("decode_attention/pallas_tpu/tile", q.dtype.itemsize, max(width, values))["tile"]
     )
     tiles = pl.cdiv(s, slots)
     splits = min(2, tiles) if b * g % 2 else 1
-    cut = Cut(pallas.up(h // g, pallas.ROWS), values, slots, splits, bits, steps, softcap, scale)
+    cut = Cut(pallas.up(h // g, pallas.ROWS), values, slots, splits, *bits, steps, softcap, scale)
     first, count = seen_tiles(visible, slots)
     queries = jnp.pad(q.reshape(b, g, h // g, width), ((0, 0), (0, 0), (0, cut.rows - h // g), (0, 0)))
     see = jnp.pad(visible.astype(jnp.int32), ((0, 0), (0, tiles * slots - s)))[:, None]
@@ -113,7 +113,7 @@ def _blocks(cut: Cut, q: Array, arrays: tuple[Array, ...]) -> list[pl.BlockSpec]
     visible = pl.BlockSpec(
         (None, 1, cut.slots), lambda b, g, i, n, *tables: (b, 0, _tile(cut, b, i, n, tables)[0])
     )
-    if cut.bits is None:
+    if cut.k_bits is None:
         return [
             queries,
             *(pl.BlockSpec((None, None, cut.slots, x.shape[3]), before_last) for x in arrays),
@@ -145,7 +145,7 @@ def _tile(cut: Cut, b: Any, split: Any, n: Any, tables: tuple[Any, Any]) -> tupl
 
 def _kernel(cut: Cut, first, count, q, *refs):
     (*arrays, visible, out, lse, top, total), sums = (
-        (refs[:7], refs[7:]) if cut.bits is None else (refs[:11], refs[11:])
+        (refs[:7], refs[7:]) if cut.k_bits is None else (refs[:11], refs[11:])
     )
     split, n = pl.program_id(2), pl.program_id(3)
     _, live = _tile(cut, pl.program_id(0), split, n, (first, count))
@@ -159,7 +159,7 @@ def _kernel(cut: Cut, first, count, q, *refs):
     @pl.when(live)
     def _():
         see = visible[...] != 0
-        x = (_logits if cut.bits is None else _coded_logits)(
+        x = (_logits if cut.k_bits is None else _coded_logits)(
             cut, q[...], see, *arrays[: len(arrays) // 2]
         ) * cut.scale
         x = x if cut.softcap is None else cut.softcap * jnp.tanh(x / cut.softcap)
@@ -169,7 +169,7 @@ def _kernel(cut: Cut, first, count, q, *refs):
         fade, p = jnp.exp(top[...] - base), jnp.exp(x - base)
         top[...] = new
         total[...] = total[...] * fade + jnp.sum(p, axis=1, keepdims=True)
-        (_absorb if cut.bits is None else _coded_absorb)(
+        (_absorb if cut.k_bits is None else _coded_absorb)(
             cut, q.dtype, p, fade, see, sums, *arrays[len(arrays) // 2 :]
         )
 
@@ -177,7 +177,7 @@ def _kernel(cut: Cut, first, count, q, *refs):
     def _():
         none = total[...] == 0
         some = jnp.where(none, 1, total[...])
-        out[...] = (sums[0][...] if cut.bits is None else _by_group(cut, *sums)) / some
+        out[...] = (sums[0][...] if cut.k_bits is None else _by_group(cut, *sums)) / some
         lse[...] = jnp.broadcast_to(jnp.where(none, -jnp.inf, top[...] + jnp.log(some)), lse.shape)
 
 
@@ -205,7 +205,7 @@ def _coded_logits(cut: Cut, q: Array, see: Array, words: Any, scale: Any, least:
     )  # others may hold NaN, and 0 * NaN is NaN
     scales, leasts = (jnp.where(seen, x[...].astype(jnp.float32), 0).astype(x.dtype) for x in (scale, least))
     spread = pallas.dot(jnp.swapaxes(scales, 0, 1), within.astype(scale.dtype))
-    keys = (_codes(cut, words).astype(jnp.float32) * spread).astype(q.dtype)
+    keys = (_codes(cut.k_bits, words).astype(jnp.float32) * spread).astype(q.dtype)
     return pallas.dot(q, keys) + pallas.dot(
         pallas.dot(q, leasts, transposed=True), within.astype(jnp.float32)
     )
@@ -218,18 +218,16 @@ def _coded_absorb(
     scales, leasts = (jnp.where(see, x[...].astype(jnp.float32), 0) for x in (scale, least))
     groups = scale.shape[0]
     weights = jnp.concatenate([p * scales[i : i + 1] for i in range(groups)], axis=0)
-    codes = _codes(cut, words).astype(jnp.float32).astype(dtype)
+    codes = _codes(cut.v_bits, words).astype(jnp.float32).astype(dtype)
     mass[...] = mass[...] * jnp.concatenate([fade] * groups, axis=0) + pallas.dot(
         weights.astype(dtype), codes, transposed=True
     )
     low[...] = low[...] * fade + pallas.dot(p, leasts, transposed=True)
 
 
-def _codes(cut: Cut, words: Any) -> Array:
+def _codes(bits: int, words: Any) -> Array:
     """[channels, slots] of int32."""
-    parts = [
-        (words[...] >> jnp.uint32(shift)) & jnp.uint32(2**cut.bits - 1) for shift in range(0, 32, cut.bits)
-    ]
+    parts = [(words[...] >> jnp.uint32(shift)) & jnp.uint32(2**bits - 1) for shift in range(0, 32, bits)]
     return jnp.concatenate([part.astype(jnp.int32) for part in parts], axis=0)
 
 

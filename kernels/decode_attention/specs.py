@@ -10,7 +10,7 @@ from seqlab.kernels.decode_attention import Coded
 
 class Spec(NamedTuple):
     """One call of `decode_attention`: keys in groups of `group` steps, values in groups of `channels`;
-    numbers where `bits` is None.
+    numbers where `bits` is None, values in `v_bits` (default: as keys).
 
     A share `seen` of the slots is visible, or the first `filled` of each row."""
 
@@ -27,12 +27,16 @@ class Spec(NamedTuple):
     filled: tuple[int, ...] | None = None
     softcap: float | None = None
     dtype: str = "float32"
+    v_bits: int | None = None
 
 
 SPECS = {
     "int8": Spec(2, 96, 4, 2, 32, 32, 8),
     "int4": Spec(2, 96, 4, 2, 32, 64, 4),
     "int2": Spec(2, 96, 4, 2, 64, 32, 2, softcap=1.5),
+    "int4_values2": Spec(2, 96, 4, 2, 32, 64, 4, v_bits=2),
+    "int2_values8": Spec(2, 64, 6, 2, 48, 24, 2, group=16, channels=8, v_bits=8, softcap=2.0),
+    "int8_values4_bfloat16": Spec(2, 96, 4, 2, 64, 32, 8, dtype="bfloat16", v_bits=4),
     "one_head": Spec(1, 32, 1, 1, 32, 32, 4),
     "odd_widths": Spec(2, 64, 6, 2, 40, 24, 4, group=16, channels=8),
     "many_heads": Spec(1, 64, 40, 2, 32, 32, 4),
@@ -71,9 +75,9 @@ def inputs(spec: Spec, seed: int = 0) -> dict[str, Any]:
     )
     visible[0, : spec.group] = False
 
-    def coded(width, shape):
-        words = random.integers(0, 2**32, size=(b, g, width * spec.bits // 32, s), dtype=np.uint32)
-        scale = random.uniform(0.5, 2.0, size=shape) / 2**spec.bits
+    def coded(width, bits, shape):
+        words = random.integers(0, 2**32, size=(b, g, width * bits // 32, s), dtype=np.uint32)
+        scale = random.uniform(0.5, 2.0, size=shape) / 2**bits
         return [words, scale, random.normal(size=shape) - 0.5]
 
     if spec.bits is None:
@@ -81,7 +85,8 @@ def inputs(spec: Spec, seed: int = 0) -> dict[str, Any]:
         keys[0, :, : spec.group] = values[0, :, : spec.group] = np.nan
         keys, values = (jnp.asarray(x, spec.dtype) for x in (keys, values))
     else:
-        keys, values = coded(k, (b, g, s // spec.group, k)), coded(v, (b, g, v // spec.channels, s))
+        keys = coded(k, spec.bits, (b, g, s // spec.group, k))
+        values = coded(v, spec.v_bits or spec.bits, (b, g, v // spec.channels, s))
         for x in (*keys[1:], *(y.swapaxes(2, 3) for y in values[1:])):
             x[0, :, 0] = np.nan
         keys, values = (
@@ -93,4 +98,5 @@ def inputs(spec: Spec, seed: int = 0) -> dict[str, Any]:
         "v": values,
         "visible": jnp.asarray(visible),
     }
-    return arguments | ({} if spec.softcap is None else {"softcap": spec.softcap})
+    options = {"softcap": spec.softcap, "v_bits": spec.v_bits}
+    return arguments | {name: value for name, value in options.items() if value is not None}

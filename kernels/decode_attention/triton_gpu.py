@@ -15,18 +15,18 @@ from seqlab.kernels.attention.triton_gpu import merged, splits_of
 from seqlab.kernels.blocks import find, widest
 
 
-def decode_attention(q, k, v, visible, *, softcap, scale):
+def decode_attention(q, k, v, visible, *, softcap, scale, bits):
     """`out, lse`; see `seqlab.kernels.decode_attention`, which has checked the arguments. Not to be
     differentiated."""
-    from seqlab.kernels.decode_attention import Coded, bits_of, seen_tiles
+    from seqlab.kernels.decode_attention import Coded, seen_tiles
     from seqlab.kernels.decode_attention import triton_kernels as kernels
 
     coded, (b, h, width), s = isinstance(k, Coded), q.shape, visible.shape[1]
     k, v = (k, v) if coded else ((k.astype(q.dtype), q, q), (v.astype(q.dtype), q, q))
     triton.require(q, *k, *v)
     g, name = k[0].shape[1], f"decode_attention/triton_gpu/{'codes' if coded else 'numbers'}"
-    bits = bits_of(k, width) if coded else 0
-    values = v.words.shape[2] * 32 // bits if coded else v[0].shape[3]
+    k_bits, v_bits = bits if coded else (0, 0)
+    values = v.words.shape[2] * 32 // v_bits if coded else v[0].shape[3]
     most = widest(name, q.dtype.itemsize)
     if max(width, values) > most:
         raise NotImplementedError(f"kernels for heads of up to {most} exist, got k={width} and v={values}")
@@ -47,7 +47,8 @@ def decode_attention(q, k, v, visible, *, softcap, scale):
         "G": g,
         "K": width,
         "V": values,
-        "BITS": bits,
+        "K_BITS": k_bits,
+        "V_BITS": v_bits,
         "K_GROUP": group,
         "BN": tile,
         "V_GROUP": values // v.scale.shape[2] if coded else values,

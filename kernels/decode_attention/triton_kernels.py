@@ -30,23 +30,24 @@ def _channels(BITS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def forward(
     q, k, k_scale, k_least, v, v_scale, v_least, visible, first, count, out, lse,
-    ROWS: tl.constexpr, S: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BITS: tl.constexpr,
-    BN: tl.constexpr, K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, SOFTCAP: tl.constexpr, SCALE: tl.constexpr, SPLITS: tl.constexpr,
+    ROWS: tl.constexpr, S: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    K_BITS: tl.constexpr, V_BITS: tl.constexpr, BN: tl.constexpr,
+    K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, SOFTCAP: tl.constexpr, SCALE: tl.constexpr, SPLITS: tl.constexpr,
     PRECISION: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """out [splits, b, h, v] and lse [splits, b, h] over the slots of a split. Program (block of heads and
     split, group, row of the batch).
 
-    A tile is BN slots, of numbers where BITS is 0 and of one group of keys elsewhere, all of which have the
-    same scales. Row b walks count[b] tiles from first[b] on, those that it sees, shared evenly among its
-    splits.
+    A tile is BN slots, of numbers where K_BITS and V_BITS are 0 and of one group of keys elsewhere, all of
+    which have the same scales. Row b walks count[b] tiles from first[b] on, those that it sees, shared evenly
+    among its splits.
     """
     b, g = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     R: tl.constexpr = H // G
     BLOCKS: tl.constexpr = (R + BM - 1) // BM
     split = tl.program_id(0) // BLOCKS
     head = tl.program_id(0) % BLOCKS * BM + tl.arange(0, BM)
-    width, value = _channels(BITS, K, KP), _channels(BITS, V, VP)
+    width, value = _channels(K_BITS, K, KP), _channels(V_BITS, V, VP)
     row = b * H + g * R + head
     inside = head < R
     query = tl.load(q + row[:, None] * K + width[None, :], inside[:, None] & (width < K)[None, :], 0.0)
@@ -57,16 +58,18 @@ def forward(
     for tile in range(begin + tiles * split // SPLITS, begin + tiles * (split + 1) // SPLITS):
         slot = (tile * BN + tl.arange(0, BN)).to(tl.int64)
         see = tl.load(visible + b * S + slot, slot < S, 0) != 0
-        if BITS == 0:
+        if K_BITS == 0:
             key = tl.load(
                 k + (pair * S + slot)[:, None] * K + width[None, :], see[:, None] & (width < K)[None, :], 0.0
             )
             x = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         else:
-            PER: tl.constexpr = 32 // BITS
+            K_PER: tl.constexpr = 32 // K_BITS
             group = (pair * (S // K_GROUP) + tile * BN // K_GROUP) * K + width
             scale, least = tl.load(k_scale + group, width < K, 0.0), tl.load(k_least + group, width < K, 0.0)
-            codes = _codes(k + pair * (K // PER) * S, tl.arange(0, KP // PER), slot, S, BITS, K // PER, KP)
+            codes = _codes(
+                k + pair * (K // K_PER) * S, tl.arange(0, KP // K_PER), slot, S, K_BITS, K // K_PER, KP
+            )
             key = codes * scale.to(tl.float32)[:, None] + least.to(tl.float32)[:, None]
             x = tl.dot(query, key.to(query.dtype), input_precision=PRECISION)
         if SOFTCAP > 0.0:
@@ -79,15 +82,18 @@ def forward(
         base = tl.where(new == float("-inf"), 0.0, new)
         p, fade = tl.exp2(x - base[:, None]), tl.exp2(top - base)
         total = total * fade + tl.sum(p, 1)
-        if BITS == 0:
+        if V_BITS == 0:
             number = tl.load(
                 v + (pair * S + slot)[:, None] * V + value[None, :], see[:, None] & (value < V)[None, :], 0.0
             )
             mass = tl.dot(p.to(query.dtype), number, mass * fade[:, None], input_precision=PRECISION)
         else:
+            V_PER: tl.constexpr = 32 // V_BITS
             group = (pair * (V // V_GROUP) + value // V_GROUP)[:, None] * S + slot[None, :]
             here = (value < V)[:, None] & see[None, :]
-            codes = _codes(v + pair * (V // PER) * S, tl.arange(0, VP // PER), slot, S, BITS, V // PER, VP)
+            codes = _codes(
+                v + pair * (V // V_PER) * S, tl.arange(0, VP // V_PER), slot, S, V_BITS, V // V_PER, VP
+            )
             number = codes * tl.load(v_scale + group, here, 0.0).to(tl.float32) + tl.load(
                 v_least + group, here, 0.0
             ).to(tl.float32)

@@ -7,7 +7,7 @@ from seqlab.kernels.decode_attention.reference import of_numbers
 from seqlab.shapes import accumulator
 
 
-def decode_attention(q, k, v, visible, *, softcap, scale):
+def decode_attention(q, k, v, visible, *, softcap, scale, bits):
     """`out, lse`; see `seqlab.kernels.decode_attention`, which has checked the arguments."""
     from seqlab.kernels.decode_attention import Coded
 
@@ -17,7 +17,7 @@ def decode_attention(q, k, v, visible, *, softcap, scale):
         v = v._replace(scale=jnp.where(see, v.scale, 0), least=jnp.where(see, v.least, 0))
     else:
         v = jnp.where(see.swapaxes(2, 3), v, jnp.zeros((), v.dtype))
-    k, v = of_numbers(q, k, v, wide if coded else k.dtype)
+    k, v = of_numbers(k, v, bits, wide if coded else k.dtype)
     g = k.shape[1]
     q_groups = q.reshape(b, g, h // g, width).astype(wide if coded else q.dtype)
     x = jnp.einsum("bgrk,bgsk->bgrs", q_groups, k, preferred_element_type=wide) * scale

@@ -366,11 +366,7 @@ class Quantized(Policy):
         seen, same = self._ends(state)[0], where.ids == 1
         places = self._coded_places(state)
         see = same & (places >= 0) & (places < seen - self.residual) & self._near(seen - places)
-        stored = (state.k, state.v)
-        if self.v_bits != self.bits:
-            acc = accumulator(q.dtype)
-            stored = keys_of(state.k, self.bits, acc), values_of(state.v, self.v_bits, acc)
-        parts = [decode_attention(q[:, 0], *stored, see, **scores.limits)]
+        parts = [decode_attention(q[:, 0], state.k, state.v, see, v_bits=self.v_bits, **scores.limits)]
         recent_k, at = self._recent_keys(state)
         k = jnp.concatenate([recent_k.astype(k.dtype), k.swapaxes(1, 2)], axis=2)
         v = jnp.concatenate([state.rest_v.astype(v.dtype), v.swapaxes(1, 2)], axis=2)

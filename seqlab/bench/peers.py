@@ -89,12 +89,11 @@ def _numbers(case: Case, cotangents: Any) -> Program:
 
     if case.spec.bits is None:
         raise NotImplementedError("the cache holds numbers already")
-    arguments = dict(case.arguments)
-    arguments["k"], arguments["v"] = of_numbers(
-        arguments["q"], arguments["k"], arguments["v"], arguments["q"].dtype
-    )
+    arguments, options = dict(case.arguments), dict(case.options)
+    bits = case.spec.bits, options.pop("v_bits", case.spec.bits)
+    arguments["k"], arguments["v"] = of_numbers(arguments["k"], arguments["v"], bits, arguments["q"].dtype)
     return repeated(
-        lambda a: decode_attention(**a, **case.options, implementation=("pallas_tpu", "triton_gpu", "xla")),
+        lambda a: decode_attention(**a, **options, implementation=("pallas_tpu", "triton_gpu", "xla")),
         arguments,
     )
 
