@@ -6,7 +6,7 @@ from typing import Any
 import fiddle as fdl
 from fiddle import selectors
 
-from seqlab.checks import UserError, nearest
+from seqlab.checks import UserError, check_divides, check_positive, nearest
 from seqlab.models import Attention, Full, GatedDeltaNet, GatedLinearAttention, Mamba2, Window
 from seqlab.train.override import fields, named
 
@@ -74,12 +74,10 @@ def accumulate(cfg: fdl.Config, parts: int = 4) -> None:
 
 def longer(cfg: fdl.Config, factor: int = 2) -> None:
     """Train for `factor` times as many steps."""
-    cfg.steps *= factor
+    cfg.steps *= check_positive("factor", factor)
 
 
 def stretch(cfg: fdl.Config, factor: int = 2) -> None:
     """Windows `factor` times as long, with the tokens of a batch kept."""
-    if cfg.batch_size % factor:
-        raise UserError(f"factor must divide batch_size={cfg.batch_size}, got {factor}")
+    cfg.batch_size //= check_divides("factor", factor, "batch_size", cfg.batch_size)
     cfg.data.length *= factor
-    cfg.batch_size //= factor

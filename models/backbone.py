@@ -14,6 +14,7 @@ from flax import nnx
 from seqlab.checks import UserError, check_choice, check_positive
 from seqlab.mixer import Composite, as_mixer
 from seqlab.models.batch_norm import moved_statistics, normed, put_statistics
+from seqlab.models.kinds import make_mixer, make_norm
 from seqlab.models.layers import Factory, RMSNorm, SwiGLU
 from seqlab.models.stochastic import DropPath
 from seqlab.module import Module, merge, split
@@ -47,11 +48,12 @@ class Block(Composite, Module):
         drop_path: float = 0.0,
         rngs: nnx.Rngs,
     ):
-        self.mixer_norm, self.mixer = norm(dim, rngs=rngs), mixer(dim, rngs=rngs)
-        self.channel_norm = None if channel_mixer is None else norm(dim, rngs=rngs)
-        self.channel_mixer = None if channel_mixer is None else channel_mixer(dim, rngs=rngs)
-        self.layer_scale_1, self.residual_scale_1 = _vector(dim, layer_scale), _vector(dim, residual_scale)
+        self.mixer_norm = make_norm("norm", norm, dim, rngs=rngs)
+        self.mixer = make_mixer("mixer", mixer, dim, rngs=rngs)
         second = channel_mixer is not None
+        self.channel_norm = make_norm("norm", norm, dim, rngs=rngs) if second else None
+        self.channel_mixer = make_mixer("channel_mixer", channel_mixer, dim, rngs=rngs) if second else None
+        self.layer_scale_1, self.residual_scale_1 = _vector(dim, layer_scale), _vector(dim, residual_scale)
         self.layer_scale_2, self.residual_scale_2 = (
             _vector(dim, value) if second else None for value in (layer_scale, residual_scale)
         )
@@ -128,6 +130,8 @@ class Backbone(Composite, Module):
         channels = tuple(channel_mixer) if isinstance(channel_mixer, tuple | list) else (channel_mixer,)
         if not mixers or not channels:
             raise UserError("mixers and channel_mixer must name at least one factory each")
+        for factory in mixers[depth:] if not scan_layers else ():  # of no layer, and still of the wrong kind
+            nnx.eval_shape(lambda factory=factory: make_mixer("mixers", factory, dim, rngs=nnx.Rngs(0)))
         check_choice(remat, ("none", "dots", "block"), "remat")
         self.dim, self.depth, self.scan_layers, self.remat = (
             dim,
@@ -150,7 +154,7 @@ class Backbone(Composite, Module):
                 for j in range(period)
             ]
         )
-        self.norm = norm(dim, rngs=rngs)
+        self.norm = make_norm("norm", norm, dim, rngs=rngs)
 
     @property
     def lookahead(self) -> int:

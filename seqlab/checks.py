@@ -2,6 +2,8 @@
 
 import difflib
 import numbers
+import os
+import pathlib
 from collections.abc import Iterable, Sequence
 
 
@@ -38,6 +40,17 @@ def check_at_least(name: str, value: int, least: int, why: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         reason = f" ({why})" if why else ""
         raise UserError(f"{name} must be an integer of at least {least}{reason}, got {value!r}")
+
+
+def expanded(name: str, path: str | os.PathLike[str]) -> pathlib.Path:
+    """The path that is meant, with the home folder in place of `~`."""
+    text = os.fspath(path)
+    if "\0" in text:
+        raise UserError(f"{name}: got {text!r}, and no path holds a null character")
+    try:
+        return pathlib.Path(text).expanduser()
+    except RuntimeError as error:  # "~nobody"
+        raise UserError(f"{name}: got {text!r}, and nobody has that home folder ({error})") from error
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

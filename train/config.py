@@ -26,14 +26,12 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import fiddle as fdl
-from flax import nnx
 
 from seqlab import names as names_of_code
 from seqlab.checks import nearest
-from seqlab.train.experiment import Experiment
+from seqlab.train.construct import build
 from seqlab.train.folder import fingerprint_of, has_steps, locate
-from seqlab.train.optim import check_factory, check_transformation
-from seqlab.train.override import ConfigError, check, children, fields, fit, literal, named, override, tree
+from seqlab.train.override import ConfigError, children, fields, fit, literal, named, override, tree
 
 __all__ = [
     "ConfigError",
@@ -132,39 +130,9 @@ def fiddle(cfg: fdl.Config, call: str) -> fdl.Config:
         raise ConfigError(f"fiddler {call!r}: expected {name}({expected})") from error
     try:
         function(*bound.args, **bound.kwargs)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError, LookupError) as error:
         raise ConfigError(f"fiddler {call!r}: {error}") from error
     return changed
-
-
-def build(cfg: fdl.Config) -> Experiment:
-    """The experiment that `cfg` describes, after the types of all fields, every constructor and the shapes of
-    the model were checked.
-
-    The model is constructed abstractly: this takes no memory and compiles nothing.
-    """
-    check(cfg)
-    try:
-        experiment = fdl.build(cfg)
-    except (ValueError, TypeError) as error:
-        raise _located(error) from error
-    if not isinstance(experiment, Experiment):
-        raise ConfigError(f"the config builds {type(experiment).__name__}, expected Experiment")
-    # The same, but its factories say where they stand in the config.
-    trial = fdl.build(_with_places(tree(cfg)))
-    model = nnx.eval_shape(lambda: trial.model(rngs=nnx.Rngs(0)))
-    check_factory(experiment.optimizer)
-    check_transformation(trial.optimizer(experiment.steps))
-    for name in ("train", "validation", "tokenizer"):
-        if not hasattr(experiment.data, name):
-            raise ConfigError(f"data: {type(experiment.data).__name__} has no {name!r}")
-    tokenizer, size = experiment.data.tokenizer, getattr(model, "vocab_size", None)
-    most = 0 if tokenizer is None else tokenizer.vocab_size
-    if size is not None and size < most:
-        raise ConfigError(
-            f"model.vocab_size: got {size}, expected at least {most}, what the tokenizer of the data needs"
-        )
-    return experiment
 
 
 def flat(cfg: fdl.Config) -> str:
@@ -335,38 +303,6 @@ def _arguments(text: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if not isinstance(call, ast.Call):
         return (), {}
     return tuple(map(literal, call.args)), {keyword.arg: literal(keyword.value) for keyword in call.keywords}
-
-
-def _located(error: Exception) -> ConfigError:
-    """An error of `fdl.build` with the path in front, as on the command line."""
-    place = re.search(r"at <root>(\S*) with", getattr(error, "proxy_message", ""))
-    where = place.group(1).removeprefix(".") if place else ""
-    return ConfigError(f"{where}: " * bool(where) + str(getattr(error, "proxy_base_exception", error)))
-
-
-class _Placed:
-    """A factory that says where in the config it stands when it fails."""
-
-    def __init__(self, call: Callable[..., Any], where: str):
-        self.call, self.where = call, where
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return self.call(*args, **kwargs)
-        except ConfigError:
-            raise
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"{self.where}: {error}") from error
-
-
-def _with_places(node: Any, where: str = "") -> Any:
-    if isinstance(node, fdl.Buildable):
-        for step, value in children(node):
-            setattr(node, step[1:], _with_places(value, (where + step).removeprefix(".")))
-        return fdl.Config(_Placed, node, where) if isinstance(node, fdl.Partial) else node
-    if type(node) in (tuple, list):
-        return type(node)(_with_places(value, where + step) for step, value in children(node))
-    return node
 
 
 def _leaves(node: Any, where: str = "experiment") -> dict[str, str]:

@@ -25,7 +25,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from seqlab.checks import UserError, check_choice
+from seqlab.checks import UserError, check_choice, expanded
 from seqlab.train.packing import DataSource, Item, Windows, pack
 
 __all__ = [
@@ -96,8 +96,7 @@ class FileSource:
                 (*_NOT_SOURCES, *exclude),
             )
         roots = [
-            pathlib.Path(path).expanduser()
-            for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)
+            expanded("paths", path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)
         ]
         files = _list_files(roots, include or ("*",), exclude)
         self._documents = _choose(files, split, validation)

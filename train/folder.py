@@ -10,7 +10,7 @@ import socket
 import tempfile
 from collections.abc import Iterator
 
-from seqlab.checks import UserError
+from seqlab.checks import UserError, expanded
 
 _LOCK = "lock"
 _ODD = frozenset("[]*?\\")  # Orbax takes paths for patterns, and TensorStore a backslash for a slash
@@ -22,13 +22,7 @@ class BusyError(UserError):
 
 def locate(workdir: str | os.PathLike[str]) -> pathlib.Path:
     """The folder that is meant, as an absolute path without `~`, `..` and links."""
-    text = os.fspath(workdir)
-    if "\0" in text:
-        raise UserError(f"workdir: got {text!r}, and no path holds a null character")
-    try:
-        return pathlib.Path(os.path.realpath(pathlib.Path(text).expanduser()))
-    except RuntimeError as error:  # "~nobody"
-        raise UserError(f"workdir: got {text!r}: {error}") from error
+    return pathlib.Path(os.path.realpath(expanded("workdir", workdir)))
 
 
 def has_steps(workdir: pathlib.Path) -> bool:

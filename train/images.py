@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float, Int, Num, UInt8
 
-from seqlab.checks import UserError, check_at_least, check_choice
+from seqlab.checks import UserError, check_at_least, check_choice, expanded
 from seqlab.train.augment import Augment
 from seqlab.train.data import FileSource, tfds_source
 from seqlab.train.packing import Item
@@ -156,7 +156,7 @@ class FolderImages:
         return FileSource(self.path, split, include=_SUFFIXES, validation=self.held_out).files
 
     def _class(self, file: pathlib.Path) -> str:
-        parts = file.relative_to(pathlib.Path(self.path).expanduser()).parts
+        parts = file.relative_to(expanded("path", self.path)).parts
         if len(parts) < 2:
             raise UserError(f"path: {file} lies in no folder below {self.path}, so its class is unknown")
         return parts[0]

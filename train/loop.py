@@ -32,6 +32,7 @@ from seqlab.train.placement import begin, place, share, spread
 from seqlab.train.processes import say
 from seqlab.train.quality import quality_of
 from seqlab.train.step import TrainState, all_finite, evaluate_step, init_state, train_step
+from seqlab.train.trial import check_fits
 
 
 class NonFiniteError(RuntimeError):
@@ -94,6 +95,7 @@ def run(
         batches = Batches(windows, experiment.batch_size, experiment.seed, *share(mesh))
         held_out = held_out_batches(experiment, mesh)
         check_labels(experiment, windows)
+        check_fits(experiment, batches[0], mesh)
         changes: list[str] = []
 
         fingerprint = _fingerprint(windows, experiment.data.validation())

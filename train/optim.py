@@ -105,7 +105,7 @@ def check_factory(factory: Any) -> None:
         hint = (
             f"; say optimizer={__name__}:named optimizer.name={function.__name__}"
             if _takes_rate(function)
-            else ""
+            else f"; expected such as {__name__}:adamw"
         )
         raise ConfigError(
             f"optimizer: {label} cannot be called as optimizer(steps), for its first argument is "

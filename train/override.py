@@ -167,7 +167,7 @@ def fit(value: Any, hint: Any) -> Any:
     if origin in (dict, collections.abc.Mapping):
         return _require(isinstance(value, dict), value)
     if origin is collections.abc.Callable or hint in (collections.abc.Callable, typing.Callable):
-        value = fdl.Partial(named(value)) if isinstance(value, str) else value
+        value = _factory(value) if isinstance(value, str) else value
         return _require(isinstance(value, fdl.Partial) or callable(value), value)
     if inspect.isclass(hint) and not getattr(hint, "_is_protocol", False):
         return _fit_class(value, hint)
@@ -180,10 +180,15 @@ def named(name: str) -> Any:
     if ":" in name:
         try:
             return imported(name)
-        except (ImportError, AttributeError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise ConfigError(f"{name!r} cannot be imported: {error}") from error
+        except UserError:
+            raise
+        except Exception as error:  # of the module that is imported, which may be the user's own
+            reason = (
+                ""
+                if isinstance(error, ImportError | AttributeError | ValueError)
+                else type(error).__name__ + ": "
+            )
+            raise ConfigError(f"{name!r} cannot be imported: {reason}{error}") from error
     models = importlib.import_module("seqlab.models")
     known = [
         each
@@ -196,6 +201,15 @@ def named(name: str) -> Any:
             f"{name!r} is no module of seqlab.models{nearest(name, known)} (others are named as module:Name)"
         )
     return getattr(models, name)
+
+
+def _factory(name: str) -> fdl.Partial:
+    """The constructor of that name, to be called by whoever needs what it makes."""
+    found = named(name)
+    try:
+        return fdl.Partial(found)
+    except (TypeError, ValueError) as error:  # nothing that can be called; a builtin that hides its arguments
+        raise ConfigError(f"{name!r} is {reprlib.repr(found)}, no constructor ({error})") from error
 
 
 def _plain(name: str) -> str:

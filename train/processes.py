@@ -32,10 +32,17 @@ def join(spec: str) -> None:
     """Meet the other processes of the run: "auto", or "HOST:PORT,COUNT,INDEX" where HOST is the machine of
     process 0.
 
-    Before anything asks for devices. Raises ValueError for a `spec` of another form.
+    Before anything asks for devices. Raises ValueError for a `spec` of another form, and where the processes
+    do not meet.
     """
     if spec == "auto":
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except (ValueError, RuntimeError) as error:  # no cluster that JAX knows; devices already in use
+            raise UserError(
+                f"distributed: this is no cluster that tells who is who ({_line(error)}): say "
+                "HOST:PORT,COUNT,INDEX"
+            ) from error
         return
     found = re.fullmatch(r"(\S+:\d+),(\d+),(\d+)", spec)
     if not found or not int(found[3]) < int(found[2]):
@@ -45,7 +52,19 @@ def join(spec: str) -> None:
         )
     address, count, index = found[1], int(found[2]), int(found[3])
     with _patience(f"{count} processes to meet at {address}"):
-        jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=30)
+        try:
+            jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=30)
+        except (
+            ValueError,
+            RuntimeError,
+        ) as error:  # an address that is taken or nowhere, or nobody else came
+            raise UserError(
+                f"distributed: {count} processes did not meet at {address} ({_line(error)})"
+            ) from error
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).partition("\n")[0]
 
 
 def first() -> bool:

@@ -16,12 +16,12 @@ import hashlib
 import operator
 import os
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from seqlab.checks import UserError, check_choice
+from seqlab.checks import UserError, check_choice, expanded
 from seqlab.train.packing import Item
 
 _MONTH = 30 * 24  # hours: the months of the Electricity Transformer Temperature data have 30 days
@@ -196,16 +196,22 @@ class CsvSeries(SeriesData):
     def table(self) -> Table:
         """Raises OSError where the file cannot be read, ValueError naming the line and column of what is not
         a finite number."""
-        with open(os.path.expanduser(self.path), newline="", encoding="utf-8-sig") as file:
-            lines = csv.reader(file)
-            header = next(lines, [])
-            if len(header) < 2:
-                raise UserError(
-                    f"{self.path}: expected a header with a date and the names of series, got "
-                    f"{','.join(header)!r}"
-                )
-            values = [_numbers(line, header, f"{self.path}, line {lines.line_num}") for line in lines if line]
+        try:
+            with open(expanded("path", self.path), newline="", encoding="utf-8-sig") as file:
+                header, values = self._read(csv.reader(file))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"{self.path}: it is no CSV file in UTF-8 ({error})") from error
         return Table(tuple(header[1:]), np.asarray(values, np.float64).reshape(-1, len(header) - 1))
+
+    def _read(self, lines: Any) -> tuple[list[str], list[list[float]]]:
+        header = next(lines, [])
+        if len(header) < 2:
+            raise UserError(
+                f"{self.path}: expected a header with a date and the names of series, got {','.join(header)!r}"
+            )
+        return header, [
+            _numbers(line, header, f"{self.path}, line {lines.line_num}") for line in lines if line
+        ]
 
 
 def _numbers(line: list[str], header: list[str], where: str) -> list[float]:

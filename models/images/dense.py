@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from seqlab.checks import check_positive
+from seqlab.models.images.metaformer import make_backbone
 from seqlab.models.images.parts import ConvTranspose, Map
 from seqlab.models.layers import Factory, Linear
 from seqlab.models.model import check_dtype
@@ -58,7 +59,7 @@ class ImageToMap(Module):
         rngs: nnx.Rngs,
     ):
         self.outputs, self.dtype = check_positive("outputs", outputs), check_dtype(dtype)
-        self.backbone = backbone(rngs=rngs)
+        self.backbone = make_backbone(backbone, rngs)
         self.head = MapHead(self.backbone.widths[-1], outputs, widths=widths, rngs=rngs)
 
     def features(self, images: Map) -> list[Map]:

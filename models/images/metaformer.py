@@ -19,6 +19,7 @@ from seqlab.checks import UserError, check_choice, check_positive
 from seqlab.models.backbone import Block
 from seqlab.models.images.mixers import IdentityMixing, ImageAttention, Pooling, RandomMixing, SepConv
 from seqlab.models.images.parts import Downsample, Map, MapNorm, StarReLU
+from seqlab.models.kinds import make_norm
 from seqlab.models.layers import MLP, Factory, LayerNorm, Linear
 from seqlab.models.model import check_dtype
 from seqlab.models.stochastic import Dropout
@@ -185,9 +186,9 @@ class ImageClassifier(Module):
             normalise,
             check_dtype(dtype),
         )
-        self.backbone = backbone(rngs=rngs)
+        self.backbone = make_backbone(backbone, rngs)
         width = self.backbone.widths[-1]
-        self.norm = None if norm is None else norm(width, rngs=rngs)
+        self.norm = None if norm is None else make_norm("norm", norm, width, rngs=rngs)
         self.head = (
             Linear(width, outputs, bias=True, scale=0.1, rngs=rngs)
             if head is None
@@ -208,12 +209,23 @@ class ImageClassifier(Module):
         return self.head(self.pooled(self.features(images)[-1]))
 
 
+def make_backbone(factory: Factory, rngs: nnx.Rngs) -> Any:
+    """factory(rngs=rngs), which must give a backbone of images: it has the `widths` of its maps."""
+    made = factory(rngs=rngs)
+    if not getattr(made, "widths", None):
+        raise UserError(
+            f"{getattr(factory, 'where', 'backbone')}: {type(made).__name__} is no backbone of images, "
+            "expected one that has widths, such as ImageBackbone or ViM2Backbone of seqlab.models.images"
+        )
+    return made
+
+
 class ImagePyramid(Module):
     """The maps behind every stage, each under its own norm: what detectors and segmenters are built on."""
 
     def __init__(self, backbone: Factory, *, norm: Factory = MapNorm, rngs: nnx.Rngs):
-        self.backbone = backbone(rngs=rngs)
-        self.norms = nnx.List([norm(width, rngs=rngs) for width in self.backbone.widths])
+        self.backbone = make_backbone(backbone, rngs)
+        self.norms = nnx.List([make_norm("norm", norm, width, rngs=rngs) for width in self.backbone.widths])
 
     def __call__(self, images: Map) -> list[Map]:
         return [norm(x) for norm, x in zip(self.norms, self.backbone(images), strict=True)]

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from seqlab.checks import UserError, check_positive
 from seqlab.models.batch_norm import BatchNorm
 from seqlab.models.images.convolution import Map, convolve, convolve_transposed, depthwise, grouped
+from seqlab.models.kinds import make_norm
 from seqlab.models.layers import Factory
 from seqlab.module import Module
 from seqlab.shapes import Steps, accumulator
@@ -181,9 +182,9 @@ class Downsample(Module):
         after: Factory | None = None,
         rngs: nnx.Rngs,
     ):
-        self.norm_before = None if before is None else before(inputs, rngs=rngs)
+        self.norm_before = None if before is None else make_norm("before", before, inputs, rngs=rngs)
         self.conv = Conv(inputs, outputs, kernel, stride=stride, padding=padding, rngs=rngs)
-        self.norm_after = None if after is None else after(outputs, rngs=rngs)
+        self.norm_after = None if after is None else make_norm("after", after, outputs, rngs=rngs)
 
     def __call__(self, x: Map) -> Float[Array, "b i j o"]:
         x = x if self.norm_before is None else self.norm_before(x)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from seqlab.checks import UserError, check_choice, check_positive
 from seqlab.models.images.metaformer import ImageClassifier
 from seqlab.models.images.parts import Conv, Downsample, ImageMixer, Map
+from seqlab.models.kinds import make_mixer, make_norm
 from seqlab.models.layers import Factory, LayerNorm, Linear
 from seqlab.models.state_space.mambamixer import Direction, MambaMixerStack, SelectiveChannelMixer
 from seqlab.module import Module
@@ -65,7 +66,7 @@ class FourScans(ImageMixer):
         self.in_proj = Linear(dim, 2 * inner, rngs=rngs)
         self.conv = Conv(inner, inner, 3, padding=1, groups=inner, rngs=rngs)
         self.directions = nnx.List([Direction(inner, **options, rngs=rngs) for _ in range(4)])
-        self.norm = None if norm is None else norm(inner, rngs=rngs)
+        self.norm = None if norm is None else make_norm("norm", norm, inner, rngs=rngs)
         self.out_proj = Linear(inner, dim, rngs=rngs)
 
     def mix(self, x: Map) -> Map:
@@ -94,7 +95,8 @@ class InRows(ImageMixer):
 
     def __init__(self, dim: int, *, mixer: Factory, tokens: int | None = None, rngs: nnx.Rngs):
         self.dim = dim
-        self.mixer = mixer(dim, rngs=rngs) if tokens is None else mixer(dim, tokens=tokens, rngs=rngs)
+        sizes = {} if tokens is None else {"tokens": tokens}
+        self.mixer = make_mixer("mixer", mixer, dim, rngs=rngs, **sizes)
 
     def mix(self, x: Map) -> Map:
         y, _ = self.mixer(x.reshape(x.shape[0], -1, x.shape[-1]))

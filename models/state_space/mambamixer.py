@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from seqlab.checks import UserError, check_positive
 from seqlab.mixer import Composite
+from seqlab.models.kinds import make_mixer, make_norm
 from seqlab.models.layers import Factory, LayerNorm, Linear
 from seqlab.models.state_space.mamba import MambaState, Selective
 from seqlab.module import Module
@@ -148,7 +149,7 @@ class SelectiveChannelMixer(Module):
 
     def __init__(self, dim: int, *, tokens: int, mixer: Factory = SelectiveMixer, rngs: nnx.Rngs):
         self.dim, self.tokens = check_positive("dim", dim), check_positive("tokens", tokens)
-        self.mixer = mixer(tokens, bidirectional=True, rngs=rngs)
+        self.mixer = make_mixer("mixer", mixer, tokens, bidirectional=True, rngs=rngs)
 
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[()]:
         return ()
@@ -193,7 +194,7 @@ class GroupedChannelMixer(Module):
         self.dim, self.groups = check_positive("dim", dim), check_positive("groups", groups)
         if dim % groups:
             raise UserError(f"groups must divide dim={dim}, got {groups}")
-        self.mixer = mixer(dim // groups, bidirectional=True, rngs=rngs)
+        self.mixer = make_mixer("mixer", mixer, dim // groups, bidirectional=True, rngs=rngs)
 
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[()]:
         return ()
@@ -256,15 +257,22 @@ class MambaMixerStack(Composite, Module):
     ):
         self.dim, self.depth = check_positive("dim", dim), check_positive("depth", depth)
         rows = range(depth)
-        self.token_norms = nnx.List([norm(dim, rngs=rngs) for _ in rows])
-        self.token_mixers = nnx.List([token_mixer(dim, rngs=rngs) for _ in rows])
-        self.channel_norms = nnx.List([norm(dim, rngs=rngs) for _ in rows])
-        self.channel_mixers = nnx.List([channel_mixer(dim, rngs=rngs) for _ in rows])
+
+        def norms() -> nnx.List:
+            return nnx.List([make_norm("norm", norm, dim, rngs=rngs) for _ in rows])
+
+        def mixers(name: str, factory: Factory) -> nnx.List:
+            return nnx.List([make_mixer(name, factory, dim, rngs=rngs) for _ in rows])
+
+        self.token_norms = norms()
+        self.token_mixers = mixers("token_mixer", token_mixer)
+        self.channel_norms = norms()
+        self.channel_mixers = mixers("channel_mixer", channel_mixer)
         self.alpha, self.beta, self.theta, self.gamma = (_sums(depth, first) for first in (1, 0, 1, 0))
         self.omega, self.upsilon = (
             nnx.Param(jnp.ones((depth + 1,)).at[0].set(first)) if final_sum else None for first in (1.0, 0.0)
         )
-        self.norm = norm(dim, rngs=rngs) if final_sum else None
+        self.norm = make_norm("norm", norm, dim, rngs=rngs) if final_sum else None
 
     def children(self) -> list[Any]:
         pairs = zip(self.token_mixers, self.channel_mixers, strict=True)

@@ -22,6 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from seqlab.checks import UserError, check_choice, check_positive
+from seqlab.models.kinds import make_mixer
 from seqlab.models.layers import Factory, Linear
 from seqlab.models.state_space.mambamixer import MambaMixerStack, SelectiveMixer, within_steps
 from seqlab.module import Module
@@ -79,7 +80,7 @@ class TimeMixer(Module):
 
     def __init__(self, dim: int, *, variates: int, mixer: Factory, rngs: nnx.Rngs):
         self.variates = variates
-        self.mixer = mixer(dim, rngs=rngs)
+        self.mixer = make_mixer("mixer", mixer, dim, rngs=rngs)
 
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> State:
         state = self.mixer.init_state(batch * self.variates, dtype)
@@ -107,7 +108,7 @@ class VariateMixer(Module):
     causal, lookahead, exact = True, 0, True
 
     def __init__(self, dim: int, *, mixer: Factory, rngs: nnx.Rngs):
-        self.mixer = mixer(dim, bidirectional=True, rngs=rngs)
+        self.mixer = make_mixer("mixer", mixer, dim, bidirectional=True, rngs=rngs)
 
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[()]:
         return ()

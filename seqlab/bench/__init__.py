@@ -88,14 +88,24 @@ def plan(
     if backward and op in cases.FORWARD_ONLY:
         raise BenchError(f"{op} has no gradient: leave out --backward")
     kinds = (False, True) if backward else (False,)
-    made = [
-        cases.make(chosen, name, spec, dtype, g)
-        for name, spec in cases.chosen_shapes(chosen, list(shape)).items()
-        for g in kinds
-    ]
-    competing, absent = zip(
-        *(_contestants(case, list(implementations), interpret) for case in made), strict=True
-    )
+    shape = list(shape)
+    specs = cases.chosen_shapes(chosen, shape)
+    try:
+        made = [cases.make(chosen, name, spec, dtype, g) for name, spec in specs.items() for g in kinds]
+        found = [_contestants(case, list(implementations), interpret) for case in made]
+    except (BenchError, OSError):
+        raise
+    except Exception as error:  # whatever JAX or NumPy say of sizes that do not go together
+        changes = [word for word in shape if "=" in word]
+        if not changes:
+            raise
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise BenchError(f"--shape {' '.join(changes)}: {op} has no such shape ({reason:.200})") from error
+    for case in made:
+        empty = [name for name, x in case.arguments.items() if any(y.size == 0 for y in jax.tree.leaves(x))]
+        if empty:
+            raise BenchError(f"{case.title}: {empty[0]} is empty, there is nothing to time")
+    competing, absent = zip(*found, strict=True)
     return Plan(made, list(competing), list(absent), interpret)
 
 

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from seqlab.checks import UserError
 from seqlab.mixer import as_mixer, width_of
 from seqlab.module import Module, count_params, merge, split
 from seqlab.state import state_bytes
@@ -31,6 +32,7 @@ from seqlab.train.loop import NonFiniteError, held_out_batches, run
 from seqlab.train.metrics import as_json, read_rows
 from seqlab.train.quality import Quality, quality_of
 from seqlab.train.tasks.examples import numbers
+from seqlab.train.trial import check_fits
 
 COLUMNS = ("name", "parameters", "state bytes", "train tokens/s", "stream tokens/s")
 _MAY_DIFFER = ("model", "optimizer", "accumulate", "log_every", "validate_every", "checkpoint_every", "keep")
@@ -123,8 +125,13 @@ def compare(candidates: dict[str, fdl.Config], workdir: str | os.PathLike[str]) 
     workdir = pathlib.Path(workdir)
     experiments = {name: config.build(cfg) for name, cfg in candidates.items()}
     first = next(iter(experiments.values()))
-    Batches(first.data.train(first.seed), first.batch_size, first.seed)
+    batches = Batches(first.data.train(first.seed), first.batch_size, first.seed)
     held_out_batches(first)
+    for name, experiment in experiments.items():
+        try:
+            check_fits(experiment, batches[0])
+        except UserError as error:
+            raise config.ConfigError(f"{name}: {error}") from error
     folders = {name: workdir / report.file_name(name) for name in candidates}
     fingerprint = getattr(first.data.train(first.seed), "fingerprint", None)
     for name, cfg in candidates.items():  # first what could be refused

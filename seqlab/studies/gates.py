@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from seqlab.checks import UserError
+from seqlab.checks import UserError, check_at_least, check_positive
 from seqlab.mixer import as_mixer
 from seqlab.models.cache import duo
 from seqlab.models.duo import fit_gates, retrieval_heads
@@ -57,6 +57,11 @@ def fit(
       ValueError: a model of other than bytes, or with other mixers than attention; gates fitted otherwise are
       in the folder.
     """
+    for name, value in {"steps": steps, "keys": keys, "batch": batch}.items():
+        check_positive(f"gates: {name}", value)
+    check_at_least("gates: sinks", sinks, 0)
+    if window is not None:
+        check_positive("gates: window", window)
     trained = runs.load(workdir, trust=trust)
     model = as_mixer(trained.model).unrolled()
     if not isinstance(trained.tokenizer, ByteTokenizer):

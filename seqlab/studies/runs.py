@@ -159,7 +159,10 @@ def evaluate(model: Module, experiment: Any) -> Evaluation:
     on."""
     from seqlab.train.loop import held_out_batches, validate
     from seqlab.train.step import evaluate_step
+    from seqlab.train.trial import check_sums
 
     static, params = split(model)
+    batches = held_out_batches(experiment)
+    check_sums("metric", experiment.metric, static, params, batches[0])
     step = jax.jit(functools.partial(evaluate_step, static, experiment.metric))
-    return Evaluation(quality_of(experiment.metric), *validate(step, params, held_out_batches(experiment)))
+    return Evaluation(quality_of(experiment.metric), *validate(step, params, batches))

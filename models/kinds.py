@@ -1,0 +1,109 @@
+"""The parts that a model is made of, by kind: a mixer where a mixer is expected, a norm where a norm is.
+
+Parts come as factories, often by their names from a command line, and a part of another kind would only fail
+when the model is called. Models make their parts through `make_mixer` and `make_norm`, which say so at once.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+
+from seqlab.checks import UserError, nearest
+
+
+def make_mixer(name: str, factory: Callable[..., Any], *sizes: int, rngs: nnx.Rngs, **options: Any) -> Any:
+    """factory(*sizes, rngs=rngs, **options), which must give a mixer: a module that is called as (x, state,
+    reset, valid).
+
+    Args:
+      name: of the argument that `factory` is; a factory of a config says itself where it stands (`where`).
+    Raises:
+      ValueError: it gives something else, with the names of mixers.
+    """
+    return _checked("mixer", _is_mixer, name, factory, sizes, rngs, options)
+
+
+def make_norm(name: str, factory: Callable[..., Any], *sizes: int, rngs: nnx.Rngs, **options: Any) -> Any:
+    """The same for a norm: a module of x alone, without a state."""
+    return _checked("norm", _is_norm, name, factory, sizes, rngs, options)
+
+
+def _checked(
+    kind: str,
+    fits: Callable[[type], bool],
+    name: str,
+    factory: Callable[..., Any],
+    sizes: tuple[int, ...],
+    rngs: nnx.Rngs,
+    options: dict[str, Any],
+) -> Any:
+    if not callable(factory):
+        raise UserError(
+            f"{name} must be the factory of a {kind}, called as {name}(dim, rngs=...), got {factory!r:.80}"
+        )
+    cls = class_of(factory)
+    # Linear maps and convolutions are called like norms, but have a width on both sides.
+    first = next(iter(inspect.signature(cls).parameters), "") if inspect.isclass(cls) else ""
+    if not inspect.isclass(cls) or (fits(cls) and first != "inputs"):
+        made = factory(*sizes, rngs=rngs, **options)
+        cls = type(made)
+        if fits(cls):
+            return made
+    place = getattr(factory, "where", name)
+    raise UserError(
+        f"{place}: {cls.__name__} is {kind_of(cls, f'no {kind}')}, expected a {kind}{nearest(cls.__name__, _known(fits))}"
+    )
+
+
+def class_of(factory: Any) -> Any:
+    """What a factory calls in the end: the class or function of a partial."""
+    while hasattr(factory, "func"):
+        factory = factory.func
+    return factory
+
+
+def kind_of(cls: type, otherwise: str = "") -> str:
+    """Whether `cls` is "a mixer" or "a norm"; `otherwise` if neither."""
+    if _is_mixer(cls):
+        return "a mixer"
+    return "a norm" if _is_norm(cls) and _needs_a_width_alone(cls) else otherwise
+
+
+def _is_mixer(cls: type) -> bool:
+    return _takes(cls, 4)
+
+
+def _is_norm(cls: type) -> bool:
+    return _takes(cls, 1) and not hasattr(cls, "init_state")
+
+
+def _takes(cls: type, count: int) -> bool:
+    """Whether what `cls` makes can be called with so many arrays."""
+    if not any("__call__" in vars(base) for base in cls.__mro__):
+        return False
+    try:
+        inspect.signature(cls.__call__).bind(None, *[None] * count)
+    except TypeError:
+        return False
+    except ValueError:  # no signature to be had
+        return True
+    return True
+
+
+def _known(fits: Callable[[type], bool]) -> list[str]:
+    """The classes of `seqlab.models` that fit and need no more than a width."""
+    models = importlib.import_module("seqlab.models")
+    classes = {name: getattr(models, name) for name in models.__all__}
+    return [
+        name
+        for name, cls in classes.items()
+        if inspect.isclass(cls) and issubclass(cls, nnx.Module) and fits(cls) and _needs_a_width_alone(cls)
+    ]
+
+
+def _needs_a_width_alone(cls: type) -> bool:
+    parameters = inspect.signature(cls).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.name != "rngs"] == ["dim"]
