@@ -13,11 +13,11 @@ from flax import nnx
 
 from seqlab.checks import UserError, check_choice, check_positive
 from seqlab.mixer import Composite, as_mixer
-from seqlab.models.batch_norm import moved_statistics, normed, put_statistics
+from seqlab.models.batch_norm import normed
 from seqlab.models.kinds import make_mixer, make_norm
 from seqlab.models.layers import Factory, RMSNorm, SwiGLU
 from seqlab.models.stochastic import DropPath
-from seqlab.module import Module, merge, split
+from seqlab.module import Module, merge, moved_statistics, put_statistics, split, statistics
 from seqlab.parallel.sharding import along_time
 from seqlab.shapes import Activations, Steps
 from seqlab.state import Stacked, State, mask_steps
@@ -225,18 +225,19 @@ class Backbone(Composite, Module):
         if self.remat == "none":
             return block(*arguments)
         static, params = split(block)
-        x, state, statistics = self._run(static)(params, *arguments)
-        put_statistics(block, statistics)
+        x, state, moved = self._run(static)(params, *arguments)
+        put_statistics(block, moved)
         return x, state
 
     def _run(self, static: Any) -> Any:
-        """A block as a pure function of its parameters; what it measured in training (BatchNorm) is a result
-        like its state."""
+        """A block as a pure function of its parameters; the statistics that it moves in training (BatchNorm's,
+        dropout's keys) are a result like its state."""
 
         def run(params, x, state, reset, valid):
             block = merge(static, params)
+            before = statistics(block)
             x, state = block(x, state, reset, valid)
-            return x, state, moved_statistics(block)
+            return x, state, moved_statistics(block, before)
 
         if self.remat == "none":
             return run
@@ -253,14 +254,14 @@ class Backbone(Composite, Module):
         def repeat(x, layer):
             new, measured = [], []
             for run, params, old in zip(runs, *layer, strict=True):
-                x, updated, statistics = run(params, x, old, reset, valid)
+                x, updated, moved = run(params, x, old, reset, valid)
                 new.append(updated)
-                measured.append(statistics)
+                measured.append(moved)
             return x, (tuple(new), measured)  # never parameters: returning them would stack a copy
 
         x, (states, measured) = jax.lax.scan(repeat, x, (tuple(params for _, params in parts), states))
-        for block, statistics in zip(self.blocks, measured, strict=True):
-            put_statistics(block, statistics)
+        for block, moved in zip(self.blocks, measured, strict=True):
+            put_statistics(block, moved)
         return x, (None if state is None else tuple(map(Stacked, states)))
 
 

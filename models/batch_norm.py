@@ -10,8 +10,6 @@ from seqlab.module import Module
 from seqlab.shapes import Steps, accumulator
 from seqlab.state import mask_steps
 
-Statistics = dict[str, Array]
-
 
 class BatchNorm(Module):
     """(x - mean) / sqrt(var + eps) * weight + bias, mean and variance a channel (arXiv 1502.03167).
@@ -73,27 +71,3 @@ def normed(norm: nnx.Module, x: Float[Array, "b t d"], valid: Steps | None) -> F
     """norm(x) for norms of every kind: the one that measures a batch must know which of its steps are
     there."""
     return norm(x, valid) if isinstance(norm, BatchNorm) else norm(x)
-
-
-def moved_statistics(module: nnx.Module) -> Statistics:
-    """The running statistics of the BatchNorms in `module` that are training, by a name within it; empty for
-    every other model."""
-    return {
-        f"{path}.{name}": getattr(norm, name)[...]
-        for path, norm in _training(module)
-        for name in ("running_mean", "running_var")
-    }
-
-
-def put_statistics(module: nnx.Module, statistics: Statistics) -> None:
-    """Write back what `moved_statistics` returned of a copy of `module`."""
-    for path, norm in _training(module) if statistics else ():
-        for name in ("running_mean", "running_var"):
-            getattr(norm, name)[...] = statistics[f"{path}.{name}"]
-
-
-def _training(module: nnx.Module) -> list[tuple[str, BatchNorm]]:
-    found = ((".".join(map(str, path)), part) for path, part in nnx.iter_modules(module))
-    return [
-        (path, part) for path, part in found if isinstance(part, BatchNorm) and not part.use_running_average
-    ]

@@ -1,7 +1,7 @@
 """What is random in training: dropout and stochastic depth, as a function of the parameters like everything
 else.
 
-A module that draws keeps its key among the statistics (`Draws`): every training call uses it up and leaves
+A module that draws keeps its key among the statistics of the model (`Draws`): every training call uses it up and leaves
 the next one, so that a step is a pure function, and a run that is resumed draws what it would have drawn. In
 evaluation nothing is drawn.
 """
@@ -15,9 +15,9 @@ from seqlab.checks import UserError
 from seqlab.module import Module
 
 
-class Draws(nnx.BatchStat):
-    """The raw key of the next draw: measured by training in a sense, without gradient, update or decay, and
-    no weight to publish."""
+class Draws(nnx.Variable):
+    """The raw key of the next draw: used up by training, without gradient, update or decay, and no weight to
+    publish."""
 
 
 def draw(key: jax.Array, rate: float, shape: tuple[int, ...]) -> Bool[Array, "*b"]:

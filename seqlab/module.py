@@ -8,14 +8,17 @@ optimised or saved works on that dictionary, and `merge` puts the model together
 Python.)
 """
 
+import functools
 import inspect
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 Params = dict[str, jax.Array]
+M = TypeVar("M", bound=nnx.Module)
 
 
 class Module(nnx.Module):
@@ -34,19 +37,28 @@ class Module(nnx.Module):
 
 class Static(NamedTuple):
     """What remains of a model without its arrays: hashable, so that it can be a static argument of
-    `jax.jit`."""
+    `jax.jit`.
+
+    `graph`, `tree`: as NNX and JAX describe it. `names`: of the arrays, in the order of `tree`. `learnt`: which
+    of them are parameters (`nnx.Param`). `keys`: the PRNG of each array that is a typed key, None for others.
+    """
 
     graph: nnx.GraphDef
     tree: jax.tree_util.PyTreeDef
     names: tuple[str, ...]
+    learnt: frozenset[str]
+    keys: tuple[str | None, ...]
 
 
 def split(model: nnx.Module) -> tuple[Static, Params]:
-    """Take `model` apart into a hashable `Static` and a flat dictionary from parameter name to array."""
-    graph, state = nnx.split(model)
-    leaves, tree = jax.tree_util.tree_flatten_with_path(state)
-    names = tuple(_name(path) for path, _ in leaves)
-    return Static(graph, tree, names), dict(zip(names, (leaf for _, leaf in leaves), strict=True))
+    """Take `model` apart into a hashable `Static` and a flat dictionary from name to array.
+
+    The dictionary holds every array of the model: the parameters, and the statistics (`statistics_of`), such
+    as the key and the count of an `nnx.Dropout`. Typed keys are there as their raw numbers.
+    """
+    static, leaves = _described(model)
+    raw = (leaf if kind is None else _raw(leaf) for leaf, kind in zip(leaves, static.keys, strict=True))
+    return static, dict(zip(static.names, raw, strict=True))
 
 
 def merge(static: Static, params: Params) -> Any:
@@ -61,27 +73,63 @@ def merge(static: Static, params: Params) -> Any:
             f"params do not fit the model: missing {sorted(missing)[:5]}, not in the model "
             f"{sorted(extra)[:5]}"
         )
-    return nnx.merge(
-        static.graph, jax.tree_util.tree_unflatten(static.tree, [params[name] for name in static.names])
-    )
+    leaves = [
+        params[name] if kind is None else _typed(params[name], kind)
+        for name, kind in zip(static.names, static.keys, strict=True)
+    ]
+    return nnx.merge(static.graph, jax.tree_util.tree_unflatten(static.tree, leaves))
+
+
+def in_evaluation(model: M) -> M:
+    """A copy of `model` that shares its arrays and is in evaluation mode: nothing is drawn or measured.
+
+    NNX's own dropout is born in training mode, so whatever streams, verifies or evaluates a model takes this.
+    """
+    static, params = split(model)
+    copy = merge(static, params)
+    copy.eval()
+    return copy
 
 
 def statistics_of(static: Static) -> frozenset[str]:
-    """The names of what training measures and no gradient reaches (`nnx.BatchStat`): running means and
-    variances."""
-    variables = jax.tree.leaves(
-        jax.tree.unflatten(static.tree, static.names), is_leaf=lambda part: isinstance(part, nnx.Variable)
-    )
-    return frozenset(
-        name
-        for name, variable in zip(static.names, variables, strict=True)
-        if isinstance(variable, nnx.BatchStat)
-    )
+    """The names of what no gradient reaches: everything that is not an `nnx.Param`. Training measures it
+    (running means and variances), uses it up (keys of dropout) or leaves it as it is (constants)."""
+    return frozenset(static.names) - static.learnt
+
+
+def statistics(module: nnx.Module) -> dict[str, Any]:
+    """The statistics of `module` as it holds them, typed keys included, by name."""
+    static, leaves = _described(module)
+    named = zip(static.names, leaves, strict=True)
+    return {name: leaf for name, leaf in named if name not in static.learnt}
+
+
+def moved_statistics(module: nnx.Module, before: dict[str, Any]) -> Params:
+    """What calls have changed in `module` since `statistics` gave `before`, by name and as `split` shows it:
+    of a pure function a result like any other. In evaluation nothing."""
+    return {
+        name: leaf if _key_kind(leaf) is None else _raw(leaf)
+        for name, leaf in statistics(module).items()
+        if leaf is not before[name]
+    }
+
+
+def put_statistics(module: nnx.Module, statistics: Params) -> None:
+    """Write back into `module` what `moved_statistics` found in a copy of it."""
+    if statistics:
+        static, old = split(module)
+        nnx.update(module, nnx.state(merge(static, old | statistics)))
 
 
 def params_of(model: nnx.Module) -> Params:
-    """The parameters of `model` by name."""
-    return split(model)[1]
+    """The parameters of `model` by name, and the statistics of its norms (`nnx.BatchStat`), which belong to
+    its weights; keys of dropout and other variables do not."""
+    static, params = split(model)
+    return {
+        name: params[name]
+        for name, part in zip(static.names, _variables(static.tree, static.names), strict=True)
+        if isinstance(part, nnx.Param | nnx.BatchStat)
+    }
 
 
 def count_params(model_or_params: nnx.Module | Params) -> int:
@@ -91,8 +139,42 @@ def count_params(model_or_params: nnx.Module | Params) -> int:
         params = model_or_params
     else:
         static, params = split(model_or_params)
-        params = {name: leaf for name, leaf in params.items() if name not in statistics_of(static)}
+        params = {name: params[name] for name in static.learnt}
     return sum(math.prod(leaf.shape) for leaf in params.values())
+
+
+def _typed(raw: Any, kind: str) -> Any:
+    wrap = functools.partial(jax.random.wrap_key_data, impl=kind)
+    return jax.eval_shape(wrap, raw) if isinstance(raw, jax.ShapeDtypeStruct) else wrap(raw)
+
+
+def _described(model: nnx.Module) -> tuple[Static, list[Any]]:
+    graph, state = nnx.split(model)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(state)
+    names = tuple(_name(path) for path, _ in leaves)
+    parts = zip(names, _variables(tree, names), strict=True)
+    learnt = frozenset(name for name, part in parts if isinstance(part, nnx.Param))
+    keys = tuple(_key_kind(leaf) for _, leaf in leaves)
+    return Static(graph, tree, names, learnt, keys), [leaf for _, leaf in leaves]
+
+
+def _variables(tree: jax.tree_util.PyTreeDef, names: tuple[str, ...]) -> list[Any]:
+    """The variable around each leaf; a leaf that is an attribute of its own comes as its name."""
+    return jax.tree.leaves(
+        jax.tree.unflatten(tree, names), is_leaf=lambda part: isinstance(part, nnx.Variable)
+    )
+
+
+def _key_kind(leaf: Any) -> str | None:
+    """The PRNG of a typed key, abstract ones included; None for every other array."""
+    dtype = getattr(leaf, "dtype", None)
+    return dtype._impl.name if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) else None
+
+
+def _raw(key: Any) -> Any:
+    if isinstance(key, jax.ShapeDtypeStruct):
+        return jax.eval_shape(jax.random.key_data, key)
+    return jax.random.key_data(key)
 
 
 def _name(path: tuple[Any, ...]) -> str:

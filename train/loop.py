@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from seqlab.checks import UserError
-from seqlab.module import Params, Static, count_params, split
+from seqlab.module import Params, Static, count_params, in_evaluation, split
 from seqlab.parallel.sharding import compiler_options, param_shardings
 from seqlab.state import state_bytes
 from seqlab.train import config, processes
@@ -52,7 +52,7 @@ class Result(NamedTuple):
 def build(experiment: Experiment, mesh: Mesh | None = None) -> tuple[Static, Params]:
     """The model's parameters at step 0, by one compiled function, each made where it will live: the same
     values on every mesh."""
-    static, abstract = split(nnx.eval_shape(lambda: experiment.model(rngs=nnx.Rngs(0))))
+    static, abstract = split(in_evaluation(nnx.eval_shape(lambda: experiment.model(rngs=nnx.Rngs(0)))))
     make = jax.jit(
         lambda key: split(experiment.model(rngs=nnx.Rngs(key)))[1],
         out_shardings=param_shardings(abstract, mesh),
@@ -162,8 +162,8 @@ def _run(
             state = _from_dict(restored[1], state)
         start = int(state.step)
     if processes.first():
-        _write_environment(workdir, params, start, changes)
-    say(_summary(experiment, params, start))
+        _write_environment(workdir, experiment, start, changes)
+    say(_summary(experiment, start))
     if start >= experiment.steps:
         say(f"{workdir} is complete: {start} steps; --extend --set steps=N trains further")
         return Result("finished", start, None, state)
@@ -410,15 +410,15 @@ def _from_dict(saved: dict[str, Any], like: TrainState) -> TrainState:
     return TrainState(saved["step"], saved["params"], jax.tree.unflatten(tree, optimizer))
 
 
-def _summary(experiment: Experiment, params: Params, start: int) -> str:
+def _summary(experiment: Experiment, start: int) -> str:
     model = nnx.eval_shape(lambda: experiment.model(rngs=nnx.Rngs(0)))
     state = f", {state_bytes(model):,} bytes of state a stream" if hasattr(model, "init_state") else ""
-    return f"{count_params(params):,} parameters{state}; " + (
+    return f"{count_params(model):,} parameters{state}; " + (
         f"resuming at step {start}" if start else "starting at step 0"
     )
 
 
-def _write_environment(workdir: pathlib.Path, params: Params, start: int, changes: list[str]) -> None:
+def _write_environment(workdir: pathlib.Path, experiment: Experiment, start: int, changes: list[str]) -> None:
     """A JSON object a start: where it began, what of its config is new, versions and devices."""
     import importlib.metadata
     import platform
@@ -434,7 +434,7 @@ def _write_environment(workdir: pathlib.Path, params: Params, start: int, change
         "machine": platform.machine(),
         "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
         "versions": versions,
-        "parameters": count_params(params),
+        "parameters": count_params(nnx.eval_shape(lambda: experiment.model(rngs=nnx.Rngs(0)))),
     }
     path = workdir / "env.jsonl"
     cut = path.exists() and not path.read_bytes().endswith(b"\n")  # by a kill

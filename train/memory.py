@@ -24,11 +24,12 @@ def explained(what: str, experiment: Experiment) -> Iterator[None]:
         reason = str(error).partition("\n")[0].strip()
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in reason:
             raise
-        _, params = split(nnx.eval_shape(lambda: experiment.model(rngs=nnx.Rngs(0))))
+        model = nnx.eval_shape(lambda: experiment.model(rngs=nnx.Rngs(0)))
+        _, params = split(model)
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in params.values())
         raise OutOfMemoryError(
             f"out of memory while {what} ({reason[:200] or 'MemoryError'}). The model has "
-            f"{count_params(params):,} parameters, {_readable(size)}; their gradients and the optimizer's state "
+            f"{count_params(model):,} parameters, {_readable(size)}; their gradients and the optimizer's state "
             f"take {_readable(3 * size)} more with Adam. What takes less: a smaller batch_size (now "
             f"{experiment.batch_size}) or more parts of it, accumulate (now {experiment.accumulate}); shorter "
             f"windows (data.length); a smaller model; more devices to share it, mesh.fsdp (now {experiment.mesh.fsdp})"

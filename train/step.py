@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from seqlab.module import Params, Static, merge, params_of, statistics_of
+from seqlab.module import Params, Static, merge, split, statistics_of
 from seqlab.parallel.sequence_parallel import parts
 from seqlab.parallel.sharding import along_batch
 from seqlab.shapes import Steps
@@ -125,7 +125,7 @@ def train_step(
         if statistics:
             model.train()
         total, count = loss(model, part)
-        return total, (count, _parted(static, params_of(model))[1] if statistics else {})
+        return total, (count, _parted(static, split(model)[1])[1] if statistics else {})
 
     gradient = jax.value_and_grad(objective, has_aux=True)
     if accumulate == 1:

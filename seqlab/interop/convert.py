@@ -26,7 +26,6 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike
 
 from seqlab.checks import UserError, check_choice
-from seqlab.models.stochastic import Draws
 from seqlab.module import merge, split
 
 Names = Mapping[str, str | tuple[str, ...] | list[str]]
@@ -261,9 +260,7 @@ def _walk(
             for parent in theirs
             for name in ((listed,) if isinstance(listed, str) else listed)
         )
-        if isinstance(value, Draws):
-            continue
-        if isinstance(value, nnx.Variable):
+        if isinstance(value, nnx.Param | nnx.BatchStat):
             yield ours + attribute, joined, layouts.get(attribute), sizes
         elif isinstance(value, nnx.List) and isinstance(listed, list):
             for i, (item, name) in enumerate(

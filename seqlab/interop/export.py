@@ -38,7 +38,7 @@ from seqlab.interop.huggingface import save_pretrained
 from seqlab.kernels.dispatch import use_implementation
 from seqlab.mixer import as_mixer
 from seqlab.models.model import Model
-from seqlab.module import merge, split
+from seqlab.module import in_evaluation, merge, split
 from seqlab.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer, begin
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -145,7 +145,7 @@ def streaming_functions(
         )
     if not isinstance(model, Model) or not model.causal:
         raise ExportError(f"{type(model).__name__} has no streaming form, so there is no step to export")
-    model = model.unrolled()
+    model = in_evaluation(model.unrolled())
     static, params = split(model)
     tree = jax.tree.structure(jax.eval_shape(lambda: model.init_state(1)))
     form, dtype = (

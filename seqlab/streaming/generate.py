@@ -18,7 +18,7 @@ import numpy as np
 from seqlab.checks import UserError
 from seqlab.mixer import as_mixer
 from seqlab.models.attention import with_cache
-from seqlab.module import Module, split
+from seqlab.module import Module, in_evaluation, split
 from seqlab.streaming.programs import (
     BLOCK_LIMIT,
     LogitsContext,
@@ -260,7 +260,7 @@ def _streamable(model: Any, cache: Any) -> Module:
     if not as_mixer(model).causal:
         raise UserError(f"model: {type(model).__name__} is not causal, and cannot generate step by step")
     try:
-        return unrolled(model if cache is None else with_cache(model, cache))
+        return in_evaluation(unrolled(model if cache is None else with_cache(model, cache)))
     except UserError:
         raise
     except (TypeError, AttributeError, ValueError) as error:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from seqlab.checks import UserError
 from seqlab.mixer import as_mixer
-from seqlab.module import Module, Static, merge, split
+from seqlab.module import Module, Static, in_evaluation, merge, split
 from seqlab.state import take_rows
 from seqlab.streaming.sampling import Sampling, adjusted, alters, sample
 from seqlab.streaming.states import RECENT, Past, StreamState, unrolled
@@ -87,7 +87,7 @@ def rewind_stream(model: Module, state: StreamState, steps: Any, last: Any = Non
         tokens[:, -1] = _integers("last", last, batch)
     if (tokens[:, -1] < 0).any() or (tokens[:, -1] >= model.vocab_size).any():
         raise UserError(f"last: {tokens[:, -1].tolist()} are not all in the vocabulary of {model.vocab_size}")
-    static, params = split(model)
+    static, params = split(in_evaluation(model))
     again = jnp.asarray(steps + 1, jnp.int32)
     back = state._replace(model=as_mixer(model).rewind(state.model, again), length=state.length - again)
     use = programs(static)

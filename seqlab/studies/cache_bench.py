@@ -28,7 +28,7 @@ from seqlab.checks import UserError
 from seqlab.mixer import as_mixer
 from seqlab.models.attention import Attention, with_cache
 from seqlab.models.cache import Window, parse_cache
-from seqlab.module import Module, merge, split
+from seqlab.module import Module, in_evaluation, merge, split
 from seqlab.state import State
 from seqlab.studies import compare, gates, report, runs, texts
 from seqlab.tokenizers import ByteTokenizer
@@ -356,7 +356,7 @@ def _fresh(model: Module, batch: int, steps: int) -> State:
 def _reader(model: Module) -> Callable[..., tuple[Float[np.ndarray, "b t"], Bool[np.ndarray, "b t"], State]]:
     """read(state, tokens, targets) -> cross entropies, whether the likeliest token is the target, the state
     behind."""
-    static, params = split(model)
+    static, params = split(in_evaluation(model))
 
     @jax.jit
     def score(

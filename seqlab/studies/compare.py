@@ -22,7 +22,7 @@ from flax import nnx
 
 from seqlab.checks import UserError
 from seqlab.mixer import as_mixer, width_of
-from seqlab.module import Module, count_params, merge, split
+from seqlab.module import Module, count_params, in_evaluation, merge, split
 from seqlab.state import state_bytes
 from seqlab.streaming.generate import stream_generate
 from seqlab.studies import report, runs
@@ -201,7 +201,7 @@ def stream_speed(trained: runs.Run) -> float:
 
 def _step_speed(model: Module, steps: int) -> float:
     """The same of a model of numbers: a compiled loop over single steps."""
-    static, params = split(model)
+    static, params = split(in_evaluation(model))
 
     @jax.jit
     def loop(params: Any, state: Any, inputs: jax.Array) -> tuple[Any, jax.Array]:

@@ -14,7 +14,7 @@ from flax import nnx
 from seqlab import names
 from seqlab.checks import UserError, nearest
 from seqlab.models.model import check_dtype
-from seqlab.module import Module, merge, split
+from seqlab.module import Module, in_evaluation, merge, split
 from seqlab.tokenizers import Tokenizer
 from seqlab.train.quality import Quality, quality_of
 
@@ -132,7 +132,7 @@ def _load_run(workdir: pathlib.Path, step: int | None, trust: bool, dtype: str |
         average = average_of(jax.eval_shape(begin, abstract).optimizer)
         if average:
             params |= checkpoints.restore(number, like={"average": average}, only="average")[1]["average"]
-    model = merge(static, {name: jnp.asarray(value) for name, value in params.items()})
+    model = in_evaluation(merge(static, {name: jnp.asarray(value) for name, value in params.items()}))
     return Run(model, experiment.data.tokenizer, cfg, number)
 
 
@@ -161,7 +161,7 @@ def evaluate(model: Module, experiment: Any) -> Evaluation:
     from seqlab.train.step import evaluate_step
     from seqlab.train.trial import check_sums
 
-    static, params = split(model)
+    static, params = split(in_evaluation(model))
     batches = held_out_batches(experiment)
     check_sums("metric", experiment.metric, static, params, batches[0])
     step = jax.jit(functools.partial(evaluate_step, static, experiment.metric))
