@@ -20,19 +20,10 @@ from jaxtyping import Array
 
 from seqlab.checks import UserError
 from seqlab.mixer import as_mixer
-from seqlab.module import merge
 from seqlab.parallel.sharding import along_time, compiler_options, make_mesh
 from seqlab.state import Mixer, state_bytes
-from seqlab.verify.streaming import (
-    BOUNDS,
-    GRADIENT_SLACK,
-    Check,
-    Report,
-    Subject,
-    compare,
-    projected,
-    subject_of,
-)
+from seqlab.verify.report import BOUNDS, GRADIENT_SLACK, Check, Report, compare
+from seqlab.verify.subject import Subject, projected, subject_of
 
 _GATHER = re.compile(r"= \(?((?:f|bf)\d+\[[\d,]+\])[^=]*? all-gather(?:-start)?\(")
 
@@ -96,7 +87,7 @@ def _parallel(subject: Subject, gradients: bool) -> Callable[..., dict[str, Any]
     """Outputs of the training form and their gradients by parameters and, where they are real, inputs."""
 
     def forward(params, x, reset, valid):
-        y, _ = merge(subject.static, params)(along_time(x), None, reset, valid)
+        y, _ = subject.mixer(params)(along_time(x), None, reset, valid)
         return projected(y), y
 
     def both(params, x, reset, valid):
@@ -111,12 +102,8 @@ def _two_chunks(subject: Subject) -> Callable[..., dict[str, Any]]:
     """Outputs and state where the second chunk goes on from the state of the first."""
 
     def chunks(params, x, reset, valid):
-        model, state, cut, outputs = (
-            merge(subject.static, params),
-            subject.state(len(x)),
-            x.shape[1] // 2 + 1,
-            [],
-        )
+        model, state, outputs = subject.mixer(params), subject.state(len(x)), []
+        cut = x.shape[1] // 2 + 1
         for here in (slice(0, cut), slice(cut, None)):
             y, state = model(along_time(x[:, here]), state, reset[:, here], valid[:, here])
             outputs.append(y)
@@ -132,25 +119,15 @@ def _compared(
     program: Callable[..., dict[str, Any]],
     *flags: Array | None,
 ) -> list[Check]:
-    program, arguments = (
-        jax.jit(program, compiler_options=compiler_options(meshes[0])),
-        (subject.params, subject.inputs, *flags),
-    )
+    program = jax.jit(program, compiler_options=compiler_options(meshes[0]))
+    arguments = (subject.params, subject.inputs, *flags)
     expected, slack, checks = program(*arguments), {"gradients": GRADIENT_SLACK}, []
     for mesh in meshes:
         with jax.set_mesh(mesh):
             actual = program(*arguments)
         for what, value in expected.items():
-            checks.append(
-                compare(
-                    "C5",
-                    f"{mesh.size} devices, {name}: {what}",
-                    subject,
-                    actual[what],
-                    value,
-                    slack.get(what, 1.0),
-                )
-            )
+            label, bound = f"{mesh.size} devices, {name}: {what}", subject.bound * slack.get(what, 1.0)
+            checks.append(compare("C5", label, actual[what], value, bound))
     return checks
 
 
