@@ -44,7 +44,7 @@ class BatchNorm(Module):
         y = (wide - mean) * (jax.lax.rsqrt(var + self.eps) * self.weight[...].astype(wide.dtype)) + self.bias[
             ...
         ].astype(wide.dtype)
-        return y.astype(x.dtype)
+        return mask_steps(y.astype(x.dtype), valid)
 
     def _measure(self, x: Array, valid: Steps | None) -> tuple[Array, Array]:
         """Mean and biased variance of a batch whose invalid steps are zero; the running statistics move."""

@@ -13,7 +13,7 @@ from seqlab.mixer import Composite
 from seqlab.models.backbone import Backbone, unrolled
 from seqlab.module import Module
 from seqlab.shapes import Activations, Steps
-from seqlab.state import State
+from seqlab.state import State, mask_steps
 
 
 class Model(Composite, Module):
@@ -51,7 +51,7 @@ class Model(Composite, Module):
         valid: Steps | None = None,
     ) -> tuple[Float[Array, "b t o"], State | None]:
         x, state = self.features(inputs, state, reset, valid)
-        return self.read_out(x), state
+        return mask_steps(self.read_out(x), valid), state
 
     def features(
         self,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from seqlab.checks import UserError
 from seqlab.mixer import Mixer, State
@@ -71,6 +71,36 @@ def mask_steps(x: T, valid: Steps | None) -> T:
     if valid is None:
         return x
     return jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
+
+
+class Broken(NamedTuple):
+    """Which results are NaN because their sequence has had a step that is not finite, at them or before.
+
+    `steps` [b, t]: outputs. `last` [b]: the state, where that is of such a sequence.
+    """
+
+    steps: Bool[Array, "b t"]
+    last: Bool[Array, " b"]
+
+
+def broken(bad: Steps, start: Bool[Array, " b"] | None, reset: Steps, valid: Steps | None) -> Broken:
+    """Where sequences are broken by `bad` steps, or by a state that was broken at the `start`.
+
+    A reset is to forget NaN and infinity, too, but steps before and after it share sums and products, where
+    0 * NaN is NaN. So what is not finite is masked before anything reads it, and put back by this.
+    """
+    where = segments(reset.shape, 0, reset, valid)
+    there = where.ids > 0
+    bad = bad & there
+    count = running_sum(bad)
+    before = running_max(jnp.where(reset & there, count - bad, 0))
+    steps = count > before
+    if start is not None:
+        steps = steps | (start[:, None] & (where.ids == 1))
+    # Padding may stand last: of the last sequence the last valid step tells.
+    last = jnp.any(steps & there & (where.ids == where.last[:, None]), axis=1)
+    last = last if start is None else last | (start & (where.last == 1))
+    return Broken(steps & there, last)
 
 
 def state_bytes(mixer: Mixer, batch: int = 1, dtype: jax.typing.DTypeLike = jnp.float32) -> int:

@@ -24,7 +24,7 @@ from seqlab.checks import UserError
 from seqlab.kernels.dispatch import Op, vary_alike
 from seqlab.parallel import sequence_parallel
 from seqlab.shapes import Steps, accumulator
-from seqlab.state import mask_steps
+from seqlab.state import Broken, broken, mask_steps
 
 _op = Op("linear_attention", __name__, ("reference", "xla", "pallas_tpu", "triton_gpu"))
 
@@ -104,27 +104,45 @@ def linear_attention(
         return v, state
     if decay is not None and decay.ndim == 1:
         decay = jnp.broadcast_to(decay[None, None], (b, t, h))
+    timed, found = (q, k, v, decay, beta, reset, valid), None
+    if reset is not None:
+        timed, found = _set_apart(timed)
+    options = {"scale": scale, "chunk": chunk, "implementation": implementation}
     if sequence_parallel.parts(t) > 1:  # steps of zeros, which fill up the last stretch, do nothing
-        per_value = (
-            beta is not None and beta.ndim == 4
-        )  # every value then has a map [k, k] of its own, too many to send
-        run = functools.partial(
-            _in_turn if per_value else _stretch,
-            {"scale": scale, "chunk": chunk, "implementation": implementation},
-        )
-        return sequence_parallel.split(
-            run, (q, k, v, decay, beta, reset, valid), None if initial_state is None else state
-        )
+        # With a beta per value every value has a map [k, k] of its own, too many to send.
+        per_value = beta is not None and beta.ndim == 4
+        run = functools.partial(_in_turn if per_value else _stretch, options)
+        out, final = sequence_parallel.split(run, timed, None if initial_state is None else state)
+    else:
+        out, final = _on_one_device(options, timed, state)
+    if found is None:
+        return out, final
+    steps, rows = (flags.reshape(flags.shape + (1, 1, 1)[: 4 - flags.ndim]) for flags in found)
+    return jnp.where(steps, jnp.nan, out), jnp.where(rows, jnp.nan, final)
+
+
+def _set_apart(timed: tuple) -> tuple[tuple, Broken]:
+    """The arguments without their steps that are not finite, and what those break. (A decay may be -inf.)"""
+    *floats, reset, valid = timed
+    q, k, v, decay, beta = floats
+    whole = [jnp.isfinite(x) for x in (q, k, v, beta) if x is not None]
+    whole += [] if decay is None else [~jnp.isnan(decay)]
+    bad = ~functools.reduce(jnp.logical_and, [x.all(tuple(range(2, x.ndim))) for x in whole])
+    clean = (None if x is None else mask_steps(x, ~bad) for x in floats)
+    return (*clean, reset, valid), broken(bad, None, reset, valid)
+
+
+def _on_one_device(options: dict, timed: tuple, state: Array) -> tuple[Array, Array]:
+    q, k, v, decay, beta, reset, valid = timed
     decay, beta = (x[..., None] if x is not None and x.ndim == 3 else x for x in (decay, beta))
-    if (
-        valid is not None
-    ):  # a step with k = 0, beta = 0 and no decay leaves the state alone; selecting, not multiplying, keeps NaN out
+    if valid is not None:
+        # A step with k = 0, beta = 0 and no decay leaves the state alone; selecting, not multiplying, keeps NaN
+        # out.
         q, k, v, decay, beta = (None if x is None else mask_steps(x, valid) for x in (q, k, v, decay, beta))
         reset = None if reset is None else reset & valid
     arrays = vary_alike(q, k, v, decay, beta, state, reset)
-    out, final_state = _op(
-        *arrays, scale=width**-0.5 if scale is None else scale, chunk=chunk, implementation=implementation
-    )
+    scale = k.shape[-1] ** -0.5 if options["scale"] is None else options["scale"]
+    out, final_state = _op(*arrays, **(options | {"scale": scale}))
     if valid is not None:
         final_state = jnp.where(jnp.any(valid, axis=1)[:, None, None, None], final_state, state)
     return mask_steps(out, valid), final_state

@@ -96,7 +96,7 @@ class LMU(Module):
         x = mask_steps(x, valid)
         m, new = self.memory(jax.nn.relu(self.W_u(x)), state, reset, valid)
         h = jax.nn.relu(self.W_h(jnp.concatenate([m, x], axis=-1)))
-        return h, (None if state is None else new)
+        return mask_steps(h, valid), (None if state is None else new)
 
     def memory(
         self,

@@ -215,7 +215,7 @@ class SpikingMLP(Module):
         outer, inner = (None, None) if state is None else state
         s, outer = self.up_spike(mask_steps(x, valid), outer, reset, valid)
         s, inner = self.down_spike(self.up(s), inner, reset, valid)
-        return self.down(s), (None if state is None else (outer, inner))
+        return mask_steps(self.down(s), valid), (None if state is None else (outer, inner))
 
 
 class ConvStage(Module):
@@ -398,4 +398,4 @@ class RunningMean:
         )
         steps = segments(x.shape[:2], length, reset, valid)
         mean = sums / jnp.maximum(steps.positions + 1, 1)[..., None].astype(y.dtype)
-        return mean, (None if state is None else MeanState(total[..., 0], steps.length))
+        return mask_steps(mean, valid), (None if state is None else MeanState(total[..., 0], steps.length))
