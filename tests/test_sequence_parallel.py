@@ -179,27 +179,8 @@ def test_running_counts():
 # --- mixers and models
 
 COUNTS = (2, 4, 8)
-# Of every kind of exchange one on all of them; the others on one each, in turn; stacks of parts that are
-# there themselves on two.
-KINDS = (
-    "attention_gqa_norm",
-    "window",
-    "mamba",
-    "gated_linear",
-    "delta",
-    "lmu",
-    "lmu_cell",
-    "pooling",
-    "wavelets",
-)
-STACKS = ("mamba_mixer_stack", "lmuformer", "lmuformer_causal")
-LONG = ("lmuformer_spiking", "lmuformer_spiking_causal", "streaming_tsm2")  # to compile: slow tests alone
-QUICK = [name for name in zoo.MIXERS if name not in LONG]
-IN_TURN = (
-    {name: (COUNTS[i % 3],) for i, name in enumerate(QUICK)}
-    | dict.fromkeys(KINDS, COUNTS)
-    | dict.fromkeys(STACKS, (2,))
-)
+# Of every kind of exchange one, on these numbers in turn: all mixers on all of them are slow tests.
+QUICK = {name: COUNTS[i % 3] for i, name in enumerate(zoo.names("devices"))}
 
 
 def checked(name, devices, **options):
@@ -212,10 +193,11 @@ def checked(name, devices, **options):
 
 
 @pytest.mark.parametrize("name", QUICK)
-def test_every_mixer_over_devices(name):
-    checked(name, IN_TURN[name], thorough=False)
+def test_every_kind_of_exchange_over_devices(name):
+    checked(name, QUICK[name], thorough=False)
 
 
+@pytest.mark.slow
 def test_a_hybrid_over_devices_in_training_and_chunked_prefill():
     checked("lm_hybrid", 4)
 
@@ -272,6 +254,7 @@ def test_stretches_stay_where_they_are(name, packed):
     assert set(sent) == {"collective-permute", "all-reduce"}, sorted(set(sent))
 
 
+@pytest.mark.slow
 def test_memory_of_a_device_falls_as_one_over_their_number():
     one, eight = (bench_ring.bytes_needed("attention", devices, 32768) for devices in (1, 8))
     assert one / eight > 6  # parameters and the workspace of a tile of attention are what every device has

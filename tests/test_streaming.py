@@ -21,53 +21,14 @@ LENGTH = 3 * zoo.WINDOW + 5
 
 
 # Gradients cost half of the compilations: for one of each kind here, for all of them in the slow tests.
-WITH_GRADIENTS = ("window_sinks_softcap", "gated_delta", "lm_hybrid")
-# Another of the same class, or one that is made of these, is in the quick tests, or a test file of their own
-# is.
-VARIANTS = (
-    *(
-        "attention",
-        "window",
-        "coded_window",
-        "moba",
-        "mamba_wide_conv",
-        "linear",
-        "gated_linear",
-        "selective",
-        "grouped_channels",
-    ),
-    *(
-        "lmu_channels",
-        "lmu_cell",
-        "lmu_cell_dense",
-        "lmu_cell_none",
-        "lmuformer_mixer",
-        "lmuformer_causal",
-        "lmuformer_spiking",
-    ),
-    *(
-        "moba_stored",
-        "duo",
-        "window_in_cache",
-        "simple_gated_linear",
-        "lmuformer",
-        "lmuformer_spiking_mixer",
-        "lmuformer_spiking_causal",
-        "lm_attention",
-        "lm_mamba",
-        "lm_gated_linear",
-        "lm_hybrid_scanned",
-        "sequence_hybrid",
-    ),
-)
+WITH_GRADIENTS = (*zoo.names("gradients"), "lm_hybrid")
 JUMPS = ("coded", "moba")
-QUICK = [
-    [pytest.param(name, marks=[pytest.mark.slow] * (name in VARIANTS)) for name in names]
-    for names in (zoo.MIXERS, zoo.MODELS)
-]
+SLOW = pytest.mark.slow
+MIXERS = [name if name in zoo.names("quick") else pytest.param(name, marks=SLOW) for name in zoo.MIXERS]
+MODELS = [name if name == "lm_hybrid" else pytest.param(name, marks=SLOW) for name in zoo.MODELS]
 
 
-@pytest.mark.parametrize("name", QUICK[0])
+@pytest.mark.parametrize("name", MIXERS)
 def test_mixer_obeys_the_law(name):
     # Codes and choices jump where a number lies between two: float32's own rounding may tip one over, on one
     # machine or another. float64's does not.
@@ -77,11 +38,12 @@ def test_mixer_obeys_the_law(name):
     ).raise_for_failure()
 
 
-@pytest.mark.parametrize("name", QUICK[1])
+@pytest.mark.parametrize("name", MODELS)
 def test_model_obeys_the_law(name):
     verify_streaming(zoo.model(name), length=LENGTH, gradients=name in WITH_GRADIENTS).raise_for_failure()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mamba"])
 def test_mixer_obeys_the_law_in_float64(name):
     report = verify_streaming(
@@ -203,7 +165,7 @@ def cases(draw):
     return lengths, np.stack([np.isin(np.arange(LENGTH), r) for r in reset]), valid, draw(st.integers(0, 99))
 
 
-@pytest.mark.parametrize("name", ["window_sinks_softcap", "kimi_delta"])
+@pytest.mark.parametrize("name", ["window_sinks_softcap", pytest.param("kimi_delta", marks=SLOW)])
 @hypothesis.settings(
     max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
 )

@@ -58,22 +58,41 @@ def stirred(build):
     return build_stirred
 
 
+def marked(build, *marks):
+    """`build` for the quick tests too: of the contract ("quick"), with "gradients", and over "devices". Entries
+    without marks are for the slow tests: each is a variant of one with marks, or long to compile."""
+    entry = functools.partial(build)
+    entry.marks = marks
+    return entry
+
+
+def names(mark):
+    """The mixers that carry `mark`."""
+    return [name for name, build in MIXERS.items() if mark in getattr(build, "marks", ())]
+
+
 def lmuformer(dim, *, rngs, **options):
     return LMUFormer(dim, 5, dim=dim, theta=20.0, expand=2, rngs=rngs, **options)
 
 
 MIXERS = {
     "attention": partial(Attention, heads=4, cache=Full(64)),
-    "attention_gqa_norm": partial(
-        Attention, heads=4, kv_heads=2, head_dim=6, qk_norm=True, bias=True, cache=Full(64)
+    "attention_gqa_norm": marked(
+        partial(Attention, heads=4, kv_heads=2, head_dim=6, qk_norm=True, bias=True, cache=Full(64)),
+        "quick",
+        "devices",
     ),
-    "window": partial(Attention, heads=2, cache=Window(WINDOW)),
-    "window_sinks_softcap": partial(
-        Attention,
-        heads=2,
-        softcap=5.0,
-        cache=Window(WINDOW, sinks=3, positions="absolute"),
-        rotary_base=500.0,
+    "window": marked(partial(Attention, heads=2, cache=Window(WINDOW)), "devices"),
+    "window_sinks_softcap": marked(
+        partial(
+            Attention,
+            heads=2,
+            softcap=5.0,
+            cache=Window(WINDOW, sinks=3, positions="absolute"),
+            rotary_base=500.0,
+        ),
+        "quick",
+        "gradients",
     ),
     "window_in_cache": partial(
         Attention,
@@ -83,14 +102,17 @@ MIXERS = {
         sink="learned",
         rotary_width=2,
     ),
-    "coded": partial(
-        Attention,
-        heads=2,
-        head_dim=8,
-        v_head_dim=16,
-        softcap=3.0,
-        scale=0.5,
-        cache=Quantized(64, bits=4, group=4, residual=8, value_bits=2),
+    "coded": marked(
+        partial(
+            Attention,
+            heads=2,
+            head_dim=8,
+            v_head_dim=16,
+            softcap=3.0,
+            scale=0.5,
+            cache=Quantized(64, bits=4, group=4, residual=8, value_bits=2),
+        ),
+        "quick",
     ),
     "coded_window": partial(
         Attention,
@@ -104,37 +126,47 @@ MIXERS = {
     ),
     "moba": partial(Attention, heads=4, kv_heads=2, cache=MoBA(4, 3, capacity=64)),
     "moba_stored": partial(Attention, heads=2, cache=MoBA(4, 3, None, stored=4), key_conv=3),
-    "mamba": partial(Mamba, state_size=4),
+    "mamba": marked(partial(Mamba, state_size=4), "quick", "devices"),
     "mamba_wide_conv": partial(Mamba, state_size=3, conv_width=6, expand=1, bias=True),
-    "mamba2": partial(Mamba2, head_dim=8, state_size=6, groups=2, dt_limit=(0.02, 0.5)),
+    "mamba2": marked(partial(Mamba2, head_dim=8, state_size=6, groups=2, dt_limit=(0.02, 0.5)), "quick"),
     "linear": partial(LinearAttention, heads=2),
-    "linear_normalized": partial(
-        LinearAttention, heads=4, kv_heads=2, feature_map="elu", normalize=True, norm_eps=None
+    "linear_normalized": marked(
+        partial(LinearAttention, heads=4, kv_heads=2, feature_map="elu", normalize=True, norm_eps=None),
+        "quick",
     ),
-    "retention": partial(Retention, heads=2),
+    "retention": marked(partial(Retention, heads=2), "quick"),
     "simple_gated_linear": partial(SimpleGatedLinearAttention, heads=2, kv_heads=1, gate_normalizer=2.0),
     "gated_linear": partial(GatedLinearAttention, heads=2, gate_rank=4),
-    "gated_linear_conv": partial(
-        GatedLinearAttention, heads=2, gate_rank=4, conv_width=3, gate_normalizer=1.0
+    "gated_linear_conv": marked(
+        partial(GatedLinearAttention, heads=2, gate_rank=4, conv_width=3, gate_normalizer=1.0), "quick"
     ),
     "delta": partial(DeltaNet, heads=2, negative_eigenvalues=True, gate=True),
-    "gated_delta": partial(GatedDeltaNet, heads=2, value_heads=4, head_dim=6),
+    "gated_delta": marked(
+        partial(GatedDeltaNet, heads=2, value_heads=4, head_dim=6), "quick", "gradients", "devices"
+    ),
     "kimi_delta": partial(KimiDeltaAttention, heads=2),
     "selective": partial(SelectiveMixer, state_size=4),
     "grouped_channels": partial(GroupedChannelMixer, mixer=partial(SelectiveMixer, state_size=4)),
-    "mamba_mixer_stack": partial(
-        MambaMixerStack,
-        depth=2,
-        token_mixer=partial(SelectiveMixer, state_size=4),
-        channel_mixer=partial(GroupedChannelMixer, groups=2),
+    "mamba_mixer_stack": marked(
+        partial(
+            MambaMixerStack,
+            depth=2,
+            token_mixer=partial(SelectiveMixer, state_size=4),
+            channel_mixer=partial(GroupedChannelMixer, groups=2),
+        ),
+        "quick",
+        "devices",
     ),
-    "pooling": partial(CausalPooling, size=4),
-    "wavelets": partial(CausalWavelets, levels=3),
-    "lmu": partial(LMU, order=7, theta=12.5),
+    "pooling": marked(partial(CausalPooling, size=4), "quick", "devices"),
+    "wavelets": marked(partial(CausalWavelets, levels=3), "quick", "devices"),
+    "lmu": marked(partial(LMU, order=7, theta=12.5), "quick", "devices"),
     "lmu_channels": partial(LMU, order=4, theta=30.0, channels=3, hidden=11),
-    "lmu_cell": partial(RecurrentLMU, order=6, theta=16.0),
-    "lmu_cell_keras": partial(
-        RecurrentLMU, order=4, theta=9.0, hidden=5, channels=3, memory_to_memory=False, use_bias=True
+    "lmu_cell": marked(partial(RecurrentLMU, order=6, theta=16.0), "devices"),
+    "lmu_cell_keras": marked(
+        partial(
+            RecurrentLMU, order=4, theta=9.0, hidden=5, channels=3, memory_to_memory=False, use_bias=True
+        ),
+        "quick",
     ),
     "lmu_cell_dense": partial(
         RecurrentLMU, order=5, theta=9.0, cell="dense", hidden_to_memory=False, discretizer="euler"
@@ -158,8 +190,8 @@ MIXERS = {
         depth=2,
         mixer=partial(SelectiveMixer, state_size=2),
     ),
-    "swiglu": SwiGLU,
-    "mlp": MLP,
+    "swiglu": marked(SwiGLU, "quick"),
+    "mlp": marked(MLP, "quick"),
 }
 
 MODELS = {
