@@ -50,7 +50,7 @@ class RunningMean(Module):
             else:
                 new = jax.tree.map(lambda a, c: jnp.where(keep[:, None], a, c), new, carry)
             mean = new["sum"] / jnp.maximum(new["count"], 1)
-            return new, mean + (mean[::-1] if self.breaks == "rows" else 0)
+            return new, mean + (jnp.roll(mean, 1, axis=0) if self.breaks == "rows" else 0)
 
         x = x if self.breaks == "valid" else jnp.where(keep[..., None], x, 0)
         carry, y = jax.lax.scan(step, carry, (x.swapaxes(0, 1), keep.T, fresh.T))
