@@ -13,6 +13,7 @@ from seqlab.models.language_model import LanguageModel
 from seqlab.models.layers import MLP, Embedding, Identity, LayerNorm, Linear, RMSNorm, ShortConv, SwiGLU
 from seqlab.models.legendre.lmu import LMU, RecurrentLMU
 from seqlab.models.legendre.lmuformer import LMUFormer, LMUMixer, SpikingLMUMixer
+from seqlab.models.legendre.spiking_attention import SpikingAttention
 from seqlab.models.linear_memory.delta import DeltaNet, GatedDeltaNet, KimiDeltaAttention
 from seqlab.models.linear_memory.linear_attention import (
     GatedLinearAttention,
@@ -68,6 +69,7 @@ __all__ = [
     "SequenceModel",
     "ShortConv",
     "SimpleGatedLinearAttention",
+    "SpikingAttention",
     "SpikingLMUMixer",
     "StreamingTSM2",
     "SwiGLU",

@@ -3,8 +3,10 @@ cases for the adapters of `tests/parity`."""
 
 import json
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 from parity import Case
 
 
@@ -139,3 +141,135 @@ def test_kivi_codes_keys_and_values_in_bits_of_their_own(options, tmp_path):
     case = kivi_case(tmp_path, **options)
     kivi.check(case)
     case.finish()
+
+
+# --- LMUFormer's attention between spikes
+
+
+class Spikes:
+    """Layers of a spiking network on [b, channels, time] with weights drawn as they are asked for; `margin`: how
+    near a membrane has come to its threshold."""
+
+    def __init__(self, seed):
+        self.rng, self.weights, self.margin = np.random.default_rng(seed), {}, np.inf
+
+    def weight(self, name, *shape, scale=1.0, least=None):
+        drawn = self.rng.normal(size=shape) if least is None else self.rng.uniform(least, 1, size=shape)
+        self.weights[name] = (scale * drawn).astype(np.float32).astype(float)
+        return self.weights[name]
+
+    def conv(self, x, name, outputs, width=1, bias=False):
+        w = self.weight(f"{name}.weight", outputs, x.shape[1], width, scale=1.5 / np.sqrt(width * x.shape[1]))
+        padded = np.pad(x, ((0, 0), (0, 0), (width // 2, width // 2)))
+        y = sum(np.einsum("oi,bit->bot", w[..., j], padded[..., j : j + x.shape[2]]) for j in range(width))
+        return y + self.weight(f"{name}.bias", outputs, scale=0.3)[:, None] if bias else y
+
+    def norm(self, x, name):
+        size, parts = x.shape[1], {}
+        for part, scale, least in (
+            ("running_mean", 0.3, None),
+            ("running_var", 0.5, 0.1),
+            ("bias", 0.5, None),
+        ):
+            parts[part] = self.weight(f"{name}.{part}", size, scale=scale, least=least)[:, None]
+        slope = self.weight(f"{name}.weight", size, least=0.5)[:, None]
+        y = (x - parts["running_mean"]) / np.sqrt(parts["running_var"] + 1e-5)
+        return y * slope + parts["bias"]
+
+    def fire(self, x, threshold=1.0):
+        v, spikes = np.zeros(x.shape[:2]), np.zeros(x.shape)
+        for t in range(x.shape[2]):
+            v = v + (x[..., t] - v) / 2
+            self.margin = min(self.margin, np.abs(v - threshold).min())
+            spikes[..., t] = v >= threshold
+            v = v * (1 - spikes[..., t])
+        return spikes
+
+    def spike(self, x, name):
+        return self.fire(self.norm(x, name))
+
+    def attention(self, x, prefix, heads, causal=False):
+        dim, time = x.shape[1:]
+        s = self.spike(x, f"{prefix}pre_bn")
+        q, k, v = (
+            self.spike(self.conv(s, f"{prefix}{n}_conv", dim), f"{prefix}{n}_bn").reshape(
+                len(x), heads, dim // heads, time
+            )
+            for n in "qkv"
+        )
+        scores = np.einsum("bhct,bhcs->bhts", q, k) * (np.tri(time) if causal else 1)
+        y = 0.25 * np.einsum("bhts,bhcs->bhct", scores, v).reshape(x.shape)
+        y = self.conv(self.fire(y, 0.5), f"{prefix}proj_conv", dim, bias=True)
+        return self.norm(y, f"{prefix}proj_bn")
+
+    def attention_model(self, x, dim, classes, ratio, heads, depth):
+        """All logits of the running mean, and what the embedding and the blocks give."""
+        mids = {}
+        for i in ("", "1", "2"):
+            x = self.spike(self.conv(x, f"patch_embed.proj_conv{i}", dim, 3), f"patch_embed.proj_bn{i}")
+        x = self.conv(x, "patch_embed.proj_conv3", dim, 3)
+        x = x + self.conv(self.spike(x, "patch_embed.proj_bn3"), "patch_embed.rpe_conv", dim, 3)
+        mids["patch_embed"] = x
+        for i in range(depth):
+            mids[f"block{i}.attn"] = y = self.attention(x, f"block.{i}.attn.", heads)
+            x = x + y
+            y = self.conv(
+                self.spike(x, f"block.{i}.mlp.fc1_bn"), f"block.{i}.mlp.fc1_conv", ratio * dim, 1, True
+            )
+            y = self.conv(self.spike(y, f"block.{i}.mlp.fc2_bn"), f"block.{i}.mlp.fc2_conv", dim, 1, True)
+            mids[f"block{i}.mlp"], x = y, x + y
+            mids[f"block{i}"] = x
+        s = self.spike(x, "head_bn")
+        y = np.einsum("oi,bit->tbo", self.weight("head.weight", classes, dim), s)
+        y = y + self.weight("head.bias", classes)
+        return np.cumsum(y, axis=0) / np.arange(1, len(y) + 1)[:, None, None], mids
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed, heads, depth, every", [(2, 2, 1, False), (17, 4, 2, True)])
+def test_the_attention_model_between_spikes(seed, heads, depth, every, tmp_path):
+    from parity import lmuformer
+
+    net, o = Spikes(seed), {"in_channels": 3, "dim": 8, "num_classes": 4, "mlp_ratio": 2}
+    x = net.rng.normal(size=(2, 14, 3)).astype(np.float32)
+    logits, mids = net.attention_model(x.swapaxes(1, 2).astype(float), 8, 4, 2, heads, depth)
+    assert net.margin > 1e-3
+    assert np.ptp(logits) > 0.1 and all(np.ptp(y) > 0.1 for y in mids.values())
+    o |= {"num_heads": heads, "depth": depth, "theta": 14, "test_mode": "all_seq" if every else "normal"}
+    arrays = grouped("param", net.weights) | grouped("mid", mids) | {"in__x": x}
+    case = case_of(
+        tmp_path, {"hyper": o, "tol": "abs 2e-5"}, **arrays, out__logits=logits if every else logits[-1]
+    )
+    lmuformer.check(case)
+    case.finish()
+    assert set(mids) <= case.compared
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_between_spikes_of_packed_sequences(causal):
+    """Each sequence of a row alone, with padding between: over all of itself, or up to each step."""
+    from seqlab.interop.convert import convert
+    from seqlab.models import SpikingAttention
+
+    net = Spikes(3)
+    x = net.rng.normal(size=(1, 23, 8)).astype(np.float32)
+    cuts = [slice(0, 9), slice(11, 14), slice(14, 23)]
+    valid, reset = np.zeros((1, 23), bool), np.zeros((1, 23), bool)
+    for cut in cuts:
+        valid[0, cut], reset[0, cut.start] = True, True
+    expected, state = [], net.rng.bit_generator.state
+    for cut in cuts:
+        net.rng.bit_generator.state = state  # the same weights
+        y = net.attention(x[:, cut].swapaxes(1, 2).astype(float), "", 4, causal)
+        expected.append(y.swapaxes(1, 2))
+    assert net.margin > 1e-4
+    mixer = convert(SpikingAttention(8, heads=4, causal=causal, rngs=nnx.Rngs(0)), net.weights)
+    packed = jax.jit(lambda x, reset, valid: mixer(x, None, reset, valid)[0])
+    y = packed(np.where(valid[..., None], x, np.nan), reset, valid)
+    for cut, own in zip(cuts, expected, strict=True):
+        np.testing.assert_allclose(y[:, cut], own, atol=2e-5)
+    alone = jax.jit(lambda x: mixer(x)[0])(x[:, cuts[2]])
+    np.testing.assert_allclose(alone, expected[2], atol=2e-5)
+    if not causal:
+        with pytest.raises(ValueError, match="state must be None: with causal=False every step sees"):
+            mixer(x, mixer.init_state(1))

@@ -30,6 +30,7 @@ from seqlab.models import (
     SelectiveMixer,
     SequenceModel,
     SimpleGatedLinearAttention,
+    SpikingAttention,
     SpikingLMUMixer,
     StreamingTSM2,
     SwiGLU,
@@ -178,6 +179,10 @@ MIXERS = {
     "lmuformer_spiking_mixer": stirred(partial(SpikingLMUMixer, theta=20.0)),
     "lmuformer_spiking": stirred(partial(lmuformer, spiking=True)),
     "lmuformer_spiking_causal": stirred(partial(lmuformer, spiking=True, centred=False)),
+    "spiking_attention": stirred(partial(SpikingAttention, heads=4, causal=True)),
+    "lmuformer_spiking_attention": stirred(
+        partial(lmuformer, spiking=True, centred=False, attention_heads=2)
+    ),
     # Of one block the norm undoes the only weight of the first sum: a gradient of 0 up to rounding, which has
     # no relative error.
     "streaming_tsm2": partial(

@@ -18,17 +18,29 @@ from seqlab.shapes import Activations, Steps, accumulator
 from seqlab.state import State, mask_steps
 
 
+class Pointwise(Linear):
+    """A linear map that PyTorch keeps as a convolution of width 1."""
+
+    torch_layout: ClassVar = {"weight": "[out, in, 1]"}
+
+
 def uniform_linear(
-    inputs: int, outputs: int, *, std: float | None = None, kind: type[Linear] = Linear, rngs: nnx.Rngs
+    inputs: int,
+    outputs: int,
+    *,
+    std: float | None = None,
+    kind: type[Linear] = Linear,
+    bias: bool = True,
+    rngs: nnx.Rngs,
 ) -> Linear:
-    """A linear map with a bias as the originals initialise it: weight and bias uniform in ±1/sqrt(inputs),
-    PyTorch's default; with `std` the weight normal of that deviation, cut off at two of them, and the bias
-    zero."""
-    linear = kind(inputs, outputs, bias=True, rngs=rngs)
+    """A linear map as the originals initialise it: weight and `bias` uniform in ±1/sqrt(inputs), PyTorch's
+    default; with `std` the weight normal of that deviation, cut off at two of them, and the bias zero."""
+    linear = kind(inputs, outputs, bias=bias, rngs=rngs)
     if std is None:
         bound = 1 / math.sqrt(inputs)
         linear.weight[...] = jax.random.uniform(rngs.params(), (inputs, outputs), minval=-bound, maxval=bound)
-        linear.bias[...] = jax.random.uniform(rngs.params(), (outputs,), minval=-bound, maxval=bound)
+        if bias:
+            linear.bias[...] = jax.random.uniform(rngs.params(), (outputs,), minval=-bound, maxval=bound)
     else:
         linear.weight[...] = std * jax.random.truncated_normal(rngs.params(), -2.0, 2.0, (inputs, outputs))
     return linear

@@ -11,26 +11,21 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from seqlab import kernels
-from seqlab.checks import check_positive
+from seqlab.checks import UserError, check_positive
 from seqlab.kernels.lmu import legendre
 from seqlab.mixer import Composite
 from seqlab.models.backbone import Backbone
 from seqlab.models.batch_norm import BatchNorm
 from seqlab.models.layers import Identity, Linear
 from seqlab.models.legendre.in_turn import Residual, TimeConv, in_turn, init_in_turn, map_in_turn
-from seqlab.models.legendre.lmu import LMU, uniform_linear
+from seqlab.models.legendre.lmu import LMU, Pointwise, uniform_linear
 from seqlab.models.legendre.spiking import Spike
+from seqlab.models.legendre.spiking_attention import SpikingAttention
 from seqlab.module import Module
 from seqlab.shapes import Activations, Steps, accumulator
 from seqlab.state import State, mask_steps, segments
 
 _STD = 0.02  # of the linear maps at initialisation; convolutions of width 1 have PyTorch's default instead
-
-
-class Pointwise(Linear):
-    """A linear map that PyTorch keeps as a convolution of width 1."""
-
-    torch_layout: ClassVar = {"weight": "[out, in, 1]"}
 
 
 _pointwise = functools.partial(uniform_linear, kind=Pointwise)
@@ -295,7 +290,9 @@ class LMUFormer(Composite, Module):
 
     `spiking=True` is the published spiking form ("membrane shortcut"): leaky integrate-and-fire units along
     time where the other has activations, a real-valued residual stream, and twice the coefficients of memory.
-    See `Spike` for what near ties of a threshold mean.
+    See `Spike` for what near ties of a threshold mean. With `attention_heads` it is the published attention
+    model of the same frame, which `SpikingAttention` mixes instead of memories: not causal, except with
+    `centred=False`.
 
     Trained by seqlab's training step, whose batch statistics become the affine maps of evaluation; see
     `BatchNorm`.
@@ -305,6 +302,13 @@ class LMUFormer(Composite, Module):
       theta: window of the memories in steps: the length of the sequences, or of what matters in them.
       expand: hidden channels of the channel mixer, in units of dim.
       order: coefficients of the memories; by default dim, and 2 dim where spiking.
+      centred, spiking: see above.
+      attention_heads: heads of spiking attention in place of the memories, which theta and order belong to;
+        None for memories. 8 in the published code.
+
+    Raises:
+      ValueError: attention_heads without spiking, or that do not divide dim.
+
     State: two inputs a convolution, a memory a block, membranes where spiking, and the sum of the logits.
     """
 
@@ -322,8 +326,14 @@ class LMUFormer(Composite, Module):
         order: int | None = None,
         centred: bool = True,
         spiking: bool = False,
+        attention_heads: int | None = None,
         rngs: nnx.Rngs,
     ):
+        if attention_heads is not None and not spiking:
+            raise UserError(
+                f"attention_heads needs spiking=True: the model without spikes has no attention, got "
+                f"{attention_heads}"
+            )
         self.inputs, self.dim, self.classes = (
             check_positive("inputs", inputs),
             check_positive("dim", dim),
@@ -333,7 +343,11 @@ class LMUFormer(Composite, Module):
             (SpikingEmbedding, SpikingLMUMixer, SpikingMLP) if spiking else (ConvEmbedding, LMUMixer, ConvMLP)
         )
         self.embedding = embedding(inputs, dim, centred=centred, rngs=rngs)
-        mixer, mlp = functools.partial(mixer, theta=theta, order=order), functools.partial(mlp, expand=expand)
+        if attention_heads is None:
+            mixer = functools.partial(mixer, theta=theta, order=order)
+        else:
+            mixer = functools.partial(SpikingAttention, heads=attention_heads, causal=not centred)
+        mlp = functools.partial(mlp, expand=expand)
         self.backbone = Backbone(dim, depth, mixer, channel_mixer=mlp, norm=Identity, rngs=rngs)
         self.head_spike = Spike(dim) if spiking else None
         self.head = uniform_linear(dim, classes, std=_STD, rngs=rngs)

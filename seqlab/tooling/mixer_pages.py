@@ -87,7 +87,7 @@ def _docstring(cls: type) -> tuple[str, str, str]:
     body, _, pitfalls = rest.partition("\nPitfalls:")
     return (
         " ".join(summary.split()),
-        prose(body, "## {}"),
+        prose("\n" + body, "## {}"),  # its first line may be an equation, whose indentation counts
         "\n".join(f"- {item}" for item in _items(pitfalls)),
     )
 

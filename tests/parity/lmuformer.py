@@ -1,5 +1,5 @@
 """The Legendre memory and what is made of it: matrices, both LMUs, the cell with several memories, LIF
-neurons, LMUFormer with and without spikes."""
+neurons, LMUFormer with and without spikes, and with spiking attention."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from seqlab import kernels
 from seqlab.interop.convert import convert
 from seqlab.kernels.lmu import legendre
 from seqlab.kernels.lmu.xla import impulse_response
-from seqlab.models import LMU, LMUFormer, RecurrentLMU
+from seqlab.models import LMU, LMUFormer, RecurrentLMU, SpikingAttention
 from seqlab.models.legendre.spiking import lif
 
 
@@ -22,6 +22,8 @@ def check(case):
     _check_constants(case)
     if "head.weight" in case.params:
         return _check_lmuformer(case)
+    if "q_conv.weight" in case.params:
+        return _check_attention(case)
     if "W_u.weight" in case.params:
         return _check_parallel(case)
     return _check_multi_channel(case) if "kernel" in case.params else _check_cell(case)
@@ -160,8 +162,19 @@ def _check_lif(case):
     case.check("grad_x", jnp.moveaxis(pull((weight, jnp.zeros_like(membranes)))[0], 1, 0))
 
 
+def _check_attention(case):
+    """The attention block alone, whose original has channels before time."""
+    dim, x = len(case.params["q_conv.weight"]), case.array("x")
+    mixer = convert(SpikingAttention(dim, heads=case.options["num_heads"], rngs=nnx.Rngs(0)), case.params)
+    channels_first = "[batch, channel" in str(case.meta.get("axes", "")) or x.shape[2] != dim
+    y = jax.jit(lambda x: mixer(x)[0])(x.swapaxes(1, 2) if channels_first else x)
+    [name] = case.outs
+    case.check(name, y.swapaxes(1, 2) if channels_first else y)
+
+
 def _check_lmuformer(case):
     o, spiking = case.options, "head_bn.weight" in case.params
+    attends = "block.0.attn.q_conv.weight" in case.params
     model = LMUFormer(
         o["in_channels"],
         o["num_classes"],
@@ -169,8 +182,9 @@ def _check_lmuformer(case):
         depth=o["depth"],
         theta=o["theta"],
         expand=o["mlp_ratio"],
-        order=o["memory_size"],
+        order=o.get("memory_size"),
         spiking=spiking,
+        attention_heads=o["num_heads"] if attends else None,
         rngs=nnx.Rngs(0),
     )
     model = convert(model, case.params, architecture="lmuformer")
@@ -179,22 +193,29 @@ def _check_lmuformer(case):
     every = case.expected("logits").ndim == 3  # the original's test mode "all_seq", time first
     case.check("logits", jnp.moveaxis(logits, 1, 0) if every else logits[:, -1])
     case.check_all({"logits_all_seq": jnp.moveaxis(logits, 1, 0)})
-    for name, value in _intermediates(model, x).items():
+    mids, whole = jax.jit(lambda x: _intermediates(model, x))(x)
+    for name, value in whole.items():
+        np.testing.assert_allclose(value, mids[name], atol=1e-6, err_msg=name)
+    for name, value in mids.items():
         binary = spiking and name.endswith((".lmu", ".f_u", ".f_m"))
         case.check_all({name: value}, exact=binary)
-    _check_stream(model, x, logits)
+    if model.causal:
+        _check_stream(model, x, logits)
 
 
 def _intermediates(model, x):
-    """What the original shows of its inside, [b, channel, time] but for the memory unit."""
-    z = x
+    """What the original shows of its inside, [b, channel, time] but for the memory unit; and blocks called as
+    a whole."""
+    z, whole = x, {}
     for part in model.embedding.parts:
         z, _ = part(z)
     mids = {"patch_embed": z.swapaxes(1, 2)}
     for i, block in enumerate(model.backbone.blocks):
         mixer, before = block.mixer, z
         mixed = mixer(z)[0]
-        if hasattr(mixer, "spike"):
+        if isinstance(mixer, SpikingAttention):
+            h = None
+        elif hasattr(mixer, "spike"):
             s = mixer.spike(z)[0]
             unit = mixer.lmu
             u = unit.spike_u(unit.W_u(s))[0]
@@ -209,14 +230,15 @@ def _intermediates(model, x):
         z = z + mixed
         channels = block.channel_mixer(z)[0]
         z = z + channels
+        if h is not None:
+            mids[f"block{i}.attn.lmu"] = h
         mids |= {
-            f"block{i}.attn.lmu": h,
             f"block{i}.attn": mixed.swapaxes(1, 2),
             f"block{i}.mlp": channels.swapaxes(1, 2),
         }
         mids[f"block{i}"] = z.swapaxes(1, 2)
-        np.testing.assert_allclose(block(before)[0], z, atol=1e-6)
-    return mids
+        whole[f"block{i}"] = block(before)[0].swapaxes(1, 2)
+    return mids, whole
 
 
 def _memory(unit, u):
