@@ -55,8 +55,12 @@ class Text:
         return pack(ArraySource([documents[i] for i in which]), 32, seed)
 
 
-def experiment(**options):
-    model = functools.partial(
+# For what does not depend on the model: compiled in no time.
+TINY = functools.partial(LanguageModel, 256, 16, 1, zoo.MIXERS["pooling"], channel_mixer=None)
+
+
+def experiment(model=None, **options):
+    model = model or functools.partial(
         LanguageModel, 256, 16, 2, (zoo.MIXERS["gated_linear_conv"], zoo.MIXERS["window"])
     )
     defaults = {
@@ -140,7 +144,7 @@ def test_a_finished_run_is_left_alone(finished):
 
 
 def small_step(accumulate=1, loss=next_token_loss):
-    static, params = split(zoo.model("lm_gated_linear"))
+    static, params = split(LanguageModel(31, 16, 1, zoo.MIXERS["pooling"], rngs=nnx.Rngs(0)))
     optimizer = adamw(10, peak=1e-2, warmup=0)
     state = init_state(static, params, optimizer)
     return jax.jit(functools.partial(train_step, static, optimizer, loss, accumulate)), state
@@ -197,7 +201,7 @@ def test_a_run_that_diverges_stops_with_the_step_and_keeps_the_good_checkpoint(t
     with pytest.raises(
         NonFiniteError, match=r"step (\d+): loss inf.*last good checkpoint is step \d+"
     ) as error:
-        run(experiment(loss=spoilt, checkpoint_every=2, log_every=1), tmp_path)
+        run(experiment(TINY, loss=spoilt, checkpoint_every=2, log_every=1), tmp_path)
     at = int(str(error.value).split()[1].rstrip(":"))
     saved = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
     assert saved and saved[-1] < at
@@ -213,9 +217,9 @@ def test_what_is_not_finite_is_no_checkpoint_to_go_back_to(what, tmp_path, monke
         return jnp.where(jnp.mean(model.embedding.weight[...] ** 2) > 4.1e-4, jnp.nan, total), count
 
     every = {"validation": 1, "checkpoint": 30, "parameters": 30}[what]
-    tried = experiment(metric=judged_nan, validate_every=every, checkpoint_every=1, log_every=1)
+    tried = experiment(TINY, metric=judged_nan, validate_every=every, checkpoint_every=1, log_every=1)
     if what == "parameters":
-        tried = experiment(checkpoint_every=1, log_every=1)
+        tried = experiment(TINY, checkpoint_every=1, log_every=1)
         finite = step.all_finite
         monkeypatch.setattr(
             loop,
@@ -245,10 +249,10 @@ def test_a_validation_that_an_interruption_has_left_out_is_made_up_for(tmp_path,
 
     monkeypatch.setattr(loop.Progress, "advance", advance)
     small = {"steps": 12, "validate_every": 5, "log_every": 1}
-    assert run(experiment(**small), tmp_path).status == "SIGTERM"
+    assert run(experiment(TINY, **small), tmp_path).status == "SIGTERM"
     assert [row["step"] for row in rows_of(tmp_path) if len(row) == 2] == [5]
     monkeypatch.undo()
-    run(experiment(**small), tmp_path)
+    run(experiment(TINY, **small), tmp_path)
     assert [row["step"] for row in rows_of(tmp_path) if len(row) == 2] == [5, 10, 12]
 
 
@@ -432,7 +436,15 @@ def test_memory_that_runs_out_says_what_to_change():
 
 def test_a_run_goes_on_longer_when_asked_and_says_so(tmp_path, capsys):
     cfg = config.fiddle(config.load("lm_mamba"), "tiny")
-    for line in ("steps=4", "batch_size=4", "data.length=16", "log_every=2", "checkpoint_every=2"):
+    for line in (
+        "model.depth=1",
+        "model.dim=16",
+        "steps=4",
+        "batch_size=4",
+        "data.length=16",
+        "log_every=2",
+        "checkpoint_every=2",
+    ):
         cfg = config.override(cfg, line)
     assert run(config.build(cfg), tmp_path, cfg).step == 4
     longer = config.override(config.override(cfg, "steps=6"), "keep=1")
@@ -466,7 +478,7 @@ def test_damage_to_a_run_is_detected_or_harmless(damaged, tmp_path):
 def test_the_model_of_step_0_is_a_function_of_the_seed():
     from seqlab.train.loop import build
 
-    first, again, other = (build(experiment(seed=seed))[1] for seed in (0, 0, 1))
+    first, again, other = (build(experiment(TINY, seed=seed))[1] for seed in (0, 0, 1))
     assert_identical(first, again)
     assert not np.array_equal(first["embedding.weight"], other["embedding.weight"])
-    assert first.keys() == split(nnx.eval_shape(lambda: experiment().model(rngs=nnx.Rngs(0))))[1].keys()
+    assert first.keys() == split(nnx.eval_shape(lambda: TINY(rngs=nnx.Rngs(0))))[1].keys()
