@@ -332,6 +332,7 @@ with claimed(pathlib.Path(sys.argv[1])):
             os.killpg(held.pid, 0)  # the child is there
     finally:
         os.killpg(held.pid, signal.SIGKILL)
+        held.stdout.close()
 
 
 def test_where_a_folder_lies(tmp_path, monkeypatch):

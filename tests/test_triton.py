@@ -346,7 +346,7 @@ def test_the_gradient_of_scan_counts_beyond_two_billion_elements():
 
 
 @pytest.mark.parametrize(
-    "name", some(attention_specs.SPECS, ["alibi_tiled", "padded", "decode_window_sinks", "window_both"])
+    "name", some(attention_specs.SPECS, ["padded", "decode_window_sinks", "window_both"])
 )
 def test_attention_is_that_of_float64(name, interpreted):
     call = attention_specs.make(attention_specs.SPECS[name])
@@ -455,7 +455,7 @@ def test_attention_fits(name):
     fits(differentiated(kernels.attention, abstract(arrays), **options))
 
 
-@pytest.mark.parametrize("name", some(("one", "few", "decode", "decode_float32", "narrow"), ["decode"]))
+@pytest.mark.parametrize("name", some(("one", "few", "decode", "decode_float32", "narrow"), []))
 def test_attention_of_few_rows_fits(name):
     spec, dtype = {
         "one": (attention_specs.Spec(1, 1, 1), "float32"),
@@ -528,7 +528,7 @@ def test_the_gradient_of_attention_counts_beyond_two_billion_elements():
 PER_HEAD = [name for name, spec in linear_specs.SPECS.items() if spec.beta != "value"]
 
 
-@pytest.mark.parametrize("name", some(PER_HEAD, ["groups", "resets_masked"]))
+@pytest.mark.parametrize("name", some(PER_HEAD, ["resets_masked"]))
 def test_linear_attention_is_that_of_float64(name, interpreted):
     spec = linear_specs.SPECS[name]
     arguments = linear_specs.inputs(spec)
@@ -571,7 +571,7 @@ LINEAR_SHAPES = {
 }
 
 
-@pytest.mark.parametrize("name", some(LINEAR_SHAPES, ["gated_delta"]))
+@pytest.mark.parametrize("name", some(LINEAR_SHAPES, []))
 def test_linear_attention_fits(name):
     fits(differentiated(kernels.linear_attention, abstract(linear_specs.inputs(LINEAR_SHAPES[name]))))
 
@@ -650,7 +650,7 @@ def test_the_gradient_of_linear_attention_counts_beyond_two_billion_elements():
 # --- decode_attention
 
 
-@pytest.mark.parametrize("name", some(decode_specs.SPECS, ["odd_widths", "int4_values2", "numbers"]))
+@pytest.mark.parametrize("name", some(decode_specs.SPECS, ["int4_values2", "numbers"]))
 def test_decode_attention_is_the_definition(name, interpreted):
     spec, arguments = decode_specs.SPECS[name], decode_specs.inputs(decode_specs.SPECS[name])
     out, lse = kernels.decode_attention(**arguments, implementation="triton_gpu")
@@ -671,9 +671,9 @@ def of_shapes(spec):
 
 @pytest.mark.parametrize("bits", some((2, 4, 8, None), [4]))
 @pytest.mark.parametrize("dtype", some(("bfloat16", "float32"), ["bfloat16"]))
-def test_decode_attention_fits(bits, dtype):
-    for width, group in ((64, 32), (128, 16), (128, 128), (256, 32)):
-        fits(of_shapes(decode_specs.Spec(1, 1024, 32, 8, width, width, bits, group=group, dtype=dtype)))
+@pytest.mark.parametrize(("width", "group"), some(((64, 32), (128, 16), (128, 128), (256, 32)), [(128, 16)]))
+def test_decode_attention_fits(width, group, bits, dtype):
+    fits(of_shapes(decode_specs.Spec(1, 1024, 32, 8, width, width, bits, group=group, dtype=dtype)))
 
 
 @pytest.mark.slow
