@@ -273,3 +273,148 @@ def test_attention_between_spikes_of_packed_sequences(causal):
     if not causal:
         with pytest.raises(ValueError, match="state must be None: with causal=False every step sees"):
             mixer(x, mixer.init_state(1))
+
+
+# --- Legendre memories
+
+
+def matrices(order, theta, discretizer):
+    """Ā [d, d] and B̄ [d] from the continuous system."""
+    from scipy.signal import cont2discrete
+
+    A, B = np.zeros((order, order)), np.zeros((order, 1))
+    for i in range(order):
+        B[i] = (2 * i + 1) * (-1.0) ** i / theta
+        for j in range(order):
+            A[i, j] = (2 * i + 1) / theta * (-1.0 if i < j else (-1.0) ** (i - j + 1))
+    if discretizer == "euler":
+        return np.eye(order) + A, B[:, 0]
+    A, B, *_ = cont2discrete((A, B, np.eye(order), np.zeros((order, 1))), 1.0, "zoh")
+    return A, B[:, 0]
+
+
+def keras_lmu(x, weights, A, B, o, activation, h, m):
+    """Step by step: outputs [b, t, n] and memories [b, t, q, d]."""
+    outputs, memories = [], []
+    for t in range(x.shape[1]):
+        read = [x[:, t], h] if o["hidden_to_memory"] else [x[:, t]]
+        u = np.concatenate(read, -1) @ weights["kernel"] + weights.get("bias", 0)
+        if o["memory_to_memory"]:
+            u = u + m.reshape(len(m), -1) @ weights["recurrent_kernel"]
+        m = m @ A.T + u[:, :, None] * B
+        z = m.reshape(len(m), -1)
+        z = np.concatenate([z, x[:, t]], -1) if o["input_to_hidden"] else z
+        if "hidden_cell.kernel" in weights:
+            y = z @ weights["hidden_cell.kernel"] + weights.get("hidden_cell.bias", 0)
+            if "hidden_cell.recurrent_kernel" in weights:
+                y = y + h @ weights["hidden_cell.recurrent_kernel"]
+            z = activation(y)
+        h = z
+        outputs.append(h)
+        memories.append(m)
+    return np.stack(outputs, 1), np.stack(memories, 1)
+
+
+ACTIVATIONS = {"tanh": np.tanh, "relu": lambda y: np.maximum(y, 0), "linear": lambda y: y}
+SWITCHES = ("hidden_to_memory", "memory_to_memory", "input_to_hidden", "use_bias")
+
+
+@pytest.mark.parametrize("precision", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "on, cell, discretizer, learnt, channels",
+    [
+        ((0, 1, 0, 0), "dense", "euler", False, 1),
+        *(
+            pytest.param(*options, marks=pytest.mark.slow)
+            for options in (
+                ((1, 1, 1, 1), "rnn", "zoh", True, 2),
+                ((0, 1, 0, 1), "dense", "euler", False, 1),
+                ((1, 0, 1, 0), "dense", "zoh", False, 2),
+                ((1, 1, 0, 1), "none", "zoh", False, 3),
+                ((0, 1, 1, 0), "none", "euler", True, 1),
+                ((0, 0, 0, 0), "none", "zoh", False, 1),
+                ((0, 0, 0, 0), "rnn", "euler", False, 2),
+                ((0, 0, 1, 1), "rnn", "zoh", True, 1),
+                ((1, 1, 0, 0), "rnn", "euler", True, 3),
+                ((0, 1, 0, 0), "dense", "zoh", True, 1),
+                ((1, 0, 0, 1), "rnn", "zoh", False, 1),
+                ((1, 1, 1, 1), "dense", "euler", False, 2),
+            )
+        ),
+    ],
+)
+def test_every_switch_of_the_cell_of_keras_lmu(on, cell, discretizer, learnt, channels, precision, tmp_path):
+    from parity import lmuformer
+
+    rng, order, inputs, batch = np.random.default_rng(sum(on)), 5, 3, 2
+    o = dict(zip(SWITCHES, map(bool, on), strict=True)) | {"input_size": inputs, "memory_d": channels}
+    theta = 40.0 if discretizer == "euler" else 8.5
+    o |= {"order": order, "theta": theta, "discretizer": discretizer, "trainable_theta": learnt}
+    memory = channels * order
+    read = memory + inputs * o["input_to_hidden"]
+    n = read if cell == "none" else 4
+    sizes = {"kernel": (inputs + n * o["hidden_to_memory"], channels)}
+    sizes |= {"bias": (channels,)} if o["use_bias"] else {}
+    sizes |= {"recurrent_kernel": (memory, channels)} if o["memory_to_memory"] else {}
+    sizes |= {} if cell == "none" else {"hidden_cell.kernel": (read, n)}
+    sizes |= {"hidden_cell.bias": (n,)} if cell != "none" and o["use_bias"] else {}
+    sizes |= {"hidden_cell.recurrent_kernel": (n, n)} if cell == "rnn" else {}
+    weights = {name: 0.3 * rng.normal(size=shape) for name, shape in sizes.items()}
+    activation = "tanh" if cell == "rnn" else "relu" if o["use_bias"] else "linear"
+    if cell == "dense" and activation != "linear":
+        o["hidden_cell"] = f"Dense(activation={activation})"
+    learned = {"theta_inv": np.asarray(1.3 / theta)} if learnt else {}
+    A, B = matrices(order, theta / 1.3 if learnt else theta, discretizer)
+    x = rng.normal(size=(batch, 17, inputs))
+    start = {"h0": rng.normal(size=(batch, n)), "m0": rng.normal(size=(batch, channels, order))}
+    arguments = x, weights, A, B, o, ACTIVATIONS[activation]
+    h, m = keras_lmu(*arguments, np.zeros((batch, n)), np.zeros((batch, channels, order)))
+    h_from, m_from = keras_lmu(*arguments, *start.values())
+    expected = {"h": h, "m": m, "h_from_state": h_from, "m_n_from_state": m_from[:, -1]}
+    constants = {} if learnt else {"A": A, "B": B[:, None]}
+    arrays = grouped("param", weights | learned | constants) | grouped("out", expected) | grouped("in", start)
+    meta = {"hyper": o, "tol": "float64 1e-9, float32 1e-4"}
+    with jax.enable_x64(precision == "float64"):
+        case = case_of(tmp_path, meta, precision, in__x=x, **arrays)
+        lmuformer.check(case)
+    case.finish()
+
+
+@pytest.mark.parametrize(
+    "discretizer, channels, learnt",
+    [
+        ("euler", 2, True),
+        *(pytest.param("zoh", 3, learnt, marks=pytest.mark.slow) for learnt in (False, True)),
+    ],
+)
+def test_the_parallel_memory_with_its_options(discretizer, channels, learnt, tmp_path):
+    from parity import lmuformer
+
+    rng, order, theta = np.random.default_rng(1), 4, 30.0
+    weights = {"W_u.weight": (channels, 3), "W_u.bias": (channels,)}
+    weights |= {"W_h.weight": (5, channels * order + 3), "W_h.bias": (5,)}
+    weights = {name: 0.5 * rng.normal(size=shape) for name, shape in weights.items()}
+    x, m0 = rng.normal(size=(2, 19, 3)), rng.normal(size=(2, channels * order))
+    A, B = matrices(order, theta / 1.2 if learnt else theta, discretizer)
+    u, expected = np.maximum(x @ weights["W_u.weight"].T + weights["W_u.bias"], 0), {"u": None}
+    for suffix, m in (("", np.zeros((2, channels, order))), ("_from_m0", m0.reshape(2, channels, order))):
+        memories = []
+        for t in range(19):
+            m = m @ A.T + u[:, t, :, None] * B
+            memories.append(m.reshape(2, -1))
+        z = np.concatenate([np.stack(memories, 1), x], -1)
+        h = np.maximum(z @ weights["W_h.weight"].T + weights["W_h.bias"], 0)
+        expected |= {f"h{suffix}": h, f"m_n{suffix}": memories[-1]}
+    expected["u"] = u
+    learned = {"theta_inv": np.asarray(1.2 / theta)} if learnt else {}
+    o = {"input_size": 3, "hidden_size": 5, "memory_size": order, "theta": theta, "discretizer": discretizer}
+    arrays = grouped("param", weights | learned) | grouped("out", expected) | {"in__x": x, "in__m0": m0}
+    case = case_of(tmp_path, {"hyper": o, "tol": "float64 1e-9, float32 1e-4"}, **arrays)
+    lmuformer.check(case)
+    case.finish()
+    if learnt:
+        from seqlab.models import LMU
+
+        module = LMU(3, order=order, theta=theta, trainable_theta=True, rngs=nnx.Rngs(0))
+        slope = nnx.grad(lambda module: jax.numpy.sum(module(x.astype(np.float32))[0]))(module)["theta_inv"]
+        assert np.isfinite(slope[...]) and slope[...] != 0

@@ -161,7 +161,7 @@ MIXERS = {
     "pooling": marked(partial(CausalPooling, size=4), "quick", "devices"),
     "wavelets": marked(partial(CausalWavelets, levels=3), "quick", "devices"),
     "lmu": marked(partial(LMU, order=7, theta=12.5), "quick", "devices"),
-    "lmu_channels": partial(LMU, order=4, theta=30.0, channels=3, hidden=11),
+    "lmu_channels": partial(LMU, order=4, theta=30.0, channels=3, hidden=11, trainable_theta=True),
     "lmu_cell": marked(partial(RecurrentLMU, order=6, theta=16.0), "devices"),
     "lmu_cell_keras": marked(
         partial(
@@ -170,9 +170,15 @@ MIXERS = {
         "quick",
     ),
     "lmu_cell_dense": partial(
-        RecurrentLMU, order=5, theta=9.0, cell="dense", hidden_to_memory=False, discretizer="euler"
+        RecurrentLMU,
+        order=5,
+        theta=9.0,
+        cell="dense",
+        hidden_to_memory=False,
+        input_to_hidden=False,
+        discretizer="euler",
     ),
-    "lmu_cell_none": partial(RecurrentLMU, order=5, theta=9.0, channels=2, cell="none"),
+    "lmu_cell_none": partial(RecurrentLMU, order=5, theta=9.0, channels=2, cell="none", trainable_theta=True),
     "lmuformer_mixer": stirred(partial(LMUMixer, theta=20.0)),
     "lmuformer": stirred(partial(lmuformer, depth=2)),
     "lmuformer_causal": stirred(partial(lmuformer, centred=False)),

@@ -2,7 +2,8 @@
 inside a recurrent cell."""
 
 import math
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ from jaxtyping import Array, Float
 from seqlab import kernels
 from seqlab.checks import UserError, check_choice, check_positive
 from seqlab.kernels.lmu import legendre
-from seqlab.models.layers import Linear, activation, step_by_step
+from seqlab.kernels.lmu.legendre import legendre_at
+from seqlab.models.layers import ACTIVATIONS, Linear, step_by_step
 from seqlab.module import Module
 from seqlab.shapes import Activations, Steps, accumulator
 from seqlab.state import State, mask_steps
@@ -53,7 +55,7 @@ class LMU(Module):
         u_t = relu(W_u x_t + b_u)          m_t = Ā m_{t-1} + B̄ u_t          h_t = relu(W_h [m_t ; x_t] + b_h)
 
     No recurrence from h or m into u: that is what lets all steps be computed at once. Ā and B̄ are constants,
-    computed in float64 and not trained. The state is m [b, q, d], float32.
+    computed in float64 and not trained unless `trainable_theta`. The state is m [b, q, d], float32.
 
     Args:
       order: coefficients d of the memory, for each channel; by default dim.
@@ -61,6 +63,8 @@ class LMU(Module):
       channels: signals q that are remembered, 1 as published; they share Ā and B̄.
       hidden: outputs, by default dim.
       discretizer: "zoh", or "euler", which is unstable unless theta is well above 4 order.
+      trainable_theta: whether 1/theta is a parameter, `theta_inv`, read as its magnitude; theta is where it
+        begins. Ā and B̄ are then made of it in every call, see `legendre_at`.
       init_std: None for PyTorch's uniform initialisation; else that of a truncated normal.
 
     Pitfalls:
@@ -82,6 +86,7 @@ class LMU(Module):
         channels: int = 1,
         hidden: int | None = None,
         discretizer: str = "zoh",
+        trainable_theta: bool = False,
         init_std: float | None = None,
         rngs: nnx.Rngs,
     ):
@@ -92,6 +97,7 @@ class LMU(Module):
             check_positive("channels", channels),
             dim if hidden is None else check_positive("hidden", hidden),
         )
+        self.theta_inv = nnx.Param(jnp.asarray(1 / theta, jnp.float32)) if trainable_theta else None
         self.W_u = uniform_linear(dim, channels, std=init_std, rngs=rngs)
         self.W_h = uniform_linear(channels * order + dim, hidden, std=init_std, rngs=rngs)
 
@@ -118,7 +124,7 @@ class LMU(Module):
         valid: Steps | None = None,
     ) -> tuple[Float[Array, "b t q*d"], Float[Array, "b q d"]]:
         """The memories of all steps, channel after channel, and the last one."""
-        matrices = legendre(self.order, self.theta, self.discretizer)
+        matrices = _matrices(self, accumulator(u.dtype))
         m, state = kernels.lmu(u, *matrices, initial_state=state, reset=reset, valid=valid)
         return m.reshape(*m.shape[:2], self.channels * self.order), state
 
@@ -151,7 +157,9 @@ class RecurrentLMU(Module):
       use_bias: e_b; hidden_bias: W_b.
       cell: "rnn" as above; "dense" without W_h; "none", then h_t = [m_t ; x_t] itself (m_t alone without
         `input_to_hidden`).
-      activation: of the hidden part, "tanh" or one of `seqlab.models.layers.ACTIVATIONS`.
+      activation: of the hidden part: "tanh", "sigmoid", "identity" or one of
+        `seqlab.models.layers.ACTIVATIONS`.
+      discretizer, trainable_theta: as in `LMU`.
 
     Pitfalls:
       Training takes as many steps one after another as the sequence has; `LMU` has the same memory without
@@ -177,6 +185,7 @@ class RecurrentLMU(Module):
         cell: str = "rnn",
         activation: str = "tanh",
         discretizer: str = "zoh",
+        trainable_theta: bool = False,
         rngs: nnx.Rngs,
     ):
         order = dim if order is None else order
@@ -208,6 +217,7 @@ class RecurrentLMU(Module):
             std = math.sqrt(2 / (inputs + self.outputs))  # Xavier
             return nnx.Param(std * jax.random.normal(rngs.params(), (inputs, self.outputs)))
 
+        self.theta_inv = nnx.Param(jnp.asarray(1 / theta, jnp.float32)) if trainable_theta else None
         self.e_x = encoder(dim)
         self.e_h = encoder(self.outputs) if hidden_to_memory else None
         self.e_m = nnx.Param(jnp.zeros((memory, channels))) if memory_to_memory else None
@@ -232,10 +242,13 @@ class RecurrentLMU(Module):
         wide = accumulator(x.dtype)
         names = ("e_x", "e_h", "e_m", "e_b", "W_m", "W_x", "W_h", "W_b")
         p = {name: getattr(self, name)[...].astype(wide) for name in names if getattr(self, name) is not None}
-        A, B = (jnp.asarray(x, wide) for x in legendre(self.order, self.theta, self.discretizer))
+        A, B = (jnp.asarray(x, wide) for x in _matrices(self, wide))
         inputs = mask_steps(x, valid).astype(wide)
         # What depends on the inputs alone is one product for all steps.
-        driven = inputs if self.cell == "none" else _total(p, W_x=inputs) + p.get("W_b", 0)
+        driven = inputs
+        if self.cell != "none":  # without W_x and W_b still a number per step
+            steps = jnp.zeros((*x.shape[:2], self.outputs), wide)
+            driven = steps + _total(p, W_x=inputs) + p.get("W_b", 0)
         arrays = (
             _total(p, e_x=inputs) + p.get("e_b", 0),
             driven,
@@ -284,5 +297,15 @@ def _where(flags: Array, new: Array, old: Array) -> Array:
     return jnp.where(flags.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
 
 
-def _activation(name: str):
-    return jnp.tanh if name == "tanh" else activation(name)
+def _activation(name: str) -> Callable[[Array], Array]:
+    more = {"tanh": jnp.tanh, "sigmoid": jax.nn.sigmoid, "identity": lambda x: x}
+    check_choice(name, (*more, *ACTIVATIONS), "activation")
+    return more[name] if name in more else ACTIVATIONS[name]
+
+
+def _matrices(module: LMU | RecurrentLMU, dtype: jax.typing.DTypeLike) -> tuple[Any, Any]:
+    """Ā and B̄: constants of the host, or of the window that is learnt."""
+    if module.theta_inv is None:
+        return legendre(module.order, module.theta, module.discretizer)
+    inverse = jnp.abs(module.theta_inv[...].astype(dtype))
+    return legendre_at(module.order, inverse, module.discretizer)

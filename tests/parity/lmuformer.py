@@ -1,6 +1,8 @@
 """The Legendre memory and what is made of it: matrices, both LMUs, the cell with several memories, LIF
 neurons, LMUFormer with and without spikes, and with spiking attention."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,6 +47,8 @@ def _check_matrices(case):
 
 def _check_constants(case):
     """The originals carry Ā, B̄ and the impulse response among their weights: ours are the same numbers."""
+    if _learns_theta(case):  # then they are those of theta = 1, or of where training began
+        return
     for name, value in case.params.items():
         if name.rpartition(".")[2] not in ("A", "B", "H"):
             continue
@@ -54,6 +58,17 @@ def _check_constants(case):
         np.testing.assert_allclose(
             value, expected, atol=1e-12 if value.dtype == np.float64 else 1e-5, err_msg=name
         )
+
+
+def _learns_theta(case):
+    return bool(case.options.get("trainable_theta")) or "theta_inv" in case.params
+
+
+def _theta_inv(case):
+    """The parameter of a window that is learnt."""
+    if not _learns_theta(case):
+        return {}
+    return {"theta_inv": case.params.get("theta_inv", np.asarray(1 / case.options["theta"]))}
 
 
 def _without_constants(case):
@@ -69,24 +84,39 @@ def _wide(module, case):
 
 def _check_parallel(case):
     o = case.options
+    channels = len(case.params["W_u.weight"])
     module = LMU(
-        o["input_size"], hidden=o["hidden_size"], order=o["memory_size"], theta=o["theta"], rngs=nnx.Rngs(0)
+        o["input_size"],
+        hidden=o["hidden_size"],
+        order=o["memory_size"],
+        channels=channels,
+        theta=o["theta"],
+        discretizer=o.get("discretizer", "zoh"),
+        trainable_theta=_learns_theta(case),
+        rngs=nnx.Rngs(0),
     )
-    module = convert(_wide(module, case), _without_constants(case))
+    module = convert(_wide(module, case), _without_constants(case) | _theta_inv(case))
     x = case.array("x")
+    run = jax.jit(lambda x, state: module(x, state))
     u = jax.nn.relu(module.W_u(x))
-    h, m = module(x, module.init_state(len(x), x.dtype))
-    case.check_all({"u": u, "m": module.memory(u)[0], "h": h, "h_n": h[:, -1], "m_n": m[:, 0]})
-    case.check("h", module(x)[0])
+    h, m = run(x, module.init_state(len(x), x.dtype))
+    flat = m.reshape(len(x), -1)  # channel after channel
+    case.check_all({"u": u, "m": module.memory(u)[0], "h": h, "h_n": h[:, -1], "m_n": flat})
+    case.check("h", run(x, None)[0])
     if "m0" in case.inputs:
-        h, m = module(x, case.array("m0")[:, None])
-        case.check_all({"h_from_m0": h, "m_n_from_m0": m[:, 0], "h_n_from_m0": h[:, -1]})
+        h, m = run(x, case.array("m0").reshape(m.shape))
+        case.check_all({"h_from_m0": h, "m_n_from_m0": m.reshape(len(x), -1), "h_n_from_m0": h[:, -1]})
 
 
 def _check_cell(case):
     o = case.options
     module = RecurrentLMU(
-        o["input_size"], hidden=o["hidden_size"], order=o["memory_size"], theta=o["theta"], rngs=nnx.Rngs(0)
+        o["input_size"],
+        hidden=o["hidden_size"],
+        order=o["memory_size"],
+        theta=o["theta"],
+        discretizer=o.get("discretizer", "zoh"),
+        rngs=nnx.Rngs(0),
     )
     module = convert(_wide(module, case), _without_constants(case), prefix="cell.")
     x = case.array("x")
@@ -107,39 +137,62 @@ def _check_multi_channel(case):
     o, theirs = case.options, case.params
     dim, memory = o["input_size"], o["memory_d"] * o["order"]
     to_hidden = theirs.get("hidden_cell.kernel")
+    cell = "rnn" if "hidden_cell.recurrent_kernel" in theirs else "none" if to_hidden is None else "dense"
+    switches = {
+        name: o.get(name, False) for name in ("hidden_to_memory", "memory_to_memory", "input_to_hidden")
+    }
     module = RecurrentLMU(
         dim,
-        hidden=o["hidden"],
+        hidden=None if cell == "none" else to_hidden.shape[1],
         channels=o["memory_d"],
         order=o["order"],
         theta=o["theta"],
-        hidden_to_memory=o["hidden_to_memory"],
-        memory_to_memory=o["memory_to_memory"],
-        input_to_hidden=o["input_to_hidden"],
-        use_bias=o["use_bias"],
+        **switches,
+        use_bias="bias" in theirs,
         hidden_bias="hidden_cell.bias" in theirs,
-        cell="rnn" if "hidden_cell.recurrent_kernel" in theirs else "none" if to_hidden is None else "dense",
+        cell=cell,
+        activation=_activation(case, cell),
         discretizer=o.get("discretizer", "zoh"),
+        trainable_theta=_learns_theta(case),
         rngs=nnx.Rngs(0),
     )
     ours = {"e_x": theirs["kernel"][:dim].T, "e_b": theirs.get("bias"), "W_b": theirs.get("hidden_cell.bias")}
+    ours |= _theta_inv(case)
     kernels = {"e_m": theirs.get("recurrent_kernel"), "W_h": theirs.get("hidden_cell.recurrent_kernel")}
-    if o["hidden_to_memory"]:
+    if switches["hidden_to_memory"]:
         kernels["e_h"] = theirs["kernel"][dim:]
     if to_hidden is not None:
-        kernels |= {"W_m": to_hidden[:memory], "W_x": to_hidden[memory:] if o["input_to_hidden"] else None}
+        kernels |= {
+            "W_m": to_hidden[:memory],
+            "W_x": to_hidden[memory:] if switches["input_to_hidden"] else None,
+        }
     ours |= {name: value.T for name, value in kernels.items() if value is not None}
     module = convert(_wide(module, case), {name: value for name, value in ours.items() if value is not None})
     x = case.array("x")
-    h, state = module(x, module.init_state(len(x), x.dtype))
-    case.check("h", h)
-    memories, now = [], module.init_state(len(x), x.dtype)
-    step = jax.jit(lambda x, state: module(x, state)[1])
+    start = module.init_state(len(x), x.dtype)
+    run = jax.jit(lambda x, state: module(x, state))
+    h, state = run(x, start)
+    case.check_all({"h": h, "h_n": h[:, -1], "m_n": state.memory})
+    memories, now = [], start
     for t in range(x.shape[1]):
-        now = step(x[:, t : t + 1], now)
+        _, now = run(x[:, t : t + 1], now)
         memories.append(now.memory)
-    case.check("m", np.stack(memories, axis=1))
+    case.check_all({"m": np.stack(memories, axis=1)})
     np.testing.assert_allclose(state.memory, memories[-1], rtol=1e-5, atol=1e-6)
+    if "m0" in case.inputs:
+        given = {"memory": case.array("m0").reshape(start.memory.shape)}
+        given |= {"hidden": case.array("h0")} if module.feeds_back and "h0" in case.inputs else {}
+        h, state = run(x, start._replace(**given))
+        case.check_all({"h_from_state": h, "h_n_from_state": h[:, -1], "m_n_from_state": state.memory})
+
+
+def _activation(case, cell):
+    """Of the hidden part: as `meta` says, or as Keras has it."""
+    named = case.options.get("activation", case.options.get("hidden_activation"))
+    text = f"{case.options.get('hidden_cell', '')} {case.meta.get('class', '')}"
+    written = re.search(r"(?:SimpleRNN|Dense)\w*\((?:[^()]*activation=)?['\"]?([a-z]+)", text)
+    name = named or (written.group(1) if written else "tanh" if cell == "rnn" else "linear")
+    return "identity" if name == "linear" else name
 
 
 def _check_lif(case):
