@@ -13,9 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from seqlab.checks import UserError, check_choice, check_divides, check_positive
 from seqlab.models.cache import Full, Policy, Scores, parse_cache
-from seqlab.models.cache.sealing import seal_resets
 from seqlab.models.layers import Linear, RMSNorm, RotaryScaling, ShortConv, rotate
 from seqlab.module import Module
+from seqlab.resets import sealed
 from seqlab.shapes import Activations, Keys, LogSumExp, Queries, Steps, Values
 from seqlab.state import State, mask_steps, state_bytes
 
@@ -146,11 +146,15 @@ class Attention(Module):
         if x.shape[1] == 0:  # nothing arrived
             return jnp.zeros((x.shape[0], 0, self.dim), x.dtype), state
         scores = Scores(self.rotary, self.softcap, self.scale)
-        if reset is None:
-            out, lse, new = self.cache(q, k, v, cache, None, valid, scores)
-        else:
-            out, lse, new = seal_resets(self.cache, (q, k, v), cache, reset, valid, scores)
-        return self.read_out(self.without_sink(out, lse)), (new if conv is None else KeyConvState(new, conv))
+
+        def attend(qkv: tuple[Array, ...], cache: State | None) -> tuple[tuple[Array, Array], State | None]:
+            out, lse, new = self.cache(*qkv, cache, reset, valid, scores)
+            return (out, lse), new
+
+        qkv = (q, k, v)
+        (out, lse), new = attend(qkv, cache) if reset is None else sealed(attend, qkv, cache, reset, valid)
+        y = mask_steps(self.read_out(self.without_sink(out, lse)), valid)
+        return y, (new if conv is None else KeyConvState(new, conv))
 
     def project(
         self,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from seqlab.checks import UserError
 from seqlab.mixer import Mixer, State
@@ -73,36 +73,6 @@ def mask_steps(x: T, valid: Steps | None) -> T:
     return jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
 
 
-class Broken(NamedTuple):
-    """Which results are NaN because their sequence has had a step that is not finite, at them or before.
-
-    `steps` [b, t]: outputs. `last` [b]: the state, where that is of such a sequence.
-    """
-
-    steps: Bool[Array, "b t"]
-    last: Bool[Array, " b"]
-
-
-def broken(bad: Steps, start: Bool[Array, " b"] | None, reset: Steps, valid: Steps | None) -> Broken:
-    """Where sequences are broken by `bad` steps, or by a state that was broken at the `start`.
-
-    A reset is to forget NaN and infinity, too, but steps before and after it share sums and products, where
-    0 * NaN is NaN. So what is not finite is masked before anything reads it, and put back by this.
-    """
-    where = segments(reset.shape, 0, reset, valid)
-    there = where.ids > 0
-    bad = bad & there
-    count = running_sum(bad)
-    before = running_max(jnp.where(reset & there, count - bad, 0))
-    steps = count > before
-    if start is not None:
-        steps = steps | (start[:, None] & (where.ids == 1))
-    # Padding may stand last: of the last sequence the last valid step tells.
-    last = jnp.any(steps & there & (where.ids == where.last[:, None]), axis=1)
-    last = last if start is None else last | (start & (where.last == 1))
-    return Broken(steps & there, last)
-
-
 def state_bytes(mixer: Mixer, batch: int = 1, dtype: jax.typing.DTypeLike = jnp.float32) -> int:
     """The bytes of the state of `batch` sequences, known before anything is allocated."""
     state = jax.eval_shape(lambda: mixer.init_state(batch, dtype))
@@ -115,7 +85,7 @@ def take_rows(state: T, rows: Sequence[int] | Int[Array, " r"]) -> T:
     Raises ValueError for rows that the state does not have; traced rows are not looked at.
     """
     index = _row_index(rows, _batch_of(state))
-    return _by_row(lambda leaf, axis: jnp.take(leaf, index, axis=axis), state)
+    return by_row(lambda leaf, axis: jnp.take(leaf, index, axis=axis), state)
 
 
 def put_rows(state: T, rows: Sequence[int] | Int[Array, " r"], values: T) -> T:
@@ -128,7 +98,7 @@ def put_rows(state: T, rows: Sequence[int] | Int[Array, " r"], values: T) -> T:
     index = _row_index(rows, _batch_of(state), once=True)
     if (batch := _batch_of(values)) not in (None, index.shape[0]):
         raise UserError(f"rows must name one row for each of the {batch} of values, got {index.shape[0]}")
-    return _by_row(lambda leaf, axis, new: leaf.at[(slice(None),) * axis + (index,)].set(new), state, values)
+    return by_row(lambda leaf, axis, new: leaf.at[(slice(None),) * axis + (index,)].set(new), state, values)
 
 
 def check_state(state: State, like: State, name: str = "state") -> None:
@@ -162,7 +132,7 @@ def _check_leaf(name: str, leaf: Any, expected: Any, axis: int) -> None:
 
 
 def _row_axes(state: State) -> State:
-    return _by_row(lambda leaf, axis: axis, state)
+    return by_row(lambda leaf, axis: axis, state)
 
 
 def _batch_of(state: State, name: str = "state") -> int | None:
@@ -195,10 +165,12 @@ def select_rows(keep: Array, new: T, old: T) -> T:
     def choose(leaf: Array, axis: int, other: Array) -> Array:
         return jnp.where(keep.reshape((1,) * axis + (-1,) + (1,) * (leaf.ndim - axis - 1)), leaf, other)
 
-    return _by_row(choose, new, old)
+    return by_row(choose, new, old)
 
 
-def _by_row(function: Any, state: T, *others: T) -> T:
+def by_row(function: Any, state: T, *others: T) -> T:
+    """`state` with `function(leaf, axis of its rows, leaves of others)` in place of every leaf."""
+
     def visit(axis: int) -> Any:
         def leaf(x: Any, *rest: Any) -> Any:
             if isinstance(x, Stacked):

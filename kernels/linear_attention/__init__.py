@@ -23,8 +23,9 @@ from jaxtyping import Array, Float
 from seqlab.checks import UserError
 from seqlab.kernels.dispatch import Op, vary_alike
 from seqlab.parallel import sequence_parallel
+from seqlab.resets import Broken, broken
 from seqlab.shapes import Steps, accumulator
-from seqlab.state import Broken, broken, mask_steps
+from seqlab.state import mask_steps
 
 _op = Op("linear_attention", __name__, ("reference", "xla", "pallas_tpu", "triton_gpu"))
 

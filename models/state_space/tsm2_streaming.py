@@ -12,6 +12,7 @@ from seqlab.checks import UserError
 from seqlab.models.layers import Factory
 from seqlab.models.state_space.mambamixer import SelectiveMixer
 from seqlab.models.state_space.tsm2 import EPSILON, Forecast, Forecaster, Series
+from seqlab.resets import sealed
 from seqlab.shapes import Steps, accumulator
 from seqlab.state import State, mask_steps, segments, select_rows
 
@@ -98,20 +99,20 @@ class StreamingTSM2(Forecaster):
         return self.variates
 
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> StreamingTSM2State:
-        none = jnp.zeros((batch,), jnp.int32)
         return StreamingTSM2State(
             recent=jnp.zeros((batch, self.patch - 1, self.variates), dtype),
-            seen=none,
+            seen=jnp.zeros((batch,), jnp.int32),
             scale=self._no_scale(batch, dtype),
             stack=self.stack.init_state(batch, dtype),
             tokens=jnp.zeros((batch, self.patches - 1, self.variates, self.width), dtype),
-            count=none,
+            count=jnp.zeros((batch,), jnp.int32),
             forecast=jnp.zeros((batch, self.horizon, self.variates), dtype),
         )
 
     def _no_scale(self, batch: int, dtype: jax.typing.DTypeLike) -> Scale | tuple[()]:
-        zeros = jnp.zeros((batch, self.variates), accumulator(dtype))
-        return Scale(zeros[:, :1], zeros, zeros) if self.reversible else ()
+        widths = (1, self.variates, self.variates) if self.reversible else ()
+        scale = [jnp.zeros((batch, width), accumulator(dtype)) for width in widths]
+        return Scale(*scale) if scale else ()
 
     def forecast(self, x: Series) -> Forecast:
         """What follows x [b, t, m], t >= patch: [b, horizon, m]."""
@@ -139,9 +140,19 @@ class StreamingTSM2(Forecaster):
     ):
         self.check(x)
         batch, time, _ = x.shape
-        old = self.init_state(batch, x.dtype) if state is None else state
         if time == 0:
             return jnp.zeros((batch, 0, self.horizon, self.variates), x.dtype), state
+        if reset is None:
+            return self._called(x, state, None, valid)
+        return sealed(
+            lambda arrays, state: self._called(*arrays, state, reset, valid), (x,), state, reset, valid
+        )
+
+    def _called(
+        self, x: Series, state: StreamingTSM2State | None, reset: Steps | None, valid: Steps | None
+    ) -> tuple[Float[Array, "b t h m"], StreamingTSM2State | None]:
+        batch, time, _ = x.shape
+        old = self.init_state(batch, x.dtype) if state is None else state
         order, kept, total = None, None, jnp.full((batch,), time, jnp.int32)
         if (
             valid is not None
