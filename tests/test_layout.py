@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FOLDERS = ("seqlab", "models", "kernels", "train", "configs")
 # Of seqlab/: imported by everything, importing nothing above it.
-CORE = ("_moved", "shapes", "module", "state", "mixer", "checks", "names", "parallel", "tokenizers")
+CORE = ("_moved", "shapes", "module", "state", "resets", "mixer", "checks", "names", "parallel", "tokenizers")
 ORDER = ("core", "kernels", "models", "train", "configs", "top")  # each may import what stands before it
 
 

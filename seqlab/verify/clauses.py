@@ -9,7 +9,7 @@ import numpy as np
 from flax.errors import TraceContextError
 from jaxtyping import Array
 
-from seqlab.mixer import State
+from seqlab.mixer import State, as_mixer
 from seqlab.module import split
 from seqlab.state import put_rows, take_rows
 from seqlab.verify.report import GRADIENT_SLACK, Check, compare, identical
@@ -189,7 +189,7 @@ def hidden_state(subject: Subject) -> list[Check]:
     state = subject.state(x.shape[0])
     before = split(mixer)
     try:
-        programs = [_program(mixer, x, state) for _ in range(2)]
+        programs = [_program(mixer, x, state if as_mixer(mixer).causal else None) for _ in range(2)]
         changed = _changed(before, split(mixer))
     except (TraceContextError, jax.errors.UnexpectedTracerError) as error:
         first = str(error).partition("\n")[0][:100]
