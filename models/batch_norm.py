@@ -17,7 +17,7 @@ class BatchNorm(Module):
     In evaluation, which is how a model is born, they are the running statistics: an affine map, so that
     streaming is exact. In training (`model.train()`, as everywhere in NNX; seqlab's training step does it
     itself) they are those of the batch, over rows and valid steps: rows are then not independent, a chunk is
-    not the whole, and the law does not hold. Every training call moves the running statistics,
+    not the whole, and the streaming contract does not hold. Every training call moves the running statistics,
 
         running <- (1 - momentum) running + momentum batch
 

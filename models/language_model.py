@@ -10,7 +10,7 @@ from seqlab.shapes import Activations, Steps, Tokens, accumulator
 
 
 class LanguageModel(Model):
-    """Next-token logits [b, t, vocab] of tokens [b, t]; a mixer over tokens, under the same law.
+    """Next-token logits [b, t, vocab] of tokens [b, t]; a mixer over tokens, with the same contract.
 
     Args:
       mixers, channel_mixer, norm, scan_layers, remat: as in `Backbone`.

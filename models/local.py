@@ -1,8 +1,8 @@
 """Local mixers of sequences: PoolFormer's pooling and WaveMix's wavelets in one dimension, looking back only,
 so that they stream.
 
-Nobody published these forms: they are what remains of the image mixers (`seqlab.models.images`) under the
-law.
+These forms are not published: they are the image mixers (`seqlab.models.images`) made causal, under the
+streaming contract.
 """
 
 import math

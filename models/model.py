@@ -17,7 +17,7 @@ from seqlab.state import State, mask_steps
 
 
 class Model(Composite, Module):
-    """A backbone between `embed` and `read_out`; a mixer over what goes in, under the same law.
+    """A backbone between `embed` and `read_out`; a mixer over its inputs, with the same contract.
 
     A subclass sets `dtype` and `backbone` and defines the two ends, each a function of one step alone.
     """

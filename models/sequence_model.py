@@ -14,7 +14,7 @@ from seqlab.state import mask_steps
 
 class SequenceModel(Model):
     """Outputs [b, t, outputs] of numbers [b, t, inputs]: a linear map in, a backbone, a linear map out, under
-    the same law.
+    the same contract.
 
     What is known at a step is all that came before: a whole sequence is classified at its last valid step.
 

@@ -1,11 +1,11 @@
 """seqlab: efficient sequence models, built, trained and streamed in JAX.
 
-The mental model is one law. A mixer is a function of a chunk of any length and of a state of constant size,
+The streaming contract: a mixer is a function of a chunk of any length and of a state of constant size,
 
     y, state = mixer(x, state, reset=None, valid=None)
 
 and the whole sequence, any split of it into chunks, and one step at a time are the same function.
-`verify_streaming` checks it on any mixer or model; `stream_generate` lives by it.
+`verify_streaming` checks it on any mixer or model; `stream_generate` relies on it.
 
 Importing seqlab imports neither JAX nor any of the heavier libraries: every public name is loaded when it is
 first used.

@@ -1,4 +1,4 @@
-"""The short convolution: every implementation equals the sliding window in float64 and obeys the law."""
+"""The short convolution: every implementation equals the sliding window in float64 and satisfies the contract."""
 
 import functools
 

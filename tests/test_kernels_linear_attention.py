@@ -1,4 +1,4 @@
-"""Linear attention: every implementation equals the recurrence in float64 and obeys the law."""
+"""Linear attention: every implementation equals the recurrence in float64 and satisfies the contract."""
 
 import functools
 

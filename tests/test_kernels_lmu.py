@@ -1,4 +1,4 @@
-"""The linear memory: every implementation equals the recurrence in float64 and obeys the law; the matrices
+"""The linear memory: every implementation equals the recurrence in float64 and satisfies the contract; matrices
 are those of the equations."""
 
 import functools

@@ -1,4 +1,4 @@
-"""The selective scan: every implementation equals the recurrence in float64 and obeys the law."""
+"""The selective scan: every implementation equals the recurrence in float64 and satisfies the contract."""
 
 import functools
 

@@ -1,5 +1,4 @@
-"""The causal forms of pooling and wavelets: their numbers. That they obey the law is
-tests/test_streaming.py's business."""
+"""The causal forms of pooling and wavelets: their numbers. tests/test_streaming.py tests their contract."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""MambaMixer and TSM2 beyond the law and the golden numbers: packed rows in both directions, the sums, the
+"""MambaMixer and TSM2 beyond the contract and the golden numbers: packed rows in both directions, the sums, the
 two forms of TSM2."""
 
 import functools
@@ -39,7 +39,7 @@ def documents(reset, valid):
 
 def alone(run, x, steps):
     """What `run(x, valid)` makes of one sequence, at the front of a row that is filled up with steps that are
-    not valid (one shape, one compilation; that filling changes nothing is a clause of the law)."""
+    not valid (one shape, one compilation; that filling changes nothing is a clause of the contract)."""
     front = np.full_like(x, np.nan)
     front[: len(steps)] = x[steps]
     y, _ = run(front[None], np.arange(len(x))[None] < len(steps))

@@ -42,7 +42,7 @@ LONG = (
     "tutorial.md",
     "how-to/cache.md",
     "how-to/devices.md",
-    "explanation/law.md",
+    "explanation/contract.md",
     "explanation/algebras.md",
 )  # among the slow tests
 WITH_FLAGS = re.compile(r"^\w+=\S+$")

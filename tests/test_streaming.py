@@ -1,4 +1,4 @@
-"""The law, over every mixer and every whole model."""
+"""The streaming contract, for every mixer and every whole model."""
 
 import functools
 
@@ -29,7 +29,7 @@ MODELS = [name if name == "lm_hybrid" else pytest.param(name, marks=SLOW) for na
 
 
 @pytest.mark.parametrize("name", MIXERS)
-def test_mixer_obeys_the_law(name):
+def test_mixer_satisfies_the_contract(name):
     # Codes and choices jump where a number lies between two: float32's own rounding may tip one over, on one
     # machine or another. float64's does not.
     dtype = "float64" if name.startswith(JUMPS) else "float32"
@@ -39,13 +39,13 @@ def test_mixer_obeys_the_law(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_model_obeys_the_law(name):
+def test_model_satisfies_the_contract(name):
     verify_streaming(zoo.model(name), length=LENGTH, gradients=name in WITH_GRADIENTS).raise_for_failure()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mamba"])
-def test_mixer_obeys_the_law_in_float64(name):
+def test_mixer_satisfies_the_contract_in_float64(name):
     report = verify_streaming(
         zoo.mixer(name), length=LENGTH, dtype="float64", gradients=name == "mamba"
     ).raise_for_failure()
@@ -54,28 +54,28 @@ def test_mixer_obeys_the_law_in_float64(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({*zoo.MIXERS, *zoo.MODELS} - set(WITH_GRADIENTS)))
-def test_the_other_gradients_obey_the_law(name):
+def test_the_other_gradients_satisfy_the_contract(name):
     verify_streaming(
         zoo.mixer(name) if name in zoo.MIXERS else zoo.model(name), length=LENGTH
     ).raise_for_failure()
 
 
 @pytest.mark.parametrize("name", ["mamba"])
-def test_mixer_obeys_the_law_in_bfloat16(name):
+def test_mixer_satisfies_the_contract_in_bfloat16(name):
     verify_streaming(zoo.mixer(name), length=LENGTH, dtype="bfloat16", gradients=False).raise_for_failure()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 @pytest.mark.parametrize("name", [name for name in zoo.MIXERS if not name.startswith(JUMPS)])
-def test_every_mixer_obeys_the_law_in_other_dtypes(name, dtype):
+def test_every_mixer_satisfies_the_contract_in_other_dtypes(name, dtype):
     verify_streaming(zoo.mixer(name), length=LENGTH, dtype=dtype).raise_for_failure()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 @pytest.mark.parametrize("name", zoo.MODELS)
-def test_model_obeys_the_law_in_other_dtypes(name, dtype):
+def test_model_satisfies_the_contract_in_other_dtypes(name, dtype):
     verify_streaming(zoo.model(name, dtype), length=LENGTH).raise_for_failure()
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels on any CPU: interpreted they obey the law and equal the truth, compiled for sm_90 they
+"""Triton kernels on any CPU: interpreted they equal the reference, compiled for sm_90 they
 fit."""
 
 import dataclasses
@@ -188,7 +188,7 @@ def test_conv_is_that_of_float64(name, interpreted):
 
 
 @pytest.mark.slow
-def test_conv_obeys_the_law(interpreted):
+def test_conv_satisfies_the_contract(interpreted):
     test_kernels_conv.test_chunks_are_the_whole("triton_gpu", (1, 6, 1))
     test_kernels_conv.test_a_reset_separates_two_calls_whatever_came_before("triton_gpu")
     test_kernels_conv.test_invalid_steps_do_nothing("triton_gpu", 1)
@@ -268,7 +268,7 @@ def test_scan_is_that_of_float64(name, interpreted):
 
 
 @pytest.mark.slow
-def test_scan_obeys_the_law(interpreted):
+def test_scan_satisfies_the_contract(interpreted):
     test_kernels_scan.test_chunks_are_the_whole("triton_gpu", (1, 6, 1))
     test_kernels_scan.test_a_reset_separates_two_calls_whatever_the_state_held("triton_gpu")
     test_kernels_scan.test_invalid_steps_do_nothing("triton_gpu", 1)
@@ -541,7 +541,7 @@ def test_linear_attention_is_that_of_float64(name, interpreted):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [("channel", None), ("head", "head")], ids=["plain", "delta"])
-def test_linear_attention_obeys_the_law(kind, interpreted):
+def test_linear_attention_satisfies_the_contract(kind, interpreted):
     theirs, name = test_kernels_linear_attention, {"implementation": "triton_gpu"}
     theirs.test_chunks_are_the_whole(kind=kind, splits=(1, 7, 1), **name)
     theirs.test_a_log_decay_of_minus_infinity_forgets(kind=kind[0], **name)

@@ -1,4 +1,4 @@
-"""Every mixer and every kind of whole model, small: what the law is tested on."""
+"""Every mixer and every kind of whole model, small: the subjects of the streaming contract's tests."""
 
 import functools
 

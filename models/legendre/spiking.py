@@ -89,7 +89,7 @@ class Spike(Module):
 
     A spike is a threshold: where a membrane comes within rounding of it, another split of the same sequence,
     another machine or another precision may fire differently, and from there on differ by whole spikes. The
-    arithmetic obeys the law exactly; such near ties are what no reordering of float32 sums can rule out (a
+    arithmetic satisfies the streaming contract exactly; such near ties are what no reordering of float32 sums can rule out (a
     membrane within 1e-6 of the threshold, one in a million steps).
 
     State: the membrane v [b, d], float32.

@@ -2,15 +2,13 @@
 version).
 
 Every variate is cut into patches of P steps, one every S steps; a patch becomes a vector, so there are tokens
-[b, n, m, d] for n patches
-of m variates. A `MambaMixerStack` mixes them: its token mixer scans the patches of a variate forwards, its
-channel mixer scans the variates of a patch in both directions. The last n tokens of a variate give its
-forecast, by one linear map that all variates share.
+[b, n, m, d] for n patches of m variates. A `MambaMixerStack` mixes them: its token mixer scans the patches of
+a variate forwards, its channel mixer scans the variates of a patch in both directions. One linear map, shared
+by all variates, computes the forecast of a variate from its last n tokens.
 
-`TSM2` is the published form, from a window to a forecast. Its norm takes statistics over time, so it cannot
-stream. `StreamingTSM2` obeys
-the law: the same layers, with statistics that only look back. Left out: the paper's static and future
-covariates.
+`TSM2` is the published form, from a window to a forecast. Its norm computes statistics over time, so it cannot
+stream. `StreamingTSM2` satisfies the streaming contract: the same layers, with statistics of the past only.
+The paper's static and future covariates are left out.
 """
 
 import functools

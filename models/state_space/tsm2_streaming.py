@@ -1,5 +1,5 @@
-"""TSM2 under the law: a forecast at every step of an endless series, from states of constant size (see `tsm2`
-for the published form)."""
+"""Streaming TSM2: a forecast at every step of an endless series, from states of constant size (see `tsm2` for
+the published form)."""
 
 from typing import NamedTuple
 

@@ -1,21 +1,19 @@
-"""Trained models for programs that know nothing of seqlab: weights, and the streaming functions as StableHLO.
+"""Export of trained models for programs without seqlab: weights, and the streaming functions as StableHLO.
 
 A bundle is a folder:
 
-    weights.safetensors          parameters by our names
-    init_state.bin               rows [b] (any numbers) -> state
-    prefill.bin                  params, inputs [b, c, ...], valid [b, c], state -> outputs [b, c, o], state
-    step.bin                     params, inputs [b, ...], state -> outputs [b, o], state
-    manifest.json                what they were made of and for
-    tokenizer.json               of a model of text with a tokenizer of its own
-    run.py                       a short program that streams with it: jax, numpy and safetensors (and tokenizers)
-    published/                   config.json and safetensors as transformers reads them, for models of a
-    published family
+    weights.safetensors    parameters by seqlab's names
+    init_state.bin         rows [b] (any numbers) -> state
+    prefill.bin            params, inputs [b, c, ...], valid [b, c], state -> outputs [b, c, o], state
+    step.bin               params, inputs [b, ...], state -> outputs [b, o], state
+    manifest.json          shapes, platforms, versions, origin
+    tokenizer.json         for a text model with its own tokenizer
+    run.py                 a short program that streams with it; needs jax, numpy, safetensors (tokenizers)
+    published/             config.json and safetensors in transformers' format, for published families
 
 The three functions are serialized `jax.export`s for any number b of rows and every platform of the manifest;
-the state is a list of
-arrays. A prompt of any length goes through `prefill` in chunks of c steps, the last one padded and masked:
-the law makes that exact.
+the state is a list of arrays. `prefill` reads a prompt of any length in chunks of c steps; the last one is
+padded and masked, which the streaming contract makes exact.
 """
 
 import json

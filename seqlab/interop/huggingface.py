@@ -1,8 +1,8 @@
-"""Published models: folders with config.json and safetensors, as Hugging Face writes them, in and out.
+"""Loading and saving of published models: folders with config.json and safetensors, as Hugging Face writes them.
 
 `seqlab.load` reads such a folder (or fetches it by its hub id) into a model like any other: it streams with
-any cache, trains and is checked by the same law. `save_pretrained` writes one that transformers reads. What a
-config asks for and seqlab does not compute is refused before any weight is read.
+any cache, trains and satisfies the same contract. `save_pretrained` writes one that transformers reads. Options
+of a config that seqlab does not implement are refused before any weight is read.
 """
 
 import hashlib

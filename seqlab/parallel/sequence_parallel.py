@@ -1,4 +1,4 @@
-"""Time split over the devices of the mesh axis `sequence` (clause C5 of the law): the same function, 1/N of
+"""Time split over the devices of the mesh axis `sequence` (clause C5 of the streaming contract): the same function, 1/N of
 the memory a device.
 
 Models know nothing of it. Under `jax.set_mesh(make_mesh(sequence=8))` arrays [b, t, ...] are global as ever

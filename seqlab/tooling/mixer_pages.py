@@ -44,7 +44,7 @@ def page(cls: type) -> str:
         parts.append(f"## State\n\n{_state(mixer)}")
     if pitfalls:
         parts.append(f"## Pitfalls\n\n{pitfalls}")
-    parts += [f"## Use\n\n{_use(cls, where)}", f"## Source\n\n{_sources(cls)}"]
+    parts += [f"## Use\n\n{_use(cls, where, mixer.causal)}", f"## Source\n\n{_sources(cls)}"]
     return "\n\n".join(part.strip("\n") for part in parts if part.strip()) + "\n"
 
 
@@ -115,12 +115,12 @@ def _contract(mixer: Any) -> str:
         else ""
     )
     exact = "" if mixer.exact else ", approximate when streamed"
-    law = (
+    contract = (
         "Whole = any split into chunks = step by step; padding, resets and neighbouring rows change nothing."
         if mixer.causal
         else ""
     )
-    return f"{causal}{delay}{exact}. {law}"
+    return f"{causal}{delay}{exact}. {contract}"
 
 
 def _size(mixer: Any) -> str:
@@ -168,7 +168,7 @@ def _state(mixer: Any) -> str:
     )
 
 
-def _use(cls: type, needed: str) -> str:
+def _use(cls: type, needed: str, causal: bool) -> str:
     signature = ", ".join(
         str(p).split(":")[0] + _default(p)
         for p in inspect.signature(cls).parameters.values()
@@ -177,7 +177,7 @@ def _use(cls: type, needed: str) -> str:
     call = f"{cls.__name__}({_DIM}{needed}, rngs=nnx.Rngs(0))"
     line = (
         "y, state = mixer(x, mixer.init_state(batch))"
-        if cls.causal
+        if causal
         else "y, _ = mixer(x)  # the whole sequence at once"
     )
     code = f"from flax import nnx\nfrom seqlab.models import {cls.__name__}\n\nmixer = {call}\n{line}"

@@ -242,7 +242,7 @@ def caches() -> str:
             prose(parse_cache.__doc__),
             "## Cost",
             "Of one layer with two heads of 64 channels in float16, one stream, before it grows. All of "
-            "them obey the law.",
+            "them satisfy the streaming contract.",
             _table(head, rows),
             "Coded caches keep scales beside the codes, and the newest steps exactly, which is why four "
             "bits are not a quarter of 16.",

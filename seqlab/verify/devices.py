@@ -1,4 +1,4 @@
-"""Clause C5 of the law, checked: a sequence split over devices equals one device, for any mixer or model, a
+"""Checks of clause C5 of the streaming contract: a sequence split over devices equals one device, for any mixer or model, a
 user's own included.
 
 print(seqlab.verify_devices(MyMixer(64, rngs=nnx.Rngs(0)), devices=8))

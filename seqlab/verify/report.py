@@ -71,8 +71,9 @@ class Report:
         return self
 
     def __str__(self) -> str:
-        verdict = "obeys the law" if self.ok else "BREAKS THE LAW"
-        head = f"{self.mixer} {verdict} ({self.dtype}, {self.length} steps, {self.state_bytes} bytes of state a row)"
+        verdict = "satisfies the streaming contract" if self.ok else "breaks the streaming contract"
+        size = f"{self.state_bytes} bytes of state per row"
+        head = f"{self.mixer} {verdict} ({self.dtype}, {self.length} steps, {size})"
         return "\n".join([head, *map(str, self.checks)])
 
 
