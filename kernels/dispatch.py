@@ -32,12 +32,8 @@ _PREFERENCE = {"gpu": ("xla",), "tpu": ("xla",), "cpu": ("xla",)}
 _forced = jax.make_user_context(default_value=None)
 _explained = jax.make_user_context(default_value=None)
 
-NAMES = (
-    "reference",
-    "xla",
-    "pallas_tpu",
-    "triton_gpu",
-)  # that an op may have or lack; some have others besides
+# An op may lack some of these; some ops have others.
+NAMES = ("reference", "xla", "pallas_tpu", "triton_gpu")
 Named = str | tuple[str, ...] | None
 
 _log: contextvars.ContextVar[list["Choice"] | None] = contextvars.ContextVar("seqlab_choices", default=None)
@@ -119,9 +115,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Cho
     choices: list[Choice] = []
     token = _log.set(choices)
     try:
-        with _explained(
-            object()
-        ):  # a value never seen: jitted functions inside are traced, not remembered, and so tell their choices
+        # A new value each time, so that jitted functions inside are traced again and report their choices.
+        with _explained(object()):
             jax.eval_shape(lambda *a: function(*a, **kwargs), *args)
     finally:
         _log.reset(token)

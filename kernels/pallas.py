@@ -100,9 +100,8 @@ def call(
     return run(*tables, *arrays)
 
 
-_MEMORY = (
-    64 * 2**20
-)  # of the 128 MiB of vector memory that TPUs have had since v5; the compiler's own limit is 16
+# Of the 128 MiB of vector memory that TPUs have had since v5; the compiler's own limit is 16
+_MEMORY = 64 * 2**20
 
 
 def vector(shape: tuple[int, ...], dtype: Any = jnp.float32) -> Any:

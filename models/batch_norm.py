@@ -51,12 +51,10 @@ class BatchNorm(Module):
         seen = x.shape[0] * x.shape[1] if valid is None else jnp.sum(valid, dtype=x.dtype)
         count = jnp.maximum(seen, 1)
         mean = jnp.sum(x, axis=(0, 1)) / count
-        centred = mask_steps(
-            x - jax.lax.stop_gradient(mean), valid
-        )  # what is centred sums to zero: var does not move with the mean
-        var = (
-            jnp.sum(centred * centred, axis=(0, 1)) / count
-        )  # of jnp.square another array would be kept for the gradient
+        # Centred values sum to zero: the variance has no gradient through the mean.
+        centred = mask_steps(x - jax.lax.stop_gradient(mean), valid)
+        # jnp.square would keep another array for the gradient.
+        var = jnp.sum(centred * centred, axis=(0, 1)) / count
         for statistic, batch in (
             (self.running_mean, mean),
             (self.running_var, var * (count / jnp.maximum(count - 1, 1))),

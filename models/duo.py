@@ -142,9 +142,8 @@ def retrieval_heads(alpha: Gates, sparsity: float, seed: int = 0) -> list[list[b
         raise UserError(f"sparsity must be a share between 0 and 1, got {sparsity}")
     if sparsity in (0, 1):
         return np.full(alpha.shape, sparsity == 0).tolist()
-    noisy = np.asarray(alpha, np.float64) + np.random.default_rng(seed).uniform(
-        0, 1e-6, alpha.shape
-    )  # equal gates are parted at random
+    # Ties between equal gates are broken at random.
+    noisy = np.asarray(alpha, np.float64) + np.random.default_rng(seed).uniform(0, 1e-6, alpha.shape)
     return (noisy >= np.quantile(noisy, sparsity)).tolist()
 
 

@@ -63,9 +63,8 @@ def matmul(
     """x W, accumulated and returned in `dtype`. On a CPU the leading axes are made one: XLA would transpose x
     for the gradient of W."""
     split = x.ndim > 2 and sequence_parallel.parts(x.shape[1]) > 1
-    if (
-        split or jax.default_backend() != "cpu"
-    ):  # there the axes stay apart, since each may be sharded over its own mesh axis
+    # The axes are kept separate, since each may be sharded over its own mesh axis.
+    if split or jax.default_backend() != "cpu":
         return jnp.matmul(x, weight, preferred_element_type=dtype)
     return jnp.matmul(x.reshape(-1, x.shape[-1]), weight, preferred_element_type=dtype).reshape(
         *x.shape[:-1], weight.shape[1]
@@ -381,9 +380,8 @@ def _device_by_device(
     ends."""
     leaves, tree = jax.tree.flatten(inputs)
     real = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
-    there = sequence_parallel.all_valid(
-        None, leaves[0].shape
-    )  # the steps that fill up the last stretch are not
+    # The steps that pad the last segment are not valid.
+    there = sequence_parallel.all_valid(None, leaves[0].shape)
 
     def guarded(old: State, now: Any, *constants: Any) -> tuple[State, Any]:
         now, there = now

@@ -3,9 +3,8 @@
 import sys
 
 if not sys.flags.safe_path:
-    del sys.path[
-        0
-    ]  # the folder one works in: -m puts it first, and a jax.py that lies there would be imported
+    # The current folder, which -m puts first: a jax.py there would be imported.
+    del sys.path[0]
 
 from seqlab.cli import main
 

@@ -63,9 +63,8 @@ def imported(name: str) -> Any:
     found = importlib.import_module(module)
     for part in attribute.split("."):
         found = getattr(found, part)
-    if (
-        allowed is not None and name not in allowed
-    ):  # what a module of ours imported from elsewhere is not ours
+    # Names that a seqlab module imported from elsewhere are not part of seqlab.
+    if allowed is not None and name not in allowed:
         _check_ours(name, str(getattr(found, "__module__", "")), str(getattr(found, "__qualname__", "_")))
     return found
 

@@ -224,9 +224,8 @@ def load_state(path: str | os.PathLike[str], like: T) -> T:
 
 def _storable(leaf: Array) -> np.ndarray:
     array = np.asarray(leaf)
-    return (
-        array.astype(np.float32) if array.dtype == jnp.bfloat16 else array
-    )  # exact: bfloat16 is a subset of float32
+    # Exact: bfloat16 is a subset of float32
+    return array.astype(np.float32) if array.dtype == jnp.bfloat16 else array
 
 
 def _named_leaves(state: State) -> list[tuple[str, Any]]:

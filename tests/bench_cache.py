@@ -45,10 +45,8 @@ def streamed(model, tokens):
         return jnp.argmax(logits[:, -1:], axis=-1), state
 
     def run():
-        token, state = (
-            jnp.zeros((1, 1), jnp.int32),
-            jax.tree.map(jnp.copy, model.init_state(1)),
-        )  # no array may be donated twice
+        # No array may be donated twice.
+        token, state = (jnp.zeros((1, 1), jnp.int32), jax.tree.map(jnp.copy, model.init_state(1)))
         for _ in range(tokens):
             token, state = jax.block_until_ready(step(params, token, state))
 

@@ -15,13 +15,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 DOCS = pathlib.Path(__file__).resolve().parent.parent / "docs"
-ORDER = (
-    "recall",
-    "selective_copying",
-    "delay_line",
-    "digits_seen",
-    "forecasting",
-)  # as on the page; others follow by name
+# As on the page; others follow by name.
+ORDER = ("recall", "selective_copying", "delay_line", "digits_seen", "forecasting")
 
 
 def keep(

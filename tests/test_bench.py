@@ -150,9 +150,8 @@ def test_every_call_of_a_loop_is_computed():
     arguments = {"x": jnp.arange(3.0), "flag": jnp.array([True, False])}
     results = (jnp.full(3, jnp.nan), jnp.array([False, False]))
     out, flag = timing._looped(function, arguments, results, 7)(arguments)
-    assert len(calls) == 2 * 7 and all(
-        np.array_equal(x, [0, 1, 2]) for x in calls
-    )  # compiled programs are called once before
+    # Compiled programs are called once before.
+    assert len(calls) == 2 * 7 and all(np.array_equal(x, [0, 1, 2]) for x in calls)
     assert out.tolist() == [0, 2, 4] and flag.tolist() == [True, False]
     same = timing._looped(None, arguments, results, 7)(arguments)
     assert np.isnan(same[0]).all() and len(calls) == 2 * 7
@@ -225,9 +224,8 @@ def test_every_op_is_right_here_with_its_peers(op, shape, others, dtype, quick):
         assert {result.name for result in outcome.results} >= others | {"xla", "reference"}
         assert all(result.seconds > 0 for result in outcome.results)
         shares = {row["name"]: row.get("copy_share", 0.0) > 0 for row in bench.record(outcome)["contestants"]}
-        assert shares == {
-            name: name != "a cache of numbers" for name in shares
-        }  # which moves more than the case
+        # This moves more bytes than the case.
+        assert shares == {name: name != "a cache of numbers" for name in shares}
 
 
 @pytest.mark.slow

@@ -310,9 +310,8 @@ def test_without_its_commit_a_step_is_none(saved, caplog):
             Checkpoints(saved).restore(step)
     assert Checkpoints(saved).steps() == [1]
     (saved / "1" / "commit_success.txt").unlink()
-    assert (
-        Checkpoints(saved).restore() is None
-    )  # a first save that was interrupted must not stop the second start
+    # An interrupted first save must not prevent the second start.
+    assert Checkpoints(saved).restore() is None
 
 
 def test_if_no_step_is_good_each_is_listed(saved):
@@ -355,13 +354,8 @@ def test_a_damaged_step_is_moved_aside_when_its_number_is_saved_again(saved, cap
     assert_state(Checkpoints(saved).restore(2)[1], state_of(22))
     assert_state(Checkpoints(saved).restore()[1], state_of(13))
     names = sorted(path.name for path in saved.iterdir())
-    assert names == [
-        "2",
-        "2.damaged-1",
-        "2.damaged-2",
-        "3",
-        "3.damaged-1",
-    ]  # 1 is no longer among the newest two
+    # 1 is no longer among the newest two.
+    assert names == ["2", "2.damaged-1", "2.damaged-2", "3", "3.damaged-1"]
     with Checkpoints(saved, keep=2) as checkpoints:
         checkpoints.save(4, state_of(4))
     assert sorted(path.name for path in saved.iterdir()) == ["3", "3.damaged-1", "4"]
@@ -397,9 +391,8 @@ def test_a_full_disk_is_an_error_and_no_loss(saved, full_disk, size, wait):
             CheckpointError, match=rf"step 4 could not be saved to {saved}/4: .*steps 1, 2, 3 are untouched"
         ) as error:
             checkpoints.save(4, state_of(4), wait=wait)
-            checkpoints.save(
-                5, state_of(5), wait=wait
-            )  # the error of a save in the background surfaces at the next
+            # The error of a background save is raised at the next one.
+            checkpoints.save(5, state_of(5), wait=wait)
         assert len(str(error.value)) < 700
         full_disk(None)
         assert checkpoints.steps() == [1, 2, 3]

@@ -286,9 +286,8 @@ def test_a_config_may_use_modules_of_the_working_folder(folder, capsys):
     assert "--trust" in capsys.readouterr().err
     run = seqlab.load("runs/lm_attention", trust=True)
     assert type(run.model.backbone.blocks[0].mixer).__name__ == "Mine"
-    assert (
-        cli.main(["stream", "runs/lm_attention", "--max-tokens", "3", "--trust"]) == 0
-    )  # layers that were scanned in training are not in decoding
+    # Layers that were scanned in training are not in decoding.
+    assert cli.main(["stream", "runs/lm_attention", "--max-tokens", "3", "--trust"]) == 0
     assert "3 tokens, " in capsys.readouterr().err
     sys.modules.pop("my_mixers")
 

@@ -159,10 +159,8 @@ def test_fiddlers_refuse(cfg, call, message):
         ("model.dtype=bfloat16", ["model.dtype: 'float32' -> 'bfloat16'"]),
         ("model.dtype='bfloat16'", ["model.dtype: 'float32' -> 'bfloat16'"]),
         ("model.tie_embeddings=False", ["model.tie_embeddings: True -> False"]),
-        (
-            "model.channel_mixer.hidden=96",
-            ["model.channel_mixer.hidden: None -> 96"],
-        ),  # of a default that the config does not mention
+        # A default that the config does not mention.
+        ("model.channel_mixer.hidden=96", ["model.channel_mixer.hidden: None -> 96"]),
         ("data.paths=/some/folder", ["data.paths: () -> ('/some/folder',)"]),
         ("data.paths=[a, b]", ["data.paths: () -> ('a', 'b')"]),
         ("data.paths=2026", ["data.paths: () -> ('2026',)"]),  # a name that looks like a number
@@ -428,9 +426,8 @@ def test_a_run_folder_belongs_to_one_config(cfg, tmp_path):
     commit(workdir)
     before = {path.name: path.read_bytes() for path in workdir.glob("config.*")}
     assert before.keys() == {"config.json", "config.txt"}
-    config.prepare(
-        config.override(cfg, f"steps={cfg.steps}"), workdir
-    )  # a default written out is the same config
+    # A default written out is the same config.
+    config.prepare(config.override(cfg, f"steps={cfg.steps}"), workdir)
     with pytest.raises(ConfigError) as refusal:
         config.prepare(config.override(config.override(cfg, "model.dim=64"), "seed=7"), workdir)
     assert "\n  model.dim: 128 -> 64\n  seed: 0 -> 7\n" in str(refusal.value)

@@ -284,9 +284,8 @@ def test_an_unreadable_file_is_named(tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied", str(path))
         return open(path, mode)
 
-    monkeypatch.setattr(
-        "seqlab.train.data.open", refuse, raising=False
-    )  # permissions do not stop the root user
+    # Permissions do not stop the root user.
+    monkeypatch.setattr("seqlab.train.data.open", refuse, raising=False)
     with pytest.raises(PermissionError, match=f"{tmp_path}/b.txt"):
         FileSource(tmp_path)
 
@@ -403,9 +402,8 @@ def test_a_batch_is_rows_of_windows_and_an_epoch_is_all_of_them(windows):
     assert {name: value.dtype for name, value in batches[0].items()} == {
         name: value.dtype for name, value in windows[0].items()
     }
-    four_epochs = [
-        row for step in range(29) for row in rows(batches[step])
-    ]  # 29 batches of 4 = 4 epochs of 29
+    # 29 batches of 4 = 4 epochs of 29
+    four_epochs = [row for step in range(29) for row in rows(batches[step])]
     assert sorted(four_epochs) == sorted(everything * 4)
     first = np.concatenate([batches[step]["inputs"] for step in range(8)])
     assert sorted(map(tuple, first[:29].tolist())) == sorted(
@@ -419,9 +417,8 @@ def test_the_order_depends_on_seed_and_epoch(windows):
         return [tuple(batches[step]["inputs"][0]) for step in range(29 * epoch, 29 * (epoch + 1))]
 
     orders = [order(seed, epoch) for seed in (0, 1, 2) for epoch in (0, 1, 2)]
-    assert all(
-        a != b for n, a in enumerate(orders) for b in orders[:n]
-    )  # seed 1 does not begin with the second epoch of seed 0
+    # Seed 1 does not begin with the second epoch of seed 0
+    assert all(a != b for n, a in enumerate(orders) for b in orders[:n])
     assert order(1, 2) == orders[5]
     assert all(sorted(a) == sorted(orders[0]) for a in orders)
 

@@ -218,11 +218,8 @@ def test_dropout_keeps_what_it_should_whatever_bits_say_the_rate(rate):
     keep = np.asarray(draw(jax.random.key(0), rate, (500, 203)))
     assert keep.shape == (500, 203)
     assert abs(keep.mean() - (1 - rate)) < 5 * np.sqrt(rate * (1 - rate) / keep.size)
-    for other in (
-        keep[:, 1:],
-        keep[:, 2:],
-        keep[:, 4:],
-    ):  # neighbours come of one word, and know nothing of each other
+    # Neighbouring seeds must give independent draws.
+    for other in (keep[:, 1:], keep[:, 2:], keep[:, 4:]):
         same = keep[:, : other.shape[1]] & other
         assert abs(same.mean() - (1 - rate) ** 2) < 0.006
 

@@ -18,6 +18,7 @@ from seqlab.models import Attention
 from seqlab.models.cache import parse_cache
 from seqlab.models.cache.quantize import dequantize, quantize
 
+# Other kinds take the same paths.
 SOME = (
     "int8",
     "int2",
@@ -28,7 +29,7 @@ SOME = (
     "bfloat16",
     "numbers",
     "numbers_bfloat16",
-)  # others take the same ways
+)
 
 
 def numbers(x, bits, over_steps):

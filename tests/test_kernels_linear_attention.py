@@ -12,10 +12,8 @@ from seqlab.kernels.linear_attention import linear_attention, reference, xla
 from seqlab.kernels.linear_attention.specs import SPECS, Spec, inputs
 
 IMPLEMENTATIONS = ("reference", "xla")
-HEAVY = (
-    pytest.param("reference", marks=pytest.mark.slow),
-    "xla",
-)  # what others are held to has few ways to be wrong
+# The reference should have few ways to be wrong.
+HEAVY = (pytest.param("reference", marks=pytest.mark.slow), "xla")
 FLOATS = ("q", "k", "v", "decay", "beta", "initial_state")
 STEPS = ("q", "k", "v", "decay", "beta", "reset", "valid")  # arguments with an axis of time
 
@@ -108,9 +106,8 @@ def test_keys_that_repeat_and_a_strong_delta_rule_lose_no_digits():
 
 def test_decays_that_are_just_mild_keep_their_digits():
     arguments = inputs(Spec(2, 64, 1, 8, 6, decay="channel", chunk=32))
-    arguments["decay"] = (
-        jnp.full((2, 64, 1, 8), -1e-4).at[:, 5::16].set(-29.0)
-    )  # one great step amid many small ones
+    # One great step amid many small ones.
+    arguments["decay"] = jnp.full((2, 64, 1, 8), -1e-4).at[:, 5::16].set(-29.0)
     cotangents = cotangents_of(arguments)
     results = run(arguments, cotangents, implementation="xla", chunk=32)
     with jax.enable_x64(True):
@@ -324,9 +321,8 @@ def test_vmap_is_a_loop_over_calls():
     arguments = [
         inputs(Spec(1, 21, 2, 4, 3, decay="channel", strength=strength), 7) for strength in (0.1, 30.0)
     ]
-    arguments = [
-        {key: x for key, x in one.items() if x is not None} for one in arguments
-    ]  # one of mild decays, one of strong ones
+    # One of mild decays, one of strong ones.
+    arguments = [{key: x for key, x in one.items() if x is not None} for one in arguments]
 
     def loss(floats):
         return sum(jnp.sum(x**2) for x in linear_attention(**floats, chunk=16))
@@ -349,9 +345,8 @@ def test_memory_in_time_is_that_of_the_inputs():
         )
 
     small, large = temporary(8192), temporary(16384)  # both of more than one block
-    assert (
-        large - small < 8192 * 64 * 4 * 2
-    )  # less than two arguments more, where a state a step would be 64 arguments
+    # Less than two more arguments; one state per step would be 64.
+    assert large - small < 8192 * 64 * 4 * 2
 
 
 def test_decoding_has_no_loop():

@@ -79,9 +79,8 @@ def test_the_convolution_declines_flags(flag):
 @pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "fft"])
 def test_float64_stays_float64(implementation, x64):
     spec = SPECS["odd"]
-    arguments = {
-        key: jnp.asarray(x) if key in "AB" else x for key, x in inputs(spec).items()
-    }  # traced matrices work as well
+    # Traced matrices work as well.
+    arguments = {key: jnp.asarray(x) if key in "AB" else x for key, x in inputs(spec).items()}
     arguments["u"] = arguments["u"].astype(jnp.float64)
     m, state = jax.jit(functools.partial(lmu, implementation=implementation))(**arguments)
     assert m.dtype == state.dtype == jnp.float64
@@ -256,9 +255,8 @@ def test_matrices_of_a_memory_of_two():
     A, B = legendre(2, 4.0)
     small = 2**-12  # many short Euler steps
     continuous, drive = np.array([[-1, -1], [3, -3]]) / 4, np.array([1, -3]) / 4
-    m = np.concatenate(
-        [np.zeros((2, 1)), np.eye(2)], axis=1
-    )  # from nothing under u = 1, and from the two unit vectors
+    # From nothing under u = 1, and from the two unit vectors.
+    m = np.concatenate([np.zeros((2, 1)), np.eye(2)], axis=1)
     for _ in range(2**12):
         m = m + small * (continuous @ m + np.stack([drive, 0 * drive, 0 * drive], axis=1))
     np.testing.assert_allclose(m[:, 0], B, atol=1e-3)

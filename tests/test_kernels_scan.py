@@ -12,10 +12,8 @@ from seqlab.kernels.scan import reference, scan, xla
 from seqlab.kernels.scan.specs import SPECS, Spec, inputs
 
 IMPLEMENTATIONS = ("reference", "xla")
-HEAVY = (
-    pytest.param("reference", marks=pytest.mark.slow),
-    "xla",
-)  # what others are held to has few ways to be wrong
+# The reference should have few ways to be wrong.
+HEAVY = (pytest.param("reference", marks=pytest.mark.slow), "xla")
 FLOATS = ("u", "delta", "A", "B", "C", "initial_state")
 
 

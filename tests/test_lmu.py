@@ -140,9 +140,8 @@ def test_lif_by_hand():
     spikes, v = lif(x, decay_input=False)  # whole inputs
     np.testing.assert_allclose(spikes[0, :, 0], [1, 1, 0])
     np.testing.assert_allclose(v[0, :, 0], [0, 0, 0.5])
-    spikes, v = lif(
-        x, rest=0.5, threshold=1.25
-    )  # it begins and falls back to its rest; 0.5 + 1.5 / 2 is at the threshold, and fires
+    # It decays from its initial value; 0.5 + 1.5 / 2 is at the threshold and fires.
+    spikes, v = lif(x, rest=0.5, threshold=1.25)
     np.testing.assert_allclose(spikes[0, :, 0], [1, 1, 0])
     np.testing.assert_allclose(v[0, :, 0], [0.5, 0.5, 0.75])
     with pytest.raises(ValueError, match=r"tau must be a number of steps >= 1, got 0\.5"):

@@ -16,9 +16,8 @@ def test_pooling_is_the_mean_of_the_past():
 
 def test_wavelets_are_halves_minus_halves():
     mixer, x = CausalWavelets(8, levels=3, rngs=nnx.Rngs(0)), random(0, 2, 11, 8)
-    u = np.pad(
-        np.asarray(mixer.reduction(x), np.float64), [(0, 0), (8, 0), (0, 0)]
-    )  # zeros before the beginning
+    # Zeros before the beginning.
+    u = np.pad(np.asarray(mixer.reduction(x), np.float64), [(0, 0), (8, 0), (0, 0)])
     bands = []
     for t in range(8, 19):
         here = [u[:, t - 7 : t + 1].sum(axis=1) / 8**0.5]

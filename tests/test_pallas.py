@@ -237,9 +237,8 @@ def test_interpreted_values_gradients_and_states_are_those_of_float64(op, name, 
     floats, others, options = make(op, specs(op)[name])
     floats, others = spoilt(floats, others)
     cotangents = cotangents_of(op, floats, others, options)
-    cores = (
-        2 if name in CASES[op].quick else 1
-    )  # they share the parallel axes of a grid, and take six times as long over it
+    # The interpreter shares the parallel axes of a grid among threads, which takes six times as long.
+    cores = 2 if name in CASES[op].quick else 1
     with pallas.interpreted(pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores)):
         results = jax.block_until_ready(
             jax.jit(program(op, options, "pallas_tpu"))(floats, others, cotangents)

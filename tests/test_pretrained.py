@@ -39,11 +39,8 @@ def test_logits_are_those_of_the_original_whole_and_in_chunks(name):
     run = jax.jit(lambda params, x, state: seqlab.merge(static, params)(x, state))
     assert_close(run(params, tokens, None)[0], expected["logits"], 1e-5, "whole")
     state, pieces = model.init_state(len(tokens)), []
-    for chunk in (
-        tokens[:, :6],
-        *np.split(tokens[:, 6:10], 4, axis=1),
-        tokens[:, 10:],
-    ):  # a prompt, steps, several tokens at once
+    # A prompt, steps, several tokens at once.
+    for chunk in (tokens[:, :6], *np.split(tokens[:, 6:10], 4, axis=1), tokens[:, 10:]):
         logits, state = run(params, chunk, state)
         pieces.append(logits)
     assert_close(np.concatenate(pieces, axis=1), expected["logits"], 1e-5, "in chunks")
@@ -70,9 +67,8 @@ def test_what_is_saved_is_what_was_loaded(name, tmp_path):
     )
     ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, FOLDER / name))
     differ = {key: (ours[key], theirs[key]) for key in ours if key in theirs and ours[key] != theirs[key]}
-    assert set(differ) <= {"max_position_embeddings"}, (
-        differ
-    )  # a window does not know how long its sequences were
+    # The state of a window does not depend on the length of its sequences.
+    assert set(differ) <= {"max_position_embeddings"}, differ
     with pytest.raises(FileExistsError, match="holds a model already"):
         save_pretrained(model, tmp_path)
 

@@ -38,13 +38,14 @@ FOLLOWED = (
     "how-to/devices.md",
     "how-to/export.md",
 )
+# Among the slow tests.
 LONG = (
     "tutorial.md",
     "how-to/cache.md",
     "how-to/devices.md",
     "explanation/contract.md",
     "explanation/algebras.md",
-)  # among the slow tests
+)
 WITH_FLAGS = re.compile(r"^\w+=\S+$")
 
 
@@ -194,9 +195,8 @@ def check_arguments(rest):
     (commands,) = (
         action for action in cli.parser()._actions if isinstance(action, argparse._SubParsersAction)
     )
-    if rest == ["--help"] or (
-        len(rest) == 1 and rest[0] in commands.choices
-    ):  # a command is named, not given
+    # A command is named, not given.
+    if rest == ["--help"] or (len(rest) == 1 and rest[0] in commands.choices):
         return
     arguments = cli.parser().parse_args(rest)
     for name in getattr(arguments, "configs", [getattr(arguments, "config", "NAME")]):

@@ -64,9 +64,8 @@ def recomputed(model, tokens, targets, edges, window):
 
     found = np.zeros(tokens.shape)
     for begin in range(0, tokens.shape[1] - window, window):
-        piece = np.concatenate(
-            [tokens[:, :1], tokens[:, begin + 1 : begin + 2 * window]], axis=1
-        )  # as every window of training began
+        # As every window of training began.
+        piece = np.concatenate([tokens[:, :1], tokens[:, begin + 1 : begin + 2 * window]], axis=1)
         fresh = 0 if begin == 0 else window
         found[:, begin + fresh : begin + 2 * window] = nats(
             params, piece, targets[:, begin : begin + 2 * window]

@@ -52,9 +52,8 @@ def test_a_delay_line_gives_back_its_window():
     figures.keep("delay_line", "An LMU gives back its window", claim, ["steps ago", "error"], rows)
     assert max(inside.values()) < 3e-3, inside
     assert 0.05 < reading_error(32, 0.0) < 0.12  # without the half step
-    assert (
-        0.01 < reading_error(0, 0.5) < 0.06
-    )  # the newest input is the least known: the polynomials end there
+    # The newest input has the largest error: the polynomials end there.
+    assert 0.01 < reading_error(0, 0.5) < 0.06
 
 
 def test_a_longer_window_than_the_order_can_hold_loses_what_is_fast():

@@ -41,9 +41,8 @@ def gradients_and_values(function, **fixed):
 
     def loss(arrays):
         results = function(**arrays, **fixed)
-        finite = [
-            jnp.where(jnp.isfinite(x), x, 0) for x in results
-        ]  # the lse of a query that sees nothing is -inf
+        # The lse of a query that sees nothing is -inf.
+        finite = [jnp.where(jnp.isfinite(x), x, 0) for x in results]
         return sum(jnp.sum(x * random(i, *x.shape, dtype=x.dtype)) for i, x in enumerate(finite)), finite
 
     return jax.jit(jax.grad(loss, has_aux=True), compiler_options=compiler_options(make_mesh()))

@@ -152,10 +152,8 @@ def test_the_series_of_statsmodels():
         "sunspots": (309, 1),
     }
     assert all(np.isfinite(table.values).all() for table in sizes.values())
-    assert sizes["elnino"].values[:13, 0].round(2).tolist()[::12] == [
-        23.11,
-        24.19,
-    ]  # January 1950, January 1951
+    # January 1950, January 1951
+    assert sizes["elnino"].values[:13, 0].round(2).tolist()[::12] == [23.11, 24.19]
     assert sizes["macrodata"].names[:3] == ("realgdp", "realcons", "realinv")
 
 

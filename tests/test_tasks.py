@@ -162,9 +162,8 @@ def test_mqar_power_says_how_far_the_queries_stand():
         np.nonzero(MQAR(length=128, pairs=4, power=power, **SMALL).train(0).labels != IGNORE)[1].mean()
         for power in (0.01, 1.0)
     ]
-    assert (
-        mean[0] < 40 < 60 < mean[1] < 76
-    )  # near the 8 steps of the pairs; anywhere from 8 to 128: in the mean 68
+    # Near the 8 steps of the pairs; anywhere from 8 to 128: in the mean 68
+    assert mean[0] < 40 < 60 < mean[1] < 76
 
 
 def test_digits_are_what_scikit_learn_has():

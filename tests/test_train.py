@@ -153,9 +153,8 @@ def small_step(accumulate=1, loss=next_token_loss):
 def batch(seed=0, rows=8, length=12):
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, 31, (rows, length + 1)).astype(np.int32)
-    valid = np.arange(length)[None] < rng.integers(
-        3, length, (rows, 1)
-    )  # unequal weights, so that a mean of means would be wrong
+    # Unequal weights, so that a mean of means would be wrong.
+    valid = np.arange(length)[None] < rng.integers(3, length, (rows, 1))
     return {
         "inputs": tokens[:, :-1],
         "targets": tokens[:, 1:],
@@ -194,9 +193,8 @@ def test_a_batch_that_is_not_finite_changes_nothing():
 def test_a_run_that_diverges_stops_with_the_step_and_keeps_the_good_checkpoint(tmp_path):
     def spoilt(model, data, bad=b"o"[0]):
         total, count = next_token_loss(model, data)
-        return total + jnp.where(
-            jnp.mean(model.embedding.weight[...] ** 2) > 5e-4, jnp.inf, 0.0
-        ), count  # once it has moved far enough
+        # Once it has moved far enough.
+        return total + jnp.where(jnp.mean(model.embedding.weight[...] ** 2) > 5e-4, jnp.inf, 0.0), count
 
     with pytest.raises(
         NonFiniteError, match=r"step (\d+): loss inf.*last good checkpoint is step \d+"

@@ -217,10 +217,8 @@ def test_conv_counts_beyond_two_billion_elements():
 
     t, d, w = (1 << 21) + 17, 1 << 10, 2
     cut = triton_gpu.blocks(t, d, w, 2)
-    x, y = (
-        np.zeros((1, t, d), ml_dtypes.bfloat16),
-        np.zeros((1, t, d), ml_dtypes.bfloat16),
-    )  # pages that nobody touches take no memory
+    # Untouched pages take no memory.
+    x, y = (np.zeros((1, t, d), ml_dtypes.bfloat16), np.zeros((1, t, d), ml_dtypes.bfloat16))
     x[0, -2:, -3:] = [[1, 2, 3], [4, 5, 6]]
     weight, bias, state = (np.ones(shape, np.float32) for shape in ((w, d), (d,), (1, w - 1, d)))
     constants = {"T": t, "D": d, "W": w, "GIVEN": False, "BT": cut.steps, "BD": cut.channels}
@@ -232,10 +230,8 @@ def test_conv_counts_beyond_two_billion_elements():
     assert y[0, -1, -3:].tolist() == [6, 8, 10]
 
     dy, dx = y, np.zeros(x.shape, x.dtype)
-    dy[0, -2, -3:], weight[0] = (
-        1,
-        10,
-    )  # an input gets something from its own output and from the next, or from the state in which it ends
+    # An input gets something from its own output and from the next, or from the state in which it ends.
+    dy[0, -2, -3:], weight[0] = (1, 10)
     stretches = backend.blocks(t + w - 1, cut.stretch)
     dstate, dweight, dbias = (
         np.zeros(shape, np.float32) for shape in ((1, w - 1, d), (1, stretches, w, d), (1, stretches, d))
@@ -498,9 +494,8 @@ def test_the_gradient_of_attention_counts_beyond_two_billion_elements():
     from seqlab.kernels.attention import triton_gpu, triton_kernels
 
     t, g, width = (1 << 21) + 17, 16, 64
-    x, *results = (
-        np.zeros((1, t, g, width), ml_dtypes.bfloat16) for _ in range(4)
-    )  # q, k, v and dout are the same numbers
+    # q, k, v and dout are the same numbers.
+    x, *results = (np.zeros((1, t, g, width), ml_dtypes.bfloat16) for _ in range(4))
     x[0, -1, -1] = 0.25
     lse, d = np.zeros((1, t, g), np.float32), np.zeros((1, t, g), np.float32)
     lse[0, -1, -1], d[0, -1, -1] = width / 16, width / 16 - 2
@@ -581,9 +576,8 @@ def test_linear_attention_counts_beyond_two_billion_elements():
 
     n, heads, size = 2, (1 << 15) + 1, 256
     state, final = np.zeros((heads, size, size), np.float32), np.zeros((heads, size, size), np.float32)
-    states = np.zeros(
-        (n, heads, size, size), np.float16
-    )  # shorter than they are, to be less than the memory of a small machine
+    # Shorter than they are, to be less than the memory of a small machine.
+    states = np.zeros((n, heads, size, size), np.float16)
     U, write = np.zeros((n, heads, 1, size), np.float32), np.zeros((n, heads, 1, size), np.float32)
     state[-1, -1, -1], U[:, -1, 0, -1], write[:, -1, 0, -1] = 1, 2, 3
     constants = {
@@ -625,18 +619,8 @@ def test_the_gradient_of_linear_attention_counts_beyond_two_billion_elements():
         "DELTA": False,
     }
     constants |= {"RESET": False, "PRECISION": "tf32", "CP": 16, "KP": size, "BV": 16}
-    arrays = [
-        states,
-        write,
-        states,
-        states,
-        states,
-        du,
-        dfinal,
-        after,
-        dU,
-        dinitial,
-    ]  # the states are their own gradients
+    # The states are their own gradients.
+    arrays = [states, write, states, states, states, du, dfinal, after, dU, dinitial]
     triton_cpu.interpret_in_place(
         triton_kernels.backward, arrays, (heads, size // 16, 1), constants, (heads - 1, size // 16 - 1, 0)
     )

@@ -341,9 +341,8 @@ def test_what_is_drawn_of_a_model():
         assert colours.shape == (*y.shape[:3], 3)
         assert colours.min() == 0.0
         assert colours.max() == 1.0
-    steps = np.arange(16.0).reshape(1, 4, 4, 1) * np.array(
-        [1.0, -2.0, 0.5]
-    )  # one direction: one colour has it all, in order
+    # One direction: one colour has it all, in order.
+    steps = np.arange(16.0).reshape(1, 4, 4, 1) * np.array([1.0, -2.0, 0.5])
     shades = _colours(steps)[0, :, :, 0].ravel()
     assert (np.diff(shades) >= 0).all() or (np.diff(shades) <= 0).all()
     places = Views(inputs, np.ones((2, 4, 4), int), np.zeros((2, 4, 4, 3), np.float32), maps)

@@ -53,9 +53,8 @@ def test_a_language_model_takes_the_names_of_the_published_checkpoints(mixer):
         tensors
     )
     assert "backbone.layers.0.mixer.conv1d.bias" in tensors
-    tensors["lm_head.weight"] = tensors[
-        "backbone.embeddings.weight"
-    ]  # a tied head is in the file a second time
+    # A tied head is in the file a second time.
+    tensors["lm_head.weight"] = tensors["backbone.embeddings.weight"]
     params = params_of(convert(target, tensors, architecture="mamba"))
     np.testing.assert_array_equal(
         params["backbone.blocks.1.mixer.in_proj.weight"], tensors["backbone.layers.1.mixer.in_proj.weight"].T

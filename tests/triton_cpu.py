@@ -41,9 +41,8 @@ _NAMES = {
     "bool": "i1",
 }
 _GUARD = 64  # elements before and after every array that no kernel may write, and that are NaN
-atexit.register(
-    gc.unfreeze
-)  # see conftest.py; Triton's bindings complain at the end of what has never been freed
+# See conftest.py; Triton's bindings complain at the end of what has never been freed.
+atexit.register(gc.unfreeze)
 _builder = interpreter.interpreter_builder
 
 

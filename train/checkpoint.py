@@ -86,9 +86,8 @@ class Checkpoints:
         self._keep = keep
         self._saver: Any = None
         self._pending: tuple[int, Save] | None = None
-        self._known: dict[
-            int, tuple[_Files, bool]
-        ] = {}  # step: the files it had when it was found good or damaged
+        # Step: the files it had when it was found good or damaged.
+        self._known: dict[int, tuple[_Files, bool]] = {}
 
     def steps(self) -> list[int]:
         """The steps that are committed, in order, damaged or not."""
@@ -114,9 +113,8 @@ class Checkpoints:
         manifest = sealed({"format": FORMAT, "step": step, "leaves": describe(leaves)})
         if not self._make_room(step, manifest):
             return
-        arrays = {
-            name: value for name, (_, value) in leaves.items() if getattr(value, "size", 0)
-        }  # Orbax refuses empty arrays
+        # Orbax refuses empty arrays.
+        arrays = {name: value for name, (_, value) in leaves.items() if getattr(value, "size", 0)}
         draft = self.directory / f"{step}.saving-{_shared_token()}"
         try:
             save = Save(self._orbax(), draft, self._folder(step), manifest, arrays)

@@ -324,9 +324,8 @@ class Batches:
         # first.
         mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
         order = grain.MapDataset.source(items).shuffle(seed=mixed).repeat()
-        if hasattr(
-            items, "augment"
-        ):  # before rows are dealt out: what is drawn for a row is the same whoever has it
+        # Before rows are divided among processes: the draws for a row do not depend on its process.
+        if hasattr(items, "augment"):
             order = order.random_map(items.augment, seed=mixed)
         # Slice, batch, and only then go parallel: in any other order the batches depend on the number of
         # workers.
@@ -351,9 +350,8 @@ class Batches:
         if self._workers:
             from absl import flags
 
-            if (
-                not flags.FLAGS.is_parsed()
-            ):  # Grain reads its own flags in the workers, and most programs parse none
+            # Grain reads absl flags in its workers, and most programs do not parse any.
+            if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
             batches = batches.mp_prefetch(
                 grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)

@@ -69,10 +69,8 @@ def flatten(tree: Mapping[str, Any]) -> Leaves:
             leaves[name] = (keys, _checked(name or "state", value))
 
     visit((), tree)
-    for name, (
-        keys,
-        _,
-    ) in leaves.items():  # a stored array is a folder of its name: none may lie inside another
+    # A stored array is a folder with its name: none may be inside another.
+    for name, (keys, _) in leaves.items():
         outer = next((part for part in _prefixes(name) if part in leaves), None)
         if outer is not None:
             raise UserError(

@@ -178,9 +178,8 @@ def parameter_average(decay: float) -> optax.GradientTransformation:
         raise UserError(f"average, the decay of the parameters' average, must be in [0, 1), got {decay!r}")
 
     def init(params: Params) -> AverageState:
-        return AverageState(
-            jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params)
-        )  # a copy: both are donated to the step
+        # A copy, because both are donated to the step.
+        return AverageState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params))
 
     def update(updates: Params, state: AverageState, params: Params) -> tuple[Params, AverageState]:
         n = state.count.astype(jnp.float32)

@@ -54,10 +54,8 @@ def join(spec: str) -> None:
     with _patience(f"{count} processes to meet at {address}"):
         try:
             jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=30)
-        except (
-            ValueError,
-            RuntimeError,
-        ) as error:  # an address that is taken or nowhere, or nobody else came
+        # An address that is taken or nowhere, or nobody else came.
+        except (ValueError, RuntimeError) as error:
             raise UserError(
                 f"distributed: {count} processes did not meet at {address} ({_line(error)})"
             ) from error

@@ -15,9 +15,8 @@ from seqlab.shapes import Steps
 from seqlab.train.optim import global_norm
 
 Batch = dict[str, Array]
-Loss = Callable[
-    [Any, Batch], tuple[Float[Array, ""], Float[Array, ""]]
-]  # (model, batch) -> sum over targets, number of targets
+# (model, batch) -> sum over targets, number of targets.
+Loss = Callable[[Any, Batch], tuple[Float[Array, ""], Float[Array, ""]]]
 
 _LOGITS = 1 << 24  # so many at a time: 64 MiB
 

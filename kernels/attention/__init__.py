@@ -19,9 +19,8 @@ from seqlab.parallel import sequence_parallel
 from seqlab.shapes import Keys, LogSumExp, Queries, Values
 
 _op = Op("attention", __name__, ("reference", "xla", "pallas_tpu", "triton_gpu"))
-_gradient = Op(
-    "attention_gradient", __name__, ("reference", "xla", "pallas_tpu", "triton_gpu")
-)  # of a part of the keys, for the ring
+# The gradient for a part of the keys, used by the ring.
+_gradient = Op("attention_gradient", __name__, ("reference", "xla", "pallas_tpu", "triton_gpu"))
 
 
 def attention(

@@ -44,9 +44,8 @@ def attention(
     x = jnp.where(visible(*query, *key, left=left, right=right, sinks=sinks), x, -jnp.inf)
     z = jnp.full((1, 1, h), -jnp.inf, dtype) if sink_logits is None else sink_logits.astype(dtype)[None, None]
     if q_segments is not None:
-        z = jnp.where(
-            q_segments[:, :, None] == 0, -jnp.inf, z
-        )  # padding is no query: its row is dead whatever the sink
+        # Padding is not a query: its row is masked whatever the sink.
+        z = jnp.where(q_segments[:, :, None] == 0, -jnp.inf, z)
     top = jnp.maximum(x.max(-1, initial=-jnp.inf), z)
     top = jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
     p = jnp.exp(x - top[..., None])

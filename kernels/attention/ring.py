@@ -141,9 +141,8 @@ def ring(
         if windowed and layout == "contiguous" and s == t:
             stretch = -(-t // devices)
             blocks = min(devices, 1 + -(-limits["left"] // stretch))  # those behind are out of every window
-    if q_segments is None and (
-        t % (devices * multiple) or s % (devices * multiple)
-    ):  # what fills up the last stretch is padding
+    # Mark the steps that pad the last segment.
+    if q_segments is None and (t % (devices * multiple) or s % (devices * multiple)):
         q_segments, kv_segments = jnp.ones((b, t), jnp.int32), jnp.ones((b, s), jnp.int32)
     options = Options(op, gradient, tuple(sorted(limits.items())), blocks)
 
@@ -242,9 +241,8 @@ def _dealt(layout: str, x: Array) -> Array:
     """From contiguous stretches to `layout`."""
     n = sequence_parallel.count()
     if layout == "striped":
-        x = x.reshape(
-            len(x), x.shape[1] // n, n, *x.shape[2:]
-        )  # step i n + j of a stretch of c goes to device j (c divides by n)
+        # Step i n + j of a segment of c steps goes to device j (n divides c).
+        x = x.reshape(len(x), x.shape[1] // n, n, *x.shape[2:])
         x = jax.lax.all_to_all(x, AXIS, split_axis=2, concat_axis=1, tiled=True)
         return x.reshape(len(x), -1, *x.shape[3:])
     if layout == "zigzag":

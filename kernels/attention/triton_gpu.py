@@ -101,9 +101,8 @@ def _attend(rule, q, k, v, sink, alibi, places):
     constants = _constants(rule, q, k, v, places, cut)
     constants |= {"ALIBI": alibi is not None}
     constants |= {"ROWS": b, "SINK": sink is not None, "SPLITS": splits, "KEY_STRIDE": g, "GROUP_STRIDE": 1}
-    if (
-        t == 1
-    ):  # keys stored with heads before slots are then read as they lie; the transposition of those passed has been undone
+    # Keys stored as [heads, slots] are then read without a copy; the caller's transposition cancels out.
+    if t == 1:
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         constants |= {"KEY_STRIDE": 1, "GROUP_STRIDE": s}
     extra = (q if x is None else x for x in (sink, alibi))

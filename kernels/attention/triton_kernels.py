@@ -247,9 +247,8 @@ def backward_keys(
             inside = m < T * R
             row = (b * T + m // R) * H + g * R + m % R
             peak = tl.load(lse + row, inside, float("-inf")) * LOG2E
-            live = peak > float(
-                "-inf"
-            )  # a row that saw nothing passes nothing on, whatever its cotangents are
+            # A row that saw nothing has no gradient, whatever its cotangents are.
+            live = peak > float("-inf")
             query, grad = _load(q, row, width, inside, K, K), _load(dout, row, value, live, V, V)
             position, segment = _rows(b, m, q_positions, q_segments, T, S, R, PLACED, SEGMENTS)
             keep = _visible(

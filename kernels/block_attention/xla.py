@@ -123,9 +123,8 @@ def _backward(rule: Rule, residuals, cotangents):
 
     k_widths = k.swapaxes(2, 3)
 
-    def visit(
-        i, sums
-    ):  # tiles stand keys before queries, dq width before queries: see `seqlab.kernels.attention.xla`
+    # Tiles are laid out [keys, queries] and dq as [width, queries]: see `seqlab.kernels.attention.xla`.
+    def visit(i, sums):
         here, block = _tile(tiles, i)
         q_tile, dout_tile, lse_tile, d_tile = (_rows(a, here) for a in rows)
         logits, slope = _bent(rule, _dot("xsk,xqk->xsq", _block(k, block), q_tile, dtype))
@@ -169,9 +168,8 @@ def _tiles(chosen: Array, n: int, block: int) -> Tiles:
     while rows > least and (rows * block * several > _CACHED or rows * n > 2 * y * c):
         rows //= 2
     chose = (chosen[..., None] == jnp.arange(n)).any(2)
-    before = (
-        jnp.cumsum(chose, axis=1, dtype=jnp.int32) - chose
-    )  # pairs of the block that stand in front, [x, y, n]
+    # Earlier pairs of the block, [x, y, n].
+    before = jnp.cumsum(chose, axis=1, dtype=jnp.int32) - chose
     of_block = -(-(before[:, -1] + chose[:, -1]) // rows)  # tiles
     ends = jnp.cumsum(of_block, axis=1)
     index = jnp.arange(y * c // rows + n)

@@ -8,9 +8,8 @@ from seqlab.shapes import accumulator
 
 def conv(x, weight, bias, initial_state, reset, valid):
     """`y, final_state`; see `xla.conv` for the arguments."""
-    dtype = accumulator(
-        jnp.result_type(x, weight, bias)
-    )  # inputs survive the way there and back; gradients are rounded once
+    # The conversion is lossless for inputs; gradients are rounded once.
+    dtype = accumulator(jnp.result_type(x, weight, bias))
     weight, bias = weight.astype(dtype), bias.astype(dtype)
     arrays = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (x.astype(dtype), reset, valid))  # time leads
     state, y = jax.lax.scan(

@@ -49,9 +49,8 @@ class Maps(NamedTuple):
     1 on, a step of x."""
 
     source: jax.Array  # [b, w, t]: the input that a step meets at a lag
-    target: (
-        jax.Array
-    )  # [b, w + 1, kept + t]: the step that an input is met by at a lag; last, its place in the final state
+    # [b, w + 1, kept + t]: the step that an input is met by at a lag; last, its place in the final state.
+    target: jax.Array
     end: jax.Array  # [b, kept]: the inputs that the final state holds
 
 
@@ -62,9 +61,8 @@ def _maps(shape, kept, reset, valid):
     valid = jnp.ones(shape, bool) if valid is None else valid
     rank = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
     count = rank[:, -1:] + 1
-    start = jnp.full(
-        shape, -kept, jnp.int32
-    )  # the rank of the first input of the sequence, that of the state without a reset
+    # The rank of the first input of the sequence, that of the state without a reset.
+    start = jnp.full(shape, -kept, jnp.int32)
     if reset is not None:
         start = jax.lax.cummax(jnp.where(reset, rank, -kept), axis=1)
     state = jnp.broadcast_to(jnp.arange(kept, dtype=jnp.int32)[None], (b, kept))

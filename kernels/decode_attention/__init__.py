@@ -107,9 +107,8 @@ def values_of(v: Coded, bits: int, dtype: jnp.dtype) -> Float[Array, "b g s v"]:
     """The numbers that the codes of values stand for."""
     scale, least = (x.astype(dtype)[:, :, :, None] for x in (v.scale, v.least))
     codes = codes_of(v.words, bits).astype(dtype)
-    channels = codes.reshape(
-        *scale.shape[:3], -1, codes.shape[3]
-    )  # those that share a scale: the last axis but one
+    # Those that share a scale: the last axis but one.
+    channels = codes.reshape(*scale.shape[:3], -1, codes.shape[3])
     return (channels * scale + least).reshape(codes.shape).swapaxes(2, 3)
 
 

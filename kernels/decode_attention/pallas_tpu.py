@@ -200,9 +200,8 @@ def _absorb(cut: Cut, dtype: Any, p: Array, fade: Array, see: Array, sums: Any, 
 def _coded_logits(cut: Cut, q: Array, see: Array, words: Any, scale: Any, least: Any) -> Array:
     group = pallas.places((scale.shape[0], cut.slots), 0)
     within = group == jax.lax.div(pallas.places(group.shape, 1), cut.steps)
-    seen = (
-        jnp.max((within & see).astype(jnp.float32), axis=1, keepdims=True) > 0
-    )  # others may hold NaN, and 0 * NaN is NaN
+    # Others may hold NaN, and 0 * NaN is NaN
+    seen = jnp.max((within & see).astype(jnp.float32), axis=1, keepdims=True) > 0
     scales, leasts = (jnp.where(seen, x[...].astype(jnp.float32), 0).astype(x.dtype) for x in (scale, least))
     spread = pallas.dot(jnp.swapaxes(scales, 0, 1), within.astype(scale.dtype))
     keys = (_codes(cut.k_bits, words).astype(jnp.float32) * spread).astype(q.dtype)

@@ -137,9 +137,8 @@ def _backward(config, residuals, cotangents):
 
     specs = _specs(config, arrays, of_group, of_head)
     start = pl.BlockSpec((None, None, None, keys, values), lambda *at: (*of_head(*at), 0, 0))
-    once = pl.BlockSpec(
-        (None, heads, keys, values), lambda b, g, n, r: (b, g, 0, 0)
-    )  # the states of a group are one block
+    # The states of a group are one block.
+    once = pl.BlockSpec((None, heads, keys, values), lambda b, g, n, r: (b, g, 0, 0))
     laid = _laid(config, arrays, reset)
     count = sum(x is not None for x in arrays)
     sums = pallas.vector((config.steps, keys))

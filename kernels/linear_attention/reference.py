@@ -25,8 +25,7 @@ def step(state, q, k, v, decay, beta, reset, *, scale):
         state = jnp.where(reset[:, None, None, None], 0, state)
     if decay is not None:
         state = jnp.exp(decay)[..., None] * state  # S~ = diag(a) S
-    write = (
-        v if beta is None else beta * (v - jnp.einsum("bhkv,bhk->bhv", state, k))
-    )  # u = v or beta (v - S~' k)
+    # u = v or beta (v - S~' k)
+    write = v if beta is None else beta * (v - jnp.einsum("bhkv,bhk->bhv", state, k))
     state = state + k[..., None] * write[..., None, :]  # S = S~ + k u'
     return state, scale * jnp.einsum("bhkv,bhk->bhv", state, q)

@@ -51,9 +51,8 @@ def linear_attention(q, k, v, decay, beta, initial_state, reset, *, scale, chunk
         raise NotImplementedError(
             "no kernel has a beta of every value: each would need a triangular system of its own"
         )
-    if (
-        v.shape[1] == 1
-    ):  # decoding has no chunks between which anything is carried, just a few operations that XLA fuses
+    # A decoding step is a few operations that XLA fuses.
+    if v.shape[1] == 1:
         return xla.linear_attention(q, k, v, decay, beta, initial_state, reset, scale=scale)
     exact = v.dtype == jnp.float32
     most = blocks(exact, k.shape[-1], v.shape[-1]).steps

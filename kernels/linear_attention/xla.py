@@ -168,9 +168,8 @@ def _block(config, mild, state, arrays):
 
     q, k, values, decay, beta = jax.tree.map(split, (q, k, v, decay, beta))
     masks = Masks() if reset is None else _masks(reset.reshape(batch, -1, size))
-    left = (
-        q if beta is None else jnp.concatenate([q, k], axis=-2)
-    )  # the delta rule reads with its keys as with its queries
+    # The delta rule reads with its keys as with its queries.
+    left = q if beta is None else jnp.concatenate([q, k], axis=-2)
     products = _products(left, k, decay, mild)
     scores = _where(masks.same, jnp.where(_level(size) >= -1, products.pairs[..., :size, :], 0))
     grouped = state.reshape(batch, groups, heads // groups, *state.shape[2:])
@@ -280,9 +279,8 @@ class Products(NamedTuple):
     """Everything that decays act on inside the chunks; rows of `left` are queries, or queries and then
     keys."""
 
-    pairs: (
-        jax.Array
-    )  # [n, b, g, r, rows, c] sum_c left_rc k_sc exp(b_rc - b_sc), of any value where s is later than r
+    # [n, b, g, r, rows, c] sum_c left_rc k_sc exp(b_rc - b_sc), of any value where s is later than r.
+    pairs: jax.Array
     read: jax.Array  # [n, b, g, r, rows, k] exp(b) left
     write: jax.Array  # [n, b, g, r, c, k] exp(b_C - b) k
     keep: jax.Array | None  # [n, b, g, r, 1 or k, 1] exp(b_C)
@@ -328,9 +326,8 @@ def _halving(decay):
         right = (np.arange(size) >> index & 1 == 1).reshape((1,) * len(lead) + (size, 1))
         factors.append(jnp.exp(jnp.where(right, through, behind)))
         sums = through.reshape(halves)[..., -1:, :]
-        other = jnp.broadcast_to(sums[..., ::-1, :, :], halves).reshape(
-            decay.shape
-        )  # the decay of the other half
+        # The decay of the other half.
+        other = jnp.broadcast_to(sums[..., ::-1, :, :], halves).reshape(decay.shape)
         through, behind = jnp.where(right, through + other, through), jnp.where(right, behind, behind + other)
     return factors, through, behind
 
@@ -353,12 +350,10 @@ def _gamma_forward(decay):
 def _gamma_backward(gamma, d):
     strict = _level(gamma.shape[-1]) >= 0
     later = jnp.asarray((strict.mT | np.eye(gamma.shape[-1], dtype=bool))[0, 0, 0, 0], gamma.dtype)
-    through = jnp.matmul(
-        later, jnp.where(strict, gamma * d, 0), precision=jax.lax.Precision.HIGHEST
-    )  # sum of the pairs with r >= i
-    return (
-        jnp.sum(jnp.where(strict, through, 0), axis=-1, keepdims=True),
-    )  # of these the ones with s < i: step i decays them all
+    # Sum of the pairs with r >= i.
+    through = jnp.matmul(later, jnp.where(strict, gamma * d, 0), precision=jax.lax.Precision.HIGHEST)
+    # Those of them with s < i: step i decays them all.
+    return jnp.sum(jnp.where(strict, through, 0), axis=-1, keepdims=True)
 
 
 _gamma.defvjp(_gamma_forward, _gamma_backward)
@@ -369,13 +364,10 @@ def _mild_products(left, k, decay, rows):
     reach exp(-_MILD)."""
     *lead, size, width = decay.shape
     _, through, behind = _halving(decay.reshape(*lead, 2, size // 2, width))
-    middle = jnp.exp(
-        jnp.concatenate([-behind[..., 0, :, :], through[..., 1, :, :]], axis=-2)
-    )  # exp(b - b_middle)
-    before, after = (
-        jnp.exp(through[..., 0, -1:, :]),
-        jnp.exp(through[..., 1, -1:, :]),
-    )  # exp(b_middle), exp(b_C - b_middle)
+    # exp(b - b_middle)
+    middle = jnp.exp(jnp.concatenate([-behind[..., 0, :, :], through[..., 1, :, :]], axis=-2))
+    # exp(b_middle), exp(b_C - b_middle)
+    before, after = (jnp.exp(through[..., 0, -1:, :]), jnp.exp(through[..., 1, -1:, :]))
     left, k = rows(middle) * left, k / middle
     return Products(left @ k.mT, before * left, after * k, (before * after).mT)
 

@@ -60,9 +60,8 @@ def _chunks(u, A, B, state, reset, c):
     n = -(-time // c)
     u, reset = (None if x is None else _split(x, n, c) for x in (u, reset))
     H = impulse_response(A, B, c)
-    sequence = (
-        None if reset is None else jnp.cumsum(reset, axis=2)
-    )  # [b, n, c]: which one of the chunk's, 0 = the one carried in
+    # [b, n, c]: which one of the chunk's, 0 = the one carried in.
+    sequence = None if reset is None else jnp.cumsum(reset, axis=2)
     starts = _starts(u, A, constant(H, u.dtype), state, sequence)
     carried = spread(starts, A, c)
     if sequence is not None:
@@ -81,9 +80,8 @@ def _starts(u, A, H, state, sequence):
     """[b, n, q, d]: the memory before every chunk."""
     c = u.shape[2]
     if sequence is not None:
-        u = jnp.where(
-            (sequence == sequence[..., -1:])[..., None], u, 0
-        )  # what the chunk's last sequence leaves behind
+        # The state at the end of the chunk's last sequence.
+        u = jnp.where((sequence == sequence[..., -1:])[..., None], u, 0)
     added = jnp.einsum("bncq,cd->nbqd", u, H[::-1], precision=HIGHEST)
     carries = None if sequence is None else (sequence[..., -1] == 0).T
     decay = constant(matrix_power(A, c), u.dtype)
@@ -108,9 +106,8 @@ def _within(u, H, sequence):
             _times(jnp.swapaxes(u, 2, 3), toeplitz.reshape(c, -1)).reshape(b, n, q, c, -1), 2, 3
         )
     same = sequence[..., :, None] == sequence[..., None, :]
-    seen = jnp.where(
-        (same & (lag >= 0))[..., None], u[:, :, :, None], 0
-    )  # [b, n, i, j, q]; selecting keeps NaN out
+    # [b, n, i, j, q]; selecting keeps NaN out.
+    seen = jnp.where((same & (lag >= 0))[..., None], u[:, :, :, None], 0)
     return jnp.einsum("bnijq,ijd->bnjqd", seen, toeplitz, precision=HIGHEST)
 
 

@@ -21,9 +21,8 @@ from seqlab.kernels import pallas
 from seqlab.kernels.blocks import find
 
 _STEPS = 128  # of a block of time: as many as there are lanes, which hold B and C
-_STATE = (
-    2**14
-)  # elements of the state of a block: 16 registers of 64; the states of a block of time take 8 MiB
+# Elements of the state per block: 16 registers of 64; the states of a block of time take 8 MiB.
+_STATE = 2**14
 _STATES = 128  # n of one call: states do not meet before y, so that more of them are several calls
 _UNIT = pallas.LANES  # blocks of channels have multiples of so many
 _GROUP = 8  # steps written out: the rows of a tile

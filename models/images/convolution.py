@@ -21,9 +21,9 @@ Map = Float[Array, "b h w d"]
 Filters = Float[Array, "p q d o"]
 
 _NAMES = ("NHWC", "HWIO", "NHWC")
-_WIDE = (
-    1 << 13
-)  # channels in × channels out from which one matrix product for each number of a filter is quicker than a convolution
+# Input channels × output channels from which one matrix product per filter entry is faster than a
+# convolution.
+_WIDE = 1 << 13
 
 
 def convolve(x: Map, weight: Filters, stride: int, padding: int) -> Float[Array, "b i j o"]:
@@ -116,10 +116,8 @@ def _filter_gradient(
     ]
     if x.shape[3] * outputs < _WIDE:
         borders = [(padding, end) for end in ends]
-        x, dy = (
-            x.transpose(3, 1, 2, 0),
-            dy.transpose(1, 2, 0, 3),
-        )  # the sum is over the batch, the filter is the map of gradients
+        # A convolution that sums over the batch, with the gradient map as its filter.
+        x, dy = (x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3))
         y = jax.lax.conv_general_dilated(
             x, dy, (1, 1), borders, rhs_dilation=(stride,) * 2, dimension_numbers=_NAMES
         )
@@ -127,9 +125,8 @@ def _filter_gradient(
     x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((padding, end, 0) for end in ends), (0, 0, 0)])
     seeds = dy.reshape(-1, outputs)
 
-    def row(
-        p: Array,
-    ) -> Array:  # a loop over rows of the filter: a program of all products would take long to compile
+    # A loop over rows of the filter: a program of all products would take long to compile.
+    def row(p: Array) -> Array:
         window = jax.lax.dynamic_slice_in_dim(x, p, (height - 1) * stride + 1, 1)[:, ::stride]
         taps = [window[:, :, q : q + (width - 1) * stride + 1 : stride] for q in range(columns)]
         pairs = [
@@ -170,9 +167,8 @@ def depthwise(x: Map, weight: Float[Array, "p q d"]) -> Map:
     (_, height, width, _), (rows, columns, _) = x.shape, weight.shape
     padded = _bordered(x, weight).astype(accumulator(x.dtype))
 
-    def row(
-        p: int, total: Array
-    ) -> Array:  # a loop over rows of the filter: a program of all products would take long to compile
+    # A loop over rows of the filter: a program of all products would take long to compile.
+    def row(p: int, total: Array) -> Array:
         window = jax.lax.dynamic_slice_in_dim(padded, p, height, 1)
         return total + sum(window[:, :, q : q + width] * weight[p, q] for q in range(columns))
 
@@ -190,9 +186,8 @@ def _depthwise_bwd(residuals: tuple[Map, Array], dy: Map) -> tuple[Map, Array]:
     wide = accumulator(x.dtype)
     padded, dy_wide = _bordered(x, weight).astype(wide), dy.astype(wide)
 
-    def place(
-        n: int, total: Array
-    ) -> Array:  # place by place: a reduction over all of them at once would not fuse with its products
+    # One position at a time: a reduction over all of them would not fuse with its products.
+    def place(n: int, total: Array) -> Array:
         i, j = n // width, n % width
         window = jax.lax.dynamic_slice(padded, (0, i, j, 0), (b, rows, columns, d))
         return total + window * jax.lax.dynamic_slice(dy_wide, (0, i, j, 0), (b, 1, 1, d))

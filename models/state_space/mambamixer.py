@@ -212,9 +212,8 @@ class GroupedChannelMixer(Module):
 
 def within_steps(mixer: Module, x: Float[Array, "b t s k"], valid: Steps | None) -> Float[Array, "b t s k"]:
     """`mixer` over the tokens s of every step alone."""
-    x = mask_steps(x, valid).swapaxes(
-        0, 1
-    )  # time in front: where it is split over devices, so are the rows that the two axes make
+    # Time first: if it is split over devices, so are the rows that the two axes are merged into.
+    x = mask_steps(x, valid).swapaxes(0, 1)
     with sequence_parallel.within_steps():
         y, _ = mixer(x.reshape(-1, *x.shape[2:]))
     return mask_steps(y.reshape(x.shape).swapaxes(0, 1), valid)

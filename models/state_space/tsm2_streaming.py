@@ -154,9 +154,8 @@ class StreamingTSM2(Forecaster):
         batch, time, _ = x.shape
         old = self.init_state(batch, x.dtype) if state is None else state
         order, kept, total = None, None, jnp.full((batch,), time, jnp.int32)
-        if (
-            valid is not None
-        ):  # put the valid steps of every row in front: what follows need not know where they stood
+        # Move the valid steps of each row to the front; the code below does not need their positions.
+        if valid is not None:
             order, total = front(valid), jnp.sum(valid, axis=1, dtype=jnp.int32)
             kept, x = jnp.arange(time) < total[:, None], rows(mask_steps(x, valid), order)
             reset = None if reset is None else rows(reset & valid, order)

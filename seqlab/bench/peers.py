@@ -16,9 +16,8 @@ import numpy as np
 from seqlab.bench.cases import Case, with_gradients
 from seqlab.bench.timing import Program, calls_of, repeated
 
-Peer = Callable[
-    [Case, Any], Program
-]  # of a case and its cotangents; the first array of the result is the output, in our layout
+# (case, cotangents) -> program; the first array of its result is the output, in our layout.
+Peer = Callable[[Case, Any], Program]
 
 
 def of(case: Case) -> dict[str, Peer]:

@@ -81,9 +81,8 @@ def _climb(
         seen.append(candidate.blocks)
         try:
             program = _program(case, name, inputs, [*others, candidate])
-        except (
-            Exception
-        ) as error:  # whatever a compiler or a kernel has against these sizes: they are not taken
+        # Sizes that a compiler or a kernel rejects are skipped, for whatever reason.
+        except Exception as error:
             trials.append(
                 Trial(candidate, None, None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
             )

@@ -36,10 +36,8 @@ LAYOUTS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarra
     "[d, 1, w]": (lambda w: w[:, 0].T, lambda w: w.T[:, None]),  # a depthwise Conv1d
     "[out, in, w]": (lambda w: w.transpose(2, 1, 0), lambda w: w.transpose(2, 1, 0)),  # a Conv1d
     "[out, in, h, w]": (lambda w: w.transpose(2, 3, 1, 0), lambda w: w.transpose(3, 2, 0, 1)),  # a Conv2d
-    "[in, out, h, w]": (
-        lambda w: w.transpose(2, 3, 0, 1),
-        lambda w: w.transpose(2, 3, 0, 1),
-    ),  # a ConvTranspose2d
+    # A ConvTranspose2d.
+    "[in, out, h, w]": (lambda w: w.transpose(2, 3, 0, 1), lambda w: w.transpose(2, 3, 0, 1)),
     "[out, in, 1]": (lambda w: w[..., 0].T, lambda w: w.T[..., None]),  # a Conv1d of width 1 is a linear map
     "[1, d, h, w]": (lambda w: w[0].transpose(1, 2, 0), lambda w: w.transpose(2, 0, 1)[None]),
 }
@@ -263,9 +261,8 @@ def _walk(
         if isinstance(value, nnx.Param | nnx.BatchStat):
             yield ours + attribute, joined, layouts.get(attribute), sizes
         elif isinstance(value, nnx.List) and isinstance(listed, list):
-            for i, (item, name) in enumerate(
-                zip(value, joined[: len(value)], strict=True)
-            ):  # names beyond belong to larger models
+            # Further names belong to larger models.
+            for i, (item, name) in enumerate(zip(value, joined[: len(value)], strict=True)):
                 yield from _walk(item, f"{ours}{attribute}.{i}.", (name,), tables)
         elif isinstance(value, nnx.List):
             for i, item in enumerate(value):

@@ -78,9 +78,8 @@ def bundle(
         tokenizer = FileTokenizer(tokenizer_file)
     functions, described = streaming_functions(model, chunk, platforms)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = pathlib.Path(
-        tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)
-    )  # whole or not at all
+    # Written completely or not at all: renamed at the end.
+    draft = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         from safetensors.flax import save_file
 

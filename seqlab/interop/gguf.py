@@ -30,10 +30,8 @@ _KEYS = {  # without the architecture in front
     "rope.freq_base": "rope_theta",
     "vocab_size": "vocab_size",
 }
-_SAME = (
-    "attention.value_length",
-    "rope.dimension_count",
-)  # of the same width as a head, or the model is another
+# These must equal the head width; otherwise it is another kind of model.
+_SAME = ("attention.value_length", "rope.dimension_count")
 _NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",

@@ -275,9 +275,8 @@ def save_pretrained(
         name = (
             "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         )
-        save_file(
-            shard, folder / name, metadata={"format": "pt"}
-        )  # what transformers asks for, whoever wrote the file
+        # transformers requires this entry.
+        save_file(shard, folder / name, metadata={"format": "pt"})
         where |= dict.fromkeys(shard, name)
         written.append(folder / name)
     if len(shards) > 1:

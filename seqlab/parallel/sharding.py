@@ -136,9 +136,8 @@ def param_shardings(
 def _spec(name: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> PartitionSpec:
     for pattern, axes in rules:
         if re.search(pattern, name) and len(shape) >= len(axes):
-            axes = (None,) * (len(shape) - len(axes)) + tuple(
-                axes
-            )  # layers stacked for a scan have one axis in front, which stays whole
+            # Layers stacked for a scan have one more leading axis, which is not sharded.
+            axes = (None,) * (len(shape) - len(axes)) + tuple(axes)
             return PartitionSpec(
                 *(
                     axis if axis and size % mesh.shape[axis] == 0 else None

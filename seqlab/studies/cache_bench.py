@@ -264,9 +264,8 @@ def answered(read: Callable[..., Any], model: Module, asked: Quiz, copies: bool)
     for question, answer in zip(asked.questions.swapaxes(0, 1), asked.answers.swapaxes(0, 1), strict=True):
         turn = np.concatenate([question, answer], axis=1)
         _, right, after = read(state, turn, np.roll(turn, -1, axis=1))
-        shares.append(
-            float(right[:, question.shape[1] - 1 : -2].all(axis=1).mean())
-        )  # not the byte that closes the answer
+        # Without the byte that ends the answer.
+        shares.append(float(right[:, question.shape[1] - 1 : -2].all(axis=1).mean()))
         state = state if copies else after
     return shares
 
@@ -311,9 +310,8 @@ def draw(bench: Bench, path: pathlib.Path) -> None:
     """One figure: perplexity by position, and what is still found for the bytes of the state."""
     with report.figure(path, columns=2) as (by_place, by_bytes):
         curves(by_place, bench)
-        found = any(
-            sum([*row.passkey, *row.requests]) for row in bench.rows if row.requests is not None
-        )  # where nothing is, bits say more
+        # Without any retrieval scores, plot bits per token.
+        found = any(sum([*row.passkey, *row.requests]) for row in bench.rows if row.requests is not None)
         for row in bench.rows:
             worth = (
                 np.mean([*row.passkey, *row.requests])

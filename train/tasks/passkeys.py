@@ -187,9 +187,8 @@ def haystacks(
             break
     text = np.concatenate(texts)
     text = np.where((text >= ord("A")) & (text <= ord("Z")), text + 32, text).astype(np.uint8)
-    text = np.resize(text, count * (length - 1)).reshape(
-        count, length - 1
-    )  # over again where there is too little
+    # Repeated if the text is too short.
+    text = np.resize(text, count * (length - 1)).reshape(count, length - 1)
     return np.concatenate([np.full((count, 1), bos, np.uint8), text], axis=1)
 
 

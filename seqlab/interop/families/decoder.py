@@ -41,9 +41,8 @@ def language_model(
     dim, heads = keys.size("hidden_size", 4096), keys.size("num_attention_heads", 32)
     if head_dim is None and not keys.has("head_dim") and dim % heads:
         raise PretrainedError(f"num_attention_heads: got {heads}, expected a divisor of hidden_size={dim}")
-    least = (
-        defaults["num_key_value_heads"] if keys.get("num_key_value_heads", 0) == 0 else 0
-    )  # null is not missing
+    # A null value is not the same as a missing key.
+    least = defaults["num_key_value_heads"] if keys.get("num_key_value_heads", 0) == 0 else 0
     longest = keys.size("max_position_embeddings", defaults["max_position_embeddings"])
     eps = keys.number("rms_norm_eps", 1e-6)
     base, scaling = _rotary(keys, longest)
