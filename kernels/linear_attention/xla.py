@@ -353,7 +353,7 @@ def _gamma_backward(gamma, d):
     # Sum of the pairs with r >= i.
     through = jnp.matmul(later, jnp.where(strict, gamma * d, 0), precision=jax.lax.Precision.HIGHEST)
     # Those of them with s < i: step i decays them all.
-    return jnp.sum(jnp.where(strict, through, 0), axis=-1, keepdims=True)
+    return (jnp.sum(jnp.where(strict, through, 0), axis=-1, keepdims=True),)
 
 
 _gamma.defvjp(_gamma_forward, _gamma_backward)
