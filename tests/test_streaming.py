@@ -148,10 +148,10 @@ def stepper(name):
 @st.composite
 def cases(draw):
     """A split into few distinct lengths, documents that begin anywhere, rows padded on either side or holed
-    in the middle."""
+    in the middle, and a step that is not finite."""
     lengths, left = [], LENGTH
     while left:
-        lengths.append(draw(st.sampled_from([n for n in (1, 4, 11, LENGTH) if n <= left])))
+        lengths.append(draw(st.sampled_from([n for n in (0, 1, 4, 11, LENGTH) if n <= left])))
         left -= lengths[-1]
     flags = st.lists(st.booleans(), min_size=LENGTH, max_size=LENGTH)
     reset = [draw(st.lists(st.integers(0, LENGTH - 1), max_size=3)) for _ in range(2)]
@@ -162,18 +162,29 @@ def cases(draw):
             np.asarray(draw(flags)) if draw(st.booleans()) else np.arange(LENGTH) < last,
         ]
     )
-    return lengths, np.stack([np.isin(np.arange(LENGTH), r) for r in reset]), valid, draw(st.integers(0, 99))
+    x = np.random.default_rng(draw(st.integers(0, 99))).normal(size=(2, LENGTH, 16)).astype(np.float32)
+    x[0, draw(st.integers(0, LENGTH - 1)), :3] = draw(st.sampled_from([0.0, np.nan, np.inf]))
+    return lengths, np.stack([np.isin(np.arange(LENGTH), r) for r in reset]), valid, x
 
 
-@pytest.mark.parametrize("name", ["window_sinks_softcap", pytest.param("kimi_delta", marks=SLOW)])
+WITHOUT_DELAY = [
+    name
+    for name in zoo.MIXERS
+    if not name.startswith(JUMPS) and name not in ("lmuformer", "lmuformer_spiking")
+]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "window_sinks_softcap" else pytest.param(name, marks=SLOW) for name in WITHOUT_DELAY],
+)
 @hypothesis.settings(
     max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
 )
 @hypothesis.given(case=cases())
 def test_any_split_of_any_ragged_packed_batch_is_its_documents_one_by_one(name, case):
-    lengths, reset, valid, seed = case
+    lengths, reset, valid, x = case
     params, apply, mixer = stepper(name)
-    x = np.random.default_rng(seed).normal(size=(2, LENGTH, 16)).astype(np.float32)
     dirty = jnp.asarray(np.where(valid[..., None], x, np.nan))
     state, outputs, start = mixer.init_state(2), [], 0
     for length in lengths:
@@ -185,17 +196,20 @@ def test_any_split_of_any_ragged_packed_batch_is_its_documents_one_by_one(name, 
         start += length
     streamed = np.asarray(jnp.concatenate(outputs, axis=1))
     parallel = np.asarray(apply(params, dirty, None, jnp.asarray(reset), jnp.asarray(valid))[0])
-    flags, atol = jnp.zeros((1, 1), bool), 2e-5 * max(1, np.abs(streamed[valid]).max(initial=0))
+    finite = np.isfinite(streamed)
+    flags, atol = jnp.zeros((1, 1), bool), 2e-5 * max(1, np.abs(streamed[finite]).max(initial=0))
     for row in range(2):
         alone, steps = mixer.init_state(1), np.flatnonzero(valid[row])
         for step in steps:
             alone = mixer.init_state(1) if reset[row, step] else alone
             y, alone = apply(params, jnp.asarray(x[row : row + 1, step : step + 1]), alone, flags, ~flags)
+            known = np.isfinite(y)[0, 0]  # what of a broken document is NaN is not promised
             for name_, got in (("streamed", streamed), ("parallel", parallel)):
                 np.testing.assert_allclose(
-                    got[row, step], np.asarray(y)[0, 0], rtol=2e-5, atol=atol, err_msg=name_
+                    got[row, step][known], np.asarray(y)[0, 0][known], rtol=2e-5, atol=atol, err_msg=name_
                 )
-        assert_close(take_rows(state, [row]), alone, 2e-5, "state")
+        if all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(alone)):
+            assert_close(take_rows(state, [row]), alone, 2e-5, "state")
 
 
 def test_a_full_cache_gives_nan_beyond_its_capacity_and_never_a_wrong_number():
