@@ -1,5 +1,7 @@
-"""A strict session: eight virtual devices, and warnings are errors."""
+"""A strict session: eight virtual devices, and warnings are errors. It ends with what it cost: processor seconds
+per file, of the budget that CONTRIBUTING.md names."""
 
+import collections
 import gc
 import importlib.metadata
 import os
@@ -24,6 +26,36 @@ jax.config.update(
     "jax_compilation_cache_dir", str(pathlib.Path(__file__).resolve().parent.parent / ".pytest_cache" / "xla")
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def processor_seconds():
+    """Of this process and of the children that have ended."""
+    return sum(os.times()[:4])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    item.begun = processor_seconds()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item):
+    try:
+        return (yield)
+    finally:
+        item.user_properties.append(("processor_seconds", processor_seconds() - item.begun))
+
+
+def pytest_terminal_summary(terminalreporter):
+    costs = collections.Counter()
+    for reports in list(terminalreporter.stats.values()):
+        for report in reports:
+            if getattr(report, "when", None) == "teardown":
+                costs[report.nodeid.partition("::")[0]] += dict(report.user_properties)["processor_seconds"]
+    dearest = ", ".join(f"{name.rpartition('/')[2]} {cost:.0f}" for name, cost in costs.most_common(8))
+    if costs.total() > 30:
+        terminalreporter.write_line(f"{costs.total():,.0f} processor seconds; the dearest: {dearest}")
 
 
 @pytest.fixture(scope="module", autouse=True)
