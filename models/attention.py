@@ -3,7 +3,7 @@
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -209,6 +209,10 @@ class Attention(Module):
         """`state` with slots for sequences of `steps` steps, where it has fewer."""
         return self._of_cache(self.cache.with_room, state, steps)
 
+    def make_room(self, state: State, steps: Int[Array, " b"] | int) -> State:
+        """`state` before a turn of `steps` steps, where the cache drops keys for a turn."""
+        return self._of_cache(self.cache.make_room, state, steps)
+
     def compact(self, state: State, steps: int) -> State:
         """The state of sequences of at most `steps` steps with no more slots than these need."""
         return self._of_cache(self.cache.compact, state, steps)
@@ -217,7 +221,7 @@ class Attention(Module):
         """A state that enters from outside; ValueError where another cache made it."""
         return self._of_cache(lambda own, _: self.cache.adopt(own), state, 0)
 
-    def _of_cache(self, function: Callable[[State, int], State], state: State, steps: int) -> State:
+    def _of_cache(self, function: Callable[[State, Any], State], state: State, steps: Any) -> State:
         if self.key_conv is None:
             return function(state, steps)
         return state._replace(cache=function(state.cache, steps))

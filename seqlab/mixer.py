@@ -77,6 +77,11 @@ class MixerBase:
         """`state` with room for sequences of `steps` steps, where it grows; itself otherwise."""
         return state
 
+    def make_room(self, state: State, steps: int | Int[Array, " b"]) -> State:
+        """`state` before a turn of `steps` steps (per row), where the mixer drops some of its past for a turn;
+        itself otherwise."""
+        return state
+
     def compact(self, state: State, steps: int) -> State:
         """The state of sequences of at most `steps` steps with no more room than these need; itself where a
         state has one size."""
@@ -120,6 +125,9 @@ class Composite(MixerBase):
 
     def with_room(self, state: State, steps: int) -> State:
         return self.map_states(state, lambda child, own: as_mixer(child).with_room(own, steps))
+
+    def make_room(self, state: State, steps: int | Int[Array, " b"]) -> State:
+        return self.map_states(state, lambda child, own: as_mixer(child).make_room(own, steps))
 
     def compact(self, state: State, steps: int) -> State:
         return self.map_states(state, lambda child, own: as_mixer(child).compact(own, steps))

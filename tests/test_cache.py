@@ -122,6 +122,29 @@ def test_room_can_be_made_before_a_turn():
     assert_close(y, call(kept)[0][:, -3:], 2e-5)
 
 
+def test_a_turn_drops_what_it_needs_and_no_more():
+    """Row by row: some keys behind the sinks, or all of them for a turn longer than the window; then all that a
+    turn brings stays."""
+    cache = Window(6, sinks=2, turn=9)
+    mixer = Attention(16, heads=2, cache=cache, rngs=nnx.Rngs(0))
+    x, call = random(4, 2, 14, 16), jax.jit(lambda x, state=None, valid=None: mixer(x, state, None, valid))
+    valid = jnp.arange(9) < jnp.asarray([[9], [4]])
+    _, state = call(x[:, :9], mixer.init_state(2), valid)
+    room = mixer.make_room(state, jnp.asarray([3, 8]))
+    kept = [[p for p in row if p < 9] for row in np.sort(np.asarray(room.positions)).tolist()]
+    assert kept == [[0, 1, 6, 7, 8], [0, 1]]
+    y, later = call(x[:, 9:12], room)
+    for row, stay in enumerate(([0, 1, 6, 7, 8, 9, 10, 11], [0, 1, 9, 10, 11])):
+        alone, _ = call(x[row : row + 1, jnp.asarray(stay)])
+        assert_close(y[row], alone[0, -3:], 2e-5)
+    assert_identical(mixer.rewind(later, 3).positions, room.positions)
+    assert_identical(mixer.make_room(room, 1), room)
+    with pytest.raises(
+        ValueError, match=r"steps=10 are more than the 9 of a turn of sinks\(2\)\+window\(6, turn=9\)"
+    ):
+        mixer.make_room(state, 10)
+
+
 @pytest.mark.parametrize(
     ("build", "words"),
     [
@@ -278,6 +301,7 @@ def test_impossible_codings_are_refused(options, words):
         ("full(8)+grows+int4", Quantized(8, bits=4, grows=True)),
         ("full(8)+int4(values=2)", Quantized(8, bits=4, value_bits=2)),
         ("window(8, edge=call)", Window(8, edge="call")),
+        ("sinks(2)+window(8, turn=20)", Window(8, 2, turn=20)),
         ("full(8)+int2(half_groups=1, edge=call)", Quantized(8, bits=2, half_groups=True, edge="call")),
         ("heads(0 1 0 | full(64) | sinks(2)+window(8))", Heads((Full(64), Window(8, 2)), (0, 1, 0))),
         ("seqlab.models:Window(8, sinks=2)", Window(8, 2)),
@@ -313,7 +337,10 @@ def test_caches_are_words(spec, policy):
         ("window(20)+moba(8, 2)", r"window must hold whole blocks of moba\(8, 2\), got window\(20\)"),
         ("sinks(2)+window(16)+moba(8, 2)", "sinks and moba do not go together"),
         ("full(16)+moba(8, 2)+int4", "int4 and moba do not go together"),
-        ("window(16)+moba(8, 2)+in_place", "in_place, edge and moba do not go together"),
+        ("window(16)+moba(8, 2)+in_place", "in_place, edge, turn and moba do not go together"),
+        ("window(16, turn=4)+moba(8, 2)", "in_place, edge, turn and moba do not go together"),
+        ("window(16, turn=4)+int4", "turn and int4 do not go together in 'window.16, turn=4.*'"),
+        ("window(16, turn=0)", "turn must be a positive integer, got 0"),
         ("window(8)+grows", "grows and window do not go together"),
         ("window(0)", "window must be a positive integer, got 0"),
     ],

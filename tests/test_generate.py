@@ -14,6 +14,7 @@ from helpers import assert_close
 
 import seqlab
 from seqlab.models import Attention, Full, LanguageModel, Mamba, Window
+from seqlab.models.attention import with_cache
 from seqlab.module import Module
 from seqlab.streaming.generate import Sampling, draw, stream_state
 
@@ -51,6 +52,30 @@ def test_tokens_do_not_depend_on_blocks_or_chunks(temperature, options):
         model(), PROMPT, max_tokens=40, temperature=temperature, seed=3, **options
     )
     assert tokens(stream) == expected(temperature)
+
+
+@pytest.mark.slow
+def test_a_cache_of_turns_makes_room_for_prompt_and_answer():
+    """Before a state goes on; rows of their own lengths; as the model does with room made by hand."""
+    words = "sinks(2)+window(12, turn=30)"
+    first = seqlab.stream_generate(model(), ["def f(x):", "x"], max_tokens=6, temperature=0, cache=words)
+    tokens(first)
+    prompts, most = [[7, 8, 9], [1] * 12], [3, 5]
+    options = {"max_tokens": most, "temperature": 0, "cache": words}
+    second = seqlab.stream_generate(model(), prompts, state=first.state, **options)
+    found = [[], []]
+    for token in second:
+        found[token.row].append(token.token)
+    served = with_cache(model(), words)
+    for row, (prompt, count) in enumerate(zip(prompts, most, strict=True)):
+        state = served.make_room(seqlab.take_rows(first.state, [row]).model, len(prompt) + count)
+        text = list(prompt)
+        for _ in range(count):
+            logits, state = served(jnp.asarray([text if len(text) == len(prompt) else text[-1:]]), state)
+            text.append(int(jnp.argmax(logits[0, -1])))
+        assert found[row] == text[len(prompt) :]
+    with pytest.raises(ValueError, match=r"steps=\[40, 22\] are more than the 30 of a turn"):
+        seqlab.stream_generate(model(), ["x" * 20, "xx"], state=first.state, max_tokens=20, cache=words)
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])

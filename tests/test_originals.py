@@ -380,12 +380,9 @@ def test_every_switch_of_the_cell_of_keras_lmu(on, cell, discretizer, learnt, ch
     case.finish()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "discretizer, channels, learnt",
-    [
-        ("euler", 2, True),
-        *(pytest.param("zoh", 3, learnt, marks=pytest.mark.slow) for learnt in (False, True)),
-    ],
+    "discretizer, channels, learnt", [("euler", 2, True), ("zoh", 3, False), ("zoh", 3, True)]
 )
 def test_the_parallel_memory_with_its_options(discretizer, channels, learnt, tmp_path):
     from parity import lmuformer
@@ -418,3 +415,88 @@ def test_the_parallel_memory_with_its_options(discretizer, channels, learnt, tmp
         module = LMU(3, order=order, theta=theta, trainable_theta=True, rngs=nnx.Rngs(0))
         slope = nnx.grad(lambda module: jax.numpy.sum(module(x.astype(np.float32))[0]))(module)["theta_inv"]
         assert np.isfinite(slope[...]) and slope[...] != 0
+
+
+# --- StreamingLLM, turn by turn
+
+
+def turns_case(folder, *, chunks, gen, start_size, recent_size):
+    """A Llama of one layer, whose cache is cut before each turn by what will come and grows until the next."""
+    rng, hidden, heads, kv_heads, vocab = np.random.default_rng(recent_size), 16, 4, 2, 19
+    sizes = {"q_proj": hidden, "k_proj": hidden * kv_heads // heads, "v_proj": hidden * kv_heads // heads}
+    attention = {f"self_attn.{name}.weight": (size, hidden) for name, size in sizes.items()}
+    layer = attention | {"self_attn.o_proj.weight": (hidden, hidden), "mlp.gate_proj.weight": (24, hidden)}
+    layer |= {"mlp.up_proj.weight": (24, hidden), "mlp.down_proj.weight": (hidden, 24)}
+    layer |= {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
+    shapes = {"model.embed_tokens.weight": (vocab, hidden), "lm_head.weight": (vocab, hidden)}
+    shapes |= {"model.norm.weight": (hidden,)} | {f"model.layers.0.{name}": x for name, x in layer.items()}
+    w = {name: rng.normal(size=shape) / np.sqrt(shape[-1]) for name, shape in shapes.items()}
+    w = {name: value.astype(np.float32).astype(float) for name, value in w.items()}
+    tokens = rng.integers(0, vocab, size=(2, sum(chunks) + gen * len(chunks)))
+
+    def norm(x, name):
+        return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-6) * w[f"model.{name}.weight"]
+
+    def linear(x, name):
+        return x @ w[f"model.layers.0.{name}.weight"].T
+
+    k, v = (np.zeros((2, kv_heads, 0, hidden // heads)) for _ in "kv")
+    index, begin = [], 0
+    logits, places, lengths, kept = [], [], [], []
+    for chunk in chunks:
+        count, coming = len(index), chunk + gen
+        if count + coming > start_size + recent_size:
+            stay = [*range(min(start_size, count)), *range(count - recent_size + coming, count)]
+            k, v, index = k[:, :, stay], v[:, :, stay], [index[i] for i in stay]
+        kept.append(list(index))
+        for size in (chunk, *[1] * gen):
+            x = w["model.embed_tokens.weight"][tokens[:, begin : begin + size]]
+            y = norm(x, "layers.0.input_layernorm")
+            q = in_heads(linear(y, "self_attn.q_proj"), heads)
+            k, v = (
+                np.concatenate([old, in_heads(linear(y, f"self_attn.{n}_proj"), kv_heads)], 2)
+                for n, old in (("k", k), ("v", v))
+            )
+            index = [*index, *range(begin, begin + size)]
+            at = np.arange(len(index) - size, len(index))
+            keys, values = (z.repeat(heads // kv_heads, 1) for z in (turned(k, np.arange(len(index))), v))
+            scores = np.einsum("bhtd,bhsd->bhts", turned(q, at), keys) / np.sqrt(hidden // heads)
+            scores = np.where(at[:, None] >= np.arange(len(index)), scores, -np.inf)
+            y = np.einsum("bhts,bhsd->bthd", softmax(scores), values).reshape(2, size, hidden)
+            x = x + linear(y, "self_attn.o_proj")
+            y = norm(x, "layers.0.post_attention_layernorm")
+            gate = linear(y, "mlp.gate_proj")
+            x = x + linear(gate / (1 + np.exp(-gate)) * linear(y, "mlp.up_proj"), "mlp.down_proj")
+            logits.append(norm(x, "norm") @ w["lm_head.weight"].T)
+            places, begin = [*places, *at], begin + size
+            lengths.append(len(index))
+    widest = max(map(len, kept))
+    expected = {"logits": np.concatenate(logits, 1), "q_positions": places, "final_cache_k_layer0": k}
+    expected |= {"cache_len_after_each_call": lengths, "final_cache_token_index": index}
+    expected["kept_token_index_per_turn"] = np.asarray([[*row, *[-1] * (widest - len(row))] for row in kept])
+    expected["final_cache_v_layer0"] = v
+    meta = {"chunks": chunks, "gen": gen, "start_size": start_size, "recent_size": recent_size, "layers": 1}
+    meta |= {"vocab": vocab, "hidden": hidden, "heads": heads, "kv_heads": kv_heads, "intermediate": 24}
+    meta |= {"eps": 1e-6, "rope_theta": 1e4, "tolerance": "rtol 1e-4, atol 2e-5"}
+    arrays = grouped("param", w) | grouped("out", expected) | {"in__input_ids": tokens}
+    return case_of(folder, meta, **arrays)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "chunks, gen, start_size, recent_size",
+    [
+        ([3, 9, 2, 1], 2, 2, 6),  # the second turn is longer than the window, which leaves the sinks alone
+        ([1, 1, 5, 5], 3, 4, 7),  # a turn that begins with fewer tokens than sinks
+        ([12, 4, 3], 1, 0, 5),  # no sinks; the first turn already exceeds the window
+        ([2, 4, 4, 1], 0, 3, 4),  # turns of exactly the window, and of no generation
+        ([6, 2, 2, 2, 2], 1, 1, 9),
+    ],
+)
+def test_streamingllm_makes_room_before_each_turn(chunks, gen, start_size, recent_size, tmp_path):
+    from parity import streamingllm
+
+    options = {"chunks": chunks, "gen": gen, "start_size": start_size, "recent_size": recent_size}
+    case = turns_case(tmp_path, **options)
+    streamingllm.check(case)
+    case.finish()

@@ -175,15 +175,15 @@ def beyond_is_nan(out: Array, lse: Array, beyond: Array) -> tuple[Array, Array]:
     return jnp.where(beyond[:, :, None, None], jnp.nan, out), jnp.where(beyond[:, :, None], jnp.nan, lse)
 
 
-def check_layout(policy: object, state: CacheState, places: Int[Array, "b s"]) -> None:
-    """Refuse a state whose steps do not lie where `policy` puts them: step `places` in each slot, or none. Looks
-    at the numbers: not for jitted code."""
+def check_layout(policy: object, state: CacheState, places: Int[Array, "b s"], newest: bool = True) -> None:
+    """Refuse a state whose steps do not lie where `policy` puts them: step `places` in each slot, or none; the
+    `newest` is always kept, unless the policy may drop it. Looks at the numbers: not for jitted code."""
     here = state.positions != NEVER
     if bool(jnp.any(here & (state.positions != places))):
         raise UserError(f"state holds other steps than {policy} keeps: it was made by another cache")
     some = jnp.any(here, axis=1, keepdims=True)  # a row may have forgotten all that it had seen
     gone = (places >= 0) & (places < state.length[:, None]) & ~here
-    if bool(jnp.any(some & gone & (places == state.length[:, None] - 1))):
+    if newest and bool(jnp.any(some & gone & (places == state.length[:, None] - 1))):
         raise UserError(f"state lacks the newest step, which {policy} keeps: it was made by another cache")
 
 

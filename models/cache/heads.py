@@ -93,6 +93,10 @@ class Heads(Policy):
         pairs = zip(self.policies, state, strict=True)
         return tuple(policy.with_room(own, steps) for policy, own in pairs)
 
+    def make_room(self, state: tuple[Any, ...], steps: Int[Array, " b"] | int) -> tuple[Any, ...]:
+        pairs = zip(self.policies, state, strict=True)
+        return tuple(policy.make_room(own, steps) for policy, own in pairs)
+
     def adopt(self, state: tuple[Any, ...]) -> tuple[Any, ...]:
         self.check(state)
         return tuple(policy.adopt(own) for policy, own in zip(self.policies, state, strict=True))

@@ -111,6 +111,10 @@ class Policy:
                 "made by another cache"
             )
 
+    def make_room(self, state: State, steps: Int[Array, " b"] | int) -> State:
+        """`state` before a turn of `steps` steps; itself where nothing is dropped for a turn."""
+        return state
+
     @property
     def all_slots(self) -> int:
         """The slots that `init_state` makes."""

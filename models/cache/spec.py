@@ -15,7 +15,7 @@ from seqlab.names import imported
 
 _TERMS = ("full", "window", "sinks", "int2", "int4", "int8", "moba", "absolute", "in_place", "grows")
 _OPTIONS = {  # of each term, beside its numbers
-    "window": ("edge",),
+    "window": ("edge", "turn"),
     "int2": ("group", "residual", "values", "half_groups", "edge"),
     "moba": (),
 }
@@ -32,7 +32,8 @@ def parse_cache(spec: str) -> Policy:
     """The policy that `spec` describes, terms joined by +:
 
         full(n)                 every key, up to n steps
-        window(n)               the last n keys, the query's own included
+        window(n)               the last n keys, the query's own included; window(n, turn=m) drops none while a
+                                turn of up to m steps lasts, and makes room before it (StreamingLLM's chat)
         sinks(n)                and the first n, at their places in the cache (StreamingLLM)
         absolute                sinks at their places in the stream: not beyond the length of training
         int2, int4, int8        old keys and values quantized; int4(group=32, residual=128, values=2) says how
@@ -107,6 +108,10 @@ def _check_product(spec: str, terms: dict[str, _Term], bits: list[str]) -> None:
     if "grows" in terms and "window" in terms:
         raise UserError("cache: grows and window do not go together: a window has no end")
     if bits and terms.get("window", _Term([], {})).options:
+        if "turn" in terms["window"].options:
+            raise UserError(
+                f"cache: turn and {bits[0]} do not go together in {spec!r}: codes stay step by step"
+            )
         raise UserError(f"cache: give edge to {bits[0]} instead of window in {spec!r}")
     if "moba" in terms:
         _check_blocks(spec, terms, bits)
@@ -125,7 +130,7 @@ def _check_blocks(spec: str, terms: dict[str, _Term], bits: list[str]) -> None:
         )
     if "in_place" in terms or terms.get("window", _Term([], {})).options:
         raise UserError(
-            "cache: in_place, edge and moba do not go together: the means of blocks are those of keys at "
+            "cache: in_place, edge, turn and moba do not go together: the means of blocks are those of keys at "
             "absolute positions"
         )
 

@@ -50,6 +50,10 @@ class Window(Policy):
       edge: "step" hides from every query what is older than its window. "call" reproduces the published code
         of StreamingLLM and DuoAttention: all queries of a call see all that was cached before it, and the
         call; results then depend on how a stream is cut.
+      turn: the most steps of a turn, with which the cache is that of the published chat: nothing is dropped while
+        a turn lasts. `make_room`, which `stream_generate` calls for a state that goes on, drops all but the sinks
+        and the last keys before it, so that these and the turn are sinks + window at most, or the sinks and
+        the turn where it alone is longer than the window. None: keys are dropped step by step.
 
     The published window of r keys before the query is W = r + 1: see `published`.
     """
@@ -59,6 +63,7 @@ class Window(Policy):
     softcap: float | None = None
     positions: str = "cache"
     edge: str = "step"
+    turn: int | None = None
     state_type: ClassVar[type] = CacheState
 
     def __post_init__(self):
@@ -66,6 +71,9 @@ class Window(Policy):
         check_at_least("sinks", self.sinks, 0)
         check_choice(self.positions, ("absolute", "cache"), "positions")
         check_choice(self.edge, ("step", "call"), "edge")
+        if self.turn is not None:
+            check_positive("turn", self.turn)
+            object.__setattr__(self, "edge", "call")  # what is stored is what is seen
         if not self.sinks:  # nothing is read from another place: both are one policy
             object.__setattr__(self, "positions", "cache")
 
@@ -82,11 +90,17 @@ class Window(Policy):
     def __str__(self) -> str:
         sinks = f"sinks({self.sinks})+" if self.sinks else ""
         edge = ", edge=call" if self.edge == "call" else ""
-        return f"{sinks}window({self.window}{edge})" + ("+absolute" if self.positions == "absolute" else "")
+        option = edge if self.turn is None else f", turn={self.turn}"
+        return f"{sinks}window({self.window}{option})" + ("+absolute" if self.positions == "absolute" else "")
 
     @property
     def span(self) -> int:
-        return self.sinks + self.window
+        return self.sinks + self.ring
+
+    @property
+    def ring(self) -> int:
+        """Slots behind the sinks: of the window, or of a turn that is longer."""
+        return max(self.window, self.turn or 0)
 
     def init_state(
         self,
@@ -117,7 +131,7 @@ class Window(Policy):
         if q.shape[1] == 1:
             span = stored_span(new)._replace(segments=None)
         else:
-            old = state if self.edge == "step" else _without_oldest(state, self.window - 1, self.sinks)
+            old = state if self.edge == "step" else _without_oldest(state, self.ring - 1, self.sinks)
             span = joined(stored_span(old), new_span(k, v, where))
         if self._in_place:
             # Without a reset all the sinks that a query may see lie, once the chunk is stored, in their slots.
@@ -179,11 +193,11 @@ class Window(Policy):
         return merge(*near, *attend(scores.rotary(q, place), p, where, first, scores))
 
     def _stored(self, state: CacheState, k, v, where: Segments, reset: Steps | None) -> CacheState:
-        ring = self.sinks + (where.positions - self.sinks) % self.window
+        ring = self.sinks + (where.positions - self.sinks) % self.ring
         slots = jnp.where(where.positions < self.sinks, where.positions, ring)
         # Of a chunk longer than the ring only the steps that survive it are stored: two writes to one slot
         # would race.
-        survives = (where.positions < self.sinks) | (where.positions >= where.length[:, None] - self.window)
+        survives = (where.positions < self.sinks) | (where.positions >= where.length[:, None] - self.ring)
         return store(state, k, v, where, slots, survives, reset)
 
     def held(self, state: CacheState) -> int:
@@ -199,8 +213,8 @@ class Window(Policy):
         self.check(state)
         slot = jnp.arange(self.held(state))[None]
         last = state.length[:, None] - 1  # the newest step of each slot of the ring
-        ring = last - (last - slot) % self.window  # slot - sinks = (position - sinks) % window
-        check_layout(self, state, jnp.where(slot < self.sinks, slot, ring))
+        ring = last - (last - slot) % self.ring  # slot - sinks = (position - sinks) % ring
+        check_layout(self, state, jnp.where(slot < self.sinks, slot, ring), newest=self.turn is None)
         return state
 
     def evict(self, state: CacheState, recent: int) -> CacheState:
@@ -208,12 +222,35 @@ class Window(Policy):
         makes it before a turn."""
         return _without_oldest(state, recent, self.sinks)
 
+    def make_room(self, state: CacheState, steps: Int[Array, " b"] | int) -> CacheState:
+        """`state` with room for a turn of `steps` steps per row, where there is a `turn`: keys behind the sinks
+        are dropped, the oldest first, until those that stay and the turn are sinks + window.
+
+        Raises:
+          ValueError: the turn is longer than `turn`.
+        """
+        if self.turn is None:
+            return state
+        if not isinstance(steps, jax.core.Tracer) and bool(jnp.any(jnp.asarray(steps) > self.turn)):
+            raise UserError(
+                f"steps={jnp.asarray(steps).tolist()} are more than the {self.turn} of a turn of {self}: give "
+                "window(..., turn=) as many as a prompt and its answer may have"
+            )
+        held = jnp.sum(state.positions != NEVER, axis=1)
+        dropped = _without_oldest(state, jnp.maximum(self.window - steps, 0), self.sinks)
+        full = held + steps > self.sinks + self.window
+        return state._replace(positions=jnp.where(full[:, None], dropped.positions, state.positions))
+
     def rewind(self, state: CacheState, steps: Int[Array, " b"]) -> CacheState:
         """The state `steps` steps ago; ValueError where the ring has overwritten what a query would see
-        there."""
+        there. What `make_room` has dropped stays dropped."""
         length = earlier(state, steps)
-        needed = jnp.maximum(length - self.window + 1, self.sinks)
-        if bool(jnp.any((state.length - self.window > needed) & (length > self.sinks))):
+        if self.turn is None:
+            needed = jnp.maximum(length - self.window + 1, self.sinks)
+            gone = (state.length - self.window > needed) & (length > self.sinks)
+        else:  # as many as the ring holds: it may have had more
+            gone = (state.length - _ring_start(state, self.sinks) >= self.ring) & (length < state.length)
+        if bool(jnp.any(gone)):
             raise UserError(
                 f"steps={jnp.asarray(steps).tolist()} cannot be taken back: {self} has overwritten the keys "
                 "before them"
@@ -238,7 +275,8 @@ def place_in_cache(
     return jnp.where(positions < sinks, positions, sinks + positions - first)
 
 
-def _without_oldest(state: CacheState, recent: int, sinks: int) -> CacheState:
+def _without_oldest(state: CacheState, recent: Int[Array, " b"] | int, sinks: int) -> CacheState:
+    """`state` without what is neither a sink nor one of the last `recent` steps."""
     gone = (state.positions >= sinks) & (state.positions < (state.length - recent)[:, None])
     return state._replace(positions=jnp.where(gone, NEVER, state.positions))
 

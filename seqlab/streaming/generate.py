@@ -115,7 +115,8 @@ def stream_generate(
       top_k, top_p, min_p: draw among the k likeliest; of these among the fewest of probability p, at least;
         of these among those with `min_p` times the probability of the likeliest. Among equals the lowest stay.
       seed: of the draws: equal prompts and seeds give equal rows. None is 0, or what `state` was drawn with.
-      state: continue from `Stream.state`; its rows are the batch. It stays valid.
+      state: continue from `Stream.state`; its rows are the batch. It stays valid. A cache of turns, `window(n,
+        turn=m)`, makes room for the prompt and `max_tokens` before it goes on.
       stop: a row ends after a token that completes one of these: texts, bytes, tokens or sequences of tokens,
         of at most 256 bytes or tokens. Text of a stream that `state` continues counts, that of prompts does
         not.
@@ -163,6 +164,8 @@ def stream_generate(
         vocab_size=vocabulary,
     )
     limits = check_limits(max_tokens, count)
+    if state is not None:
+        state = state._replace(model=as_mixer(model).make_room(state.model, _coming(rows, limits)))
     setup = Setup(
         model=model,
         rows=rows,
@@ -278,6 +281,13 @@ def _rows_of(state: StreamState, rows: list[np.ndarray]) -> list[np.ndarray]:
     if empty:
         raise UserError(f"prompt {empty[0]} is empty, and the state has not read anything yet")
     return rows
+
+
+def _coming(rows: list[np.ndarray], limits: np.ndarray) -> np.ndarray:
+    """The steps of a turn by row: of its prompt, and of its answer where that has a limit."""
+    endless = limits == np.iinfo(np.int64).max
+    steps = np.asarray([len(row) for row in rows], np.int64) + np.where(endless, 0, limits)
+    return np.minimum(steps, _POSITIONS).astype(np.int32)
 
 
 def _room(model: Module, state: StreamState | None, rows: list[np.ndarray], limits: np.ndarray) -> np.ndarray:

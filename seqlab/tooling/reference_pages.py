@@ -37,6 +37,7 @@ _CACHES = (
         "window(1024)",
         "sinks(4)+window(1020)",
         "sinks(4)+window(1020)+absolute",
+        "sinks(4)+window(1020, turn=512)",
     ),
     *(
         "full(4096)+int8",

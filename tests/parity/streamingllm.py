@@ -63,14 +63,7 @@ def _check_steps(case):
     """One token a call: what is kept, where it stands, and what comes out."""
     options, tokens = case.options, case.array("input_ids")
     sinks, recent = options["start_size"], options["recent_size"]
-    cache = Window.published(sinks, recent)
-    if options["model"] == "llama":
-        model = convert(llama(options, cache), case.params, architecture="llama")
-        parallel = False
-    else:
-        model = convert(*_neox(options, cache, case.params), architecture="neox")
-        parallel = True
-    run = jax.jit(functools.partial(_step, model, parallel))
+    model, run = _built(case, Window.published(sinks, recent))
     state, logits, mixed, tables = model.init_state(len(tokens)), [], [], []
     for t in range(tokens.shape[1]):
         (y, first), state = run(tokens[:, t : t + 1], state)
@@ -84,6 +77,16 @@ def _check_steps(case):
         k, v = _kept(state[layer][0], model.backbone.blocks[layer].mixer, sinks, recent)
         case.check(f"cache_k_layer{layer}", k)
         case.check(f"cache_v_layer{layer}", v)
+
+
+def _built(case, cache):
+    """The model, and its call as a function of tokens and state."""
+    neox = any(name.startswith("gpt_neox.") for name in case.params)
+    if neox:
+        model = convert(*_neox(case.options, cache, case.params), architecture="neox")
+    else:
+        model = convert(llama(case.options, cache), case.params, architecture="llama")
+    return model, jax.jit(functools.partial(_step, model, neox))
 
 
 def _step(model, parallel, tokens, state):
@@ -136,20 +139,16 @@ def _check_turns(case):
     """Turns: room is made for all that a turn will bring, then a call with its tokens, then one a token."""
     options, tokens = case.options, case.array("input_ids")
     sinks, recent, gen = options["start_size"], options["recent_size"], options["gen"]
-    cache = Window(recent + 1, sinks, positions="cache", edge="call")
-    model = convert(llama(options, cache), case.params, architecture="llama")
-    run = jax.jit(lambda tokens, state: model(tokens, state))
+    longest = max(options["chunks"]) + gen
+    cache = Window(recent, sinks, turn=longest)
+    model, run = _built(case, cache)
     state, logits, lengths, kept, places, begin = model.init_state(len(tokens)), [], [], [], [], 0
     for chunk in options["chunks"]:
-        coming = chunk + gen
-        table = _table(state)
-        if len(table) + coming > sinks + recent:
-            last = max(0, len(table) - (len(table) - recent + coming)) if recent > coming else 0
-            state = tuple((cache.evict(mixed, last), channel) for mixed, channel in state)
+        state = model.make_room(state, chunk + gen)
         kept.append(_table(state))
         for size in (chunk, *[1] * gen):
             places += range(len(_table(state)), len(_table(state)) + size)
-            y, state = run(tokens[:, begin : begin + size], state)
+            (y, _), state = run(tokens[:, begin : begin + size], state)
             begin += size
             logits.append(y)
             lengths.append(len(_table(state)))
@@ -164,7 +163,7 @@ def _check_turns(case):
     )
     case.check("final_cache_token_index", _table(state), exact=True)
     for layer in range(options["layers"]):
-        k, v = _kept(state[layer][0], model.backbone.blocks[layer].mixer, sinks, recent)
+        k, v = _kept(state[layer][0], model.backbone.blocks[layer].mixer, sinks, cache.ring)
         case.check_all({f"final_cache_k_layer{layer}": k, f"final_cache_v_layer{layer}": v})
 
 
