@@ -1,31 +1,26 @@
 """Operations on sequences and maps as pure functions: arrays in, arrays out, no parameters.
 
     attention          softmax attention, with the log-sum-exp by which partial attentions merge
-    block_attention    softmax attention over the blocks that each query chooses
-    conv               depthwise causal convolution over time
-    decode_attention   softmax attention of one query over a cache in few bits
-    dwt                the Haar wavelet transform of maps
-    linear_attention   memories that are sums of outer products
-    lmu                one fixed linear recurrence: the Legendre memory
-    scan               elementwise linear recurrences
+    block_attention    softmax attention over blocks selected by each query conv               depthwise
+    causal convolution over time decode_attention   softmax attention of one query over a quantized cache dwt
+    the Haar wavelet transform of maps linear_attention   matrix states updated by outer products lmu one
+    fixed linear recurrence: the Legendre memory scan elementwise linear recurrences
 
-One folder an op. In each:
+One folder per op, with these modules:
 
-    __init__       the public function: shapes, semantics, what raises
-    reference      the truth: the definition, slow and short
-    xla            the default everywhere; runs on every platform and never declines
-    pallas_tpu, triton_gpu    where they exist: for calls that they are made for; they decline others
-    specs          named shapes for tests and benchmarks
+    __init__       the public function: shapes, semantics, errors reference      the reference implementation:
+    the definition, slow and short xla            the default everywhere; runs on every platform and never
+    declines pallas_tpu, triton_gpu    for some ops and calls; they decline the others specs named shapes for
+    tests and benchmarks
 
-`dispatch` chooses. `implementation=None` takes the first in the platform's order of preference that does not
-decline; it always succeeds. `implementation="xla"` takes that one or raises, `("triton_gpu", "xla")` the
-first that there is and that does not decline: kernels for accelerators are asked for so until they have been
-run on one. `seqlab.use_implementation(name)` sets the name for a block of code, and `seqlab.explain(function,
-*args)` tells which implementations a call would use and why those preferred to them declined.
+`dispatch` selects one. `implementation=None` takes the first in the platform's order of preference that does
+not decline, and always succeeds. `implementation="xla"` takes that one or raises, `("triton_gpu", "xla")` the
+first that exists and does not decline: accelerator kernels are opt-in until they have run on hardware.
+`seqlab.use_implementation(name)` sets the name for a block of code, and `seqlab.explain(function, *args)`
+reports which implementations a call would use and why preferred ones declined.
 
-A folder and its op share a name. `seqlab.kernels.attention` is always the function, loaded when it is first
-used; what else a folder
-holds is imported from it: `from seqlab.kernels.attention import merge`.
+A folder and its op share a name. `seqlab.kernels.attention` is always the function, loaded on first use;
+import the other contents of a folder from it: `from seqlab.kernels.attention import merge`.
 """
 
 import importlib

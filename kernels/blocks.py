@@ -1,14 +1,11 @@
-"""Block sizes as data: into what the kernels cut a call, by kernel, bytes of a number, and width of heads (or
-channels).
+"""Block sizes of the kernels as data, by kernel, bytes per number, and width of heads (or channels).
 
-`TABLE` holds what is built in. What `seqlab bench OP --tune` has found to be faster on a device goes before
-it, from a file:
+`TABLE` holds the built-in sizes. Sizes found by `seqlab bench OP --tune` take precedence, from a file:
 
     with seqlab.use_blocks("blocks.json"):      for a block of code
     SEQLAB_BLOCKS=blocks.json seqlab train ...  for a process; read whenever a kernel is traced
 
-Sizes here are upper limits: every kernel shortens them for calls that are shorter, see `blocks` of its
-module.
+Sizes are upper limits: every kernel reduces them for shorter calls, see `blocks` of its module.
 """
 
 import contextlib
@@ -28,7 +25,7 @@ ANY, WIDEST = 0, 2**31 - 1  # numbers of any size, and any width
 
 
 class Row(NamedTuple):
-    """The blocks of a kernel, named op/implementation/kernel, for numbers of so many bytes and widths up to
+    """The blocks of a kernel, named op/implementation/kernel, for numbers of `bytes` bytes and widths up to
     `width`."""
 
     kernel: str
@@ -57,10 +54,10 @@ def _everywhere(**blocks: int) -> dict[int, dict[int, dict[str, Any]]]:
     return {ANY: {WIDEST: blocks}}
 
 
-# By kernel, by bytes of a number, and by the width up to which an entry serves.
+# By kernel, bytes per number, and the largest width of an entry.
 TABLE: dict[str, dict[int, dict[int, dict[str, Any]]]] = {
-    # Rows and keys of a tile. Three products in TF32 are as good as one in float32; for wide heads in float32
-    # the tensor cores need so many registers that plain arithmetic is left.
+    # Rows and keys of a tile. Three products in TF32 are as accurate as one in float32; for wide heads in
+    # float32 tensor cores need too many registers, so plain arithmetic is used.
     "attention/triton_gpu/forward": {
         2: {64: _tile(128, 64, 4, 3), 128: _tile(128, 64, 8, 2), 256: _tile(64, 64, 8, 2)},
         4: {
@@ -87,7 +84,7 @@ TABLE: dict[str, dict[int, dict[int, dict[str, Any]]]] = {
         2: {256: _slots(64, 4)},
         4: {128: _slots(32, 8), 256: _slots(16, 8)},
     },
-    # Few megabytes of numbers, and copies that are worth their start.
+    # A few megabytes of numbers, and copies large enough to amortise their latency.
     "decode_attention/pallas_tpu/tile": _everywhere(tile=2048),
     # Wide rows are read 256 bytes at a time; `stretch` steps share one partial sum of the weights' gradient.
     "conv/triton_gpu/tile": {
@@ -96,16 +93,16 @@ TABLE: dict[str, dict[int, dict[int, dict[str, Any]]]] = {
             WIDEST: {"steps": 16, "channels": 128, "stretch": 256, "warps": 4},
         }
     },
-    # One MiB of float32, a fair load for the memory, and ten of them fit.
+    # One MiB of float32, an efficient transfer size, and ten of them fit.
     "conv/pallas_tpu/tile": _everywhere(steps=512, channels=512),
-    # A state is kept a tile, so long tiles need less memory and short ones fewer registers. Both directions
-    # use the same steps.
+    # One state is kept per tile: long tiles need less memory, short ones fewer registers. Both directions use
+    # the same steps.
     "scan/triton_gpu/forward": _everywhere(steps=64, channels=16, warps=4),
     "scan/triton_gpu/backward": _everywhere(channels=16, warps=4),
     "scan/pallas_tpu/block": _everywhere(channels=512),
     # The states kept, t / 64 of them, then take n / 64 of the memory of u.
     "scan/xla/chunk": _everywhere(steps=64),
-    # By kind: the triangular solve and the decay of channels cost more than they save in longer ones.
+    # By kind: longer chunks cost more in the triangular solve and in channel decays than they save.
     "linear_attention/xla/plain": _everywhere(chunk=64),
     "linear_attention/xla/delta": _everywhere(chunk=32),
     "linear_attention/xla/channel": _everywhere(chunk=32),
@@ -128,8 +125,7 @@ TABLE: dict[str, dict[int, dict[int, dict[str, Any]]]] = {
 
 
 class _Rows:
-    """Rows that go before the table; an object of its own every time, so that jax.jit traces anew under
-    it."""
+    """Rows that take precedence over the table; a new object every time, so that jax.jit traces again."""
 
     def __init__(self, rows: Sequence[Row]):
         self.blocks = {row.place: row.blocks for row in rows}
@@ -162,7 +158,7 @@ def widest(kernel: str, itemsize: int) -> int:
 
 
 def asked_by(function: Callable[..., Any], *args: Any) -> list[Row]:
-    """The rows that a call takes its blocks from, in order. It is traced, not run."""
+    """The rows that determine the blocks of a call, in order. The call is traced, not run."""
     found: dict[tuple[str, int, int], Row] = {}
     token = _asked.set(found)
     try:
@@ -175,11 +171,11 @@ def asked_by(function: Callable[..., Any], *args: Any) -> list[Row]:
 
 @contextlib.contextmanager
 def use_blocks(source: str | os.PathLike | Sequence[Row]) -> Iterator[None]:
-    """Within the block kernels take the block sizes of a file that `seqlab bench OP --tune FILE` has written,
-    or of rows.
+    """Within the block, kernels use the block sizes of a file written by `seqlab bench OP --tune FILE`, or of
+    rows.
 
-    Functions compiled by `jax.jit` outside the block are traced anew inside. Raises ValueError for a file
-    that was written on another device, and for rows of no kernel, with the nearest there is.
+    Functions compiled by `jax.jit` outside the block are traced again inside. Raises ValueError for a file
+    written on another device, and for rows of an unknown kernel, with the nearest name.
     """
     rows = _Rows(
         load(source)
@@ -211,7 +207,7 @@ def load(path: str | os.PathLike) -> list[Row]:
 
 
 def _checked(row: Row, source: str) -> Row:
-    """The row, if the table has its place and the built-in blocks the same fields."""
+    """The row, if the table has an entry for it with the same fields."""
     check_choice(row.kernel, tuple(TABLE), f"{source}: kernel")
     own = TABLE[row.kernel].get(row.bytes, {}).get(row.width)
     if own is None:
@@ -232,7 +228,7 @@ def _checked(row: Row, source: str) -> Row:
 
 
 def device() -> str:
-    """The device that JAX uses, by a name that is the same on the same kind of machine only."""
+    """A name of the kind of device that JAX uses."""
     kind = jax.devices()[0].device_kind
     if jax.default_backend() != "cpu":
         return kind

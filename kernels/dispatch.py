@@ -1,12 +1,12 @@
-"""The one place that picks an implementation of an op, and can say which and why.
+"""Selection of the implementation of an op, and the report of which and why.
 
-    implementation=None           the default of the platform; always succeeds, for `xla` always does
-    implementation="name"         that one or an error, never another
-    implementation=("a", "b")     the first of these that the op has and that does not decline, or an error
+    implementation=None           the default of the platform; always succeeds, since `xla` never declines
+    implementation="name"         that one or an error, never another implementation=("a", "b")     the first
+    of these that exists and does not decline, or an error
 
-An implementation declines a call by raising `NotImplementedError(reason)`, and in no other way: every other
-error is a bug and surfaces. Implementations are named by module and imported when first chosen, so that
-nothing of a backend is imported, probed or queried before somebody asks for it.
+An implementation declines a call by raising `NotImplementedError(reason)`; every other error is a bug and is
+not caught. Implementations are named by module and imported when first selected, so that no backend is
+imported or probed before it is needed.
 """
 
 import contextlib
@@ -22,13 +22,12 @@ from jaxtyping import Array
 
 from seqlab.checks import check_choice
 
-# In order of preference on a platform. `reference` is the truth, slow, and only ever chosen by name. Kernels
-# for accelerators are here from the day on which they were run on one: a compiler's error there would come
-# too late to take another.
+# Order of preference per platform. `reference` is slow and only selected by name. Accelerator kernels are
+# added once they have run on hardware: a compile error at run time could no longer fall back.
 _PREFERENCE = {"gpu": ("xla",), "tpu": ("xla",), "cpu": ("xla",)}
 
-# Contexts that jax.jit takes into the keys of its caches: what was traced under one value is traced anew
-# under another.
+# Contexts that are part of jax.jit's cache keys: a function traced under one value is traced again under
+# another.
 _forced = jax.make_user_context(default_value=None)
 _explained = jax.make_user_context(default_value=None)
 
@@ -41,7 +40,7 @@ _log: contextvars.ContextVar[list["Choice"] | None] = contextvars.ContextVar("se
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Which implementation answered a call of an op, and why those preferred to it did not."""
+    """The implementation selected for a call of an op, and why preferred ones declined."""
 
     op: str
     implementation: str
@@ -56,7 +55,7 @@ class Choice:
 class Op:
     """An operation with several implementations.
 
-    Each is a module of `package` of that name with a function named as the op; all take the same arguments.
+    Each is a module of `package` with a function named like the op; all take the same arguments.
     """
 
     name: str
@@ -97,21 +96,20 @@ class Op:
 
 @contextlib.contextmanager
 def use_implementation(name: Named) -> Iterator[None]:
-    """Within the block every op uses the implementation `name`, or the first of several that it has and that
-    does not decline, where
-    the call does not name one itself: `("triton_gpu", "xla")` takes the kernels where there are some.
+    """Within the block every op uses the implementation `name`, or the first of several that exists and does
+    not decline, unless the call names one itself: `("triton_gpu", "xla")` uses Triton kernels where they
+    exist.
 
-    Functions compiled by `jax.jit` outside the block are traced anew inside; None restores the choice by
-    platform. An executable made ahead of time (`jitted.lower(...).compile()`) keeps what it was compiled
-    with.
+    Functions compiled by `jax.jit` outside the block are traced again inside; None restores the platform's
+    default. An executable compiled ahead of time (`jitted.lower(...).compile()`) does not change.
     """
     with _forced(name):
         yield
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Choice]:
-    """Which implementations `function(*args, **kwargs)` would use here, each once, in order. It is traced,
-    not run."""
+    """The implementations that `function(*args, **kwargs)` would use here, each once, in order. The function
+    is traced, not run."""
     choices: list[Choice] = []
     token = _log.set(choices)
     try:
@@ -130,8 +128,8 @@ def _record(choice: Choice) -> None:
 
 
 def vary_alike(*arrays: Array | None) -> list[Array | None]:
-    """Inside shard_map a loop must end as it starts and a gradient vary as its argument: let all vary over
-    the mesh axes of any."""
+    """Make all arrays vary over the mesh axes of any: inside shard_map the carry of a loop must not change
+    its axes, nor a gradient differ from its argument."""
     zeros = [None if x is None else jnp.zeros_like(x, jnp.float32, shape=()) for x in arrays]
     zero = sum(x for x in zeros if x is not None)
     fits = [

@@ -1,17 +1,14 @@
-"""What the Pallas kernels for TPUs share: where they run, how they are called, how they multiply.
+"""Shared helpers of the Pallas kernels for TPUs: where they run, how they are called, how they multiply.
 
 A kernel is compiled where JAX's default platform is a TPU. Elsewhere it declines, except inside one of two
 blocks:
 
-    with interpreted():     its steps are simulated on the CPU, memory that nobody wrote holds NaN and reads
-    out of bounds raise
-    with lowering():        it is lowered for a TPU that is not here, as `jax.export(..., platforms=["tpu"])`
-    and AOT compilation need it
+    with interpreted():     simulated on the CPU; unwritten memory holds NaN, and reads out of bounds raise
+    with lowering():        lowered for an absent TPU, for `jax.export(..., platforms=["tpu"])` and AOT
 
-Every array has its time padded to whole tiles by the caller, or its kernel masks the steps behind the end:
-what lies there is undefined.
-Index maps count blocks, an axis each, so that no product of extents is ever computed: arrays may have more
-than 2**31 elements.
+The caller pads time to whole tiles, or the kernel masks the steps beyond the end, which are undefined. Index
+maps count blocks per axis, so that no product of extents is computed: arrays may have more than 2**31
+elements.
 """
 
 import contextlib
@@ -27,7 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 LANES = 128  # the minor extent of a tile
 ROWS = 16  # the other one, of bfloat16; float32 would do with 8
 
-# InterpretParams, or "lower"; jax.jit takes it into the keys of its caches.
+# InterpretParams, or "lower"; part of jax.jit's cache keys.
 _mode = jax.make_user_context(default_value=None)
 
 
@@ -41,14 +38,14 @@ def interpreted(params: pltpu.InterpretParams | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lowering() -> Iterator[None]:
-    """Within the block `implementation="pallas_tpu"` is traced for a TPU, whatever the platform; it cannot be
-    run here."""
+    """Within the block `implementation="pallas_tpu"` is traced for a TPU on any platform; the result cannot
+    be run here."""
     with _mode("lower"):
         yield
 
 
 def require(*arrays: Array | None) -> None:
-    """Decline where no TPU runs the kernel, or where it could not compute what the arrays ask for."""
+    """Decline if there is no TPU, or if the kernel does not support the dtypes or sizes."""
     if _mode.value is None and jax.default_backend() != "tpu":
         raise NotImplementedError(f"compiled for TPUs, and the platform here is {jax.default_backend()}")
     for x in arrays:
@@ -72,12 +69,12 @@ def call(
     parallel: int,
     tables: Sequence[Array] = (),
 ) -> list[Array]:
-    """One kernel over a grid whose first `parallel` axes are independent of each other; the others are walked
-    in order, the last fastest.
+    """One kernel over a grid whose first `parallel` axes are independent of each other; the others are
+    processed in order, the last fastest.
 
-    `out` has shape and dtype of every result. `tables` are small arrays of integers that every index map gets
-    after the block's indices, and the kernel before everything else. Inside shard_map results vary over the
-    mesh axes over which any array does.
+    `out` has the shape and dtype of every result. `tables` are small integer arrays, passed to every index
+    map after the block's indices and to the kernel first. Inside shard_map results vary over the mesh axes of
+    any argument.
     """
     varies = max((jax.typeof(x).manual_axis_type for x in arrays), key=lambda kind: len(kind.varying))
     spec = pltpu.PrefetchScalarGridSpec(
@@ -100,21 +97,20 @@ def call(
     return run(*tables, *arrays)
 
 
-# Of the 128 MiB of vector memory that TPUs have had since v5; the compiler's own limit is 16
+# TPUs since v5 have 128 MiB of vector memory; the compiler's default limit is 16 MiB.
 _MEMORY = 64 * 2**20
 
 
 def vector(shape: tuple[int, ...], dtype: Any = jnp.float32) -> Any:
-    """Scratch memory in the vector units' reach."""
+    """Scratch in vector memory."""
     return pltpu.VMEM(shape, dtype)
 
 
 def dot(x: Array, y: Array, *, transposed: bool = False) -> Array:
-    """x [a, c] times y [c, b], or `transposed` times y [b, c], in float32: exactly enough for the dtype of
-    the arguments.
+    """x [a, c] times y [c, b], or `transposed` times y [b, c], in float32, with the precision of the
+    arguments.
 
-    float32 arguments keep their digits (six passes of the bfloat16 unit), bfloat16 ones are products of one
-    pass.
+    float32 arguments take six passes of the bfloat16 unit, bfloat16 arguments one.
     """
     dtype = jnp.promote_types(x.dtype, y.dtype)
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
@@ -135,13 +131,13 @@ def row(column: Array) -> Array:
 
 
 def up(size: int, multiple: int) -> int:
-    """The least multiple of `multiple` that is not less than `size`."""
+    """`size` rounded up to a multiple of `multiple`."""
     return -(-size // multiple) * multiple
 
 
 def block(size: int, most: int) -> int:
-    """The extent of a block of an axis: all of it where it is short, for an extent need not fill a tile if it
-    is the array's."""
+    """The extent of a block of an axis: the whole axis if it is short, since a full extent need not fill a
+    tile."""
     return size if size <= most else most
 
 

@@ -1,9 +1,8 @@
-"""What the Triton kernels of all ops share: whether they can run here, and how JAX launches them.
+"""Shared helpers of the Triton kernels: availability checks, and launching from JAX.
 
-A kernel takes pointers to its inputs, then to its outputs, then constants by name. Everything that is not an
-array is a constant, sizes
-too: XLA compiles anew for other shapes anyway, and a size that is known decides which masks are needed. An
-optional input that is absent is passed as any other array and a constant says that it is not to be read.
+A kernel takes pointers to its inputs, then to its outputs, then constants by name. Everything else is a
+constant, including sizes: XLA recompiles for other shapes anyway, and known sizes determine which masks are
+needed. For an absent optional input any array is passed, and a constant marks it as unused.
 """
 
 import inspect
@@ -40,7 +39,7 @@ def available() -> None:
         raise NotImplementedError(f"needs a GPU; JAX runs on {jax.default_backend()} here")
     try:
         import jax_triton  # noqa: F401
-    except Exception as error:  # its releases check what they find, Triton and JAX, in ways of their own
+    except Exception as error:  # its releases check Triton and JAX in different ways
         raise NotImplementedError(f"needs jax-triton, which does not import here: {error}") from error
     capability = getattr(jax.local_devices()[0], "compute_capability", None)
     try:
@@ -81,22 +80,22 @@ def call_triton(
     warps: int,
     stages: int,
 ) -> tuple[Array, ...]:
-    """The call by jax-triton, whose releases differ in what they call the shapes of the results."""
+    """The call by jax-triton, whose releases name the result shapes differently."""
     import jax_triton
 
     known = inspect.signature(jax_triton.triton_call).parameters
     options = {"out_type" if "out_type" in known else "out_shape": shapes, "kernel": kernel, "grid": grid}
     options |= {"num_warps": warps, "num_stages": stages}
     if "backend_options" in known:
-        options["backend_options"] = {"enable_fp_fusion": True}  # which Triton 3.10 will no longer do unasked
+        options["backend_options"] = {"enable_fp_fusion": True}  # no longer the default in Triton 3.10
     return tuple(jax_triton.triton_call(*arrays, **options, **constants))
 
 
 def blocks(size: int, block: int) -> int:
-    """How many blocks cover `size`."""
+    """The number of blocks that cover `size`."""
     return -(-size // block)
 
 
 def power(size: int, least: int = 1) -> int:
-    """The least power of two that is not below `size` and `least`: the sizes that Triton's tiles have."""
+    """The smallest power of two of at least `size` and `least`, as Triton's tiles require."""
     return max(least, 1 << math.ceil(math.log2(size))) if size > 1 else least

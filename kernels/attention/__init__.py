@@ -1,7 +1,7 @@
-"""Softmax attention: causal, windowed, grouped, packed; and `merge`, which puts partial attentions together.
+"""Softmax attention: causal, windowed, grouped, packed; and `merge`, which combines partial attentions.
 
-Implementations: `reference` (dense, the truth), `xla` (tiles, memory linear in time; runs everywhere),
-`pallas_tpu`, `triton_gpu`.
+Implementations: `reference` (dense), `xla` (tiles, memory linear in time; runs everywhere), `pallas_tpu`,
+`triton_gpu`.
 """
 
 import functools
@@ -53,26 +53,26 @@ def attention(
 
     Args:
       q: [b, t, h, k]; query head i reads key/value head i // (h // g).
-      k, v: [b, s, g, k] and [b, s, g, v]; g divides h. The widths k and v may differ. A cache that is read
-        one query at a time is best stored as [b, g, s, k] and passed as `cache.swapaxes(1, 2)`: `xla` then
-        reads it as it lies, without a copy.
+      k, v: [b, s, g, k] and [b, s, g, v]; g divides h. The widths k and v may differ. A cache that is read by
+        one query at a time should be stored as [b, g, s, k] and passed as `cache.swapaxes(1, 2)`: `xla` then
+        reads it without a copy.
       causal: hide the keys at later positions.
       window: W, how many keys a query sees, its own included; needs `causal`. Or a pair (left, right): how
-        many positions before its own and behind it; None is unbounded, and `causal` makes right 0. W is
-        (W - 1, 0).
+        many positions before and after its own; None is unbounded, and `causal` makes right 0. W is (W - 1,
+        0).
       sinks: keys at positions below this stay visible to the left of the window.
-      q_positions, kv_positions: [b, t] and [b, s]; the keys may stand in any order. Without them the last
-        query stands beside the last key: q_positions = arange(t) + s - t, kv_positions = arange(s). This
-        default lets implementations skip what nobody sees.
-      q_segments, kv_segments: [b, t] and [b, s]; only equal segments see each other, and 0 is padding, which
-        neither sees nor is seen: whatever it holds, NaN included, reaches no result and no gradient, and its
-        queries have lse = -inf. Default: all 1.
+      q_positions, kv_positions: [b, t] and [b, s]; the keys may be in any order. By default the last query
+        and the last key are at the same position: q_positions = arange(t) + s - t, kv_positions = arange(s).
+        With this default implementations can skip invisible tiles.
+      q_segments, kv_segments: [b, t] and [b, s]; queries see keys of the same segment only, and 0 is padding:
+        its contents, NaN included, reach no result and no gradient, and its queries have lse = -inf. Default:
+        all 1.
       softcap: c above, the bound of the logits.
-      sink_logits: [h], z above: a logit for no key at all, which takes weight from the others.
-      alibi: [h] or [b, h], a above: what a step of distance takes from a logit, after the softcap.
+      sink_logits: [h], z above: a logit without a value, which takes weight from the keys.
+      alibi: [h] or [b, h], a above: subtracted from a logit per step of distance, after the softcap.
       scale: default 1 / sqrt(k).
-      implementation: "reference", "xla", "pallas_tpu" or "triton_gpu"; None lets `seqlab.kernels.dispatch`
-        choose.
+      implementation: "reference", "xla", "pallas_tpu" or "triton_gpu"; None: chosen by
+        `seqlab.kernels.dispatch`.
 
     Returns:
       out [b, t, h, v] in the dtype of q, and lse [b, t, h] (natural logarithm) in `accumulator` of the
@@ -106,7 +106,7 @@ def attention(
             jnp.ones((b, s), jnp.int32) if kv_segments is None else kv_segments
         )
         # Zero weight does not stop a NaN (0 * NaN), neither here nor in the gradients: padding is replaced
-        # before anything reads it.
+        # before it is read.
         q, k, v = (
             _without_padding(q, q_segments),
             _without_padding(k, kv_segments),
@@ -135,13 +135,13 @@ def attention(
 def merge(
     out_a: Float[Array, "b t h v"], lse_a: LogSumExp, out_b: Float[Array, "b t h v"], lse_b: LogSumExp
 ) -> tuple[Float[Array, "b t h v"], LogSumExp]:
-    """The attention over the keys of `a` and of `b` together, from the attentions over each.
+    """Attention over the union of two sets of keys, from the attentions over each.
 
         lse = log(exp lse_a + exp lse_b);  out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b
 
     Associative and commutative; an attention over no keys (out = 0, lse = -inf) is the identity, in value and
-    in gradient. The keys of `a` and `b` must be disjoint, and at most one of them may have counted a sink
-    logit. Computed in the dtype of the lse; out has that of `out_a` and `out_b`.
+    in gradient. The keys of `a` and `b` must be disjoint, and at most one of them may include a sink logit.
+    Computed in the dtype of the lse; out has that of `out_a` and `out_b`.
 
     Raises:
       ValueError: if the shapes do not fit each other.
@@ -197,7 +197,7 @@ def _check_arrays(q: Array, k: Array, v: Array, sink_logits: Array | None, alibi
 def _limits(
     causal: bool, window: int | tuple[int | None, int | None] | None
 ) -> tuple[int | None, int | None]:
-    """How many positions before its own and behind it a query sees; None for all of them."""
+    """The number of positions visible to the left and right of a query; None for no limit."""
     if isinstance(window, tuple | list):
         if len(window) != 2 or any(
             x is not None and (not _is_number(x, numbers.Integral) or x < 0) for x in window

@@ -1,5 +1,5 @@
-"""Tiles of the kernels for TPUs: which of them a tile needs, from tables that index maps read, and what is
-inside one."""
+"""Tiles of the TPU kernels: which tiles a tile needs, from tables read by index maps, and computations inside
+a tile."""
 
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from seqlab.kernels.attention.xla import Rule
 
 
 class Grid(NamedTuple):
-    """What is fixed when tracing: how the logits are cut, and which arrays come along."""
+    """Static configuration: the tiling of the logits, and which optional arrays are present."""
 
     rule: Rule
     t: int
@@ -34,7 +34,7 @@ class Grid(NamedTuple):
 
 
 class Ranges(NamedTuple):
-    """First and last tile that each tile needs, [rows of the batch or 1, tiles] flattened, last < first for
+    """First and last tile needed by each tile, [rows of the batch or 1, tiles] flattened, last < first for
     none; and the longest range."""
 
     first: Array | np.ndarray
@@ -45,8 +45,8 @@ class Ranges(NamedTuple):
 def tile_at(
     grid: Grid, tiles: int, b: Any, own: Any, n: Any, tables: tuple[Any, Any], sinks: int = 0
 ) -> tuple[Any, Any]:
-    """The n-th tile that tile `own` of `tiles` needs, after the first `sinks` of all, and whether there are
-    so many."""
+    """The n-th tile needed by tile `own` of `tiles`, after the first `sinks` of all, and whether it
+    exists."""
     entry = (b * tiles if grid.by_row else 0) + own
     first, last = tables[0][entry], tables[1][entry]
     wanted = first + n if not sinks else jnp.where(n < sinks, n, first + n - sinks)
@@ -54,7 +54,7 @@ def tile_at(
 
 
 def beside_sinks(grid: Grid, needed: np.ndarray) -> tuple[Grid, Ranges, list[tuple[int, Ranges]]]:
-    """The plan where between the sinks and a window lies what nobody reads."""
+    """The plan for unread keys between the sinks and a window."""
     tiles = grid.tiles[1]
     sinks = min(pl.cdiv(grid.rule.sinks, grid.keys), tiles)
     first, last, longest = ranges_of(np, needed & (np.arange(tiles) >= sinks))
@@ -71,7 +71,7 @@ def beside_sinks(grid: Grid, needed: np.ndarray) -> tuple[Grid, Ranges, list[tup
 
 
 def ranges_of(xp: Any, needed: Any) -> Ranges:
-    """The ranges along the last axis of [b, i, j]; as long as can be where they are not known."""
+    """Ranges along the last axis of [b, i, j]; maximal if they are unknown."""
     tiles, some = needed.shape[2], needed.any(2)
     first = xp.where(some, needed.argmax(2), 0)
     last = xp.where(some, tiles - 1 - needed[:, :, ::-1].argmax(2), -1)
@@ -83,7 +83,7 @@ def ranges_of(xp: Any, needed: Any) -> Ranges:
 
 
 def logits_of(rule: Rule, x: Array, y: Array) -> tuple[Array, Array | float]:
-    """The logits of two tiles of vectors, and by what a softcap multiplies their gradient."""
+    """The logits of two tiles of vectors, and the factor of the softcap in their gradient."""
     logits = pallas.dot(x, y, transposed=True) * rule.scale
     if rule.softcap is None:
         return logits, 1.0
@@ -92,7 +92,8 @@ def logits_of(rule: Rule, x: Array, y: Array) -> tuple[Array, Array | float]:
 
 
 def mask_of(grid: Grid, i: Any, j: Any, queries: list[Any], keys: list[Any], axis: int) -> Array:
-    """The mask of tile (i, j): queries along `axis`, keys along the other, and their places so already."""
+    """The mask of tile (i, j): queries along `axis`, keys along the other; their positions are laid out
+    alike."""
     shapes, index, query, key = _where(grid, i, j, queries, keys, axis)
     rule, none = grid.rule, [None] * (not grid.segments)
     keep = visible(*query, *none, *key, *none, left=rule.left, right=rule.right, sinks=rule.sinks)
@@ -101,7 +102,7 @@ def mask_of(grid: Grid, i: Any, j: Any, queries: list[Any], keys: list[Any], axi
 
 
 def distances(grid: Grid, i: Any, j: Any, queries: list[Any], keys: list[Any], axis: int) -> Array:
-    """How far the queries and keys of tile (i, j) stand apart, laid out as its mask is."""
+    """Distances of the queries and keys of tile (i, j), laid out like its mask."""
     _, _, query, key = _where(grid, i, j, queries, keys, axis)
     return distance(query[0], key[0], jnp.float32)
 
@@ -109,8 +110,8 @@ def distances(grid: Grid, i: Any, j: Any, queries: list[Any], keys: list[Any], a
 def _where(
     grid: Grid, i: Any, j: Any, queries: list[Any], keys: list[Any], axis: int
 ) -> tuple[list[list[int]], Array, list[Array], list[Array]]:
-    """Of tile (i, j): the shapes of what belongs to queries and keys, the keys' indices, and the places of
-    both, positions first."""
+    """For tile (i, j): shapes of query and key arrays, the keys' indices, and positions and segments of both,
+    positions first."""
     shapes = [
         [size if n == at else 1 for n in range(2)] for size, at in ((grid.rows, axis), (grid.keys, 1 - axis))
     ]

@@ -1,14 +1,14 @@
 """Attention on a TPU: the tiles of `xla`, one at a time in vector memory (FlashAttention-2, arXiv
 2307.08691).
 
-Three kernels. The forward pass and dq walk, for a tile of queries, the tiles of keys that it sees; dk and dv
-walk for a tile of keys the
-tiles of queries that see it, of all heads that share it, and compute logits transposed, keys before queries:
-then no product and no sum anywhere needs a transpose of a tile. The equations are those of `xla`.
+Three kernels. The forward pass and dq loop, for a tile of queries, over the tiles of keys it sees. dk and dv
+loop, for a tile of keys, over the tiles of queries that see it, of all heads that share it, and compute
+transposed logits [keys, queries], so that no product or sum needs a transpose of a tile. The equations are
+those of `xla`.
 
-What a tile sees is one range of tiles, from tables that every index map reads, and in front of it the tiles
-of sinks: the grid has as many steps as the longest range, so that a window costs O(t W). A step beyond a
-range names the tile before it again, which copies nothing.
+A tile sees one range of tiles, given by tables read by every index map, and before it the tiles of the sinks.
+The grid has as many steps as the longest range, so that a window costs O(t W). A step beyond a range repeats
+the previous tile, which copies nothing.
 """
 
 import functools
@@ -66,8 +66,8 @@ def attention(
 
 
 def attention_gradient(q, k, v, alibi, out, lse, dout, dlse, *, left, right, sinks, softcap, scale, **places):
-    """`dq, dk, dv, dalibi` of an attention to which these keys are a part: `out` and `lse` are those of
-    all."""
+    """`dq, dk, dv, dalibi` for a part of the keys of an attention: `out` and `lse` are those over all
+    keys."""
     pallas.require(q, k, v, alibi)
     rule = Rule(left, right, sinks, softcap, scale)
     dq, dk, dv, _, dalibi, _ = _attend_bwd(
@@ -115,9 +115,8 @@ def _attend(
 def _one_query(
     rule: Rule, q: Array, k: Array, v: Array, sink: Array | None, places: Places
 ) -> tuple[Array, Array]:
-    """Decoding, by the kernel for it: the queries that share a head of keys are the rows of one tile, and
-    keys stored with heads before slots are read as they lie; the transposition of those passed has been
-    undone."""
+    """Decoding, by the kernel of `decode_attention`: the queries that share a key head are the rows of one
+    tile. Keys stored as [heads, slots] are read without a copy; the caller's transposition cancels out."""
     from seqlab.kernels.decode_attention.pallas_tpu import decode_attention
 
     b, s = len(q), k.shape[1]
@@ -143,8 +142,8 @@ def _one_query(
 def _query_blocks(
     grid: Grid, heads: int, width: int, values: int, places: Places
 ) -> tuple[list[pl.BlockSpec], list[Array], list[Any]]:
-    """On a grid of rows, heads, tiles of queries and their tiles of keys: blocks of q, k, v, out and of a
-    number a query; the places."""
+    """On a grid of rows, heads, tiles of queries and their tiles of keys: blocks of q, k, v, out and of one
+    number per query; positions and segments."""
 
     def of_query(b, h, i, n, *tables):
         return b, h, i, 0
@@ -210,7 +209,7 @@ def _attend_fwd(rule: Rule, q, k, v, sink, alibi, places: Places):
 
 def _attend_bwd(rule: Rule, residuals, cotangents):
     (q, k, v, sink, alibi, places, out, lse), (dout, dlse) = residuals, cotangents
-    # A row that saw nothing passes nothing on, whatever its cotangents are: those of log(0) tend to be NaN.
+    # A row that saw nothing has no gradient, whatever its cotangents are: those of log(0) tend to be NaN.
     dead = lse == -jnp.inf
     dout = jnp.where(dead[..., None], jnp.zeros((), dout.dtype), dout)
     d = jnp.where(dead, 0, (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1) - dlse)
@@ -243,7 +242,7 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 def _of_queries(
     grid: Grid, ranges: Ranges, arrays: list[Array], alibi: Array | None, places: Places, dtype: Any
 ) -> list[Array]:
-    """dq, and where there are slopes what each row adds to their gradient [b, h, 1, t]."""
+    """dq, and with ALiBi slopes the contribution of each row to their gradient [b, h, 1, t]."""
     (b, h, _, width), (groups, values) = arrays[0].shape, (arrays[1].shape[1], arrays[2].shape[3])
     (of_q, of_k, of_v, of_out, of_row), extra, extra_specs = _query_blocks(
         grid, h // groups, width, values, places
@@ -308,8 +307,7 @@ def _of_keys(
     places: Places,
     dtypes: tuple[Any, Any],
 ) -> list[Array]:
-    """dk and dv, part after part of the tiles of keys: sinks are seen by many more queries than what a window
-    leaves behind."""
+    """dk and dv, separately for tiles of sinks and other keys: sinks are seen by many more queries."""
     starts = np.cumsum([0, *(tiles for tiles, _ in parts)]).tolist()
     pieces = [
         _of_some_keys(grid, start, *part, arrays, alibi, places, dtypes)
@@ -438,7 +436,7 @@ def _plan(
 
 
 def _heads(x: Array, size: int) -> Array:
-    """[b, t, h, k] -> [b, h, t, k], filled up to whole tiles with zeros: one copy."""
+    """[b, t, h, k] -> [b, h, t, k], padded to whole tiles with zeros: one copy."""
     more = max(pallas.up(x.shape[1], size), size) - x.shape[1]
     return jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, more), (0, 0)))
 
@@ -446,8 +444,7 @@ def _heads(x: Array, size: int) -> Array:
 def _place_arrays(
     grid: Grid, places: Places, of_query: Any, of_key: Any
 ) -> tuple[list[Array], list[pl.BlockSpec]]:
-    """Positions and segments, as far as there are any: those of the queries first. [b, 1, t] and [b, 1,
-    s]."""
+    """Positions and segments where given, those of the queries first: [b, 1, t] and [b, 1, s]."""
     pairs = [(places.q_positions, places.kv_positions)] * grid.positions + [
         (places.q_segments, places.kv_segments)
     ] * grid.segments
@@ -463,13 +460,13 @@ def _place_arrays(
 
 
 def _place_refs(grid: Grid, refs: Any) -> tuple[list[Any], list[Any], list[Any]]:
-    """Those of the queries, those of the keys, and what comes after them."""
+    """Split into those of the queries, those of the keys, and the rest."""
     count = grid.positions + grid.segments
     return list(refs[:count]), list(refs[count : 2 * count]), list(refs[2 * count :])
 
 
 def _slopes(alibi: Array | None, at: Any) -> tuple[list[Array], list[pl.BlockSpec]]:
-    """A slope per row of the batch and head, if there are any, each in all lanes."""
+    """Slopes per row of the batch and head, if any, each broadcast to all lanes."""
     if alibi is None:
         return [], []
     wide = jnp.broadcast_to(alibi.astype(jnp.float32)[:, :, None, None], (*alibi.shape, 1, pallas.LANES))
@@ -477,5 +474,5 @@ def _slopes(alibi: Array | None, at: Any) -> tuple[list[Array], list[pl.BlockSpe
 
 
 def _columns(grid: Grid, size: int) -> list[Any]:
-    """Room for places as columns."""
+    """Scratch memory for positions and segments as columns."""
     return [pallas.vector((size, 1), jnp.int32)] * (grid.positions + grid.segments)

@@ -1,5 +1,4 @@
-"""Attention as its definition reads: every logit at once, differentiated by JAX. The truth that the other
-implementations are held to."""
+"""Reference implementation of attention: all logits at once, differentiated by JAX."""
 
 import functools
 import operator
@@ -58,8 +57,8 @@ def attention(
 
 
 def attention_gradient(q, k, v, alibi, out, lse, dout, dlse, **options):
-    """`dq, dk, dv, dalibi` of an attention to which these keys are a part, with the weight exp(lse_part -
-    lse); `out`, `lse` are those of all."""
+    """`dq, dk, dv, dalibi` for a part of the keys of an attention, with the weight exp(lse_part - lse);
+    `out`, `lse` are those over all keys."""
     (part, part_lse), pull = jax.vjp(
         lambda q, k, v, alibi: attention(q, k, v, sink_logits=None, alibi=alibi, **options), q, k, v, alibi
     )
@@ -71,8 +70,7 @@ def attention_gradient(q, k, v, alibi, out, lse, dout, dlse, **options):
 
 
 def visible(q_positions, q_segments, kv_positions, kv_segments, *, left, right, sinks):
-    """Which query sees which key: elementwise over positions and segments that broadcast against each
-    other."""
+    """The visibility mask: elementwise over positions and segments that broadcast against each other."""
     terms = [jnp.ones((), bool)]
     if right is not None:
         terms.append(kv_positions <= q_positions + right)
@@ -84,5 +82,5 @@ def visible(q_positions, q_segments, kv_positions, kv_segments, *, left, right, 
 
 
 def distance(q_positions, kv_positions, dtype):
-    """|i - j| of positions that broadcast against each other. Slots that hold no key may be any."""
+    """|i - j| of positions that broadcast against each other; arbitrary for empty slots."""
     return jnp.abs(q_positions - kv_positions).astype(dtype)

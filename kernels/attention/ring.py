@@ -3,18 +3,18 @@ arXiv 2310.01889).
 
 On every device, with the block of keys that is there, one after another:
 
-    (out, lse) <- merge((out, lse), attention(q, block))          while the next block is on its way
+    (out, lse) <- merge((out, lse), attention(q, block))          while the next block is in transit
 
-Backward nothing is kept but q, k, v, out and lse: the blocks go around once more, with their gradients behind
-them. What a block adds to the gradients needs of all the others no more than out and lse, exp(X - lse) being
-the weights of its keys in the whole.
+The backward pass needs only q, k, v, out and lse: the blocks go around once more, followed by their
+gradients. The contribution of a block to the gradients depends on the others through out and lse alone, since
+exp(X - lse) are the weights of its keys in the whole.
 
-Under a causal mask the last of N devices has nearly 2N times the work of the first if stretches are
-contiguous, and all wait for it. Two layouts deal positions out evenly; into them and back the stretches are
-exchanged once a call:
+Under a causal mask the last of N devices has nearly 2N times the work of the first if segments are
+contiguous, and all wait for it. Two layouts distribute positions evenly; segments are exchanged once per
+call:
 
-    zigzag      device r has the chunks r and 2N-1-r of 2N               striped     device r has positions r,
-    r+N, r+2N, ...
+    zigzag      device r has the chunks r and 2N-1-r of 2N
+    striped     device r has positions r, r+N, r+2N, ...
 """
 
 import contextlib
@@ -38,8 +38,8 @@ _layout = jax.make_user_context(default_value="contiguous")  # jax.jit takes it 
 
 
 class Block(NamedTuple):
-    """Keys and values [b, s, g, k] and where they stand [b, s]: what travels. `segments` None: all are of one
-    sequence."""
+    """The data sent around: keys and values [b, s, g, k] and their positions and segments [b, s]. `segments`
+    None: one sequence."""
 
     k: Array
     v: Array
@@ -48,8 +48,8 @@ class Block(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What is fixed when tracing: the op, its gradient and their options, and how many blocks each device has
-    to see."""
+    """Static configuration: the op, its gradient and their options, and how many blocks each device has to
+    see."""
 
     op: Op
     slopes: Op
@@ -85,10 +85,10 @@ def _places(positions: Array, segments: Array | None, block: Block) -> dict[str,
 
 
 def permutation(layout: str, devices: int, time: int) -> Int[np.ndarray, " t"]:
-    """Which positions the devices hold in `layout`, device after device: [time].
+    """The positions held by the devices in `layout`, in the order of devices: [time].
 
     Raises:
-      ValueError: an unknown layout, or a time that it cannot deal out.
+      ValueError: an unknown layout, or a time that it cannot divide.
     """
     check_choice(layout, LAYOUTS, "layout")
     unit = 2 * devices if layout == "zigzag" else devices
@@ -105,8 +105,8 @@ def permutation(layout: str, devices: int, time: int) -> Int[np.ndarray, " t"]:
 
 @contextlib.contextmanager
 def use_layout(layout: str) -> Iterator[None]:
-    """Within the block attention over devices deals positions out in `layout`; functions compiled outside are
-    traced anew."""
+    """Within the block, attention over devices distributes positions in `layout`; functions compiled outside
+    are traced again."""
     check_choice(layout, LAYOUTS, "layout")
     with _layout(layout):
         yield
@@ -127,8 +127,8 @@ def ring(
     alibi,
     **limits,
 ):
-    """Attention of global arrays whose time lies on the devices of the mesh axis `sequence`; arguments as an
-    implementation has them."""
+    """Attention of global arrays whose time is split over the mesh axis `sequence`; arguments as for an
+    implementation."""
     (b, t), s, layout = q.shape[:2], k.shape[1], _layout.value
     devices = sequence_parallel.parts(t)
     multiple = {"contiguous": 1, "zigzag": 2, "striped": devices}[layout]
@@ -159,7 +159,7 @@ def ring(
 
 
 def with_sink(out: Array, lse: Array, sink: Array, segments: Array | None) -> tuple[Array, Array]:
-    """A logit for no key, once all keys have been counted."""
+    """The weights after adding a sink logit."""
     z = jnp.broadcast_to(sink.astype(lse.dtype), lse.shape)
     z = z if segments is None else jnp.where((segments == 0)[..., None], -jnp.inf, z)
     total = jnp.logaddexp(lse, z)
@@ -238,7 +238,7 @@ _ring.defvjp(_forward, _backward)
 
 
 def _dealt(layout: str, x: Array) -> Array:
-    """From contiguous stretches to `layout`."""
+    """From contiguous segments to `layout`."""
     n = sequence_parallel.count()
     if layout == "striped":
         # Step i n + j of a segment of c steps goes to device j (n divides c).
@@ -251,7 +251,7 @@ def _dealt(layout: str, x: Array) -> Array:
 
 
 def _collected(layout: str, x: Array) -> Array:
-    """From `layout` to contiguous stretches."""
+    """From `layout` to contiguous segments."""
     n = sequence_parallel.count()
     if layout == "striped":
         x = x.reshape(len(x), x.shape[1], 1, *x.shape[2:])
@@ -263,7 +263,7 @@ def _collected(layout: str, x: Array) -> Array:
 
 
 def _exchanged(x: Array, moves: list[tuple[int, int, int, int]]) -> Array:
-    """Halves of stretches sent from (device, half) to (device, half)."""
+    """Halves of segments sent from (device, half) to (device, half)."""
     halves = jnp.split(x, 2, axis=1)
     received = [jnp.zeros_like(half) for half in halves]
     for old in (0, 1):

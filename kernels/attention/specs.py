@@ -1,4 +1,4 @@
-"""Named calls of attention, for tests and benchmarks: plain data, and a maker of random inputs for them."""
+"""Named calls of attention for tests and benchmarks, and random inputs for them."""
 
 import dataclasses
 from typing import Any
@@ -12,7 +12,7 @@ _EMPTY = np.iinfo(np.int32).max  # the position of an empty slot of a cache: lat
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """A call: sizes by axis, options, and how its positions and segments look.
+    """A call: sizes by axis, options, and the kind of its positions and segments.
 
     `places`: "default", none given. "packed", documents of uneven lengths one after another. "padded", rows
     of one document whose padding holds NaN. "ring", keys as a ring buffer of s slots holds them for the last
@@ -168,8 +168,8 @@ def _padded(spec: Spec, rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 
 def _ring(spec: Spec, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """The last s of `seen` steps, each where a ring of s - sinks slots after the sinks keeps it; slots never
-    written are empty."""
+    """The last s of `seen` steps as a ring buffer of s - sinks slots after the sinks stores them; unwritten
+    slots are empty."""
     kv_positions = np.full((spec.b, spec.s), _EMPTY)
     for step in range(spec.seen):
         kv_positions[

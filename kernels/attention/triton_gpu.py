@@ -1,5 +1,5 @@
-"""Attention by Triton: the online softmax in tiles, gradients without atomics, and one query over many keys
-split among programs."""
+"""Attention in Triton: the online softmax in tiles, gradients without atomics, and keys split among programs
+in decoding."""
 
 import functools
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from seqlab.kernels.blocks import find
 
 
 class Blocks(NamedTuple):
-    """Rows and keys of a tile, and what Triton is asked for."""
+    """Rows and keys of a tile, and options of Triton."""
 
     rows: int
     keys: int
@@ -29,7 +29,7 @@ SPLIT_PROGRAMS = 256  # about two for every multiprocessor
 
 
 def blocks(kind: str, rows: int, keys: int, width: int, itemsize: int) -> Blocks:
-    """The tile for `rows` packed rows and `keys` keys of `width` numbers; those of products have 16 at least,
+    """The tile for `rows` packed rows and `keys` keys of `width` numbers; matrix products need at least 16,
     and 64 suit the hardware."""
     found = Blocks(**find(f"attention/triton_gpu/{kind}", itemsize, width))
     few = 16 if rows <= 16 else triton.power(rows, 64)
@@ -68,8 +68,8 @@ def attention(
 
 
 def attention_gradient(q, k, v, alibi, out, lse, dout, dlse, *, left, right, sinks, softcap, scale, **places):
-    """`dq, dk, dv, dalibi` of an attention to which these keys are a part: `out` and `lse` are those of
-    all."""
+    """`dq, dk, dv, dalibi` for a part of the keys of an attention: `out` and `lse` are those over all
+    keys."""
     _require(q, k, v, alibi, dout)
     rule = Rule(left, right, sinks, softcap, scale)
     slopes = None if alibi is None else alibi.astype(jnp.float32)
@@ -120,7 +120,8 @@ def _attend(rule, q, k, v, sink, alibi, places):
 
 
 def splits_of(programs: int, s: int) -> int:
-    """Among how many programs the keys of one tile are split so that all multiprocessors have some."""
+    """The number of programs among which the keys of one tile are split, so that all multiprocessors have
+    work."""
     return max(1, min(triton.blocks(SPLIT_PROGRAMS, programs), s // SPLIT_KEYS))
 
 
@@ -145,7 +146,7 @@ def _attend_backward(rule, residuals, cotangents):
 
     (q, k, v, sink, alibi, places, out, lse), (dout, dlse) = residuals, cotangents
     (b, t, h, _), (s, g) = q.shape, k.shape[1:3]
-    dead = lse == -jnp.inf  # a row that saw nothing passes nothing on, whatever its cotangents are
+    dead = lse == -jnp.inf  # a row that saw nothing has no gradient
     d = jnp.where(dead, 0, jnp.sum(out.astype(lse.dtype) * dout.astype(lse.dtype), axis=-1) - dlse)
     dout = dout.astype(q.dtype)
     gradients = {}
@@ -182,7 +183,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _constants(rule, q, k, v, places, cut):
-    """What all three kernels are told."""
+    """Constants shared by the three kernels."""
     return {
         "T": q.shape[1],
         "S": k.shape[1],
@@ -206,8 +207,8 @@ def _constants(rule, q, k, v, places, cut):
 
 
 def _places(rule, places, q, s, r, cut):
-    """Positions, segments, and which tiles of keys [b, row tiles, key tiles] hold anything that a tile of
-    packed rows may see."""
+    """Positions, segments, and which tiles of keys [b, row tiles, key tiles] hold anything visible to a tile
+    of packed rows."""
     blank = tuple(q if x is None else x.astype(jnp.int32) for x in places)
     q_positions, q_segments, kv_positions, kv_segments = blank
     if all(x is None for x in places):

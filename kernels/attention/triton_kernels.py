@@ -5,8 +5,8 @@ The R = H / G heads that share a key/value head are packed: row m of group g is 
 R. So a tile of keys is loaded once for all of them, and one decoding step is a tile of R rows. Logits are in
 units of log 2.
 
-Which tiles of keys a tile of rows visits follows from the shapes where positions and segments are the
-defaults; elsewhere `needed` [b, row tiles, key tiles] tells.
+With default positions and segments, the tiles of keys visited by a tile of rows follow from the shapes;
+otherwise they are given by `needed` [b, row tiles, key tiles].
 """
 
 import triton
@@ -18,7 +18,7 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _logits(q, k, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
-    """q k', scaled, and by what a softcap multiplies their gradient."""
+    """q k', scaled, and the factor of the softcap in its gradient."""
     x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     slope = 1.0
     if SOFTCAP > 0.0:
@@ -35,7 +35,7 @@ def _visible(
     query, key, q_segment, k_segment,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SINKS: tl.constexpr, SEGMENTS: tl.constexpr,
 ):  # fmt: skip
-    """Of positions and segments that broadcast against each other."""
+    """The visibility mask, from positions and segments that broadcast against each other."""
     keep = query == query
     if RIGHT >= 0:
         keep = key <= query + RIGHT
@@ -80,10 +80,11 @@ def _keys(b, j, kv_positions, kv_segments, S: tl.constexpr, PLACED: tl.constexpr
 
 @triton.jit
 def _key_tiles(
-    i, T: tl.constexpr, S: tl.constexpr, R: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SINKS: tl.constexpr,
+    i, T: tl.constexpr, S: tl.constexpr, R: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    SINKS: tl.constexpr,
     MAPPED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of keys that row tile i visits: those of the sinks, and from `low` on up to `high`."""
+    """The tiles of keys visited by row tile i: those of the sinks, and from `low` up to `high`."""
     sinks, low, high = i * 0, i * 0, i * 0 + (S + BN - 1) // BN
     if not MAPPED:
         if RIGHT >= 0:
@@ -99,10 +100,11 @@ def _key_tiles(
 
 @triton.jit
 def _row_tiles(
-    j, T: tl.constexpr, S: tl.constexpr, R: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SINKS: tl.constexpr,
+    j, T: tl.constexpr, S: tl.constexpr, R: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    SINKS: tl.constexpr,
     MAPPED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of rows that see anything of key tile j: from `low` on up to `high`."""
+    """The tiles of rows that see any of key tile j: from `low` up to `high`."""
     low, high = j * 0, j * 0 + (T * R + BM - 1) // BM
     if not MAPPED:
         if RIGHT >= 0:
@@ -124,22 +126,26 @@ def _load(x, row, width, inside, WIDTH: tl.constexpr, STRIDE: tl.constexpr):
 @triton.jit
 def forward(
     q, k, v, sink, alibi, q_positions, kv_positions, q_segments, kv_segments, needed, out, lse,
-    ROWS: tl.constexpr, T: tl.constexpr, S: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    KEY_STRIDE: tl.constexpr, GROUP_STRIDE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SINKS: tl.constexpr,
-    SOFTCAP: tl.constexpr, SCALE: tl.constexpr, SINK: tl.constexpr, ALIBI: tl.constexpr, PLACED: tl.constexpr, SEGMENTS: tl.constexpr,
-    SPLITS: tl.constexpr, PRECISION: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    ROWS: tl.constexpr, T: tl.constexpr, S: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr,
+    KEY_STRIDE: tl.constexpr, GROUP_STRIDE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    SINKS: tl.constexpr,
+    SOFTCAP: tl.constexpr, SCALE: tl.constexpr, SINK: tl.constexpr, ALIBI: tl.constexpr,
+    PLACED: tl.constexpr, SEGMENTS: tl.constexpr,
+    SPLITS: tl.constexpr, PRECISION: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     """out [splits, b, t, h, v] and lse [splits, b, t, h] over the keys of a split. Program (row tile and
     split, group, row of the batch).
 
-    A key j of group g stands at j KEY_STRIDE + g GROUP_STRIDE, times the width of the array.
+    Key j of group g is at j KEY_STRIDE + g GROUP_STRIDE, times the width of the array.
     """
     b, g = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     R: tl.constexpr = H // G
     TILES: tl.constexpr = (T * R + BM - 1) // BM
     KEY_TILES: tl.constexpr = (S + BN - 1) // BN
     split = tl.program_id(0) // TILES
-    i = TILES - 1 - tl.program_id(0) % TILES  # where causal the last rows see the most keys: they begin first
+    i = TILES - 1 - tl.program_id(0) % TILES  # if causal, the last rows see the most keys: they begin first
     m = i * BM + tl.arange(0, BM)
     inside = m < T * R
     width, value = tl.arange(0, KP), tl.arange(0, VP)
@@ -205,7 +211,7 @@ def forward(
 
 @triton.jit
 def _through(x, dp, peak, d, keep):
-    """The weights P of a tile, and the gradient by its logits."""
+    """The weights P of a tile, and the gradient with respect to its logits."""
     p = tl.where(keep, tl.exp2(tl.where(keep, x - peak, 0.0)), 0.0)
     return p, p * (dp - d)
 
@@ -290,8 +296,8 @@ def backward_queries(
     PLACED: tl.constexpr, SEGMENTS: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr,
     KP: tl.constexpr, VP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """dq [b, t, h, k], and with slopes what each row adds to their gradient, dalibi [b, t, h]. Program (row tile,
-    group, row of the batch)."""
+    """dq [b, t, h, k], and with ALiBi slopes the contribution of each row to their gradient, dalibi [b, t,
+    h]. Program (row tile, group, row of the batch)."""
     b, g = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     R: tl.constexpr = H // G
     TILES: tl.constexpr = (T * R + BM - 1) // BM

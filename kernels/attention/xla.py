@@ -1,24 +1,23 @@
-"""Attention in plain XLA, tile by tile, so that memory is linear in time; the default everywhere.
+"""Attention in plain XLA, tile by tile, with memory linear in time; the default on all platforms.
 
-Forward: the online softmax (arXiv 1805.02867, 2205.14135). Every query row keeps the largest logit so far,
-`top`, and to that base the sums `total` = Σ_j exp(x_j - top) and `mass` = Σ_j exp(x_j - top) v_j; they absorb
-one tile of keys after another. They start at (-inf, 0, 0), or with a sink logit z at (z, 1, 0); at the end
-out = mass / total and lse = top + log total.
+Forward: the online softmax (arXiv 1805.02867, 2205.14135). Each query row keeps the largest logit so far,
+`top`, and relative to it the sums `total` = Σ_j exp(x_j - top) and `mass` = Σ_j exp(x_j - top) v_j; they
+absorb one tile of keys after another. They start at (-inf, 0, 0), or with a sink logit z at (z, 1, 0); at the
+end out = mass / total and lse = top + log total.
 
-Backward: nothing but lse is kept of the weights. Every tile is computed again, P = exp(X - lse), and with D =
-Σ dout·out - dlse
+Backward: of the weights only lse is kept. Every tile is recomputed, P = exp(X - lse), and with D = Σ dout·out
+- dlse
 
     dv = P^T dout;  dX = P (dout v^T - D);  da = -Σ dX_ij |i - j|;  under a softcap c dX times 1 - (X / c)^2
     dq = scale dX k;  dk = scale dX^T q;  dz = -Σ_i exp(z - lse_i) D_i
 
-Its tiles stand keys before queries and dq is gathered with its width before time: no product then contracts
-the major axis of its first factor, which takes a CPU twice as long.
+Tiles are laid out [keys, queries] and dq is accumulated as [width, time], so that no matmul contracts its
+left operand's major axis (twice as slow on a CPU).
 
-Which tiles hold anything visible is known before the loop, from the shapes where positions and segments are
-the defaults and from the
-least and greatest position and segment of every tile elsewhere. The others are skipped: a causal call does
-half the work, a window O(t W), packed documents what they need. Tiles are walked by a loop even when they are
-few: unrolled, XLA would hold all of them at once.
+Visible tiles are determined before the loop: from the shapes with default positions and segments, otherwise
+from the minimum and maximum position and segment of each tile. The others are skipped: a causal call does
+half the work, a window O(t W), packed documents only their own pairs. Tiles are processed by a loop even if
+they are few: unrolled, XLA would hold all of them at once.
 """
 
 import functools
@@ -34,14 +33,14 @@ from jax import Array, lax
 from seqlab.kernels.attention.reference import distance, visible
 from seqlab.shapes import accumulator
 
-_DENSE = 2**15  # up to so many logits a head one tile is as fast and compiles sooner
+_DENSE = 2**15  # up to this many logits per head one tile is as fast and compiles sooner
 _EDGES = 128, 512  # the least and the greatest length of a tile
 _CACHED = 2**20  # logits of all heads in a tile; more leave a CPU's cache between one operation and the next
 _MOST_TILES = 512  # along either axis: bounds the list of tiles to walk
 
 
 class Rule(NamedTuple):
-    """What is fixed when the function is traced."""
+    """Static configuration."""
 
     left: int | None
     right: int | None
@@ -51,13 +50,13 @@ class Rule(NamedTuple):
 
     @property
     def span(self) -> int | None:
-        """How many positions a window holds, None where it has no end on a side."""
+        """The number of positions in a window, None if it is unbounded on a side."""
         return None if self.left is None or self.right is None else self.left + self.right + 1
 
 
 class Places(NamedTuple):
-    """Where the queries [b, t] and keys [b, s] stand; None for the default. Integers: nothing is
-    differentiated by them."""
+    """Positions and segments of the queries [b, t] and keys [b, s]; None for the default. Integers, so not
+    differentiated."""
 
     q_positions: Array | None
     q_segments: Array | None
@@ -66,8 +65,8 @@ class Places(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How the logits are cut into tiles of `rows` queries by `keys` keys, and which of the tiles (i, j) to
-    visit: the first `count`."""
+    """The tiling of the logits into `rows` queries by `keys` keys, and the tiles (i, j) to visit: the first
+    `count`."""
 
     rows: int
     keys: int
@@ -109,8 +108,8 @@ def attention(
 
 
 def attention_gradient(q, k, v, alibi, out, lse, dout, dlse, *, left, right, sinks, softcap, scale, **places):
-    """`dq, dk, dv, dalibi` of an attention to which these keys are a part: `out` and `lse` are those of
-    all."""
+    """`dq, dk, dv, dalibi` for a part of the keys of an attention: `out` and `lse` are those over all
+    keys."""
     rule = Rule(left, right, sinks, softcap, scale)
     dq, dk, dv, _, dalibi, _ = _attend_backward(
         rule, (q, k, v, None, alibi, Places(**places), out, lse), (dout, dlse)
@@ -171,8 +170,7 @@ def _many_queries(
 def _one_query(
     rule: Rule, q: Array, k: Array, v: Array, sink: Array | None, alibi: Array | None, places: Places
 ) -> tuple[Array, Array]:
-    """Decoding. Keys that are stored with heads before slots are read as they lie; of others XLA makes a
-    copy."""
+    """Decoding. Keys stored as [heads, slots] are read in place; XLA copies others."""
     dtype, (b, t, h, width), (s, g) = accumulator(jnp.result_type(q, k, v)), q.shape, k.shape[1:3]
     x, _ = _logits(rule, "bgrk,bsgk->bsgr", q.reshape(b, g, h // g, width), k, dtype)
     keep, distances = _masks(rule, places, Plan(1, s, 1, s, 0, 0, 1), t, s)
@@ -199,7 +197,7 @@ def _attend_forward(rule: Rule, q, k, v, sink, alibi, places: Places):
 def _attend_backward(rule: Rule, residuals, cotangents):
     (q, k, v, sink, alibi, places, out, lse), (dout, dlse) = residuals, cotangents
     dtype, (b, t, h), (s, g) = lse.dtype, lse.shape, k.shape[1:3]
-    # A row that saw nothing passes nothing on, whatever its cotangents are: those of log(0) tend to be NaN.
+    # A row that saw nothing has no gradient, whatever its cotangents are: those of log(0) tend to be NaN.
     dead = lse == -jnp.inf
     dout = jnp.where(dead[..., None], jnp.zeros((), dout.dtype), dout)
     lse = jnp.where(dead, 0, lse)
@@ -249,7 +247,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _logits(rule: Rule, equation: str, x: Array, y: Array, dtype: Any) -> tuple[Array, Array | float]:
-    """The logits of a tile, and by what a softcap multiplies their gradient."""
+    """The logits of a tile, and the factor of the softcap in their gradient."""
     logits = _dot(equation, x, y, dtype) * rule.scale
     if rule.softcap is None:
         return logits, 1.0
@@ -262,8 +260,7 @@ def _dot(equation: str, x: Array, y: Array, dtype: Any) -> Array:
 
 
 def _first_logit(sink: Array | None, places: Places, shape: tuple[int, int, int], dtype: Any) -> Array:
-    """[b, t, h]: the logit that each row holds before it has seen a key: its head's sink, or none. Padding is
-    no query and has none."""
+    """[b, t, h]: the initial logit of each row: its head's sink, or -inf. Padding has none."""
     z = jnp.broadcast_to(-jnp.inf if sink is None else sink.astype(dtype)[None, None], shape).astype(dtype)
     return z if places.q_segments is None else jnp.where((places.q_segments == 0)[:, :, None], -jnp.inf, z)
 
@@ -293,8 +290,8 @@ def _plan(rule: Rule, places: Places, heads: int, t: int, s: int) -> Plan:
 
 
 def _edge(rule: Rule, heads: int, length: int) -> int:
-    """How long tiles should be: long ones make efficient products, short ones skip more and, `heads` of them
-    at a time, stay in cache."""
+    """The tile length: long tiles make efficient products, short ones skip more and, `heads` at a time, stay
+    in cache."""
     edge, most = _EDGES
     if jax.default_backend() != "cpu":
         return most
@@ -311,7 +308,7 @@ def _tile(length: int, edge: int) -> int:
 
 
 def _ends(xp: Any, x: Array | np.ndarray, size: int, skip: int | None = None) -> tuple[Any, Any]:
-    """The least and the greatest of every `size` of x [b, length], [b, tiles] each; entries equal to `skip`
+    """Minimum and maximum of every `size` entries of x [b, length], [b, tiles] each; entries equal to `skip`
     do not count."""
     x = xp.pad(x, ((0, 0), (0, -x.shape[1] % size)), mode="edge").reshape(x.shape[0], -1, size)
     if skip is None:
@@ -321,8 +318,8 @@ def _ends(xp: Any, x: Array | np.ndarray, size: int, skip: int | None = None) ->
 
 
 def _needed(rule: Rule, q_ends: tuple[Any, Any], k_ends: tuple[Any, Any]) -> Any:
-    """[b, i, j]: whether a query of tile i may see a key of tile j, as far as their least and greatest
-    positions tell."""
+    """[b, i, j]: whether a query of tile i may see a key of tile j, judged by their minimum and maximum
+    positions."""
     (q_low, q_high), (k_low, k_high) = ((low[:, :, None], high[:, :, None]) for low, high in (q_ends, k_ends))
     k_low, k_high = k_low.swapaxes(1, 2), k_high.swapaxes(1, 2)
     needed = (k_low <= q_high) | True if rule.right is None else k_low <= q_high + rule.right
@@ -340,8 +337,8 @@ def _positions(places: Places, t: int, s: int) -> tuple[Array, Array]:
 def _masks(
     rule: Rule, places: Places, plan: Plan, t: int, s: int
 ) -> tuple[Callable[..., Array], Callable[..., Array]]:
-    """Functions that give the mask of tile (i, j), and the distances of its queries and keys, which are laid
-    out along the given axes (see `_lay`)."""
+    """Functions for the mask of tile (i, j) and for the distances of its queries and keys, laid out along the
+    given axes (see `_lay`)."""
     q_positions, kv_positions = _positions(places, t, s)
     index = jnp.arange(plan.s, dtype=jnp.int32)[None]
 
@@ -366,7 +363,7 @@ def _masks(
 
 
 def _lay(x: Array | None, axes: tuple[int | None, ...], tile: Any, size: int) -> Array | None:
-    """One tile of x [b, length], its two axes placed where `axes` says 0 and 1 among new axes of size 1."""
+    """One tile of x [b, length], its two axes at the places of 0 and 1 in `axes`, with size 1 elsewhere."""
     if x is None:
         return None
     return jnp.expand_dims(_cut(x, 1, tile, size), tuple(n for n, axis in enumerate(axes) if axis is None))

@@ -1,7 +1,7 @@
-"""Softmax attention over chosen blocks of keys: each query head names its own few, and only these are read.
+"""Softmax attention over selected blocks of keys: each query head selects a few, and only these are read.
 
-Implementations: `reference` (a dense mask, the truth), `xla` (the queries of a block gathered to tiles; the
-default everywhere).
+Implementations: `reference` (a dense mask), `xla` (the queries of a block gathered into tiles; the default on
+all platforms).
 """
 
 import math
@@ -27,25 +27,24 @@ def block_attention(
     softcap: float | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "b t h v"], LogSumExp]:
-    """Attention of each query head to all the keys of the blocks that it has chosen, with the log-sum-exp of
-    its logits.
+    """Attention of each query head to all keys of its selected blocks, with the log-sum-exp of its logits.
 
         lse_i = log Σ_j exp(scale q_i·k_j);  out_i = Σ_j exp(scale q_i·k_j - lse_i) v_j,  over the keys j with
         j // block in chosen_i
 
-    There is no causal mask: the partial attention over what lies behind a query, to be merged with that over
-    its own neighbourhood (`seqlab.kernels.attention.merge`). A query that has chosen nothing has out = 0 and
-    lse = -inf and passes no gradient on.
+    There is no causal mask: this is the partial attention over past blocks, to be merged with that over the
+    query's own block (`seqlab.kernels.attention.merge`). A query without blocks has out = 0, lse = -inf and
+    no gradient.
 
     Args:
       q: [b, t, h, k]; query head i reads key/value head i // (h // g).
-      k, v: [b, s, g, k] and [b, s, g, v], s a multiple of `block`. A cache is best stored as [b, g, s, k] and
-        passed as `cache.swapaxes(1, 2)`: `xla` then reads its blocks as they lie.
+      k, v: [b, s, g, k] and [b, s, g, v], s a multiple of `block`. A cache should be stored as [b, g, s, k]
+        and passed as `cache.swapaxes(1, 2)`: `xla` then reads its blocks in place.
       chosen: [b, t, h, c], indices of blocks of this row, in any order, each at most once; -1 for none.
-      block: keys a block.
+      block: keys per block.
       scale: default 1 / sqrt(k).
       softcap: bound c of the logits, c tanh(x / c).
-      implementation: "reference" or "xla"; None lets `seqlab.kernels.dispatch` choose.
+      implementation: "reference" or "xla"; None: chosen by `seqlab.kernels.dispatch`.
 
     Returns:
       out [b, t, h, v] in the dtype of q, and lse [b, t, h] (natural logarithm) in `accumulator` of the

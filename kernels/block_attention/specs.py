@@ -1,5 +1,4 @@
-"""Named calls of block attention, for tests and benchmarks: plain data, and a maker of random inputs for
-them."""
+"""Named calls of block attention for tests and benchmarks, and random inputs for them."""
 
 from typing import Any, NamedTuple
 
@@ -9,8 +8,8 @@ import numpy as np
 
 
 class Spec(NamedTuple):
-    """A call: sizes by axis, n blocks of `block` keys, c choices a query of which a share `none` are of no
-    block."""
+    """A call: sizes by axis, n blocks of `block` keys, c selections per query, of which a share `none` are
+    empty."""
 
     b: int
     t: int

@@ -1,14 +1,14 @@
-"""Chosen blocks in plain XLA. Few queries gather their blocks; many are gathered to them, in dense tiles.
+"""Selected blocks in plain XLA. A few queries gather their blocks; many queries are gathered by block into
+dense tiles.
 
-A pair is a query head and one block of its choice. The pairs of a row and a key/value head are counted into
-tiles of `rows` pairs that share a block; a block's last tile is filled up with the pair of nobody, a query of
-zeros. Nothing inside a tile is
-masked: a block is seen whole. Each tile is a softmax over its block, (out, lse) by pair, and the pairs of a
-query merge by their lse. All rows and heads walk their tiles side by side, one each a time, so that a batch
-may be sharded; they have about equally many.
+A pair is a query head and one selected block. The pairs of a row and a key/value head are sorted into tiles
+of `rows` pairs that share a block; a block's last tile is padded with dummy pairs whose query is zero.
+Nothing inside a tile is masked: a block is seen whole. Each tile is a softmax over its block, (out, lse) per
+pair, and the pairs of a query merge by their lse. All rows and heads process their tiles in parallel, one
+tile at a time, so that a batch may be sharded; they have about equally many.
 
 Backward, with the merged lse and D = Σ dout·out - dlse: P = exp(X - lse), dv = P^T dout, dX = P (dout v^T -
-D), dq = scale dX k, dk = scale dX^T q, where the pair of nobody has lse = inf and so no weight.
+D), dq = scale dX k, dk = scale dX^T q, where a dummy pair has lse = inf and therefore no weight.
 """
 
 import functools
@@ -26,8 +26,8 @@ _ROWS = 32, 512  # the least and the greatest number of pairs in a tile
 
 class Tiles(NamedTuple):
     """Tiles [x, l] of the pairs [x, p] of x rows and heads: their `block`, the `queries` [x, l, rows] (n for
-    nobody), how many are not empty, `count`; and the `place` [x, p] of each pair in the tiles one behind
-    another, n_tiles * rows for pairs without a block."""
+    a dummy), the number of non-empty tiles, `count`; and the `place` [x, p] of each pair in the concatenated
+    tiles, n_tiles * rows for pairs without a block."""
 
     block: Array
     queries: Array
@@ -36,7 +36,7 @@ class Tiles(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """How logits are formed, fixed when the function is traced."""
+    """Static configuration of the logits."""
 
     scale: float
     softcap: float | None
@@ -115,7 +115,7 @@ def _backward(rule: Rule, residuals, cotangents):
     (q, k, v, chosen, out, lse), (dout, dlse) = residuals, cotangents
     dtype, (x, y, c) = lse.dtype, chosen.shape
     tiles = _tiles(chosen, *k.shape[1:3])
-    # A query that saw nothing passes nothing on, whatever its cotangents are: those of log(0) tend to be NaN.
+    # A query that saw nothing has no gradient, whatever its cotangents are: those of log(0) tend to be NaN.
     dead = lse == -jnp.inf
     dout = jnp.where(dead[..., None], jnp.zeros((), dout.dtype), dout)
     d = jnp.where(dead, 0, (out.astype(dtype) * dout.astype(dtype)).sum(-1) - dlse)
@@ -152,7 +152,7 @@ _by_block.defvjp(_forward, _backward)
 
 
 def _bent(rule: Rule, products: Array) -> tuple[Array, Array | float]:
-    """Logits of the products of queries and keys, and by what a softcap multiplies their gradient."""
+    """Logits from products of queries and keys, and the factor of the softcap in their gradient."""
     logits = rule.scale * products
     if rule.softcap is None:
         return logits, 1.0
@@ -194,7 +194,7 @@ def _tile(tiles: Tiles, i: Any) -> tuple[Array, Array]:
 
 
 def _with_nobody(a: Array, value: float) -> Array:
-    """`a` [x, y, ...] with one more query, that of nobody."""
+    """`a` [x, y, ...] with one more query, the dummy."""
     return jnp.pad(a, [(0, 1) if axis == 1 else (0, 0) for axis in range(a.ndim)], constant_values=value)
 
 

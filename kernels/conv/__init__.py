@@ -1,7 +1,7 @@
 """The short causal convolution in front of recurrent mixers: depthwise, over time, with a state.
 
-Implementations: `reference` (a sliding window, the truth), `xla` (shifted products; runs everywhere),
-`pallas_tpu`, `triton_gpu`.
+Implementations: `reference` (a sliding window), `xla` (shifted products; runs everywhere), `pallas_tpu`,
+`triton_gpu`.
 """
 
 import functools
@@ -41,11 +41,10 @@ def conv(
       initial_state: [b, w-1, d], the last inputs of the sequence so far, oldest first, zeros where it had
         fewer; zeros by default.
       reset: [b, t]; where True a fresh sequence starts, and what came before, NaN included, is forgotten.
-      valid: [b, t]; a step where it is False does nothing: its input, NaN included, reaches no other output,
-        no state and no gradient, windows reach over it as if it were not there, its own output is 0 and its
-        reset is ignored.
-      implementation: "reference", "xla", "pallas_tpu" or "triton_gpu"; None lets `seqlab.kernels.dispatch`
-        choose.
+      valid: [b, t]; a step with False has no effect: its input, NaN included, reaches no other output, no
+        state and no gradient, windows skip it, its own output is 0 and its reset is ignored.
+      implementation: "reference", "xla", "pallas_tpu" or "triton_gpu"; None: chosen by
+        `seqlab.kernels.dispatch`.
 
     Returns:
       y [b, t, d], summed in `accumulator` of the widest input dtype, and the final state [b, w-1, d], both in
@@ -77,14 +76,14 @@ def conv(
 
 
 def _stretch(implementation: str | None, timed: tuple, whole: tuple) -> tuple[Array, Array]:
-    """What one device does where time is split over several: the state before its stretch is the end of those
-    before it."""
+    """The work of one device if time is split over several: its initial state is the end of the previous
+    segments."""
     (x, reset, valid), (weight, bias, initial_state) = timed, whole
     kept, options = weight.shape[0] - 1, {"reset": reset, "valid": valid, "implementation": implementation}
     initial = None if initial_state is None else initial_state.astype(x.dtype)
-    if valid is None and x.shape[1] >= kept:  # whatever came before has left the window
+    if valid is None and x.shape[1] >= kept:  # earlier inputs have left the window
         end, moved = conv(x, weight, **options)[1], None
-    else:  # a few steps move the inputs they were given: by a matrix, which the columns of the identity make of themselves
+    else:  # a linear map, as a matrix: the images of the identity's columns
         zeros, eye = (
             jnp.zeros((len(x), x.shape[1], kept), x.dtype),
             jnp.broadcast_to(jnp.eye(kept, dtype=x.dtype), (len(x), kept, kept)),

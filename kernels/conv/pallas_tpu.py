@@ -1,8 +1,8 @@
 """The convolution on a TPU: one pass over x, channels in the lanes, time in the rows and block after block.
 
-A block of x is laid behind the last rows of the one before, and every tap reads it so many rows further back.
-The gradient walks time backwards with the first rows of the block after it, since what a step passes back
-comes from its own output and the w-1 behind it:
+A block of x is placed after the last rows of the previous one, and each tap reads it at its own offset. The
+gradient goes backwards in time with the first rows of the next block, since the gradient of a step comes from
+its own output and the w-1 after it:
 
     dx_t = sum_j weight_{w-1-j} dy_{t+j}        dweight_{w-1-j} = sum_t x_t dy_{t+j}        over the j that
     t+j may look back
@@ -20,7 +20,7 @@ from seqlab.kernels.conv import xla
 
 
 def conv(x, weight, bias, initial_state, reset, valid):
-    """`y, final_state`; see `xla.conv` for the arguments. Valid steps are moved together as there, and
+    """`y, final_state`; see `xla.conv` for the arguments. Valid steps are compacted as there, and moved
     back."""
     pallas.require(x, weight, bias, initial_state)
     return xla.of_valid_steps(_conv, x, weight, bias, initial_state, reset, valid)
@@ -111,7 +111,7 @@ _conv.defvjp(_conv_fwd, _conv_bwd)
 
 
 def _backward_kernel(time, x, dy, weight, state, *rest):
-    """`rows` holds kept rows of zeros, a block of dy and the kept rows behind it; `looks` how far back each
+    """`rows` holds kept rows of zeros, a block of dy and the kept rows after it; `looks` how far back each
     may look."""
     (*past, dx, dstate, sums), (rows, *looks) = (
         (rest[:-2], rest[-2:]) if len(rest) == 6 else (rest[:-1], rest[-1:])
@@ -143,7 +143,8 @@ def _backward_kernel(time, x, dy, weight, state, *rest):
     taps = weight[...].astype(jnp.float32)
 
     def passed_back(start, values, first):
-        """What the inputs `values`, which stand `start` rows into the buffer, get, and add to `sums`."""
+        """The gradients of the inputs `values`, at row `start` of the buffer, and their contribution to
+        `sums`."""
         total = jnp.zeros_like(values)
         for lag in range(first, w):
             moved, part = rows[start + lag : start + lag + len(values)], slice(w - 1 - lag, w - lag)
@@ -170,7 +171,7 @@ def _block(x):
 
 
 def _kept(state):
-    """The rows that stand for the state [b, w-1, d]: whole tiles."""
+    """The state [b, w-1, d] padded to whole tiles of rows."""
     return pallas.up(max(state.shape[1], 1), 8)
 
 

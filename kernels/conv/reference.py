@@ -1,4 +1,4 @@
-"""The truth: a window that slides over the sequence, one step in a scan."""
+"""Reference implementation: a window that slides over the sequence, one step in a scan."""
 
 import jax
 import jax.numpy as jnp

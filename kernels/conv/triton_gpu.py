@@ -1,8 +1,8 @@
-"""The convolution by Triton: an output is written once and an input read once, resets and invalid steps
-included.
+"""The convolution in Triton: each output is written once and each input read once, also with resets and
+invalid steps.
 
-Invalid steps are stepped over, not moved: with resets or invalid steps the kernels are told, for every step
-and lag, which input it meets.
+Invalid steps are skipped, not moved: with resets or invalid steps, tables give the kernels the input of every
+step and lag.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from seqlab.state import mask_steps
 
 
 class Blocks(NamedTuple):
-    """How a call is cut: steps and channels of a tile, and how many steps share one partial sum of the
+    """The tiling of a call: steps and channels of a tile, and how many steps share one partial sum of the
     weights' gradient."""
 
     steps: int
@@ -45,8 +45,8 @@ def conv(x, weight, bias, initial_state, reset, valid):
 
 
 class Maps(NamedTuple):
-    """Which inputs meet which steps, -1 for none. An input is a row of the state or, counted from kept = w -
-    1 on, a step of x."""
+    """The inputs of each step, -1 for none. An input is a row of the state or, counted from kept = w - 1, a
+    step of x."""
 
     source: jax.Array  # [b, w, t]: the input that a step meets at a lag
     # [b, w + 1, kept + t]: the step that an input is met by at a lag; last, its place in the final state.
@@ -55,8 +55,8 @@ class Maps(NamedTuple):
 
 
 def _maps(shape, kept, reset, valid):
-    """Counted without the invalid steps, in `order`, the window is the plain one and a reset is a bound on
-    how far it reaches."""
+    """Counted without the invalid steps, in `order`, the window is contiguous and a reset bounds its
+    reach."""
     b, lag = shape[0], jnp.arange(kept + 1)[None, :, None]
     valid = jnp.ones(shape, bool) if valid is None else valid
     rank = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1

@@ -1,9 +1,9 @@
 """Kernels of the depthwise convolution: one pass over the inputs forwards, one backwards.
 
 The inputs are the rows of the state, `KEPT` = W - 1 of them, and then the steps of x. With resets or invalid
-steps, `source` [b, w, t] says which row meets which lag at a step, -1 for none, and `target` [b, w + 1, KEPT
-+ t] the other way round at which step a row is met, in its last place where the final state holds the row.
-Without them both are arithmetic.
+steps, `source` [b, w, t] is the row read at each lag of a step, -1 for none; `target` [b, w + 1, KEPT + t] is
+the inverse, the step that reads a row at each lag, and last the row's place in the final state. Without
+resets and invalid steps both are computed.
 """
 
 import triton
@@ -13,7 +13,8 @@ import triton.language as tl
 @triton.jit
 def forward(
     x, weight, bias, state, source, y,
-    T: tl.constexpr, D: tl.constexpr, W: tl.constexpr, GIVEN: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    T: tl.constexpr, D: tl.constexpr, W: tl.constexpr, GIVEN: tl.constexpr, BT: tl.constexpr,
+    BD: tl.constexpr,
 ):  # fmt: skip
     """y [b, t, d], program (a block of steps, a block of channels, a row of the batch)."""
     b = tl.program_id(2).to(tl.int64)
@@ -53,12 +54,11 @@ def backward(
     T: tl.constexpr, D: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, GIVEN: tl.constexpr,
     ROWS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """dx, dstate, and of dweight [b, stretches, w, d] and dbias [b, stretches, d] the part of a stretch of
-    ROWS inputs.
+    """dx, dstate, and the parts of dweight [b, stretches, w, d] and dbias [b, stretches, d] from ROWS inputs.
 
-    Program (a stretch, a block of channels, a row of the batch). Everything hangs on one thing: the output
-    gradient that an input meets at each lag. Times the tap it is a part of the input's gradient; times the
-    input it is a part of the tap's.
+    Program (a stretch, a block of channels, a row of the batch). Both gradients use the output gradient that
+    belongs to an input at each lag: times the tap it contributes to the input's gradient, times the input to
+    the tap's.
     """
     b = tl.program_id(2).to(tl.int64)
     stretch = tl.program_id(0)

@@ -1,7 +1,7 @@
 """The fast form: w shifted products, which fuse into one pass over x.
 
-An arbitrary `valid` is compaction: the valid steps of a row move together, in order, the convolution knows
-nothing of the others, and its outputs move back.
+An arbitrary `valid` is handled by compaction: the valid steps of a row are moved together in order,
+convolved, and the outputs moved back.
 """
 
 import jax
@@ -15,14 +15,14 @@ def conv(x, weight, bias, initial_state, reset, valid):
     """`y, final_state`. x [b, t, d]; weight [w, d]; bias [d]; initial_state [b, w-1, d] in the dtype of x;
     reset, valid [b, t] or None.
 
-    A reset at an invalid step has been taken away.
+    Resets at invalid steps have been removed.
     """
     return of_valid_steps(_conv, x, weight, bias, initial_state, reset, valid)
 
 
 def of_valid_steps(convolve, x, weight, bias, initial_state, reset, valid):
-    """The same through `convolve(x, weight, bias, state, past)`, y alone, where `past` [b, t] or None is of
-    `_past`."""
+    """The same through `convolve(x, weight, bias, state, past)`, which returns y; `past` [b, t] or None comes
+    from `_past`."""
     time, kept = x.shape[1], weight.shape[0] - 1
     if valid is not None:
         count = jnp.sum(valid, axis=1, keepdims=True)
@@ -48,8 +48,8 @@ def of_valid_steps(convolve, x, weight, bias, initial_state, reset, valid):
 
 
 def _past(reset, kept):
-    """How many inputs each step may see before its own: those since the reset, or at least `kept` where there
-    was none."""
+    """The number of earlier inputs visible to each step: those since the reset, or at least `kept` without
+    one."""
     index = jnp.arange(reset.shape[1])[None]
     return index - jax.lax.cummax(jnp.where(reset, index, -kept), axis=1)
 
@@ -64,8 +64,7 @@ def _taps(x, weight, bias, state, past):
 
 
 def _lagged(x, state, past, lag):
-    """[b, t, d]: the input `lag` steps before each, from x or from the state, 0 where the sequence had
-    none."""
+    """[b, t, d]: the input `lag` steps earlier, from x or from the state, 0 before the sequence."""
     if lag == 0:
         return x
     time, kept = x.shape[1], state.shape[1]
@@ -74,8 +73,7 @@ def _lagged(x, state, past, lag):
 
 
 def _shift(x, before, after):
-    """`x` [b, t, d] with so many zeros put before and after it in time, or so many steps taken away where
-    negative."""
+    """`x` [b, t, d] padded with zeros before and after it in time, or cropped if negative."""
     return jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (before, after, 0), (0, 0, 0)))
 
 
@@ -90,7 +88,7 @@ def _conv_bwd(residuals, dy):
     x, weight, bias, state, past = residuals
     _, pull = jax.vjp(lambda x, bias, state: _taps(x, weight, bias, state, past), x, bias, state)
     dx, dbias, dstate = pull(dy)
-    # XLA's reductions on CPU do not fuse what they reduce, and w shifted copies of x cost more than
+    # On a CPU XLA does not fuse the operands of reductions, and w shifted copies of x would cost more than
     # everything else here.
     dweight = jax.lax.platform_dependent(*residuals, dy, cpu=_dweight_by_steps, default=_dweight_by_taps)
     return dx, dweight, dbias, dstate, None
@@ -125,8 +123,8 @@ def _dweight_by_steps(x, weight, bias, state, past, dy):
 
 @jax.custom_vjp
 def _permute(x, order, inverse):
-    """Row by row x[order]. The gradient of a gather is a scatter, which is slow; that of a permutation is the
-    inverse one."""
+    """x[order] per row. The gradient of a gather is a scatter, which is slow; that of a permutation is the
+    inverse permutation."""
     return jnp.take_along_axis(x, order[:, :, None], axis=1, mode="promise_in_bounds")
 
 

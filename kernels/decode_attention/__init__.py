@@ -1,8 +1,7 @@
-"""Attention of one query over a cache, whose keys and values are numbers or codes of a few bits: one step of
-decoding.
+"""Attention of one query over a cache, whose keys and values are plain or quantized: one step of decoding.
 
-Implementations: `reference` (numbers from codes, then dense attention, the truth), `xla` (dense, runs
-everywhere), `pallas_tpu` and `triton_gpu` (codes become numbers where they are multiplied; forward only).
+Implementations: `reference` (dequantize, then dense attention), `xla` (dense, runs everywhere), `pallas_tpu`
+and `triton_gpu` (dequantize on the fly; forward only).
 """
 
 import math
@@ -20,12 +19,12 @@ BITS = (2, 4, 8)
 
 
 class Coded(NamedTuple):
-    """Numbers x = code * scale + least, channels before slots. Word i of w holds the codes of the channels i,
-    i + w, i + 2 w, ..., the first in the lowest bits.
+    """Quantized numbers x = code * scale + least, channels before slots. Word i of w holds the codes of the
+    channels i, i + w, i + 2 w, ..., the first in the lowest bits.
 
-    Slots come last: the words of one are few, and memory is read, and on a TPU laid out, by the hundred.
-    Channels of a word are w apart: words shifted and masked are channels side by side, without a move between
-    lanes.
+    Slots are the last axis because a slot has few words, while memory is read, and on a TPU laid out, in
+    units of a hundred. Channels of a word are w apart, so that shifting and masking words gives consecutive
+    channels without moving data between lanes.
     """
 
     words: UInt[Array, "b g w s"]
@@ -44,27 +43,26 @@ def decode_attention(
     v_bits: int | None = None,
     implementation: Named = None,
 ) -> tuple[Float[Array, "b h v"], Float[Array, "b h"]]:
-    """Softmax attention of one query a row over the slots of a cache, with the log-sum-exp by which `merge`
-    puts it beside others.
+    """Softmax attention of one query per row over the slots of a cache, with the log-sum-exp for `merge`.
 
-    Keys in few bits share scale and least value over steps, values over channels (KIVI): k = code scale[s //
-    n] + least[s // n], where n = s / (groups of k), and v = code scale[c // m] + least[c // m], m = channels
-    / (groups of v). Slots may stand in any order, as in
-    a ring, and be seen in any combination: a window, sinks, rows that are not as long as others.
+    Quantized keys share scale and least value over steps, values over channels (KIVI): k = code scale[s // n]
+    + least[s // n], where n = s / (groups of k), and v = code scale[c // m] + least[c // m], m = channels /
+    (groups of v). Slots may be in any order, as in a ring buffer, and any subset may be visible: a window,
+    sinks, rows of different lengths.
 
     Args:
       q: [b, h, k]; query head i reads key/value head i // (h // g).
       k: numbers [b, g, s, k], or words [b, g, k bits / 32, s] with scale and least [b, g, groups, k], where
         the groups divide s.
       v: numbers [b, g, s, v], or words [b, g, v bits / 32, s] with scale and least [b, g, groups, s].
-      visible: [b, s]; what the other slots hold, NaN included, reaches no result. A row that sees nothing has
+      visible: [b, s]; the contents of other slots, NaN included, reach no result. A row that sees nothing has
         out = 0 and lse = -inf.
       softcap: bound c of the logits, c tanh(x / c).
       scale: default 1 / sqrt(k).
-      v_bits: of a code of v, 2, 4 or 8; default: as many as k has, which is read off its words and the width
-        of q.
-      implementation: "reference", "xla", "pallas_tpu" or "triton_gpu"; None lets `seqlab.kernels.dispatch`
-        choose.
+      v_bits: bits per code of v, 2, 4 or 8; default: as for k, which follows from its words and the width of
+        q.
+      implementation: "reference", "xla", "pallas_tpu" or "triton_gpu"; None: chosen by
+        `seqlab.kernels.dispatch`.
 
     Returns:
       out [b, h, v] in the dtype of q, and lse [b, h] (natural logarithm) in `accumulator` of it.
@@ -73,7 +71,7 @@ def decode_attention(
       ValueError: if an argument has the wrong shape, type or range, or `implementation` is unknown.
 
     Source: KIVI (arXiv 2402.02750) for the codes; keys split among programs as in Flash-Decoding, evenly by
-    what is seen as in LeanAttention (arXiv 2405.10480).
+    visible slots as in LeanAttention (arXiv 2405.10480).
     """
     _check(q, k, v, visible, v_bits)
     if softcap is not None and not (
@@ -96,7 +94,7 @@ def codes_of(words: UInt[Array, "*b w s"], bits: int) -> UInt[Array, "*b d s"]:
 
 
 def keys_of(k: Coded, bits: int, dtype: jnp.dtype) -> Float[Array, "b g s k"]:
-    """The numbers that the codes of keys stand for."""
+    """Dequantized keys."""
     scale, least = (x.astype(dtype).swapaxes(2, 3)[..., None] for x in (k.scale, k.least))
     codes = codes_of(k.words, bits).astype(dtype)
     steps = codes.reshape(*scale.shape[:4], -1)  # those that share a scale: the last axis
@@ -104,7 +102,7 @@ def keys_of(k: Coded, bits: int, dtype: jnp.dtype) -> Float[Array, "b g s k"]:
 
 
 def values_of(v: Coded, bits: int, dtype: jnp.dtype) -> Float[Array, "b g s v"]:
-    """The numbers that the codes of values stand for."""
+    """Dequantized values."""
     scale, least = (x.astype(dtype)[:, :, :, None] for x in (v.scale, v.least))
     codes = codes_of(v.words, bits).astype(dtype)
     # Those that share a scale: the last axis but one.
@@ -113,8 +111,8 @@ def values_of(v: Coded, bits: int, dtype: jnp.dtype) -> Float[Array, "b g s v"]:
 
 
 def seen_tiles(visible: Bool[Array, "b s"], size: int) -> tuple[Int[Array, " b"], Int[Array, " b"]]:
-    """The first tile of `size` slots that holds anything visible, and how many there are from it up to the
-    last one that does."""
+    """The first tile of `size` slots with anything visible, and the number of tiles up to the last such
+    one."""
     b, s = visible.shape
     seen = jnp.pad(visible, ((0, 0), (0, -s % size))).reshape(b, -1, size).any(2)
     first, beyond = jnp.argmax(seen, axis=1), seen.shape[1] - jnp.argmax(seen[:, ::-1], axis=1)
@@ -128,12 +126,12 @@ def words_of(codes: UInt[Array, "*b d s"], bits: int) -> UInt[Array, "*b w s"]:
 
 
 def _shifts(bits: int) -> UInt[Array, "c 1 1"]:
-    """By how many bits the codes of a word are shifted."""
+    """The shifts of the codes of a word, in bits."""
     return jnp.arange(0, 32, bits, dtype=jnp.uint32)[:, None, None]
 
 
 def bits_of(k: Coded, width: int) -> int:
-    """How many bits a number of k has."""
+    """The bits per number of k."""
     return 32 * k.words.shape[2] // width
 
 

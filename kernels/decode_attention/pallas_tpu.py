@@ -1,21 +1,22 @@
-"""Decoding on a TPU: the queries that share a head of keys are the rows of a tile, and the slots of a cache
-pass by in tiles.
+"""Decoding on a TPU: the queries that share a key head are the rows of a tile, and the cache is read in tiles
+of slots.
 
-Codes never become numbers one by one where that can be helped, for it is the vector units that are busy here.
-A code of up to eight bits is
-exact in bfloat16, so that matrix units take codes as they are:
+Codes are not dequantized one by one where possible, since the vector units are the bottleneck. A code of up
+to eight bits is exact in bfloat16, so the matrix units multiply codes directly. With u the group of channel
+c:
 
-    values   sum_s p_s (code_cs scale_us + least_us) = sum_s (p_s scale_us) code_cs + sum_s p_s least_us,   u
-    the group of channel c:
-             the weights of all groups are rows of one product, of whose results each channel takes that of
-             its group, once, at the end
-    keys     sum_c q_c (code_cs scale_cu + least_cu) = sum_c q_c (code_cs scale_cu) + (sum_c q_c least_cu),  u
-    the group of slot s:
-             scales are spread over the slots of their groups by a product with zeros and ones
+    values   sum_s p_s (code_cs scale_us + least_us) = sum_s (p_s scale_us) code_cs + sum_s p_s least_us
 
-Of a cache only what is seen is read: the tiles of a row from the first to the last that hold anything
-visible. Beyond them the grid names the last one again, which copies nothing. Where rows and heads alone would
-leave one of two cores without work, tiles are split in two.
+The weights of all groups are rows of one product; each channel selects the result of its group at the end.
+With u the group of slot s:
+
+    keys     sum_c q_c (code_cs scale_cu + least_cu) = sum_c q_c (code_cs scale_cu) + (sum_c q_c least_cu)
+
+Scales are spread over the slots of their groups by a product with zeros and ones.
+
+Only the tiles of a row from the first to the last with anything visible are read. Beyond them the grid
+repeats the last one, which copies nothing. If rows and heads alone would leave one of two cores idle, tiles
+are split between them.
 """
 
 import functools
@@ -35,23 +36,23 @@ _UNIT = pallas.LANES  # tiles are multiples of it
 
 
 class Cut(NamedTuple):
-    """What is fixed when tracing: `rows` queries of a group, padded; `values` channels; slots of a tile; and
-    how logits are bounded."""
+    """Static configuration: `rows` queries of a group, padded; `values` channels; slots of a tile; options of
+    the logits."""
 
     rows: int
     values: int
     slots: int
     splits: int
-    k_bits: int | None  # None for numbers
+    k_bits: int | None  # None for plain numbers
     v_bits: int | None
-    steps: int  # that share a scale of keys
+    steps: int  # steps that share a scale of keys
     softcap: float | None
     scale: float
 
 
 def decode_attention(q, k, v, visible, *, softcap, scale, bits):
-    """`out, lse`; see `seqlab.kernels.decode_attention`, which has checked the arguments. Not to be
-    differentiated."""
+    """`out, lse`; see `seqlab.kernels.decode_attention`, which has checked the arguments. Not
+    differentiable."""
     from seqlab.kernels.decode_attention import Coded, seen_tiles
 
     (b, h, width), s, coded = q.shape, visible.shape[1], isinstance(k, Coded)
@@ -94,14 +95,14 @@ def decode_attention(q, k, v, visible, *, softcap, scale, bits):
 
 
 def _slots(s: int, steps: int, most: int) -> int:
-    """The slots of a tile, which holds whole groups of keys, a multiple of eight or all of them."""
+    """The slots of a tile: whole groups of keys, a multiple of eight of them or all."""
     unit = math.lcm(_UNIT, 8 * steps)
     slots = max(unit, most // unit * unit)
     return pallas.up(s, _UNIT) if s <= slots else slots
 
 
 def _blocks(cut: Cut, q: Array, arrays: tuple[Array, ...]) -> list[pl.BlockSpec]:
-    """Of the queries, of the keys and values with their scales, and of what is visible."""
+    """Blocks of the queries, of the keys and values with their scales, and of `visible`."""
 
     def last(b, g, i, n, *tables):
         return b, g, 0, _tile(cut, b, i, n, tables)[0]
@@ -127,8 +128,8 @@ def _blocks(cut: Cut, q: Array, arrays: tuple[Array, ...]) -> list[pl.BlockSpec]
 
 
 def _scratch(cut: Cut, v: Any) -> list[Any]:
-    """The largest logit, the sum of weights, and the weighted sums of values: of codes a row for each group,
-    and of least values."""
+    """Scratch: the largest logit, the sum of weights, and the weighted sums of values: of codes one row per
+    group, and of least values."""
     groups = 1 if v is None else v.scale.shape[2]
     sums = [pallas.vector((groups * cut.rows, cut.values))] + [pallas.vector((cut.rows, groups))] * (
         v is not None
@@ -137,7 +138,7 @@ def _scratch(cut: Cut, v: Any) -> list[Any]:
 
 
 def _tile(cut: Cut, b: Any, split: Any, n: Any, tables: tuple[Any, Any]) -> tuple[Any, Any]:
-    """The n-th tile of a split of row b, and whether it has so many."""
+    """The n-th tile of a split of row b, and whether it exists."""
     first, count = (table[b] for table in tables)
     begin, end = (jax.lax.div(count * i, cut.splits) for i in (split, split + 1))
     return first + jnp.maximum(jnp.minimum(begin + n, end - 1), 0), begin + n < end
@@ -200,7 +201,7 @@ def _absorb(cut: Cut, dtype: Any, p: Array, fade: Array, see: Array, sums: Any, 
 def _coded_logits(cut: Cut, q: Array, see: Array, words: Any, scale: Any, least: Any) -> Array:
     group = pallas.places((scale.shape[0], cut.slots), 0)
     within = group == jax.lax.div(pallas.places(group.shape, 1), cut.steps)
-    # Others may hold NaN, and 0 * NaN is NaN
+    # Scales of unseen groups may hold NaN, and 0 * NaN is NaN.
     seen = jnp.max((within & see).astype(jnp.float32), axis=1, keepdims=True) > 0
     scales, leasts = (jnp.where(seen, x[...].astype(jnp.float32), 0).astype(x.dtype) for x in (scale, least))
     spread = pallas.dot(jnp.swapaxes(scales, 0, 1), within.astype(scale.dtype))
@@ -231,7 +232,7 @@ def _codes(bits: int, words: Any) -> Array:
 
 
 def _by_group(cut: Cut, mass: Any, low: Any) -> Array:
-    """Of the sums for every group of channels each channel's own, and its least value's."""
+    """Each channel's own entry of the sums per group of channels, plus the term of its least value."""
     groups = low.shape[1]
     own = jax.lax.div(pallas.places((cut.rows, cut.values), 1), cut.values // groups)
     parts = (mass[i * cut.rows : (i + 1) * cut.rows] + low[:, i : i + 1] for i in range(groups))

@@ -1,4 +1,4 @@
-"""The truth: numbers from codes, then attention as its definition reads."""
+"""Reference implementation: dequantize, then attention by its definition."""
 
 import jax.numpy as jnp
 
@@ -18,7 +18,8 @@ def decode_attention(q, k, v, visible, *, softcap, scale, bits):
 
 
 def of_numbers(k, v, bits, wide):
-    """Keys and values as numbers [b, g, s, width] of the dtype `wide`; `bits` of both, None for numbers."""
+    """Keys and values as numbers [b, g, s, width] of the dtype `wide`; `bits` of both, None if not
+    quantized."""
     from seqlab.kernels.decode_attention import Coded, keys_of, values_of
 
     if not isinstance(k, Coded):

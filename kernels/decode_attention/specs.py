@@ -9,8 +9,8 @@ from seqlab.kernels.decode_attention import Coded
 
 
 class Spec(NamedTuple):
-    """One call of `decode_attention`: keys in groups of `group` steps, values in groups of `channels`;
-    numbers where `bits` is None, values in `v_bits` (default: as keys).
+    """One call of `decode_attention`: keys in groups of `group` steps, values in groups of `channels`; plain
+    numbers if `bits` is None, values in `v_bits` (default: as keys).
 
     A share `seen` of the slots is visible, or the first `filled` of each row."""
 
@@ -65,8 +65,8 @@ LARGE = {
 
 
 def inputs(spec: Spec, seed: int = 0) -> dict[str, Any]:
-    """Random arguments of `decode_attention` by name; what the first row has in its first group is hidden
-    and, or its scales, NaN."""
+    """Random arguments of `decode_attention` by name; the first group of the first row is hidden, and it or
+    its scales are NaN."""
     random, (b, s, h, g, k, v) = np.random.default_rng(seed), spec[:6]
     visible = (
         random.random((b, s)) < spec.seen

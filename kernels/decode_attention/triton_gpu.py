@@ -1,9 +1,9 @@
-"""Decoding by Triton: memory is read in the bits that it has, by as many programs as it takes to keep all of
-it busy.
+"""Decoding in Triton: the cache is read in its quantized form, by enough programs to saturate the memory
+bandwidth.
 
-Of a cache only what is seen is read: each program of a row takes an equal share of the tiles from the first
-to the last that hold anything visible (LeanAttention), so that neither a short row nor an empty end of a
-cache leaves some without work.
+Only the visible range is read: each program of a row takes an equal share of the tiles from the first to the
+last with anything visible (LeanAttention), so that no program is idle because of a short row or an empty end
+of a cache.
 """
 
 import math
@@ -16,8 +16,8 @@ from seqlab.kernels.blocks import find, widest
 
 
 def decode_attention(q, k, v, visible, *, softcap, scale, bits):
-    """`out, lse`; see `seqlab.kernels.decode_attention`, which has checked the arguments. Not to be
-    differentiated."""
+    """`out, lse`; see `seqlab.kernels.decode_attention`, which has checked the arguments. Not
+    differentiable."""
     from seqlab.kernels.decode_attention import Coded, seen_tiles
     from seqlab.kernels.decode_attention import triton_kernels as kernels
 

@@ -1,5 +1,4 @@
-"""One kernel: a program reads a part of a cache, makes numbers of codes in registers, and keeps an online
-softmax."""
+"""One kernel: a program reads a part of a cache, dequantizes in registers, and keeps an online softmax."""
 
 import triton
 import triton.language as tl
@@ -17,8 +16,7 @@ def _codes(words, word, slot, S: tl.constexpr, BITS: tl.constexpr, WORDS: tl.con
 
 @triton.jit
 def _channels(BITS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
-    """The channels of the rows of `_codes`, from D on where there is none. Numbers, BITS = 0, have theirs in
-    order."""
+    """The channels of the rows of `_codes`, D or more for none; in order if not quantized (BITS = 0)."""
     row = tl.arange(0, WIDTH)
     if BITS == 0:
         return row
@@ -32,15 +30,15 @@ def forward(
     q, k, k_scale, k_least, v, v_scale, v_least, visible, first, count, out, lse,
     ROWS: tl.constexpr, S: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, BN: tl.constexpr,
-    K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, SOFTCAP: tl.constexpr, SCALE: tl.constexpr, SPLITS: tl.constexpr,
+    K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, SOFTCAP: tl.constexpr, SCALE: tl.constexpr,
+    SPLITS: tl.constexpr,
     PRECISION: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """out [splits, b, h, v] and lse [splits, b, h] over the slots of a split. Program (block of heads and
     split, group, row of the batch).
 
-    A tile is BN slots, of numbers where K_BITS and V_BITS are 0 and of one group of keys elsewhere, all of
-    which have the same scales. Row b walks count[b] tiles from first[b] on, those that it sees, shared evenly
-    among its splits.
+    A tile is BN slots; with quantized keys, of one group, whose scales are the same. Row b reads count[b]
+    tiles from first[b], those it sees, shared evenly among its splits.
     """
     b, g = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     R: tl.constexpr = H // G

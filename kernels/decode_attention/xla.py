@@ -1,4 +1,4 @@
-"""Dense attention of one query; numbers are made of codes where they are read, as far as XLA fuses that."""
+"""Dense attention of one query; codes are dequantized where they are read, as far as XLA fuses it."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ def decode_attention(q, k, v, visible, *, softcap, scale, bits):
 
     wide, (b, h, width) = accumulator(q.dtype), q.shape
     coded, see = isinstance(k, Coded), visible[:, None, None]
-    if coded:  # 0 * NaN is NaN: what is hidden becomes 0, as long as it is few numbers
+    if coded:  # 0 * NaN is NaN: hidden scales become 0, which are few numbers
         v = v._replace(scale=jnp.where(see, v.scale, 0), least=jnp.where(see, v.least, 0))
     else:
         v = jnp.where(see.swapaxes(2, 3), v, jnp.zeros((), v.dtype))

@@ -1,7 +1,7 @@
 """The two-dimensional Haar wavelet transform of maps, and its exact inverse.
 
-Implementations: `reference` (a 4 × 4 matrix on every cell, the truth), `xla` (sums and differences; the
-default everywhere).
+Implementations: `reference` (a 4 × 4 matrix on every cell), `xla` (sums and differences; the default on all
+platforms).
 """
 
 import jax.numpy as jnp
@@ -17,23 +17,23 @@ _inverse = Op("idwt", __name__, ("reference", "xla"))
 def dwt(
     x: Float[Array, "b h w d"], levels: int = 1, *, implementation: str | None = None
 ) -> tuple[Float[Array, "b i j d"], list[Float[Array, "b i j d 3"]]]:
-    """The orthonormal Haar transform of every channel, `levels` times, each time of what the last left over.
+    """The orthonormal Haar transform of every channel, applied `levels` times to the low band.
 
     Of a cell of 2 × 2 places with a, b above and c, d below,
 
         low = (a + b + c + d) / 2        bands = (a + b - c - d) / 2, (a - b + c - d) / 2, (a - b - c + d) / 2
 
-    which are high along the height, along the width, along both. A side of odd length is continued by one
-    zero at its end, so that a level makes n places into ceil(n / 2).
+    which are high-pass along the height, along the width, along both. A side of odd length is padded with one
+    zero, so that a level maps n positions to ceil(n / 2).
 
     Args:
       x: [b, h, w, d], floating.
       levels: 1 or more.
-      implementation: "reference" or "xla"; None lets `seqlab.kernels.dispatch` choose.
+      implementation: "reference" or "xla"; None: chosen by `seqlab.kernels.dispatch`.
 
     Returns:
       low [b, i, j, d] of the last level, and the bands [b, i, j, d, 3] of every level, the finest first.
-      Reshaped to [b, i, j, 3 d] the bands of a channel stand side by side.
+      Reshaped to [b, i, j, 3 d], the bands of a channel are adjacent.
 
     Raises:
       ValueError: if an argument has the wrong shape or type, or `implementation` is unknown.
@@ -63,8 +63,8 @@ def idwt(
     """The inverse of `dwt`: x of `low` and `bands`, up to rounding.
 
     Args:
-      low, bands: what `dwt` returned.
-      shape: (h, w) of x; by default twice the finest bands', which is right for even sides.
+      low, bands: as returned by `dwt`.
+      shape: (h, w) of x; by default twice that of the finest bands, as for even sides.
       implementation: as in `dwt`.
 
     Raises:
@@ -86,6 +86,6 @@ def idwt(
 
 
 def _even(x: Array) -> Array:
-    """A zero behind every side of odd length."""
+    """Pad every side of odd length with a zero."""
     odd = [(0, n % 2 if axis in (1, 2) else 0) for axis, n in enumerate(x.shape)]
     return jnp.pad(x, odd) if any(after for _, after in odd) else x

@@ -1,4 +1,5 @@
-"""The truth: an orthonormal 4 × 4 matrix that takes a cell (a, b, c, d) to (low, three bands)."""
+"""Reference implementation: an orthonormal 4 × 4 matrix that takes a cell (a, b, c, d) to (low, three
+bands)."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,5 +1,5 @@
-"""Linear attention: a memory that is a matrix a head, written by outer products and read by the query, in all
-its kinds.
+"""Linear attention: one matrix memory per head, written by outer products and read by the query, in all
+variants.
 
     kind                     decay                       beta
     linear attention         -                           -
@@ -10,8 +10,8 @@ its kinds.
     Gated DeltaNet           [b, t, h]                   [b, t, h]
     KDA                      [b, t, h, k]                [b, t, h]
 
-Implementations: `reference` (one step in a scan, the truth), `xla` (chunks and matrix products; runs
-everywhere), `pallas_tpu`, `triton_gpu`.
+Implementations: `reference` (one step in a scan), `xla` (chunks and matrix products; runs everywhere),
+`pallas_tpu`, `triton_gpu`.
 """
 
 import functools
@@ -50,29 +50,28 @@ def linear_attention(
         u_t = v_t,  or with beta  β_t (v_t - S~ᵀ k_t)
         S_t = S~ + k_t u_tᵀ                                       o_t = scale S_tᵀ q_t
 
-    The decay acts before the delta rule reads, and the query reads after the update. A stretch of time is an
-    affine map of the state. A normaliser (a sum of keys) is what a column of ones in v accumulates.
+    The decay acts before the delta rule reads, and the query reads after the update. A segment of time is an
+    affine map of the state. A column of ones in v accumulates a normaliser (a sum of keys).
 
     Args:
       q, k: [b, t, g, k].
       v: [b, t, h, v], where g divides h: head i is read and written by query and key i // (h // g).
-      decay: the logarithm of the decay, <= 0, -inf included: a number a head [b, t, h] or [h], or one a key
+      decay: the logarithm of the decay, <= 0, -inf included: one number per head [b, t, h] or [h], or per key
         channel [b, t, h, k].
-      beta: the strength of the delta rule, a number a head [b, t, h] or one a value [b, t, h, v]; None for
-        none. Keys should then have unit length and beta lie in (0, 2), or the recurrence itself may grow
-        without bound.
+      beta: the strength of the delta rule, one number per head [b, t, h] or per value [b, t, h, v]; None for
+        none. Keys should then have unit length and beta be in (0, 2), or the recurrence may grow without
+        bound.
       scale: of the output; k ** -0.5 by default.
       initial_state: [b, h, k, v]; zeros by default.
-      reset: [b, t]; where True a fresh sequence starts, and what the state held, NaN included, is forgotten.
-        (A NaN among the arguments of a valid step may reach the other steps of its chunk except in
-        `reference`, in sequences before and after it too.)
-      valid: [b, t]; a step where it is False does nothing: its inputs, NaN included, reach no other output,
-        no state and no gradient, its own output is 0 and its reset is ignored.
-      chunk: the steps that `xla` turns into matrix products, a power of two; None takes 64, or 32 with beta
-        or a decay of channels, or 16 with a beta of values. It does not depend on t: trailing invalid steps
-        leave the state bit-identical.
-      implementation: "reference", "xla", "pallas_tpu" or "triton_gpu"; None lets `seqlab.kernels.dispatch`
-        choose.
+      reset: [b, t]; where True a fresh sequence starts and the state, NaN included, is forgotten. (A NaN
+        among the arguments of a valid step may reach the other steps of its chunk except in `reference`, in
+        sequences before and after it too.)
+      valid: [b, t]; a step with False has no effect: its inputs, NaN included, reach no other output, no
+        state and no gradient, its own output is 0 and its reset is ignored.
+      chunk: steps per chunk of `xla`, a power of two; None: 64, or 32 with beta or channel decays, or 16 with
+        beta per value. It does not depend on t: trailing invalid steps leave the state bit-identical.
+      implementation: "reference", "xla", "pallas_tpu" or "triton_gpu"; None: chosen by
+        `seqlab.kernels.dispatch`.
 
     Returns:
       out [b, t, h, v] in the dtype of v, and the final state [b, h, k, v] in `accumulator` of the widest of
@@ -110,7 +109,7 @@ def linear_attention(
         timed, found = _set_apart(timed)
     options = {"scale": scale, "chunk": chunk, "implementation": implementation}
     if sequence_parallel.parts(t) > 1:  # steps of zeros, which fill up the last stretch, do nothing
-        # With a beta per value every value has a map [k, k] of its own, too many to send.
+        # With beta per value, every value has its own map [k, k], too many to send.
         per_value = beta is not None and beta.ndim == 4
         run = functools.partial(_in_turn if per_value else _stretch, options)
         out, final = sequence_parallel.split(run, timed, None if initial_state is None else state)
@@ -123,7 +122,7 @@ def linear_attention(
 
 
 def _set_apart(timed: tuple) -> tuple[tuple, Broken]:
-    """The arguments without their steps that are not finite, and what those break. (A decay may be -inf.)"""
+    """The arguments without non-finite steps, and the effect of those. (A decay may be -inf.)"""
     *floats, reset, valid = timed
     q, k, v, decay, beta = floats
     whole = [jnp.isfinite(x) for x in (q, k, v, beta) if x is not None]
@@ -137,8 +136,8 @@ def _on_one_device(options: dict, timed: tuple, state: Array) -> tuple[Array, Ar
     q, k, v, decay, beta, reset, valid = timed
     decay, beta = (x[..., None] if x is not None and x.ndim == 3 else x for x in (decay, beta))
     if valid is not None:
-        # A step with k = 0, beta = 0 and no decay leaves the state alone; selecting, not multiplying, keeps NaN
-        # out.
+        # A step with k = 0, beta = 0 and no decay leaves the state alone; selecting, not multiplying, keeps
+        # NaN out.
         q, k, v, decay, beta = (None if x is None else mask_steps(x, valid) for x in (q, k, v, decay, beta))
         reset = None if reset is None else reset & valid
     arrays = vary_alike(q, k, v, decay, beta, state, reset)
@@ -150,8 +149,8 @@ def _on_one_device(options: dict, timed: tuple, state: Array) -> tuple[Array, Ar
 
 
 def _stretch(options: dict, timed: tuple, initial_state: Array | None) -> tuple[Array, Array]:
-    """What one device does where time is split over several: first what its stretch does to a state, then its
-    steps from the right one."""
+    """The work of one device if time is split over several: first the affine map of its segment, then its
+    steps from the incoming state."""
     q, k, v, decay, beta, reset, valid = timed
     run = functools.partial(
         linear_attention, q, k, decay=decay, beta=beta, reset=reset, valid=valid, **options
@@ -165,7 +164,7 @@ def _stretch(options: dict, timed: tuple, initial_state: Array | None) -> tuple[
             else jnp.sum(mask_steps(decay, valid).astype(wide), axis=1)
         )
         moved = jnp.exp(total.reshape(b, h, -1, 1))
-    else:  # I - beta k k' of all steps, one after the other, is what a stretch makes of the identity
+    else:  # the product of I - beta k k' over all steps is the image of the identity
         act = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
         both = jnp.broadcast_to(jnp.eye(size, width + size, width, dtype=wide), (b, h, size, width + size))
         values = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, size)))
@@ -176,7 +175,7 @@ def _stretch(options: dict, timed: tuple, initial_state: Array | None) -> tuple[
 
 
 def _in_turn(options: dict, timed: tuple, initial_state: Array | None) -> tuple[Array, Array]:
-    """The same where a stretch has no map: one device after the other."""
+    """The same without a map of the segment: one device after the other."""
 
     def run(state: Array, floats: tuple, flags: tuple) -> tuple[Array, Array]:
         q, k, v, decay, beta = floats

@@ -1,15 +1,15 @@
 """Linear attention on a TPU: the chunks of `xla`, one at a time in vector memory, where the state [k, v]
-stays from the first to the last.
+stays throughout.
 
 The equations are those of `xla`; inside a chunk every array has two axes. Sums of log decays are products
-with matrices of 0 and 1, each
-over just the steps that it is of: nothing is a difference of two larger sums, so that no digit is lost beside
-a sudden decay. What is one number a step comes as a row and becomes a column as the diagonal of a matrix.
+with matrices of 0 and 1, each over exactly its own steps: none is a difference of two larger sums, so that no
+digits are lost next to a sudden decay. Per-step numbers are stored as rows and turned into columns through
+the diagonal of a matrix.
 
-The forward pass keeps the state before every block of some chunks. The backward pass walks the blocks, and in
-them the chunks, backwards; what a chunk passes back is JAX's derivative of the function that computes it,
-taken when the kernel is traced. Heads that share queries and keys are walked one after another, their states
-side by side, and add up their gradients in place.
+The forward pass keeps the state before every block of some chunks. The backward pass processes blocks, and
+chunks within them, in reverse; the gradient of a chunk is JAX's derivative of its function, taken when the
+kernel is traced. Heads that share queries and keys are processed one after another and accumulate their
+gradients in place.
 """
 
 import functools
@@ -22,13 +22,13 @@ from jax.experimental import pallas as pl
 from seqlab.kernels import pallas
 from seqlab.kernels.blocks import find
 
-_LEAST = 16  # steps of a chunk, whatever is asked for: the rows of a tile of bfloat16
+_LEAST = 16  # minimal steps per chunk: the rows of a tile of bfloat16
 _EXACT = jax.lax.Precision.HIGHEST
 _FLOOR = -128.0  # exp of less is 0 in float32, and minus infinity times 0 would not be
 
 
 class Config(NamedTuple):
-    """What is fixed when tracing."""
+    """Static configuration."""
 
     scale: float
     size: int  # steps of a chunk
@@ -208,7 +208,7 @@ def _backward_kernel(config, *refs):
 
 
 def _filled(config, x):
-    """x [b, t, ...] with steps of zeros up to whole blocks: they do nothing."""
+    """x [b, t, ...] padded to whole blocks with steps of zeros, which have no effect."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % config.steps), *((0, 0),) * (x.ndim - 2)))
 
 
@@ -224,8 +224,7 @@ def _in_rows(config, x):
 
 
 def _laid(config, arrays, reset):
-    """q, k, v, and as far as there are any decay, beta and resets: these as the number of resets so far in
-    their chunk."""
+    """q, k, v, and where given decay, beta and resets, as the number of resets so far in their chunk."""
     wide = [
         _in_rows(config, x[..., 0]) if kind == "head" else _time_last(config, x)
         for x, kind in _kinds(config, arrays)
@@ -237,7 +236,7 @@ def _laid(config, arrays, reset):
 
 
 def _unlaid(config, arrays, gradients):
-    """The gradients as the arrays came."""
+    """The gradients in the layout of the arguments."""
     gradients, results = list(gradients), []
     for x in arrays:
         if x is None:
@@ -256,7 +255,7 @@ def _kinds(config, arrays):
 
 
 def _specs(config, arrays, of_group, of_head):
-    """Blocks of what `_laid` gives, where the maps give row, group or head, and block of time."""
+    """Block specs for the arrays of `_laid`; the maps give row, group or head, and block of time."""
     specs = []
     for n, (x, kind) in enumerate(_kinds(config, arrays)):
         at = of_group if n < 2 else of_head
@@ -308,7 +307,7 @@ def _chunk(config, arrays, ids, state):
     clean, broken = (state, None) if masks is None else _set_apart(state)
 
     def recall(x):
-        """What rows read from the state before the chunk."""
+        """The read-outs of rows from the state before the chunk."""
         old = _nn(precision, read * x, clean)
         return old if masks is None else jnp.where(masks.first(old), old, 0)
 
@@ -335,7 +334,7 @@ def _chunk(config, arrays, ids, state):
 
 
 def _grid(size, operator):
-    """[c, c]: whether the row relates so to the column."""
+    """[c, c]: a comparison of row and column indices."""
     return operator(pallas.places((size, size), 0), pallas.places((size, size), 1))
 
 
@@ -345,8 +344,7 @@ def _column(row):
 
 
 class _Masks:
-    """Where the sequences of a chunk lie, True = keep, spread over the shape of an array of that many
-    rows."""
+    """Masks of the sequences of a chunk, True = keep, for arrays with that many rows."""
 
     def __init__(self, ids):
         self.ids, self.end = _column(ids), jnp.max(ids, axis=1, keepdims=True)
@@ -367,10 +365,10 @@ class _Masks:
 
 
 def _set_apart(state):
-    """The state with its columns that are not finite emptied, and how many such numbers each had, [1, v].
+    """The state with non-finite columns set to 0, and the number of such entries in each, [1, v].
 
-    Steps before and after a reset share products, where 0 * NaN is NaN: what is broken has to stay outside of
-    them.
+    Steps before and after a reset share products, where 0 * NaN is NaN, so non-finite columns must be kept
+    out of them.
     """
     broken = jnp.sum(jnp.where(jnp.abs(state) < jnp.inf, 0.0, 1.0), axis=0, keepdims=True)
     return jnp.where(jnp.broadcast_to(broken, state.shape) > 0, 0, state), broken
@@ -410,14 +408,14 @@ def _decays(config, decay, k):
 
 
 def _parted(size, level):
-    """[c, c]: the pairs that the middle of a block of 2 << level steps parts, the column before it."""
+    """[c, c]: the pairs separated by the middle of a block of 2 << level steps, the column before it."""
     row, column = pallas.places((size, size), 0) >> level, pallas.places((size, size), 1) >> level
     return ((row ^ column) == 1) & (row > column)
 
 
 def _halves(size):
-    """For blocks of 2, 4, ... c steps, as 0 and 1: which log decays lie between a step and the middle of its
-    block (see `xla._halving`)."""
+    """For blocks of 2, 4, ... c steps, as 0 and 1: the log decays between a step and the middle of its block
+    (see `xla._halving`)."""
     row, column = pallas.places((size, size), 0), pallas.places((size, size), 1)
     for level in range(size.bit_length() - 1):
         middle = ((row >> (level + 1)) * 2 + 1) << level
@@ -481,8 +479,8 @@ _inverse.defvjp(_inverse_forward, lambda inverse, d: (-_nt(_EXACT, _tn(_EXACT, i
 
 @jax.custom_vjp
 def _substitute(overlaps, beta, target):
-    """u [c, v] with u_r + beta_r sum_s overlaps_rs u_s = target_r: with one beta a value every value has a
-    system of its own."""
+    """u [c, v] with u_r + beta_r sum_s overlaps_rs u_s = target_r: with beta per value, every value has its
+    own system."""
     u = target
     for r in range(len(target)):
         u = u - beta * (overlaps[:, r : r + 1] * u[r : r + 1])

@@ -1,4 +1,4 @@
-"""The truth: the recurrence as it is written, one step in a scan."""
+"""Reference implementation: the recurrence, one step in a scan."""
 
 import jax
 import jax.numpy as jnp

@@ -11,8 +11,8 @@ class Spec(NamedTuple):
     """One call of `linear_attention`: v has h heads, q and k have g, or h where it is 0.
 
     `decay` is None, "constant" (the retention of RetNet), "head" or "channel"; `beta` None, "head" or
-    "value". A step decays by exp(-strength) or so, and if `sudden` is not 0 some steps (or channels of steps)
-    do by exp(-sudden).
+    "value". A step decays by about exp(-strength), and if `sudden` is not 0 some steps (or channels of steps)
+    by exp(-sudden).
     """
 
     b: int

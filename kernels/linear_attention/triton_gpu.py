@@ -1,10 +1,10 @@
-"""Linear attention with its recurrence in Triton: what `xla` does inside of chunks, all chunks at once, and
-one kernel from chunk to chunk.
+"""Linear attention with its recurrence in Triton: the products of `xla` inside chunks, for all chunks at
+once, and one kernel from chunk to chunk.
 
-Inside of chunks there are only products of matrices, which XLA gives to the libraries made for them. From
-chunk to chunk it would launch a handful of small operations, thousands of times; the kernel keeps the state
-in registers instead. With the triangular system (1 + A)^-1 of the delta rule applied to values and keys
-before (arXiv 2406.06484) what is left of it is u = U - W S.
+Inside chunks there are only matrix products, which XLA runs by vendor libraries. From chunk to chunk XLA
+would launch a few small operations thousands of times; the kernel keeps the state in registers instead. With
+the triangular system (1 + A)^-1 of the delta rule applied to values and keys beforehand (arXiv 2406.06484),
+the remaining recurrence is u = U - W S.
 """
 
 import functools
@@ -20,8 +20,8 @@ from seqlab.kernels.linear_attention.xla import Config, _inverse, _set_apart, _w
 
 
 class Blocks(NamedTuple):
-    """Steps of a chunk, values of a program, whose state [k, values] is in registers, and what Triton is
-    asked for."""
+    """Steps of a chunk, values of a program, whose state [k, values] is in registers, and options of
+    Triton."""
 
     steps: int
     values: int
@@ -33,8 +33,8 @@ BUDGET = 1 << 26  # elements of one array [b, block, h, k]
 
 
 def blocks(exact: bool, keys: int, values: int) -> Blocks:
-    """The tile for heads of so many keys and values, where products are to be those of float32 or not;
-    NotImplementedError if none."""
+    """The tile for heads with these key and value widths, with float32 products or not; NotImplementedError
+    if none."""
     place = "linear_attention/triton_gpu/carry", 4 if exact else 2
     if keys > widest(*place):
         raise NotImplementedError(
@@ -167,7 +167,7 @@ _carry.defvjp(_carry_forward, _carry_backward)
 
 
 def _shared(gradient, argument):
-    """The gradient of what several heads have read."""
+    """The gradient of an array read by several heads."""
     return gradient.reshape(*argument.shape[:2], -1, *argument.shape[2:]).sum(2)
 
 

@@ -1,13 +1,13 @@
 """Kernels that carry the states of linear attention from chunk to chunk, forwards and backwards.
 
-With the state S [k, v] before a chunk, what its steps read W [c, k] and write K [c, k], and the decay a [k]
-of the whole chunk,
+With the state S [k, v] before a chunk, its read matrix W [c, k] and write matrix K [c, k], and the decay a
+[k] of the whole chunk,
 
-    u = U - W S          S' = a S + K' u          and backwards  du' = du + K G          G' = a G + dS - W'
-    du'
+    u = U - W S            S' = a S + K' u
+    du' = du + K G         G' = a G + dS - W' du'          backwards
 
-A program owns one head of one row and a block of value columns, which know nothing of each other. The arrays
-stand as [chunks, rows, heads, c, .]; W, K and a may have one head for `SHARE` heads of U.
+A program processes one head of one row and a block of value columns, which are independent. The arrays are
+[chunks, rows, heads, c, .]; W, K and a may have one head for `SHARE` heads of U.
 """
 
 import triton
@@ -29,14 +29,13 @@ def _put(x, head, row, column, value, ROWS: tl.constexpr, COLUMNS: tl.constexpr)
 
 @triton.jit
 def _whole(state):
-    """[1, columns]: which columns are finite throughout. Where sequences meet in a chunk, 0 * NaN must not
-    happen."""
+    """[1, columns]: columns without non-finite entries, to avoid 0 * NaN where sequences share a chunk."""
     return (tl.max(tl.where((state == state) & (tl.abs(state) < float("inf")), 0, 1), 0) == 0)[None, :]
 
 
 @triton.jit
 def _keep(keep, head, channel, K: tl.constexpr, KEEP: tl.constexpr):
-    """[k, 1]: the decay of a chunk, KEEP numbers a head, or 1 where there is none."""
+    """[k, 1]: the decay of a chunk, KEEP numbers per head, or 1 without decay."""
     a = tl.full((channel.shape[0],), 1.0, tl.float32)
     if KEEP == 1:
         a = a * tl.load(keep + head)
@@ -49,11 +48,12 @@ def _keep(keep, head, channel, K: tl.constexpr, KEEP: tl.constexpr):
 def forward(
     initial, U, write, read, keep, states, u, final,
     CHUNKS: tl.constexpr, HEADS: tl.constexpr, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    SHARE: tl.constexpr, SHARE_KEEP: tl.constexpr, KEEP: tl.constexpr, DELTA: tl.constexpr, RESET: tl.constexpr,
+    SHARE: tl.constexpr, SHARE_KEEP: tl.constexpr, KEEP: tl.constexpr, DELTA: tl.constexpr,
+    RESET: tl.constexpr,
     PRECISION: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """The states before every chunk, the values u, and the state after the last. HEADS counts those of all
-    rows."""
+    """The states before every chunk, the values u, and the state after the last. HEADS counts the heads of
+    all rows."""
     head = tl.program_id(0).to(tl.int64)
     step, channel, value = tl.arange(0, CP), tl.arange(0, KP), tl.program_id(1) * BV + tl.arange(0, BV)
     state = _tile(initial, head, channel, value, K, V)
@@ -85,16 +85,17 @@ def forward(
 def backward(
     states, write, read, keep, dstates, du, dfinal, after, dU, dinitial,
     CHUNKS: tl.constexpr, HEADS: tl.constexpr, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    SHARE: tl.constexpr, SHARE_KEEP: tl.constexpr, KEEP: tl.constexpr, DELTA: tl.constexpr, RESET: tl.constexpr,
+    SHARE: tl.constexpr, SHARE_KEEP: tl.constexpr, KEEP: tl.constexpr, DELTA: tl.constexpr,
+    RESET: tl.constexpr,
     PRECISION: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """From the gradients by the states before every chunk, the values and the final state: those by the
-    states `after` every chunk, by U and by the initial state. All else that is asked for is a product of
-    these with what the forward pass has left."""
+    """From the gradients with respect to the states before every chunk, the values and the final state: those
+    with respect to the states `after` every chunk, to U and to the initial state. The other gradients are
+    products of these with results of the forward pass."""
     head = tl.program_id(0).to(tl.int64)
     step, channel, value = tl.arange(0, CP), tl.arange(0, KP), tl.program_id(1) * BV + tl.arange(0, BV)
     LAST: tl.constexpr = CHUNKS - 1
-    # Triton takes a number between 2^31 and 2^32 for unsigned, the negative of which is none.
+    # Triton treats a number between 2^31 and 2^32 as unsigned, whose negative is not negative.
     state_chunk, value_chunk = tl.full((), HEADS * K * V, tl.int64), tl.full((), HEADS * C * V, tl.int64)
     key_chunk, keep_chunk = (
         tl.full((), HEADS // SHARE * C * K, tl.int64),

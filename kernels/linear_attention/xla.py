@@ -8,10 +8,10 @@ beta is given (Yang et al. 2024, arXiv 2312.06635, 2406.06484 and 2412.06464; Da
     u    = v,  or the solution of  u_r + beta_r sum_s G_rs u_s = beta_r (v_r - S' (exp(b_r) k_r))
     o    = scale ((exp(b) q) S + P u)                        S'   = exp(b_C) S + (exp(b_C - b) k)' u
 
-A block is a number of chunks. The outer scan goes from block to block and works on slices of the arguments in
-place; inside a block all that does not need the state is done for all chunks at once. The gradient is a
-second scan over the blocks, backwards from the states saved between them, so memory beyond arguments and
-results is that of one block, and one state a block.
+A block is several chunks. The outer scan goes from block to block and works on slices of the arguments in
+place; inside a block everything independent of the state is computed for all chunks at once. The gradient is
+a second scan over the blocks, backwards from the states saved between them, so the memory beyond arguments
+and results is that of one block, plus one state per block.
 """
 
 import functools
@@ -25,12 +25,12 @@ import numpy as np
 from seqlab.kernels.blocks import find
 from seqlab.kernels.linear_attention.reference import step
 
-# Elements of one array [b, block, h, k]. On a CPU a block must stay in the second cache (measured: blocks
-# four times larger take half as long again), while an accelerator wants to be filled.
+# Elements of one array [b, block, h, k]. On a CPU a block must fit into the L2 cache (measured: blocks four
+# times larger take 1.5 times as long), while an accelerator needs large blocks.
 _BLOCK = {"cpu": 1 << 18}
 _BLOCK_ELSEWHERE = 1 << 24
-# the log decay of half a chunk down to which one reference row will do: far from overflow, and rounded to
-# 2e-6 or so
+# The smallest log decay of half a chunk for which one reference row suffices: far from overflow, with
+# rounding errors of about 2e-6.
 _MILD = -30.0
 
 
@@ -52,8 +52,8 @@ def linear_attention(q, k, v, decay, beta, initial_state, reset, *, scale, chunk
 
 
 def in_blocks(arrays, initial_state, budget, config):
-    """`out, final_state` of the arguments in blocks of at most `budget` elements, padded with steps that do
-    nothing."""
+    """`out, final_state` of the arguments in blocks of at most `budget` elements, padded with steps without
+    effect."""
     q, _, v, *_ = arrays
     time, size = q.shape[1], config.size
     rows = v.shape[0] if isinstance(v.shape[0], int) else 1  # exported functions are for any number of rows
@@ -77,8 +77,8 @@ def default_chunk(k, decay, beta):
 
 
 class Config(NamedTuple):
-    """What is fixed when tracing: the scale, the steps of a chunk and of a block, and what carries states
-    from chunk to chunk."""
+    """Static configuration: the scale, the steps of a chunk and of a block, and the functions that carry
+    states from chunk to chunk."""
 
     scale: float
     size: int
@@ -135,7 +135,7 @@ def _slices(arrays, start, length):
 
 
 def _either(function, config, state, arrays, *rest):
-    """`function` with the fast treatment of channel decays where those of this block are mild, else with the
+    """`function` with the fast method for channel decays if those of this block are mild, else with the
     general one."""
     decay = arrays[3]
     if decay is None or decay.shape[-1] == 1 or config.size == 1:
@@ -186,7 +186,7 @@ def _block(config, mild, state, arrays):
 
 
 def _plain(state, v, products, masks):
-    """What the queries read from the states before their chunks, and the state after the last."""
+    """The read-outs of the queries from the states before their chunks, and the state after the last."""
 
     def body(state, x):
         gain, keep, whole = x
@@ -201,11 +201,11 @@ def _plain(state, v, products, masks):
 
 
 def _delta(state, v, beta, overlaps, products, masks):
-    """What the queries read from the states before their chunks, the values that are written, and the state
+    """The read-outs of the queries from the states before their chunks, the written values, and the state
     after the last."""
     size = v.shape[-2]
     per_value = beta.shape[-1] > 1
-    if per_value:  # every memory has its own betas, and so its own system even where it shares its keys
+    if per_value:  # every memory has its own betas, and so its own system even with shared keys
         overlaps = jnp.broadcast_to(overlaps, (*beta.shape[:-2], size, size))
     system = overlaps if per_value else _inverse(beta * overlaps)
 
@@ -236,10 +236,10 @@ def _kept(state, keep, whole):
 
 
 def _set_apart(state):
-    """The state with its columns that are not finite emptied, and which they were, [b, g, r, 1, v].
+    """The state with non-finite columns set to 0, and a mask of these, [b, g, r, 1, v].
 
-    Steps before and after a reset share the products of their chunk, where 0 * NaN is NaN: what is broken has
-    to stay outside of them, and of their gradients too.
+    Steps before and after a reset share the products of their chunk, where 0 * NaN is NaN, so non-finite
+    columns must be kept out of them and of their gradients.
     """
     finite = jnp.all(jnp.isfinite(state), axis=-2, keepdims=True)
     return jnp.where(finite, state, 0), ~finite
@@ -249,7 +249,7 @@ def _set_apart(state):
 
 
 class Masks(NamedTuple):
-    """Where the sequences of a chunk lie: None where there are no resets, else True = keep."""
+    """Masks of the sequences of a chunk: None without resets, else True = keep."""
 
     first: jax.Array | None = None  # [n, b, 1, 1, c, 1] the steps before any reset of their chunk
     last: jax.Array | None = None  # [n, b, 1, 1, c, 1] the steps after which no reset follows in the chunk
@@ -276,10 +276,9 @@ def _where(mask, x):
 
 
 class Products(NamedTuple):
-    """Everything that decays act on inside the chunks; rows of `left` are queries, or queries and then
-    keys."""
+    """All decayed products inside the chunks; rows of `left` are queries, or queries and then keys."""
 
-    # [n, b, g, r, rows, c] sum_c left_rc k_sc exp(b_rc - b_sc), of any value where s is later than r.
+    # [n, b, g, r, rows, c] sum_c left_rc k_sc exp(b_rc - b_sc), arbitrary where s > r.
     pairs: jax.Array
     read: jax.Array  # [n, b, g, r, rows, k] exp(b) left
     write: jax.Array  # [n, b, g, r, c, k] exp(b_C - b) k
@@ -308,15 +307,14 @@ def _products(left, k, decay, mild):
 
 
 def _halving(decay):
-    """The pair (r, s) is parted by the middle of one of the blocks that halving the chunk makes, and there
-    exp(b_r - b_s) falls into exp(b_r - b_middle) exp(b_middle - b_s), neither of which can overflow however
-    strong the decay. Since every sum runs over a block
-    alone, from or to its middle, none is the difference of two larger ones: b_r - b_s after a log decay of
-    -1e4 would keep no digit.
+    """Factors of exp(b_r - b_s) by recursive halving of the chunk: the pair (r, s) is separated by the middle
+    of exactly one block, where exp(b_r - b_s) = exp(b_r - b_middle) exp(b_middle - b_s), neither of which can
+    overflow however strong the decay. Every sum runs over a part of a block, from or to its middle, so none
+    is the difference of two larger ones: b_r - b_s after a log decay of -1e4 would lose all digits.
 
     Returns the factor of every row for blocks of 2, 4, ... c steps (read in the right half, write in the
-    left), and the log decays from the beginning of the chunk through each row, and from behind each row to
-    its end.
+    left), and the log decays from the beginning of the chunk through each row, and from after each row to its
+    end.
     """
     *lead, size, width = decay.shape
     through, behind = decay, jnp.zeros_like(decay)
@@ -360,7 +358,7 @@ _gamma.defvjp(_gamma_forward, _gamma_backward)
 
 
 def _mild_products(left, k, decay, rows):
-    """One reference row for the whole chunk, its middle, so one product instead of one a halving; its factors
+    """One reference row for the whole chunk, its middle: one product instead of one per halving; its factors
     reach exp(-_MILD)."""
     *lead, size, width = decay.shape
     _, through, behind = _halving(decay.reshape(*lead, 2, size // 2, width))
@@ -373,7 +371,8 @@ def _mild_products(left, k, decay, rows):
 
 
 def _level(size):
-    """[c, c]: -1 on the diagonal, the index of the halving that parts row and column below it, -2 above."""
+    """[c, c]: -1 on the diagonal, below it the index of the halving that separates row and column, -2
+    above."""
     row, column = np.arange(size)[:, None], np.arange(size)[None, :]
     index = np.frexp(row ^ column)[1] - 1  # the highest bit in which they differ
     return np.where(column > row, -2, index).reshape(1, 1, 1, 1, size, size)
@@ -414,8 +413,8 @@ _inverse.defvjp(_inverse_forward, _inverse_backward)
 
 @jax.custom_vjp
 def _substitute(overlaps, beta, target):
-    """u [..., c, v] with u_r + beta_r sum_s overlaps_rs u_s = target_r: with one beta a value every value has
-    a system of its own."""
+    """u [..., c, v] with u_r + beta_r sum_s overlaps_rs u_s = target_r: with beta per value, every value has
+    its own system."""
 
     def row(u, x):
         index, overlap, beta, target = x

@@ -1,7 +1,7 @@
 """The linear memory of an LMU: a window of the past in Legendre coefficients, by one fixed linear recurrence.
 
-Implementations: `reference` (one step in a scan, the truth), `xla` (chunks of matrix products; the default
-everywhere), `fft` (one convolution over the whole call; by name only).
+Implementations: `reference` (one step in a scan), `xla` (chunks of matrix products; the default on all
+platforms), `fft` (one convolution over the whole call; by name only).
 """
 
 import functools
@@ -41,20 +41,18 @@ def lmu(
     The input of a step is inside the memory of that step. With the matrices of `legendre(d, theta)` m_t holds
     the coefficients of the last theta inputs in Legendre polynomials, but A and B may be any. All arithmetic
     is in float32 (float64) at full precision whatever the
-    dtype of u: operands of 8 bits, which a TPU takes by default, put errors of 1 to 9 % into m.
+    dtype of u: operands with 8 significant bits, a TPU's default, cause errors of 1 to 9 % in m.
 
     Args:
       u: [b, t, q].
-      A, B: [d, d] and [d]. Where they are NumPy arrays, powers of A are taken in float64 on the host, once a
-      compilation; traced ones (a
-        window that is learnt) work too.
+      A, B: [d, d] and [d]. For NumPy arrays, powers of A are computed in float64 on the host, once per
+        compilation; traced arrays (a trainable window) work too.
       initial_state: [b, q, d]; zeros by default.
-      reset: [b, t]; where True a fresh sequence starts, and what the state held, NaN included, is forgotten.
-      valid: [b, t]; a step where it is False does nothing, it does not even let the memory fade: its input,
-        NaN included, reaches no other output, no state and no gradient, its own output is 0 and its reset is
-        ignored.
-      chunk: how many steps `xla` takes by one matrix product; None chooses.
-      implementation: "reference", "xla" or "fft"; None lets `seqlab.kernels.dispatch` choose.
+      reset: [b, t]; where True a fresh sequence starts and the state, NaN included, is forgotten.
+      valid: [b, t]; a step with False has no effect and does not decay the memory: its input, NaN included,
+        reaches no other output, no state and no gradient, its own output is 0 and its reset is ignored.
+      chunk: steps per matrix product of `xla`; None: automatic.
+      implementation: "reference", "xla" or "fft"; None: chosen by `seqlab.kernels.dispatch`.
 
     Returns:
       m [b, t, q, d] in the dtype of u, and the final state [b, q, d] in `accumulator` of it. Both may be
@@ -97,8 +95,8 @@ def lmu(
 
 
 def _stretch(constants: tuple, options: dict, timed: tuple, whole: tuple) -> tuple[Array, Array]:
-    """What one device does where time is split over several. All that a stretch does to a state is to let its
-    valid steps pass."""
+    """The work of one device if time is split over several. A segment multiplies the state by a power of A,
+    the number of its valid steps."""
     (u, reset, valid), (matrices, initial_state) = timed, whole
     A, B = matrices or constants
     run = functools.partial(lmu, u, A, B, reset=reset, valid=valid, **options)

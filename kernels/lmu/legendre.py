@@ -24,7 +24,7 @@ def legendre(order: int, theta: float, discretizer: str = "zoh") -> tuple[np.nda
     for every pair of order and theta that was tried. "euler", Ā = I + A and B̄ = B, is unstable unless theta
     is large, well above 4 d.
 
-    The arrays are float64, read-only and remembered.
+    The arrays are float64, read-only and cached.
 
     Raises:
       ValueError: if order or theta is not positive, or the discretizer is unknown.
@@ -84,7 +84,7 @@ def delay_decoder(order: int, theta: float, delays: np.ndarray) -> np.ndarray:
 
         u(t - τ) ≈ sum_i P_i(2τ/θ - 1) m_i(t)          P_i the Legendre polynomials
 
-    A zero-order hold delays what goes in by half a step: for the input of exactly τ steps ago ask for τ +
+    A zero-order hold delays its input by half a step: for the input of exactly τ steps ago use a delay of τ +
     1/2.
     """
     delays = np.asarray(delays, np.float64)

@@ -1,4 +1,4 @@
-"""The truth: the recurrence, one step in a scan."""
+"""Reference implementation: the recurrence, one step in a scan."""
 
 import jax
 import jax.numpy as jnp

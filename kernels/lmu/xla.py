@@ -7,13 +7,11 @@ The sum is a product with the impulse response Āʲ B̄ laid out as a Toeplitz t
 between chunks come first, by a scan over the t/c chunks; then Ā^{j+1} s of all chunks at once by doubling,
 [X, Ā^k X], so that only Ā, Ā², Ā⁴ ... are needed and never the c powers [c, d, d].
 
-The number of products is that of the recurrence, t d² a row: what is saved is the t steps one after another,
-which is nearly everything on an accelerator and nothing on a CPU, whose loops are as fast as its matrix
-products.
+The number of operations is that of the recurrence, t d² per row. What is saved are the t sequential steps:
+nearly all the time on an accelerator, nothing on a CPU, whose loops are as fast as its matrix products.
 
-An arbitrary `valid` is compaction: the valid steps of a row move together, in order, and their memories move
-back. A step that does nothing is then a step that is not there, and the final state is the memory of the last
-valid one, bit for bit.
+An arbitrary `valid` is handled by compaction: the valid steps of a row are moved together in order, and their
+memories moved back. The final state is the memory of the last valid step, bit for bit.
 """
 
 import jax
@@ -27,8 +25,7 @@ from seqlab.state import mask_steps
 
 
 def lmu(u, A, B, initial_state, reset, valid, *, chunk=None):
-    """`m, final_state`; see `reference.lmu` for the arguments. A reset at an invalid step has been taken
-    away."""
+    """`m, final_state`; see `reference.lmu` for the arguments. Resets at invalid steps have been removed."""
     time = u.shape[1]
     state = (
         jnp.zeros_like(u, shape=(u.shape[0], u.shape[2], B.shape[0]))
@@ -60,7 +57,7 @@ def _chunks(u, A, B, state, reset, c):
     n = -(-time // c)
     u, reset = (None if x is None else _split(x, n, c) for x in (u, reset))
     H = impulse_response(A, B, c)
-    # [b, n, c]: which one of the chunk's, 0 = the one carried in.
+    # [b, n, c]: the index of the sequence within its chunk, 0 = the one carried in.
     sequence = None if reset is None else jnp.cumsum(reset, axis=2)
     starts = _starts(u, A, constant(H, u.dtype), state, sequence)
     carried = spread(starts, A, c)
@@ -71,7 +68,7 @@ def _chunks(u, A, B, state, reset, c):
 
 
 def _split(x, n, c):
-    """[b, t, ...] in n chunks [b, n, c, ...], the last filled up with zeros."""
+    """[b, t, ...] in n chunks [b, n, c, ...], the last padded with zeros."""
     padding = ((0, 0), (0, n * c - x.shape[1]), *((0, 0),) * (x.ndim - 2))
     return jnp.pad(x, padding).reshape(x.shape[0], n, c, *x.shape[2:])
 
@@ -96,7 +93,7 @@ def _starts(u, A, H, state, sequence):
 
 
 def _within(u, H, sequence):
-    """[b, n, c, q, d]: what the chunk's own inputs leave in each of its memories."""
+    """[b, n, c, q, d]: the contribution of a chunk's own inputs to each of its memories."""
     c = H.shape[0]
     lag = np.arange(c)[None] - np.arange(c)[:, None]  # [i, j]
     toeplitz = jnp.where((lag >= 0)[..., None], H[np.maximum(lag, 0)], 0)
@@ -160,14 +157,15 @@ def matrix_power(A, exponent):
 
 
 def _times(x, matrix):
-    """x [..., i] times matrix [i, o]. On a CPU the leading axes are made one: XLA would transpose x for a
-    gradient; elsewhere they stay apart, since each may be sharded over its own mesh axis."""
+    """x [..., i] times matrix [i, o]. On a CPU the leading axes are merged, since XLA would transpose x for a
+    gradient; elsewhere they are kept, since each may be sharded over its own mesh axis."""
     rows = x.reshape(-1, x.shape[-1]) if jax.default_backend() == "cpu" else x
     return jnp.matmul(rows, matrix, precision=HIGHEST).reshape(*x.shape[:-1], matrix.shape[1])
 
 
 def _product(x, y):
-    """On the host in float64 where both are NumPy's: constants cost no time of the device and no bits."""
+    """Computed on the host in float64 if both are NumPy arrays: constants cost no device time and no
+    precision."""
     return (
         x @ y
         if isinstance(x, np.ndarray) and isinstance(y, np.ndarray)
@@ -176,5 +174,5 @@ def _product(x, y):
 
 
 def constant(x, dtype):
-    """A matrix of the host or the device as one of the computation, in its precision."""
+    """A matrix from host or device in the dtype of the computation."""
     return jnp.asarray(x, dtype)

@@ -1,8 +1,8 @@
 """Mamba's selective scan: a diagonal linear recurrence whose step size, input map and output map depend on
 the token.
 
-Implementations: `reference` (one step in a scan, the truth), `xla` (chunks, memory linear in time; runs
-everywhere), `pallas_tpu`, `triton_gpu`.
+Implementations: `reference` (one step in a scan), `xla` (chunks, memory linear in time; runs everywhere),
+`pallas_tpu`, `triton_gpu`.
 """
 
 import functools
@@ -39,8 +39,8 @@ def scan(
         h_t[e, n]
 
     The transition is exact (zero-order hold), the input map is Euler's, and the read-out sees the state after
-    the update. A stretch of time is the affine map h -> exp(A sum Δ) h + (its end state from zero), so the
-    sum of Δ is all that has to be kept besides the state.
+    the update. A segment of time is the affine map h -> exp(A sum Δ) h + (its end state from zero), so only
+    the sum of Δ has to be kept besides the state.
 
     Args:
       u: [b, t, e], the inputs.
@@ -48,13 +48,12 @@ def scan(
       A: [e, n], negative.
       B, C: [b, t, n], the input map and the output map of every step. The five may differ in dtype.
       initial_state: [b, e, n]; zeros by default.
-      reset: [b, t]; where True a fresh sequence starts, and what the state held, NaN included, is forgotten.
-      valid: [b, t]; a step where it is False does nothing: its inputs, NaN included, reach no other output,
-        no state and no gradient, its own output is 0 and its reset is ignored.
-      chunk: how many steps are recomputed at a time in the gradient, which keeps one state a chunk; None
-        chooses.
-      implementation: "reference", "xla", "pallas_tpu" or "triton_gpu"; None lets `seqlab.kernels.dispatch`
-        choose.
+      reset: [b, t]; where True a fresh sequence starts and the state, NaN included, is forgotten.
+      valid: [b, t]; a step with False has no effect: its inputs, NaN included, reach no other output, no
+        state and no gradient, its own output is 0 and its reset is ignored.
+      chunk: steps recomputed at a time in the gradient, which keeps one state per chunk; None: automatic.
+      implementation: "reference", "xla", "pallas_tpu" or "triton_gpu"; None: chosen by
+        `seqlab.kernels.dispatch`.
 
     Returns:
       y [b, t, e] in the dtype of u, and the final state [b, e, n] in `accumulator` of the widest input dtype.
@@ -92,8 +91,8 @@ def scan(
 
 
 def _stretch(options: dict, timed: tuple, whole: tuple) -> tuple[Array, Array]:
-    """What one device does where time is split over several: first what its stretch does to a state, then its
-    steps from the right one."""
+    """The work of one device if time is split over several: first the affine map of its segment, then its
+    steps from the incoming state."""
     (u, delta, B, C, reset, valid), (A, initial_state) = timed, whole
     run = functools.partial(scan, u, delta, A, B, C, reset=reset, valid=valid, **options)
     end = jax.checkpoint(lambda: run()[1])()

@@ -1,13 +1,12 @@
-"""The selective scan on a TPU: the state of a block of channels stays in registers while time goes by.
+"""The selective scan on a TPU: the state of a block of channels stays in registers throughout time.
 
 The state is [n, e], channels in the lanes. A step is elementwise work on it, with rows of u and Δ and columns
-of B and C: these come with time in the lanes, [b, n, t], and are turned until the columns of the next eight
-steps stand in front. The equations are those of `xla`.
+of B and C: these have time in the lanes, [b, n, t], and are rotated until the columns of the next eight steps
+come first. The equations are those of `xla`.
 
-The forward pass keeps the state before every block of time. The backward pass walks the blocks backwards,
-computes the states of one
-again, all of them, in vector memory, and walks its steps backwards. dB and dC are sums over channels: every
-block of channels has its own part of them, added up outside.
+The forward pass keeps the state before every block of time. The backward pass processes the blocks in
+reverse, recomputes all states of one in vector memory, and goes backwards through its steps. dB and dC are
+sums over channels: every block of channels has its own part, summed outside.
 """
 
 import functools
@@ -20,16 +19,16 @@ from jax.experimental.pallas import tpu as pltpu
 from seqlab.kernels import pallas
 from seqlab.kernels.blocks import find
 
-_STEPS = 128  # of a block of time: as many as there are lanes, which hold B and C
+_STEPS = 128  # per block of time: as many as lanes, which hold B and C
 # Elements of the state per block: 16 registers of 64; the states of a block of time take 8 MiB.
 _STATE = 2**14
-_STATES = 128  # n of one call: states do not meet before y, so that more of them are several calls
-_UNIT = pallas.LANES  # blocks of channels have multiples of so many
-_GROUP = 8  # steps written out: the rows of a tile
+_STATES = 128  # n of one call: states are independent up to y, so more of them are several calls
+_UNIT = pallas.LANES  # blocks of channels are multiples of it
+_GROUP = 8  # unrolled steps: the rows of a tile
 
 
 def scan(u, delta, A, B, C, initial_state, reset, *, chunk=None):
-    """`y, final_state`; see `xla.scan` for the arguments. `chunk` changes nothing here."""
+    """`y, final_state`; see `xla.scan` for the arguments. `chunk` has no effect here."""
     pallas.require(u, delta, A, B, C, initial_state)
     e, n = A.shape
     lanes = _width(e, min(n, _STATES))
@@ -62,7 +61,7 @@ def scan(u, delta, A, B, C, initial_state, reset, *, chunk=None):
 
 
 def _width(e, n):
-    """The channels of a block: all where they are few, else as many as divide them, or None."""
+    """The channels of a block: all if they are few, else a divisor of their number, or None."""
     channels = find("scan/pallas_tpu/block", 4, e)["channels"]  # in vector memory everything is float32
     most = max(_UNIT, min(channels, _STATE // n // _UNIT * _UNIT))
     return e if e <= most else next((size for size in range(most, 0, -_UNIT) if e % size == 0), None)
@@ -108,8 +107,8 @@ def _forward(save, lanes, dtype, u, delta, A, B, C, h, reset):
 
 
 def _specs(n, steps, lanes, block):
-    """Blocks of [b, t, e], of [b, n, t], of [b, n, e] and of flags, where the i-th block of time to be
-    visited is `block(i)`."""
+    """Block specs of [b, t, e], [b, n, t], [b, n, e] and of flags; the i-th visited block of time is
+    `block(i)`."""
     return (
         pl.BlockSpec((None, steps, lanes), lambda b, e, t: (b, block(t), e)),
         pl.BlockSpec((None, n, _STEPS), lambda b, e, t: (b, 0, block(t))),
@@ -123,7 +122,7 @@ def _wide(x):
 
 
 def _in_blocks(x):
-    """x [b, t, ...] with its time filled up to whole blocks."""
+    """x [b, t, ...] with time padded to whole blocks."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % _STEPS), *((0, 0),) * (x.ndim - 2)))
 
 
@@ -168,8 +167,7 @@ def _forward_kernel(time, save, u, delta, A, B, C, h, *rest):
 
 
 def _lay(time, block, rows, index):
-    """A block of steps in float32, whole groups of them: behind the end are steps of zeros, which do
-    nothing."""
+    """A block of steps in float32, in whole groups: steps of zeros beyond the end have no effect."""
     steps, x = len(block), _wide(block[...])
     if time % steps:
         x = jnp.where(pallas.places((steps, 1), 0) < time - index * steps, x, 0)
@@ -179,13 +177,13 @@ def _lay(time, block, rows, index):
 
 
 def _turned(columns, group):
-    """[n, steps] with the columns of a group in front."""
+    """[n, steps] rotated to the columns of a group."""
     steps = columns.shape[1]
     return pltpu.roll(columns[...], jax.lax.rem(steps - group * _GROUP, steps), 1)
 
 
 def _fresh(h, reset, step):
-    """The state that a step continues: zeros at a reset, whatever was there."""
+    """The state before a step: zeros at a reset, whatever it held."""
     return jnp.where(jnp.full(h.shape, reset[0][0, step]) != 0, 0, h) if reset else h
 
 

@@ -1,11 +1,11 @@
-"""The truth: the recurrence as it is written, one step in a scan."""
+"""Reference implementation: the recurrence, one step in a scan."""
 
 import jax
 import jax.numpy as jnp
 
 
 def scan(u, delta, A, B, C, initial_state, reset, *, chunk=None):
-    """`y, final_state`; see `xla.scan` for the arguments. `chunk` changes nothing here."""
+    """`y, final_state`; see `xla.scan` for the arguments. `chunk` has no effect here."""
     dtype = initial_state.dtype
     A = A.astype(dtype)
     # Time first.

@@ -1,5 +1,5 @@
-"""The selective scan by Triton: one kernel forwards, one backwards, both a scan over the steps of a tile
-inside of a loop over tiles."""
+"""The selective scan in Triton: one kernel forwards, one backwards, each a scan over the steps of a tile
+inside a loop over tiles."""
 
 import functools
 from typing import NamedTuple
@@ -12,8 +12,8 @@ from seqlab.kernels.blocks import find
 
 
 class Blocks(NamedTuple):
-    """Steps of a tile, and channels and warps forwards and backwards. The states kept are those of tiles:
-    both directions have the same."""
+    """Steps of a tile, and channels and warps forwards and backwards. States are kept per tile, so both
+    directions use the same tiles."""
 
     steps: int
     channels: tuple[int, int]
@@ -21,7 +21,7 @@ class Blocks(NamedTuple):
 
 
 def blocks(t: int, e: int, itemsize: int, chunk: int | None) -> Blocks:
-    """The tile for a call; `chunk` asks for shorter ones."""
+    """The tile for a call; `chunk` limits its steps."""
     found = [find(f"scan/triton_gpu/{kind}", itemsize, e) for kind in ("forward", "backward")]
     channels = [min(each["channels"], triton.power(e)) for each in found]
     return Blocks(

@@ -1,12 +1,11 @@
-"""Kernels of the selective scan. A program owns a block of channels and goes through time tile by tile.
+"""Kernels of the selective scan. A program processes a block of channels tile by tile in time.
 
 Inside a tile [BT, BE] the recurrence h_t = a_t h_{t-1} + x_t of one state is a parallel scan of affine maps
-over the steps, one state after another, so that u, Δ and y pass through memory once and no state of a step
-ever does. From tile to tile the states go through memory, `states` [b, tiles + 1, n, e]: every thread may
-have written what another reads, which is what the barriers are for. The same states are what the gradient
-starts every tile from.
+over the steps, one state after another, so that u, Δ and y pass through memory once and the states of steps
+never do. Between tiles the states go through memory, `states` [b, tiles + 1, n, e], with barriers, since
+threads read what others wrote. The gradient starts every tile from the same states.
 
-A map with a = 0 forgets: what it is applied to is selected away, not multiplied, since it may be NaN.
+A map with a = 0 forgets: its argument is removed by selection, not multiplication, since it may be NaN.
 """
 
 import triton
@@ -33,7 +32,8 @@ def _tile(x, t, e, here, E: tl.constexpr):
 @triton.jit
 def forward(
     u, delta, A, B, C, state, reset, y, states,
-    T: tl.constexpr, E: tl.constexpr, N: tl.constexpr, RESET: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
+    T: tl.constexpr, E: tl.constexpr, N: tl.constexpr, RESET: tl.constexpr, BT: tl.constexpr,
+    BE: tl.constexpr,
 ):  # fmt: skip
     """y [b, t, e] and the states around every tile. A [n, e], state [b, n, e]. Program (a block of channels,
     a row of the batch)."""
@@ -77,13 +77,14 @@ def forward(
 @triton.jit
 def backward(
     u, delta, A, B, C, reset, states, dy, dend, du, ddelta, dA, dB, dC, carry,
-    ROWS: tl.constexpr, T: tl.constexpr, E: tl.constexpr, N: tl.constexpr, RESET: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
+    ROWS: tl.constexpr, T: tl.constexpr, E: tl.constexpr, N: tl.constexpr, RESET: tl.constexpr,
+    BT: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """du, dΔ [b, t, e], and parts: of dA [b, tiles, n, e], of dB and dC [blocks of channels, b, t, n]. Tiles
     from the last to the first.
 
-    The gradient by the state after a tile passes through `carry` [b, 2, n, e], which holds that of even and
-    of odd tiles, and ends as the gradient by the initial state in the first half.
+    The gradient with respect to the state after a tile passes through `carry` [b, 2, n, e], one half for even
+    and one for odd tiles; the gradient with respect to the initial state ends in the first half.
     """
     b = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0).to(tl.int64)

@@ -3,17 +3,17 @@
 Writing a_t = exp(Δ_t A), the state runs forwards and its cotangent g_t = dL/dh_t backwards in time,
 
     h_t = a_t h_{t-1} + Δ_t u_t B_t          y_t = sum_n C_t h_t
-    g_t = a_{t+1} g_{t+1} + dy_t C_t         dC_t = sum_e dy_t h_t        dB_t = sum_e g_t Δ_t u_t        du_t
-    = Δ_t sum_n g_t B_t
-                                             dΔ_t = u_t sum_n g_t B_t + sum_n A s_t        dA = sum_t Δ_t s_t
-                                             s_t = g_t a_t h_{t-1}
+    g_t = a_{t+1} g_{t+1} + dy_t C_t         dC_t = sum_e dy_t h_t
+    s_t = g_t a_t h_{t-1}                    dB_t = sum_e g_t Δ_t u_t
+    dA = sum_t Δ_t s_t                       du_t = Δ_t sum_n g_t B_t
+                                             dΔ_t = u_t sum_n g_t B_t + sum_n A s_t
 
 The forward pass keeps the state before every chunk of time; the backward pass recomputes the states of one
 chunk at a time, so that nothing of shape [b, t, e, n] ever exists. Inside, the state is [b, n, e]: vector
-units want the long axis innermost.
+units need the long axis innermost.
 
-A step is not unrolled into the next: XLA would fuse them and compute the exponentials, which are most of the
-work, once for every use.
+Steps are not unrolled: XLA would fuse them and compute the exponentials, which are most of the work, once per
+use.
 """
 
 import functools
@@ -47,7 +47,7 @@ def _scan(chunk, u, delta, A, B, C, h, reset):
 
 
 def _run(start, stop, arrays, A, h, y):
-    """Steps start to stop from h [b, n, e]: their outputs are put into y."""
+    """Steps start to stop from h [b, n, e], writing their outputs into y."""
 
     def body(i, carry):
         h, y = carry
@@ -118,7 +118,7 @@ _scan.defvjp(_forward, _backward)
 
 
 def _step_back(g, h, before, A, u, delta, B, C, reset, dy):
-    """g [b, n, e] after the step and the states on both sides of it; gives g before the step, its part of dA,
+    """From g [b, n, e] after the step and the states on both sides of it: g before the step, its part of dA,
     and du, dΔ, dB, dC."""
     dC = _over_channels(h, dy)
     g = g + dy[:, None] * C[:, :, None]
@@ -131,7 +131,7 @@ def _step_back(g, h, before, A, u, delta, B, C, reset, dy):
 
 
 def _fresh(h, reset):
-    """The state that a step continues: zeros at a reset, whatever was there."""
+    """The state before a step: zeros at a reset, whatever it held."""
     return h if reset is None else jnp.where(reset[:, None, None], 0, h)
 
 
