@@ -26,11 +26,22 @@ import the other contents of a folder from it: `from seqlab.kernels.attention im
 import importlib
 import sys
 import types
+from typing import TYPE_CHECKING, Any
 
 if not __name__.startswith("seqlab."):
     raise ImportError(
         "import seqlab.kernels, not kernels: two copies of one module would hold two sets of classes"
     )
+
+if TYPE_CHECKING:  # what `__getattr__` answers, for those who read and do not run
+    from seqlab.kernels.attention import attention
+    from seqlab.kernels.block_attention import block_attention
+    from seqlab.kernels.conv import conv
+    from seqlab.kernels.decode_attention import decode_attention
+    from seqlab.kernels.dwt import dwt
+    from seqlab.kernels.linear_attention import linear_attention
+    from seqlab.kernels.lmu import lmu
+    from seqlab.kernels.scan import scan
 
 __all__ = [
     "attention",
@@ -57,7 +68,7 @@ class _Kernels(types.ModuleType):
 sys.modules[__name__].__class__ = _Kernels
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; its ops: {', '.join(__all__)}")
     return getattr(importlib.import_module(f"{__name__}.{name}"), name)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from seqlab.checks import UserError, check_choice, check_divides, check_positive
 from seqlab.models.cache import Full, Policy, Scores, parse_cache
 from seqlab.models.layers import Linear, RMSNorm, RotaryScaling, ShortConv, rotate
-from seqlab.module import Module
+from seqlab.module import M, Module
 from seqlab.resets import sealed
 from seqlab.shapes import Activations, Keys, LogSumExp, Queries, Steps, Values
 from seqlab.state import State, mask_steps, state_bytes
@@ -25,7 +25,7 @@ class KeyConvState(NamedTuple):
     first."""
 
     cache: State
-    conv: Float[Array, "b w-1 d"]
+    conv: Float[Array, "b p d"]
 
 
 class Attention(Module):
@@ -138,7 +138,7 @@ class Attention(Module):
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ):
+    ) -> tuple[Activations, State | None]:
         cache, conv = (state, None) if self.key_conv is None or state is None else state
         q, k, v, conv = self.project(mask_steps(x, valid), conv, reset, valid)
         if cache is not None:
@@ -239,7 +239,7 @@ def _own_softcap(cache: Policy | str, softcap: float | None) -> tuple[Policy, fl
     return dataclasses.replace(cache, softcap=None), old if softcap is None else softcap
 
 
-def with_cache(model: Module, cache: str | Policy | Sequence[Policy]) -> Module:
+def with_cache(model: M, cache: str | Policy | Sequence[Policy]) -> M:
     """A copy of `model` whose attention layers have another cache, or each its own where a sequence of
     policies is given.
 

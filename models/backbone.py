@@ -69,7 +69,7 @@ class Block(Composite, Module):
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ):
+    ) -> tuple[Activations, State | None]:
         mixed, channel = (None, None) if state is None else state
         y, mixed = self.mixer(normed(self.mixer_norm, x, valid), mixed, reset, valid)
         x = self._sum(x, y, self.residual_scale_1, self.layer_scale_1)
@@ -184,7 +184,7 @@ class Backbone(Composite, Module):
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ):
+    ) -> tuple[Activations, State | None]:
         x = along_time(mask_steps(x, valid))
         if self.scan_layers:
             x, state = self._scanned(x, state, reset, valid)
@@ -246,7 +246,9 @@ class Backbone(Composite, Module):
             policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None,
         )
 
-    def _scanned(self, x: Activations, state: State | None, reset: Steps | None, valid: Steps | None):
+    def _scanned(
+        self, x: Activations, state: State | None, reset: Steps | None, valid: Steps | None
+    ) -> tuple[Activations, State | None]:
         parts = [split(block) for block in self.blocks]
         runs = [self._run(static) for static, _ in parts]
         states = (None,) * len(parts) if state is None else tuple(stacked.layers for stacked in state)

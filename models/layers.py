@@ -174,7 +174,7 @@ class ShortConv(Module):
         if activation is not None:
             check_choice(activation, tuple(ACTIVATIONS), "activation")
 
-    def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "b w-1 d"]:
+    def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "b p d"]:
         return jnp.zeros((batch, self.width - 1, self.dim), dtype)
 
     def __call__(
@@ -183,7 +183,7 @@ class ShortConv(Module):
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ):
+    ) -> tuple[Activations, State | None]:
         bias = None if self.bias is None else self.bias[...].astype(x.dtype)
         y, new = kernels.conv(
             x, self.weight[...].astype(x.dtype), bias, initial_state=state, reset=reset, valid=valid
@@ -238,7 +238,7 @@ class MLP(Module):
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ):
+    ) -> tuple[Activations, State | None]:
         act = ACTIVATIONS[self.activation] if isinstance(self.activation, str) else self.activation
         return self.down(act(self.up(mask_steps(x, valid)))), state
 
@@ -269,7 +269,7 @@ class SwiGLU(Module):
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ):
+    ) -> tuple[Activations, State | None]:
         gate, up = jnp.split(self.gate_up(mask_steps(x, valid)), 2, axis=-1)
         return self.down(jax.nn.silu(gate) * up), state
 
@@ -304,7 +304,7 @@ def rotary_phases(
     base: float,
     scaling: RotaryScaling | None = None,
     sections: tuple[int, ...] | None = None,
-) -> tuple[Float[Array, "b t k/2"], Float[Array, "b t k/2"]]:
+) -> tuple[Float[Array, "b t r"], Float[Array, "b t r"]]:
     """cos and sin of position * base^(-2i/width), as accurate at step 10^9 as at step 1.
 
     A float32 angle is off by 0.06 radians after a million steps. Here a frequency is a fraction of a turn

@@ -24,7 +24,7 @@ from seqlab.state import State, mask_steps
 class PoolingState(NamedTuple):
     """`window` [b, size-1, d+1]: the last inputs, and a channel of ones where there was one."""
 
-    window: Float[Array, "b w-1 d+1"]
+    window: Float[Array, "b p c"]
 
 
 class CausalPooling(Module):
@@ -61,7 +61,7 @@ class CausalPooling(Module):
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ):
+    ) -> tuple[Activations, State | None]:
         x = mask_steps(x, valid)
         counted = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
         window = None if state is None else state.window
@@ -73,7 +73,7 @@ class CausalPooling(Module):
 class WaveletState(NamedTuple):
     """`window` [b, 2^levels-1, r]: the last inputs of the transform."""
 
-    window: Float[Array, "b w-1 r"]
+    window: Float[Array, "b p r"]
 
 
 class CausalWavelets(Module):
@@ -128,7 +128,7 @@ class CausalWavelets(Module):
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ):
+    ) -> tuple[Activations, State | None]:
         u = mask_steps(self.reduction(mask_steps(x, valid)), valid)
         window = None if state is None else state.window
         bands, total = [], u
@@ -143,8 +143,8 @@ class CausalWavelets(Module):
 
 
 def window_sum(
-    x: Activations, size: int, state: Float[Array, "b w-1 d"] | None, reset: Steps | None, valid: Steps | None
-) -> tuple[Activations, Float[Array, "b w-1 d"]]:
+    x: Activations, size: int, state: Float[Array, "b p d"] | None, reset: Steps | None, valid: Steps | None
+) -> tuple[Activations, Float[Array, "b p d"]]:
     """The sum of the last `size` inputs of every channel, and the last size - 1 inputs: a convolution with
     ones."""
     return kernels.conv(

@@ -14,8 +14,37 @@ first used.
 import importlib
 import pathlib
 import sys
+from typing import TYPE_CHECKING, Any
 
 from seqlab._moved import Finder
+
+if TYPE_CHECKING:  # what `__getattr__` answers, for those who read and do not run
+    from seqlab.interop.convert import convert as convert
+    from seqlab.interop.huggingface import save_pretrained as save_pretrained
+    from seqlab.kernels.blocks import use_blocks as use_blocks
+    from seqlab.kernels.dispatch import explain as explain
+    from seqlab.kernels.dispatch import use_implementation as use_implementation
+    from seqlab.mixer import Composite as Composite
+    from seqlab.mixer import Mixer as Mixer
+    from seqlab.mixer import MixerBase as MixerBase
+    from seqlab.module import Module as Module
+    from seqlab.module import count_params as count_params
+    from seqlab.module import merge as merge
+    from seqlab.module import params_of as params_of
+    from seqlab.module import split as split
+    from seqlab.state import load_state as load_state
+    from seqlab.state import put_rows as put_rows
+    from seqlab.state import save_state as save_state
+    from seqlab.state import state_bytes as state_bytes
+    from seqlab.state import take_rows as take_rows
+    from seqlab.streaming.generate import rewind_stream as rewind_stream
+    from seqlab.streaming.generate import stream_generate as stream_generate
+    from seqlab.streaming.generate import warm_up as warm_up
+    from seqlab.studies.runs import load as load
+    from seqlab.tokenizers import ByteTokenizer as ByteTokenizer
+    from seqlab.verify import Report as Report
+    from seqlab.verify import verify_devices as verify_devices
+    from seqlab.verify import verify_streaming as verify_streaming
 
 __version__ = "0.1.0"
 
@@ -50,16 +79,15 @@ _PUBLIC = {
 
 __all__ = ["__version__", *_PUBLIC]
 
-# The four folders beside this one are seqlab's subpackages. An installed seqlab maps them by name
-# (pyproject.toml); this line lets a bare checkout find them too, and only a checkout: the neighbours of an
-# installed package are other people's.
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
-if (_ROOT / "pyproject.toml").is_file() and str(_ROOT) not in __path__:
-    __path__.append(str(_ROOT))
+# seqlab's subpackages models, kernels, train and configs are links to the folders beside this one. A checkout
+# whose links were lost (git on Windows writes files of text in their place) finds them by this line.
+_HERE = pathlib.Path(__file__).resolve().parent
+if not (_HERE / "models").is_dir() and (_HERE.parent / "pyproject.toml").is_file():
+    __path__.append(str(_HERE.parent))
 sys.meta_path.append(Finder)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'seqlab' has no attribute {name!r}; public names: {', '.join(__all__)}")
     value = getattr(importlib.import_module(_PUBLIC[name]), name)

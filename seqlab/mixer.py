@@ -31,12 +31,19 @@ class Mixer(Protocol):
 
     `causal`, `lookahead` and `exact` say which clauses of the contract can be asked of it: a mixer with
     `lookahead = n` gives in streaming the output of the full pass n steps late; one with `exact = False`
-    approximates and says why in its docstring. `MixerBase` has defaults for what a mixer may offer besides.
+    approximates and says why in its docstring. They are read only, so attributes, class attributes and
+    properties all do. The protocol is for type checkers and `isinstance`; to inherit, there is `MixerBase`,
+    which has defaults for what a mixer may offer besides.
     """
 
-    causal: bool
-    lookahead: int
-    exact: bool
+    @property
+    def causal(self) -> bool: ...
+
+    @property
+    def lookahead(self) -> int: ...
+
+    @property
+    def exact(self) -> bool: ...
 
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> State:
         """The state of `batch` fresh sequences whose activations have `dtype`."""

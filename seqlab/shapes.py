@@ -5,6 +5,7 @@
     (key/value heads)
     k  key width per head      v  value width per head                  e  inner width of a state-space mixer
     n  state size              s  stored keys (a cache), or source time w  window or filter taps
+    p  past steps that are kept, one less than taps
 
 Layout is always `[b, t, h, d]`; images are NHWC. Masks say True = keep. Segment ids count from 1, 0 is
 padding. Positions count from 0 within a segment. A window W holds the query and the W-1 keys before it.

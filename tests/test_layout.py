@@ -1,6 +1,7 @@
 """The house stays in order: folders, import direction, budgets, the package list, cheap imports."""
 
 import ast
+import importlib
 import pathlib
 import subprocess
 import sys
@@ -33,7 +34,15 @@ def module_name(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+def unrun(tree):
+    """The block of a package whose names are loaded when they are used: its imports, for type checkers alone."""
+    tests = (node for node in tree.body if isinstance(node, ast.If))
+    return next((node for node in tests if ast.unparse(node.test) == "TYPE_CHECKING"), None)
+
+
 def imports(tree):
+    if lazy := unrun(tree):
+        tree.body.remove(lazy)
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -91,6 +100,28 @@ def test_top_level_folders_are_those_of_the_house():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     folders = {name.split("/")[0] for name in tracked if "/" in name}
     assert folders <= {*FOLDERS, "tests", "docs", "notebooks", ".ci"}, folders
+
+
+@pytest.mark.parametrize("package", ["seqlab", "seqlab.kernels"])
+def test_type_checkers_see_what_is_loaded_lazily(package):
+    """The imports that are read and never run are those that `__getattr__` makes, from the same modules."""
+    module = importlib.import_module(package)
+    tree = ast.parse(pathlib.Path(module.__file__).read_text())
+    read = {
+        alias.name: (node.module, alias.asname or alias.name)
+        for node in unrun(tree).body
+        for alias in node.names
+    }
+    lazy = getattr(module, "_PUBLIC", None) or {name: f"{package}.{name}" for name in module.__all__}
+    assert read == {name: (source, name) for name, source in lazy.items()}
+
+
+def test_types_are_published_and_the_subpackages_are_where_tools_look():
+    packaged = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert packaged["package-data"]["seqlab"] == ["py.typed"] and (ROOT / "seqlab" / "py.typed").is_file()
+    assert packaged["package-dir"] == {"": "."}, "an editable install would be code, which no editor runs"
+    for name in FOLDERS[1:]:
+        assert (ROOT / "seqlab" / name).samefile(ROOT / name) and (ROOT / "seqlab" / name).is_symlink()
 
 
 def python(code, *options):

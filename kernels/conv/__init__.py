@@ -23,11 +23,11 @@ def conv(
     weight: Float[Array, "w d"],
     bias: Float[Array, " d"] | None = None,
     *,
-    initial_state: Float[Array, "b w-1 d"] | None = None,
+    initial_state: Float[Array, "b p d"] | None = None,
     reset: Steps | None = None,
     valid: Steps | None = None,
     implementation: str | None = None,
-) -> tuple[Activations, Float[Array, "b w-1 d"]]:
+) -> tuple[Activations, Float[Array, "b p d"]]:
     """Causal depthwise convolution over time: the weighted sum of the current input and the w-1 before it.
 
         y_t[d] = bias[d] + sum_{j < w} weight[j, d] x_{t-w+1+j}[d]

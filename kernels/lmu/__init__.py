@@ -108,7 +108,9 @@ def _stretch(constants: tuple, options: dict, timed: tuple, whole: tuple) -> tup
     return m, sequence_parallel.of_last(end)
 
 
-def _check_arrays(u: Array, A: Array, B: Array, initial_state: Array | None) -> None:
+def _check_arrays(
+    u: Array, A: Array | np.ndarray, B: Array | np.ndarray, initial_state: Array | None
+) -> None:
     if u.ndim != 3:
         raise UserError(f"u must be an array [b, t, q], got {u.dtype}{u.shape}")
     b, _, q = u.shape

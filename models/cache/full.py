@@ -112,7 +112,7 @@ class Full(Policy):
         return forget_from(state, earlier(state, steps))
 
 
-def parallel(q, k, v, reset, valid, scores, **limits):
+def parallel(q, k, v, reset, valid, scores, **limits) -> tuple[Float[Array, "b t h v"], LogSumExp]:
     """Training: whole sequences, nothing stored."""
     if reset is None and valid is None:
         positions = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), q.shape[:2])

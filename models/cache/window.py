@@ -148,7 +148,7 @@ class Window(Policy):
 
     def _whole(
         self, q: Queries, k: Keys, v: Values, reset: Steps | None, valid: Steps | None, scores: Scores
-    ):
+    ) -> tuple[Float[Array, "b t h v"], LogSumExp]:
         """The parallel form."""
         if not self._in_place:
             return parallel(q, k, v, reset, valid, scores, **self._limits())
@@ -176,7 +176,7 @@ class Window(Policy):
         start: Int[Array, " b"],
         span: Span,
         first: Span | None,
-    ):
+    ) -> tuple[Float[Array, "b t h v"], LogSumExp]:
         """Attention over the ring at absolute distances, merged with attention over the sinks from the
         query's place in the cache.
 

@@ -100,7 +100,7 @@ class Residual(Composite):
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ):
+    ) -> tuple[Activations, State | None]:
         waiting, inner = (None, None) if state is None else state
         y, inner = in_turn(self.parts, x, inner, reset, valid)
         if state is None:
@@ -134,7 +134,7 @@ class TimeConv(Module):
             jax.random.uniform(rngs.params(), (width, inputs, outputs), minval=-bound, maxval=bound)
         )
 
-    def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "b w-1 i"]:
+    def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "b p i"]:
         return jnp.zeros((batch, self.width - 1, self.inputs), dtype)
 
     def __call__(
@@ -143,7 +143,7 @@ class TimeConv(Module):
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ):
+    ) -> tuple[Activations, State | None]:
         ahead = 0 if state is not None else self.lookahead
         new, taps = None, [mask_steps(x, valid)]  # oldest first
         for ago in range(1, self.width - ahead):

@@ -110,7 +110,7 @@ class LMU(Module):
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ):
+    ) -> tuple[Activations, State | None]:
         x = mask_steps(x, valid)
         m, new = self.memory(jax.nn.relu(self.W_u(x)), state, reset, valid)
         h = jax.nn.relu(self.W_h(jnp.concatenate([m, x], axis=-1)))
@@ -122,7 +122,7 @@ class LMU(Module):
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ) -> tuple[Float[Array, "b t q*d"], Float[Array, "b q d"]]:
+    ) -> tuple[Float[Array, "b t n"], Float[Array, "b q d"]]:
         """The memories of all steps, channel after channel, and the last one."""
         matrices = _matrices(self, accumulator(u.dtype))
         m, state = kernels.lmu(u, *matrices, initial_state=state, reset=reset, valid=valid)
@@ -238,7 +238,7 @@ class RecurrentLMU(Module):
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ):
+    ) -> tuple[Activations, State | None]:
         wide = accumulator(x.dtype)
         names = ("e_x", "e_h", "e_m", "e_b", "W_m", "W_x", "W_h", "W_b")
         p = {name: getattr(self, name)[...].astype(wide) for name in names if getattr(self, name) is not None}
@@ -257,7 +257,7 @@ class RecurrentLMU(Module):
         )
 
         def step(
-            old: CellState, now: tuple[Array, ...], p: dict[str, Array], A: Array, B: Array
+            old: CellState, now: tuple[Array | None, ...], p: dict[str, Array], A: Array, B: Array
         ) -> tuple[CellState, Array]:
             u, driven, reset, valid = now
             h, m = (
@@ -289,7 +289,7 @@ def _total(p: dict[str, Array], **inputs: Array) -> Array | float:
     return sum(jnp.matmul(x, p[name], precision=_HIGHEST) for name, x in inputs.items() if name in p)
 
 
-def _flat(m: Float[Array, "b q d"]) -> Float[Array, "b q*d"]:
+def _flat(m: Float[Array, "b q d"]) -> Float[Array, "b n"]:
     return m.reshape(m.shape[0], -1)
 
 

@@ -63,7 +63,7 @@ class LMUMixer(Module):
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ):
+    ) -> tuple[Activations, State | None]:
         y, state = self.lmu(x, state, reset, valid)
         return self.norm(self.proj(y), valid), state
 
@@ -89,7 +89,7 @@ class ConvMLP(Module):
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ):
+    ) -> tuple[Activations, State | None]:
         y = jax.nn.gelu(self.up_norm(self.up(mask_steps(x, valid)), valid), approximate=False)
         return jax.nn.relu(self.down_norm(self.down(y), valid)), state
 
@@ -122,7 +122,9 @@ class SpikingLMU(Module):
         self.spike_m = Spike(order)
         self.W_h, self.spike_h = uniform_linear(order + dim, dim, std=_STD, rngs=rngs), Spike(dim)
 
-    def __call__(self, s: Activations, state: tuple[Any, ...], reset: Steps | None, valid: Steps | None):
+    def __call__(
+        self, s: Activations, state: tuple[Any, ...], reset: Steps | None, valid: Steps | None
+    ) -> tuple[Activations, tuple[Any, ...]]:
         u, memory, read, hidden = state
         u_spikes, u = self.spike_u(self.W_u(s), u, reset, valid)
         m, new = kernels.lmu(
@@ -174,7 +176,7 @@ class SpikingLMUMixer(Module):
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ):
+    ) -> tuple[Activations, State | None]:
         inputs, *inner = (None,) * 5 if state is None else state
         s, inputs = self.spike(mask_steps(x, valid), inputs, reset, valid)
         h, inner = self.lmu(s, inner, reset, valid)
@@ -206,7 +208,7 @@ class SpikingMLP(Module):
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ):
+    ) -> tuple[Activations, State | None]:
         outer, inner = (None, None) if state is None else state
         s, outer = self.up_spike(mask_steps(x, valid), outer, reset, valid)
         s, inner = self.down_spike(self.up(s), inner, reset, valid)
@@ -232,7 +234,7 @@ class ConvStage(Module):
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ):
+    ) -> tuple[Activations, State | None]:
         y, state = self.conv(x, state, reset, valid)
         return self.norm(jax.nn.relu(y), valid), state
 
@@ -400,7 +402,7 @@ class RunningMean:
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ):
+    ) -> tuple[Activations, State | None]:
         y = self.head(mask_steps(x, valid), accumulator(x.dtype))
         total, length = self.init_state(x.shape[0], x.dtype) if state is None else state
         # A sum is the scan whose decay is exp(0): it knows resets and invalid steps, and forgets without

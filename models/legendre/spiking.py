@@ -111,7 +111,7 @@ class Spike(Module):
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ):
+    ) -> tuple[Activations, State | None]:
         spikes, v = lif(
             self.norm(x, valid), state, tau=self.tau, threshold=self.threshold, reset=reset, valid=valid
         )

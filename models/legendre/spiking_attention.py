@@ -94,7 +94,7 @@ class SpikingAttention(Module):
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ):
+    ) -> tuple[Activations, State | None]:
         if state is not None and not self.causal:
             raise UserError(
                 "state must be None: with causal=False every step sees the whole sequence at once"

@@ -22,7 +22,7 @@ from seqlab.models.linear_memory.matrix_memory import (
     sum_to_one,
 )
 from seqlab.module import Module
-from seqlab.shapes import accumulator
+from seqlab.shapes import Steps, accumulator
 
 _FEATURE_MAPS = ("elementwise_product", "elu", "relu", "identity", "t2r", "hedgehog", "dpfp")
 _DPFP = 4  # how many products of shifted features DPFP takes
@@ -133,7 +133,7 @@ class LinearAttention(MatrixMemory):
             v = jnp.concatenate([v, jnp.ones((*v.shape[:3], 1), v.dtype)], axis=-1)
         return Rule(q, k, v)
 
-    def read(self, o):
+    def read(self, o) -> Float[Array, "b t h v"]:
         return o[..., :-1] / (o[..., -1:] + 1e-10) if self.normalize else o
 
 
@@ -191,7 +191,9 @@ class Retention(MatrixMemory):
     def _first_position(self, batch: int) -> Array:
         return jnp.zeros((batch,), jnp.int32)
 
-    def _positions(self, shape, start, reset, valid):
+    def _positions(
+        self, shape: tuple[int, int], start: Array | int, reset: Steps | None, valid: Steps | None
+    ) -> tuple[Array, Array]:
         return counted(shape, start, reset, valid)
 
 

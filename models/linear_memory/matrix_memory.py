@@ -34,7 +34,7 @@ class MemoryState(NamedTuple):
     """`conv` [b, w-1, d]: the short convolution's buffer; `memory` [b, h, k, v], float32; `position` [b]:
     steps seen. () where unused."""
 
-    conv: Float[Array, "b w-1 d"] | tuple[()]
+    conv: Float[Array, "b p d"] | tuple[()]
     memory: Float[Array, "b h k v"]
     position: Int[Array, " b"] | tuple[()] = ()
 
@@ -147,7 +147,7 @@ class MatrixMemory(Module):
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ):
+    ) -> tuple[Activations, State | None]:
         conv, memory, position = (None, None, 0) if state is None else state
         x = mask_steps(x, valid)
         qkv = self.qkv(x)
@@ -181,7 +181,7 @@ class MatrixMemory(Module):
 
     def _positions(
         self, shape: tuple[int, int], start: Array | int | tuple[()], reset: Steps | None, valid: Steps | None
-    ):
+    ) -> tuple[Array | None, Array | tuple[()]]:
         """The positions of the steps and of the step after them, where a member keeps them."""
         return None, ()
 
@@ -197,7 +197,7 @@ def counted(
     return where.positions, where.length
 
 
-def repeat_heads(x: Heads, heads: int) -> Heads:
+def repeat_heads(x: Float[Array, "b t g k"], heads: int) -> Heads:
     """Each head of x as often in a row as makes `heads`."""
     return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)
 

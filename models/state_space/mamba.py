@@ -21,7 +21,7 @@ class MambaState(NamedTuple):
     """`conv` [b, w-1, e]: the last inputs of the convolution; `ssm` [b, e, n]: the recurrent state,
     float32."""
 
-    conv: Float[Array, "b w-1 e"]
+    conv: Float[Array, "b p e"]
     ssm: Float[Array, "b e n"]
 
 
@@ -64,7 +64,9 @@ class Selective(Module):
         ssm = jnp.zeros((batch, self.inner, self.state_size), accumulator(dtype))
         return MambaState(() if self.conv is None else self.conv.init_state(batch, dtype), ssm)
 
-    def selected(self, a: Activations, state: MambaState | None, reset: Steps | None, valid: Steps | None):
+    def selected(
+        self, a: Activations, state: MambaState | None, reset: Steps | None, valid: Steps | None
+    ) -> tuple[Activations, MambaState | None]:
         """a [b, t, e] -> y [b, t, e]: c = silu(conv(a)); r, B, C = x_proj(c); Δ = softplus(dt_proj(r)); scan;
         + D c."""
         conv, ssm = (None, None) if state is None else state
@@ -129,7 +131,7 @@ class Mamba(Selective):
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ):
+    ) -> tuple[Activations, State | None]:
         a, z = jnp.split(self.in_proj(mask_steps(x, valid)), 2, axis=-1)
         y, state = self.selected(a, state, reset, valid)
         return self.out_proj(y * jax.nn.silu(z)), state

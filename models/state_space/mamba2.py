@@ -21,7 +21,7 @@ class Mamba2State(NamedTuple):
     """`conv` [b, w-1, e + 2 g n]: the last inputs of the convolution; `ssm` [b, h, n, p]: the recurrent
     state, float32."""
 
-    conv: Float[Array, "b w-1 d"]
+    conv: Float[Array, "b p d"]
     ssm: Float[Array, "b h n p"]
 
 
@@ -115,7 +115,7 @@ class Mamba2(Module):
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ):
+    ) -> tuple[Activations, State | None]:
         conv, ssm = (None, None) if state is None else state
         z, mixed, dt = jnp.split(self.in_proj(mask_steps(x, valid)), self.splits, axis=-1)
         mixed, conv = self.conv(mixed, conv, reset, valid)

@@ -34,7 +34,7 @@ class Direction(Selective):
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ):
+    ) -> tuple[Activations, State | None]:
         return self.selected(a, state, reset, valid)
 
 
@@ -93,7 +93,7 @@ class SelectiveMixer(Module):
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ):
+    ) -> tuple[Activations, State | None]:
         if state is not None and not self.causal:
             raise UserError(
                 "state must be None: a mixer of two directions has to see the whole sequence at once"
@@ -160,7 +160,7 @@ class SelectiveChannelMixer(Module):
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ):
+    ) -> tuple[Activations, None]:
         if x.shape[1] != self.tokens:
             raise UserError(
                 f"x must have tokens={self.tokens} steps, to which the weights belong, got {x.shape[1]}"
@@ -205,7 +205,7 @@ class GroupedChannelMixer(Module):
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ):
+    ) -> tuple[Activations, State | None]:
         tokens = rearrange(mask_steps(x, valid), "b t (g k) -> b t g k", g=self.groups)
         return rearrange(within_steps(self.mixer, tokens, valid), "b t g k -> b t (g k)"), state
 
@@ -267,7 +267,9 @@ class MambaMixerStack(Composite, Module):
         self.token_mixers = mixers("token_mixer", token_mixer)
         self.channel_norms = norms()
         self.channel_mixers = mixers("channel_mixer", channel_mixer)
-        self.alpha, self.beta, self.theta, self.gamma = (_sums(depth, first) for first in (1, 0, 1, 0))
+        self.alpha, self.beta, self.theta, self.gamma = (
+            _sums(depth, first) for first in (1.0, 0.0, 1.0, 0.0)
+        )
         self.omega, self.upsilon = (
             nnx.Param(jnp.ones((depth + 1,)).at[0].set(first)) if final_sum else None for first in (1.0, 0.0)
         )
@@ -298,7 +300,7 @@ class MambaMixerStack(Composite, Module):
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ):
+    ) -> tuple[Float[Array, "b t *m d"], State | None]:
         x = mask_steps(x, valid)
         y_token, y_channel, new = [x], [x], []
         for i, (token, channel) in enumerate(zip(self.token_mixers, self.channel_mixers, strict=True)):

@@ -90,7 +90,7 @@ class TimeMixer(Module):
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ):
+    ) -> tuple[VariateTokens, State | None]:
         m = x.shape[2]
         reset, valid = (None if flag is None else jnp.repeat(flag, m, axis=0) for flag in (reset, valid))
         state = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), state)
@@ -117,7 +117,7 @@ class VariateMixer(Module):
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ):
+    ) -> tuple[VariateTokens, State | None]:
         return within_steps(self.mixer, x, valid), state
 
 

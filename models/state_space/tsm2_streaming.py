@@ -36,11 +36,11 @@ class StreamingTSM2State(NamedTuple):
     stack, `count` [b] of them the sequence's own. `forecast` [b, h, m]: the one that holds until the next
     patch is whole. `scale` is () without RevIN."""
 
-    recent: Float[Array, "b p-1 m"]
+    recent: Float[Array, "b p m"]
     seen: Int[Array, " b"]
     scale: Scale | tuple[()]
     stack: State
-    tokens: Float[Array, "b n-1 m d"]
+    tokens: Float[Array, "b n m d"]
     count: Int[Array, " b"]
     forecast: Forecast
 
@@ -137,7 +137,7 @@ class StreamingTSM2(Forecaster):
         state: StreamingTSM2State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ):
+    ) -> tuple[Float[Array, "b t h m"], StreamingTSM2State | None]:
         self.check(x)
         batch, time, _ = x.shape
         if time == 0:

@@ -18,7 +18,6 @@ name, in ARCHITECTURES.
 import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +25,7 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike
 
 from seqlab.checks import UserError, check_choice
-from seqlab.module import merge, split
+from seqlab.module import M, merge, split
 
 Names = Mapping[str, str | tuple[str, ...] | list[str]]
 
@@ -154,13 +153,13 @@ class MissingTensorError(UserError, KeyError):
 
 
 def convert(
-    model: nnx.Module,
+    model: M,
     tensors: Mapping[str, ArrayLike],
     *,
     architecture: str | None = None,
     prefix: str = "",
     ignore: tuple[str, ...] = IGNORED,
-) -> Any:
+) -> M:
     """A copy of `model` with the published weights `tensors` (anything that NumPy can read, by their original
     names).
 

@@ -13,7 +13,7 @@ from flax import nnx
 
 from seqlab import names
 from seqlab.checks import UserError, nearest
-from seqlab.models.model import check_dtype
+from seqlab.models.model import Model, check_dtype
 from seqlab.module import Module, in_evaluation, merge, split
 from seqlab.tokenizers import Tokenizer
 from seqlab.train.quality import Quality, quality_of
@@ -27,11 +27,12 @@ class Run(NamedTuple):
     """A trained model: `config` is the Fiddle config that built it, `step` the checkpoint that its parameters
     are from.
 
-    Of a published model `config` is that of the model alone and `step` is 0. `tokenizer` is None where the
-    model's inputs are not tokens, and where a published model came without tokenizer.json.
+    `model` is a `Model` for type checkers; that of a run on images has no state. Of a published model `config` is
+    that of the model alone and `step` is 0. `tokenizer` is None where the model's inputs are not tokens, and
+    where a published model came without tokenizer.json.
     """
 
-    model: Module
+    model: Model
     tokenizer: Tokenizer | None
     config: Any
     step: int

@@ -166,12 +166,22 @@ def _entry(value: Any, name: str) -> str:
         parts.append(_signature(name, functions["__init__"]))
     else:
         fields = [ast.unparse(node) for node in tree.body if isinstance(node, ast.AnnAssign)]
+        fields += [
+            f"{name}: {ast.unparse(node.returns)}" for name, node in functions.items() if _is_member(node)
+        ]
         parts += ["```text\n" + "\n".join(fields) + "\n```"] * bool(fields)
     parts.append(prose(value.__doc__ or ""))
     for method, node in functions.items():
         if not method.startswith("_") and ast.get_docstring(node) and not node.decorator_list:
             parts.append(f"**{method}**\n\n{_signature(method, node)}\n\n{prose(ast.get_docstring(node))}")
     return "\n\n".join(parts)
+
+
+def _is_member(node: ast.FunctionDef) -> bool:
+    """Whether it is a read-only attribute of a protocol, declared and not computed."""
+    return ast.unparse(node.body[-1]) == "..." and [ast.unparse(d) for d in node.decorator_list] == [
+        "property"
+    ]
 
 
 def _signature(name: str, node: ast.FunctionDef) -> str:
