@@ -131,19 +131,35 @@ class ImageAttention(ImageMixer):
     """Softmax attention over all places, without positions: CAFormer's mixer, and with `bias` that of the
     first paper's hybrids.
 
-    There are dim / head_dim heads, at least one.
+    Args:
+      head_dim: channels of a head, and logits are divided by its root. There are dim / head_dim heads, at least
+        one.
+      inner: channels of all heads together; default: head_dim for each. In the first paper's code they are dim,
+        which differs where head_dim does not divide that.
+      bias: of the projection behind the heads.
+
+    Raises:
+      ValueError: the heads do not divide inner.
     """
 
-    def __init__(self, dim: int, *, head_dim: int = 32, bias: bool = False, rngs: nnx.Rngs):
-        self.dim, self.heads, self.head_dim = (
-            dim,
-            max(dim // check_positive("head_dim", head_dim), 1),
-            head_dim,
-        )
-        self.qkv = Linear(dim, 3 * self.heads * head_dim, rngs=rngs)
-        self.proj = Linear(self.heads * head_dim, dim, bias=bias, rngs=rngs)
+    def __init__(
+        self,
+        dim: int,
+        *,
+        head_dim: int = 32,
+        inner: int | None = None,
+        bias: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        self.dim, self.heads = dim, max(dim // check_positive("head_dim", head_dim), 1)
+        self.scale = head_dim**-0.5
+        inner = self.heads * head_dim if inner is None else check_positive("inner", inner)
+        if inner % self.heads:
+            raise UserError(f"inner must be a multiple of the {self.heads} heads, got {inner}")
+        self.qkv = Linear(dim, 3 * inner, rngs=rngs)
+        self.proj = Linear(inner, dim, bias=bias, rngs=rngs)
 
     def mix(self, x: Map) -> Map:
         qkv = rearrange(self.qkv(x), "b h w (three g k) -> three b (h w) g k", three=3, g=self.heads)
-        y, _ = kernels.attention(*qkv, causal=False)
+        y, _ = kernels.attention(*qkv, causal=False, scale=self.scale)
         return self.proj(rearrange(y, "b (h w) g k -> b h w (g k)", h=x.shape[1]))

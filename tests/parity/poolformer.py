@@ -14,13 +14,16 @@ from flax import nnx
 from seqlab.interop.convert import convert
 from seqlab.models import MLP, Block, LayerNorm
 from seqlab.models.images import (
+    IdentityMixing,
     ImageAttention,
     ImageBackbone,
     ImageClassifier,
     ImagePyramid,
     MapNorm,
     Pooling,
+    RandomMixing,
     SepConv,
+    SpatialLinear,
 )
 from seqlab.models.images import baseline as build_baseline
 
@@ -62,14 +65,28 @@ def _check_mixer(case):
     dim = x.shape[-1]
     if "dwconv.weight" in case.params:
         mixer = SepConv(dim, expand=o["expansion"], kernel=o["kernel"], rngs=nnx.Rngs(0))
-    elif "qkv.weight" in case.params:
-        mixer = ImageAttention(
-            dim, head_dim=o.get("head_dim", 32), bias="proj.bias" in case.params, rngs=nnx.Rngs(0)
-        )
     else:
-        mixer = Pooling(dim, size=o["pool_size"])
+        mixer = _mixer(case, case.params)(dim, rngs=nnx.Rngs(0))
     y, _ = convert(mixer, case.params)(x)
     _compare(case, {"y": y})
+
+
+def _mixer(case, held, stage=0):
+    """The token mixer that has the parameters `held`; without any the meta tells pooling from none."""
+    o = case.options
+    if "pwconv1.weight" in held:
+        return SepConv
+    if "qkv.weight" in held:
+        inner, options = held["qkv.weight"].shape[0] // 3, {"bias": "proj.bias" in held}
+        return partial(ImageAttention, head_dim=o.get("head_dim", 32), inner=inner, **options)
+    for name, kind in (("fc.weight", SpatialLinear), ("random_matrix", RandomMixing)):
+        if name in held:
+            return partial(kind, tokens=len(held[name]))
+    named = o.get("token_mixers", o.get("token_mixer", ""))
+    named = str(named[stage] if isinstance(named, list) else f"{named} {case.meta.get('class', '')}").lower()
+    if "identity" in named and "pool" not in named:
+        return IdentityMixing
+    return partial(Pooling, size=o.get("pool_size", 3))
 
 
 def _norm(case):
@@ -82,10 +99,10 @@ def _check_block(case):
     x, o = _nhwc(case, case.array("x")), case.options
     block = Block(
         o["dim"],
-        partial(Pooling, size=o["pool_size"]),
+        _mixer(case, _below(case, "token_mixer.")),
         partial(MLP, hidden=case.params["mlp.fc1.weight"].shape[0]),
         _norm(case),
-        layer_scale=1e-5 if o["use_layer_scale"] else None,
+        layer_scale=1e-5 if "layer_scale_1" in case.params else None,
         rngs=nnx.Rngs(0),
     )
     block = convert(block, case.params, architecture="poolformer")
@@ -105,13 +122,35 @@ def _check_block(case):
     )
 
 
+def _below(case, prefix):
+    return {
+        name.removeprefix(prefix): value for name, value in case.params.items() if name.startswith(prefix)
+    }
+
+
+def _places(case):
+    """By stage the shape of its embedding of places, or None; and the number of the stage in the network."""
+    positions, numbers, number = [], [], 0
+    for i in range(4):
+        embedding = case.params.get(f"network.{number}.pos_embed")
+        positions.append(None if embedding is None else embedding.shape[2:])
+        number += embedding is not None
+        numbers.append(number)
+        number += 2 if i < 3 else 1
+    return positions, numbers
+
+
 def _check_network(case):
     x, o = _nhwc(case, case.array("x")), case.options
+    positions, numbers = _places(case)
+    embedded = tuple(i for i, size in enumerate(positions) if size is not None)
+    architecture = {(): "poolformer", (2, 3): "metaformer_ppaa", (3,): "metaformer_pppa"}[embedded]
     backbone = partial(
         ImageBackbone,
         o["embed_dims"],
         o["layers"],
-        partial(Pooling, size=o["pool_size"]),
+        tuple(_mixer(case, _below(case, f"network.{n}.0.token_mixer."), i) for i, n in enumerate(numbers)),
+        positions=positions,
         inputs=x.shape[-1],
         channel_mixer=tuple(partial(MLP, expand=ratio) for ratio in o["mlp_ratios"]),
         norm=_norm(case),
@@ -119,7 +158,7 @@ def _check_network(case):
     )
     if o.get("fork_feat"):
         model = convert(
-            ImagePyramid(backbone, norm=_norm(case), rngs=nnx.Rngs(0)), case.params, architecture="poolformer"
+            ImagePyramid(backbone, norm=_norm(case), rngs=nnx.Rngs(0)), case.params, architecture=architecture
         )
         for name, y in zip(sorted(case.outs), model(x), strict=True):
             _compare(case, {name: y})
@@ -127,40 +166,38 @@ def _check_network(case):
     model = convert(
         ImageClassifier(o["num_classes"], backbone, norm=_norm(case), rngs=nnx.Rngs(0)),
         case.params,
-        architecture="poolformer",
+        architecture=architecture,
     )
     maps, logits = jax.jit(lambda x: (_inside(model.backbone, x), model(x)))(x)
-    named = {"patch_embed": maps[0]} | {f"network.{i}": y for i, y in enumerate(maps[1:])}
+    named = {"patch_embed": maps[0]} | {f"network.{n}": maps[2 * i + 1] for i, n in enumerate(numbers)}
+    named |= {f"network.{n + 1}": maps[2 * i + 2] for i, n in enumerate(numbers[:-1])}
     _compare(case, named | {"norm": model.norm(maps[-1]), "y": logits})
 
 
 def _inside(backbone, x):
     """What goes into every stage and what comes out of it, in turn."""
     maps = []
-    for down, stage in zip(backbone.downs, backbone.stages, strict=True):
+    for i, (down, stage) in enumerate(zip(backbone.downs, backbone.stages, strict=True)):
         maps.append(down(x))
-        x = stage(maps[-1])
+        x = maps[-1]
+        if i in backbone.positioned:
+            x = backbone.positions[backbone.positioned.index(i)](x)
+        x = stage(x)
         maps.append(x)
     return maps
 
 
-_KINDS = {"pwconv1.weight": SepConv, "qkv.weight": ImageAttention}
-
-
 def _check_baseline(case):
     x, o = _nhwc(case, case.array("x")), case.options
-    mixers = []
-    for i in range(len(o["dims"])):
-        held = {
-            name.partition("token_mixer.")[2]
-            for name in case.params
-            if name.startswith(f"stages.{i}.0.token_mixer.")
-        }
-        mixers.append(next((kind for name, kind in _KINDS.items() if name in held), Pooling))
+    mixers = [_mixer(case, _below(case, f"stages.{i}.0.token_mixer."), i) for i in range(len(o["dims"]))]
     scales = tuple(
         1.0 if f"stages.{i}.0.res_scale1.scale" in case.params else None for i in range(len(o["dims"]))
     )
-    per_place = "(H,W,C)" not in o.get("norm", "")
+    layer_scales = tuple(
+        1.0 if f"stages.{i}.0.layer_scale1.scale" in case.params else None for i in range(len(o["dims"]))
+    )
+    heads = "head.fc1.weight" in case.params  # it belongs to the models whose norms are per place
+    per_place = "(H,W,C)" not in o["norm"] if "norm" in o else heads
     model = build_baseline(
         o["dims"],
         o["depths"],
@@ -169,6 +206,7 @@ def _check_baseline(case):
         per_place=per_place,
         inputs=x.shape[-1],
         residual_scale=scales,
+        layer_scale=layer_scales,
         rngs=nnx.Rngs(0),
     )
     model = convert(model, case.params, architecture="metaformer")
