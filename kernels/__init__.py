@@ -1,17 +1,13 @@
 """Operations on sequences and maps as pure functions: arrays in, arrays out, no parameters.
 
-    attention          softmax attention, with the log-sum-exp by which partial attentions merge
-    block_attention    softmax attention over blocks selected by each query conv               depthwise
-    causal convolution over time decode_attention   softmax attention of one query over a quantized cache dwt
-    the Haar wavelet transform of maps linear_attention   matrix states updated by outer products lmu one
-    fixed linear recurrence: the Legendre memory scan elementwise linear recurrences
+One folder per op, found by discovery; its docstring says what it computes. In each:
 
-One folder per op, with these modules:
-
-    __init__       the public function: shapes, semantics, errors reference      the reference implementation:
-    the definition, slow and short xla            the default everywhere; runs on every platform and never
-    declines pallas_tpu, triton_gpu    for some ops and calls; they decline the others specs named shapes for
-    tests and benchmarks
+    __init__       the public function: shapes, semantics, errors
+    reference      the reference implementation: the definition, slow and short
+    xla            the default everywhere; runs on every platform and never declines
+    pallas_tpu, triton_gpu    for some ops and calls; they decline the others
+    specs          what the op says about itself: named shapes for tests and benchmarks, operations and bounds,
+                   block sizes, a sample for `seqlab doctor`
 
 `dispatch` selects one. `implementation=None` takes the first in the platform's order of preference that does
 not decline, and always succeeds. `implementation="xla"` takes that one or raises, `("triton_gpu", "xla")` the
@@ -24,6 +20,7 @@ import the other contents of a folder from it: `from seqlab.kernels.attention im
 """
 
 import importlib
+import pathlib
 import sys
 import types
 from typing import TYPE_CHECKING, Any
@@ -43,16 +40,7 @@ if TYPE_CHECKING:  # what `__getattr__` answers, for those who read and do not r
     from seqlab.kernels.lmu import lmu
     from seqlab.kernels.scan import scan
 
-__all__ = [
-    "attention",
-    "block_attention",
-    "conv",
-    "decode_attention",
-    "dwt",
-    "linear_attention",
-    "lmu",
-    "scan",
-]
+__all__ = sorted(path.parent.name for path in pathlib.Path(__file__).parent.glob("*/__init__.py"))
 
 
 class _Kernels(types.ModuleType):

@@ -1,6 +1,7 @@
 """Block sizes of the kernels as data, by kernel, bytes per number, and width of heads (or channels).
 
-`TABLE` holds the built-in sizes. Sizes found by `seqlab bench OP --tune` take precedence, from a file:
+The built-in sizes of an op are the `BLOCKS` of its `specs`. Sizes found by `seqlab bench OP --tune` take
+precedence, from a file:
 
     with seqlab.use_blocks("blocks.json"):      for a block of code
     SEQLAB_BLOCKS=blocks.json seqlab train ...  for a process; read whenever a kernel is traced
@@ -11,6 +12,7 @@ Sizes are upper limits: every kernel reduces them for shorter calls, see `blocks
 import contextlib
 import contextvars
 import functools
+import importlib
 import json
 import os
 import pathlib
@@ -38,90 +40,26 @@ class Row(NamedTuple):
         return self[:3]
 
 
-def _tile(rows: int, keys: int, warps: int, stages: int, precision: str = "tf32x3") -> dict[str, Any]:
-    return {"rows": rows, "keys": keys, "warps": warps, "stages": stages, "precision": precision}
-
-
-def _chunks(steps: int, values: int, warps: int, stages: int) -> dict[str, Any]:
-    return {"steps": steps, "values": values, "warps": warps, "stages": stages}
-
-
-def _slots(keys: int, warps: int) -> dict[str, Any]:
-    return {"keys": keys, "warps": warps, "stages": 2}
-
-
-def _everywhere(**blocks: int) -> dict[int, dict[int, dict[str, Any]]]:
+def everywhere(**blocks: int) -> dict[int, dict[int, dict[str, Any]]]:
+    """The same blocks for numbers of any size and any width."""
     return {ANY: {WIDEST: blocks}}
 
 
 # By kernel, bytes per number, and the largest width of an entry.
-TABLE: dict[str, dict[int, dict[int, dict[str, Any]]]] = {
-    # Rows and keys of a tile. Three products in TF32 are as accurate as one in float32; for wide heads in
-    # float32 tensor cores need too many registers, so plain arithmetic is used.
-    "attention/triton_gpu/forward": {
-        2: {64: _tile(128, 64, 4, 3), 128: _tile(128, 64, 8, 2), 256: _tile(64, 64, 8, 2)},
-        4: {
-            32: _tile(64, 64, 4, 2),
-            64: _tile(128, 64, 8, 1),
-            128: _tile(32, 16, 8, 1, "ieee"),
-            256: _tile(32, 16, 8, 1, "ieee"),
-        },
-    },
-    "attention/triton_gpu/backward_keys": {
-        2: {64: _tile(64, 64, 4, 2), 128: _tile(32, 64, 8, 2), 256: _tile(64, 32, 8, 1)},
-        4: {64: _tile(32, 32, 8, 1), 128: _tile(16, 16, 4, 1, "ieee"), 256: _tile(16, 16, 8, 1, "ieee")},
-    },
-    "attention/triton_gpu/backward_queries": {
-        2: {64: _tile(64, 64, 4, 2), 128: _tile(64, 64, 8, 2), 256: _tile(32, 32, 8, 1)},
-        4: {64: _tile(16, 32, 4, 1), 128: _tile(32, 16, 8, 1, "ieee"), 256: _tile(16, 16, 8, 1, "ieee")},
-    },
-    # Queries or keys: the logits of a tile take a MiB of float32, and a few of these fit beside everything
-    # else.
-    "attention/pallas_tpu/tile": {ANY: {128: {"tile": 512}, WIDEST: {"tile": 256}}},
-    # Slots of a tile, in codes of one group of keys at most.
-    "decode_attention/triton_gpu/codes": {2: {256: _slots(64, 4)}, 4: {256: _slots(32, 8)}},
-    "decode_attention/triton_gpu/numbers": {
-        2: {256: _slots(64, 4)},
-        4: {128: _slots(32, 8), 256: _slots(16, 8)},
-    },
-    # A few megabytes of numbers, and copies large enough to amortise their latency.
-    "decode_attention/pallas_tpu/tile": _everywhere(tile=2048),
-    # Wide rows are read 256 bytes at a time; `stretch` steps share one partial sum of the weights' gradient.
-    "conv/triton_gpu/tile": {
-        ANY: {
-            64: {"steps": 32, "channels": 32, "stretch": 256, "warps": 4},
-            WIDEST: {"steps": 16, "channels": 128, "stretch": 256, "warps": 4},
-        }
-    },
-    # One MiB of float32, an efficient transfer size, and ten of them fit.
-    "conv/pallas_tpu/tile": _everywhere(steps=512, channels=512),
-    # One state is kept per tile: long tiles need less memory, short ones fewer registers. Both directions use
-    # the same steps.
-    "scan/triton_gpu/forward": _everywhere(steps=64, channels=16, warps=4),
-    "scan/triton_gpu/backward": _everywhere(channels=16, warps=4),
-    "scan/pallas_tpu/block": _everywhere(channels=512),
-    # The states kept, t / 64 of them, then take n / 64 of the memory of u.
-    "scan/xla/chunk": _everywhere(steps=64),
-    # By kind: longer chunks cost more in the triangular solve and in channel decays than they save.
-    "linear_attention/xla/plain": _everywhere(chunk=64),
-    "linear_attention/xla/delta": _everywhere(chunk=32),
-    "linear_attention/xla/channel": _everywhere(chunk=32),
-    "linear_attention/xla/value": _everywhere(chunk=16),
-    # Steps of a chunk, values of a program, whose state [k, values] is in registers.
-    "linear_attention/triton_gpu/carry": {
-        2: {64: _chunks(64, 64, 4, 2), 128: _chunks(64, 32, 4, 2), 256: _chunks(32, 16, 4, 1)},
-        4: {64: _chunks(64, 32, 4, 1), 128: _chunks(32, 16, 8, 1)},
-    },
-    # Steps of a chunk and of a block, in which heads wider than the lanes leave less room: the vector memory
-    # of a v4 has 16 MiB.
-    **{
-        f"linear_attention/pallas_tpu/{kind}": {
-            ANY: {128: {"chunk": chunk, "steps": 512}, WIDEST: {"chunk": chunk, "steps": 128}}
-        }
-        for kind, chunk in (("plain", 128), ("delta", 64), ("channel", 64), ("value", 16))
-    },
-    "lmu/xla/chunk": _everywhere(steps=32),
-}
+Table = dict[str, dict[int, dict[int, dict[str, Any]]]]
+
+
+@functools.cache
+def table(op: str) -> Table:
+    """The built-in blocks of an op: `BLOCKS` of its `specs`, empty where it cuts nothing."""
+    return getattr(importlib.import_module(f"seqlab.kernels.{op}.specs"), "BLOCKS", {})
+
+
+def tables() -> Table:
+    """The built-in blocks of all ops."""
+    from seqlab import kernels
+
+    return {kernel: rows for op in kernels.__all__ for kernel, rows in table(op).items()}
 
 
 class _Rows:
@@ -140,11 +78,11 @@ _asked: contextvars.ContextVar[dict[tuple[str, int, int], Row] | None] = context
 def find(kernel: str, itemsize: int, width: int) -> dict[str, Any]:
     """The blocks of a kernel for numbers of `itemsize` bytes and a width of at most `widest(kernel,
     itemsize)`."""
-    table = TABLE[kernel]
-    size = itemsize if itemsize in table else ANY
-    most = next(most for most in table[size] if width <= most)
+    known = table(kernel.partition("/")[0])[kernel]
+    size = itemsize if itemsize in known else ANY
+    most = next(most for most in known[size] if width <= most)
     place = (kernel, size, most)
-    blocks = table[size][most] | _rows().blocks.get(place, {})
+    blocks = known[size][most] | _rows().blocks.get(place, {})
     asked = _asked.get()
     if asked is not None:
         asked[place] = Row(*place, blocks)
@@ -153,8 +91,8 @@ def find(kernel: str, itemsize: int, width: int) -> dict[str, Any]:
 
 def widest(kernel: str, itemsize: int) -> int:
     """The width of heads up to which there are blocks."""
-    table = TABLE[kernel]
-    return max(table[itemsize if itemsize in table else ANY])
+    known = table(kernel.partition("/")[0])[kernel]
+    return max(known[itemsize if itemsize in known else ANY])
 
 
 def asked_by(function: Callable[..., Any], *args: Any) -> list[Row]:
@@ -208,11 +146,12 @@ def load(path: str | os.PathLike) -> list[Row]:
 
 def _checked(row: Row, source: str) -> Row:
     """The row, if the table has an entry for it with the same fields."""
-    check_choice(row.kernel, tuple(TABLE), f"{source}: kernel")
-    own = TABLE[row.kernel].get(row.bytes, {}).get(row.width)
+    known = tables()
+    check_choice(row.kernel, tuple(known), f"{source}: kernel")
+    own = known[row.kernel].get(row.bytes, {}).get(row.width)
     if own is None:
         places = [
-            f"bytes={size} width={width}" for size, widths in TABLE[row.kernel].items() for width in widths
+            f"bytes={size} width={width}" for size, widths in known[row.kernel].items() for width in widths
         ]
         raise UserError(
             f"{source}: {row.kernel} has rows for {', '.join(places)}, got bytes={row.bytes} "

@@ -159,7 +159,7 @@ def compare(op: str, rounds: int, shape: list[str]) -> tuple[list[dict[str, Any]
     from seqlab.bench import cases, show
 
     planned, records, wrong = (
-        bench.plan(op, [KERNEL, "xla"], shape, "bfloat16", op not in cases.FORWARD_ONLY),
+        bench.plan(op, [KERNEL, "xla"], shape, "bfloat16", cases.has_gradients(op)),
         [],
         0,
     )

@@ -33,7 +33,7 @@ def written(path, rows, **changes):
 
 
 def test_the_table_is_for_kernels_that_there_are():
-    for kernel, table in blocks.TABLE.items():
+    for kernel, table in blocks.tables().items():
         op, implementation, _ = kernel.split("/")
         assert implementation in cases.op_named(op).implementations, kernel
         for widths in table.values():

@@ -141,11 +141,13 @@ def shrink(op, name, monkeypatch):
     module, times = importlib.import_module(f"seqlab.kernels.{op}.pallas_tpu"), 4 if "tiled" in name else 1
     for key, value in CASES[op].bounds.items():
         monkeypatch.setattr(module, key, times * value)
-    for kernel, table in blocks.TABLE.items():
+    for kernel, table in blocks.tables().items():
         if kernel.startswith(f"{op}/pallas_tpu/"):
             small = {key: times * value for key, value in CASES[op].blocks.items()}
             monkeypatch.setitem(
-                blocks.TABLE, kernel, {blocks.ANY: {blocks.WIDEST: table[blocks.ANY][blocks.WIDEST] | small}}
+                blocks.table(kernel.partition("/")[0]),
+                kernel,
+                {blocks.ANY: {blocks.WIDEST: table[blocks.ANY][blocks.WIDEST] | small}},
             )
 
 

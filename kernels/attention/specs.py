@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from seqlab.kernels.blocks import ANY, WIDEST, Table
+from seqlab.kernels.facts import Facts, Sample, heads
+
 _EMPTY = np.iinfo(np.int32).max  # the position of an empty slot of a cache: later than every query
 
 
@@ -190,3 +193,55 @@ def _shuffled(spec: Spec, rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 
 _PLACES = {"default": _default, "packed": _packed, "padded": _padded, "ring": _ring, "shuffled": _shuffled}
+
+
+def _pairs(s: Any) -> float:
+    """Queries with the keys they see."""
+    seen = s.s if s.window is None else min(s.s, s.window + s.sinks)
+    return s.b * s.h * s.t * seen * (0.5 if s.causal and s.window is None and s.t == s.s else 1.0)
+
+
+FACTS = Facts(
+    lambda s: 2 * _pairs(s) * (s.k + s.v),
+    lambda s: (s.s, s.t * s.h // s.g),
+    lambda s: 4.0 * s.b * s.h * s.t * s.s,
+)
+
+
+def _tile(rows: int, keys: int, warps: int, stages: int, precision: str = "tf32x3") -> dict[str, Any]:
+    return {"rows": rows, "keys": keys, "warps": warps, "stages": stages, "precision": precision}
+
+
+# By kernel, bytes per number, and the largest width of an entry.
+BLOCKS: Table = {
+    # Rows and keys of a tile. Three products in TF32 are as good as one in float32; for wide heads in float32
+    # the tensor cores need so many registers that plain arithmetic is left.
+    "attention/triton_gpu/forward": {
+        2: {64: _tile(128, 64, 4, 3), 128: _tile(128, 64, 8, 2), 256: _tile(64, 64, 8, 2)},
+        4: {
+            32: _tile(64, 64, 4, 2),
+            64: _tile(128, 64, 8, 1),
+            128: _tile(32, 16, 8, 1, "ieee"),
+            256: _tile(32, 16, 8, 1, "ieee"),
+        },
+    },
+    "attention/triton_gpu/backward_keys": {
+        2: {64: _tile(64, 64, 4, 2), 128: _tile(32, 64, 8, 2), 256: _tile(64, 32, 8, 1)},
+        4: {64: _tile(32, 32, 8, 1), 128: _tile(16, 16, 4, 1, "ieee"), 256: _tile(16, 16, 8, 1, "ieee")},
+    },
+    "attention/triton_gpu/backward_queries": {
+        2: {64: _tile(64, 64, 4, 2), 128: _tile(64, 64, 8, 2), 256: _tile(32, 32, 8, 1)},
+        4: {64: _tile(16, 32, 4, 1), 128: _tile(32, 16, 8, 1, "ieee"), 256: _tile(16, 16, 8, 1, "ieee")},
+    },
+    # Queries or keys: the logits of a tile take a MiB of float32, and a few of these fit beside everything
+    # else.
+    "attention/pallas_tpu/tile": {ANY: {128: {"tile": 512}, WIDEST: {"tile": 256}}},
+}
+
+
+def _sample() -> Sample:
+    return (heads(0), heads(1), heads(2)), {}
+
+
+# Small calls by the names of the ops, for `seqlab doctor`.
+SAMPLES = {"attention": _sample}

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from seqlab.kernels.facts import BATCH, HEADS, TIME, Facts, Sample, heads
+
 
 class Spec(NamedTuple):
     """A call: sizes by axis, n blocks of `block` keys, c selections per query, of which a share `none` are
@@ -54,3 +56,18 @@ def make(spec: Spec, seed: int = 0, dtype: jax.typing.DTypeLike = jnp.float32) -
     chosen[rng.random(chosen.shape) < spec.none] = -1
     arrays = {name: jnp.asarray(rng.normal(size=(spec.b, *shape)), dtype) for name, shape in shapes.items()}
     return {**arrays, "chosen": jnp.asarray(chosen, jnp.int32), "block": spec.block, "softcap": spec.softcap}
+
+
+FACTS = Facts(
+    lambda s: 2.0 * s.b * s.t * s.h * s.c * s.block * (s.k + s.v),
+    lambda s: (s.c * s.block, s.t * s.h // s.g),
+    lambda s: 4.0 * s.b * s.h * s.t * s.n * s.block,
+)
+
+
+def _sample() -> Sample:
+    return (heads(0), heads(1), heads(2), jnp.zeros((BATCH, TIME, HEADS, 1), jnp.int32)), {"block": TIME // 4}
+
+
+# Small calls by the names of the ops, for `seqlab doctor`.
+SAMPLES = {"block_attention": _sample}

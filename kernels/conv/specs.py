@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from seqlab.kernels.blocks import ANY, WIDEST, Table, everywhere
+from seqlab.kernels.facts import BATCH, TIME, WIDTH, Facts, Sample, normal
+
 
 class Spec(NamedTuple):
     """One call of `conv`."""
@@ -59,3 +62,30 @@ def inputs(spec: Spec, seed: int = 0) -> dict[str, jax.Array | None]:
         "reset": jnp.asarray(random.random((b, t)) < 0.15) if spec.reset else None,
         "valid": jnp.asarray(random.random((b, t)) < 0.7) if spec.valid else None,
     }
+
+
+FACTS = Facts(
+    lambda s: 2.0 * s.w * s.b * s.t * s.d, lambda s: (s.w, s.b * s.t), lambda s: s.w * s.b * s.t * s.d
+)
+
+
+# By kernel, bytes per number, and the largest width of an entry.
+BLOCKS: Table = {
+    # Wide rows are read 256 bytes at a time; `stretch` steps share one partial sum of the weights' gradient.
+    "conv/triton_gpu/tile": {
+        ANY: {
+            64: {"steps": 32, "channels": 32, "stretch": 256, "warps": 4},
+            WIDEST: {"steps": 16, "channels": 128, "stretch": 256, "warps": 4},
+        }
+    },
+    # One MiB of float32, an efficient transfer size, and ten of them fit.
+    "conv/pallas_tpu/tile": everywhere(steps=512, channels=512),
+}
+
+
+def _sample() -> Sample:
+    return (normal(0, BATCH, TIME, WIDTH), normal(1, 4, WIDTH), None), {}
+
+
+# Small calls by the names of the ops, for `seqlab doctor`.
+SAMPLES = {"conv": _sample}

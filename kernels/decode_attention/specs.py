@@ -5,7 +5,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from seqlab.kernels.blocks import Table, everywhere
 from seqlab.kernels.decode_attention import Coded
+from seqlab.kernels.facts import BATCH, HEADS, TIME, WIDTH, Facts, Sample, normal
 
 
 class Spec(NamedTuple):
@@ -100,3 +102,46 @@ def inputs(spec: Spec, seed: int = 0) -> dict[str, Any]:
     }
     options = {"softcap": spec.softcap, "v_bits": spec.v_bits}
     return arguments | {name: value for name, value in options.items() if value is not None}
+
+
+FACTS = Facts(
+    lambda s: 2.0 * s.b * s.h * s.s * (s.k + s.v),
+    lambda s: (s.s, 0),
+    lambda s: 2.0 * s.b * s.s * s.h * (s.k + s.v),
+    gradients=False,
+)
+
+
+def _slots(keys: int, warps: int) -> dict[str, Any]:
+    return {"keys": keys, "warps": warps, "stages": 2}
+
+
+# By kernel, bytes per number, and the largest width of an entry.
+BLOCKS: Table = {
+    # Slots of a tile, in codes of one group of keys at most.
+    "decode_attention/triton_gpu/codes": {2: {256: _slots(64, 4)}, 4: {256: _slots(32, 8)}},
+    "decode_attention/triton_gpu/numbers": {
+        2: {256: _slots(64, 4)},
+        4: {128: _slots(32, 8), 256: _slots(16, 8)},
+    },
+    # A few megabytes of numbers, and copies large enough to amortise their latency.
+    "decode_attention/pallas_tpu/tile": everywhere(tile=2048),
+}
+
+
+def _sample() -> Sample:
+    random, lead = np.random.default_rng(0), (BATCH, HEADS)
+    words = [
+        jnp.asarray(random.integers(0, 2**32, size=(*lead, WIDTH // 8, TIME), dtype=np.uint32))
+        for _ in range(2)
+    ]
+    groups = [
+        [0.1 * normal(seed, *lead, *shape) for seed in (1, 2)]
+        for shape in ((TIME // 32, WIDTH), (WIDTH // 32, TIME))
+    ]
+    k, v = (Coded(codes, *found) for codes, found in zip(words, groups, strict=True))
+    return (normal(3, *lead, WIDTH), k, v, jnp.ones((BATCH, TIME), bool)), {}
+
+
+# Small calls by the names of the ops, for `seqlab doctor`.
+SAMPLES = {"decode_attention": _sample}

@@ -1,10 +1,13 @@
 """Shapes for tests and benchmarks, as plain data."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from seqlab.kernels.blocks import ANY, WIDEST, Table, everywhere
+from seqlab.kernels.facts import Facts, Sample, heads
 
 
 class Spec(NamedTuple):
@@ -118,3 +121,45 @@ def inputs(spec: Spec, seed: int = 0) -> dict[str, jax.Array | None]:
         "reset": jnp.asarray(random.random((b, t)) < 0.15) if spec.reset else None,
         "valid": jnp.asarray(random.random((b, t)) < 0.7) if spec.valid else None,
     }
+
+
+FACTS = Facts(
+    lambda s: s.b * s.t * s.h * s.k * s.v * (8.0 if s.beta else 4.0),
+    lambda s: (s.t, s.t),
+    lambda s: s.b * s.t * s.h * s.k * s.v,
+)
+
+
+def _chunks(steps: int, values: int, warps: int, stages: int) -> dict[str, Any]:
+    return {"steps": steps, "values": values, "warps": warps, "stages": stages}
+
+
+# By kernel, bytes per number, and the largest width of an entry.
+BLOCKS: Table = {
+    # By kind: longer chunks cost more in the triangular solve and in channel decays than they save.
+    "linear_attention/xla/plain": everywhere(chunk=64),
+    "linear_attention/xla/delta": everywhere(chunk=32),
+    "linear_attention/xla/channel": everywhere(chunk=32),
+    "linear_attention/xla/value": everywhere(chunk=16),
+    # Steps of a chunk, values of a program, whose state [k, values] is in registers.
+    "linear_attention/triton_gpu/carry": {
+        2: {64: _chunks(64, 64, 4, 2), 128: _chunks(64, 32, 4, 2), 256: _chunks(32, 16, 4, 1)},
+        4: {64: _chunks(64, 32, 4, 1), 128: _chunks(32, 16, 8, 1)},
+    },
+    # Steps of a chunk and of a block, in which heads wider than the lanes leave less room: the vector memory
+    # of a v4 has 16 MiB.
+    **{
+        f"linear_attention/pallas_tpu/{kind}": {
+            ANY: {128: {"chunk": chunk, "steps": 512}, WIDEST: {"chunk": chunk, "steps": 128}}
+        }
+        for kind, chunk in (("plain", 128), ("delta", 64), ("channel", 64), ("value", 16))
+    },
+}
+
+
+def _sample() -> Sample:
+    return (heads(0), heads(1), heads(2)), {"decay": jax.nn.log_sigmoid(heads(3))}
+
+
+# Small calls by the names of the ops, for `seqlab doctor`.
+SAMPLES = {"linear_attention": _sample}

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from seqlab.kernels.blocks import Table, everywhere
+from seqlab.kernels.facts import BATCH, HEADS, TIME, WIDTH, Facts, Sample, normal
 from seqlab.kernels.lmu.legendre import legendre
 
 
@@ -61,3 +63,25 @@ def inputs(spec: Spec, seed: int = 0) -> dict[str, jax.Array | np.ndarray | None
         "reset": jnp.asarray(random.random((b, t)) < 0.15) if spec.reset else None,
         "valid": jnp.asarray(random.random((b, t)) < 0.7) if spec.valid else None,
     }
+
+
+FACTS = Facts(
+    lambda s: 2.0 * s.b * s.t * s.q * s.d * (s.d + 1),
+    lambda s: (s.t, s.t),
+    lambda s: s.b * s.t * s.q * s.d,
+)
+
+
+# By kernel, bytes per number, and the largest width of an entry.
+BLOCKS: Table = {
+    "lmu/xla/chunk": everywhere(steps=32),
+}
+
+
+def _sample() -> Sample:
+    A, B = legendre(WIDTH, 2.0 * TIME)
+    return (normal(0, BATCH, TIME, HEADS), jnp.asarray(A, jnp.float32), jnp.asarray(B, jnp.float32)), {}
+
+
+# Small calls by the names of the ops, for `seqlab doctor`.
+SAMPLES = {"lmu": _sample}

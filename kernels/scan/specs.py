@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from seqlab.kernels.blocks import Table, everywhere
+from seqlab.kernels.facts import BATCH, STATE, TIME, WIDTH, Facts, Sample, normal
+
 
 class Spec(NamedTuple):
     """One call of `scan`. `dtype` is that of u, B and C; `wide` that of delta and A. `step` is the typical
@@ -65,3 +68,34 @@ def inputs(spec: Spec, seed: int = 0) -> dict[str, jax.Array | None]:
         "reset": jnp.asarray(random.random((b, t)) < 0.15) if spec.reset else None,
         "valid": jnp.asarray(random.random((b, t)) < 0.7) if spec.valid else None,
     }
+
+
+FACTS = Facts(
+    lambda s: 7.0 * s.b * s.t * s.e * s.n, lambda s: (s.t, s.b * s.t), lambda s: s.b * s.t * s.e * s.n
+)
+
+
+# By kernel, bytes per number, and the largest width of an entry.
+BLOCKS: Table = {
+    # A state is kept a tile, so long tiles need less memory and short ones fewer registers. Both directions
+    # use the same steps.
+    "scan/triton_gpu/forward": everywhere(steps=64, channels=16, warps=4),
+    "scan/triton_gpu/backward": everywhere(channels=16, warps=4),
+    "scan/pallas_tpu/block": everywhere(channels=512),
+    # The states kept, t / 64 of them, then take n / 64 of the memory of u.
+    "scan/xla/chunk": everywhere(steps=64),
+}
+
+
+def _sample() -> Sample:
+    x, maps = normal(0, BATCH, TIME, WIDTH), (normal(seed, BATCH, TIME, STATE) for seed in (1, 2))
+    return (
+        x,
+        jax.nn.softplus(normal(3, BATCH, TIME, WIDTH)),
+        -jnp.exp(normal(4, WIDTH, STATE)),
+        *maps,
+    ), {}
+
+
+# Small calls by the names of the ops, for `seqlab doctor`.
+SAMPLES = {"scan": _sample}

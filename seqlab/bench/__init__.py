@@ -85,7 +85,7 @@ def plan(
         check_choice(name, chosen.implementations, f"implementation of {op}")
     if dtype is not None:
         check_choice(dtype, ("float32", "bfloat16", "float16"), "dtype")
-    if backward and op in cases.FORWARD_ONLY:
+    if backward and not cases.has_gradients(op):
         raise BenchError(f"{op} has no gradient: leave out --backward")
     kinds = (False, True) if backward else (False,)
     shape = list(shape)

@@ -7,7 +7,7 @@ import math
 import types
 import typing
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,60 +20,6 @@ from seqlab.kernels.dispatch import Op
 _UNIT = 2.0**-20  # float32: products are made of three in TF32 on GPUs, exponentials are the hardware's
 _BFLOAT16 = 2.0**-8  # of what is rounded to 8 bits
 _DENSE = 2**31  # bytes that a reference in float64 may take
-
-
-class Facts(NamedTuple):
-    """Of one call by its spec: operations of the definition, the lengths of the sums behind values and
-    gradients, and the numbers that the reference holds at once."""
-
-    flops: Callable[[Any], float]
-    sums: Callable[[Any], tuple[int, int]]
-    held: Callable[[Any], float]
-
-
-def _pairs(s: Any) -> float:
-    """Queries with the keys they see."""
-    seen = s.s if s.window is None else min(s.s, s.window + s.sinks)
-    return s.b * s.h * s.t * seen * (0.5 if s.causal and s.window is None and s.t == s.s else 1.0)
-
-
-FACTS = {
-    "attention": Facts(
-        lambda s: 2 * _pairs(s) * (s.k + s.v),
-        lambda s: (s.s, s.t * s.h // s.g),
-        lambda s: 4.0 * s.b * s.h * s.t * s.s,
-    ),
-    "block_attention": Facts(
-        lambda s: 2.0 * s.b * s.t * s.h * s.c * s.block * (s.k + s.v),
-        lambda s: (s.c * s.block, s.t * s.h // s.g),
-        lambda s: 4.0 * s.b * s.h * s.t * s.n * s.block,
-    ),
-    "conv": Facts(
-        lambda s: 2.0 * s.w * s.b * s.t * s.d, lambda s: (s.w, s.b * s.t), lambda s: s.w * s.b * s.t * s.d
-    ),
-    "decode_attention": Facts(
-        lambda s: 2.0 * s.b * s.h * s.s * (s.k + s.v),
-        lambda s: (s.s, 0),
-        lambda s: 2.0 * s.b * s.s * s.h * (s.k + s.v),
-    ),
-    "dwt": Facts(
-        lambda s: 3.0 * s.b * s.h * s.w * s.d, lambda s: (4, 4), lambda s: 4.0 * s.b * s.h * s.w * s.d
-    ),
-    "linear_attention": Facts(
-        lambda s: s.b * s.t * s.h * s.k * s.v * (8.0 if s.beta else 4.0),
-        lambda s: (s.t, s.t),
-        lambda s: s.b * s.t * s.h * s.k * s.v,
-    ),
-    "lmu": Facts(
-        lambda s: 2.0 * s.b * s.t * s.q * s.d * (s.d + 1),
-        lambda s: (s.t, s.t),
-        lambda s: s.b * s.t * s.q * s.d,
-    ),
-    "scan": Facts(
-        lambda s: 7.0 * s.b * s.t * s.e * s.n, lambda s: (s.t, s.b * s.t), lambda s: s.b * s.t * s.e * s.n
-    ),
-}
-FORWARD_ONLY = ("decode_attention",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +43,7 @@ class Case:
     @property
     def flops(self) -> float:
         """A gradient computes at least twice as much again."""
-        return FACTS[self.op.name].flops(self.spec) * (3.0 if self.gradients else 1.0)
+        return _specs(self.op.name).FACTS.flops(self.spec) * (3.0 if self.gradients else 1.0)
 
     @property
     def bytes(self) -> float:
@@ -112,14 +58,14 @@ class Case:
         """The error that values and gradients may have, relative to their largest. Rounding errors of a sum
         grow with the root of its length. In bfloat16 the factors of products are rounded, too, before each
         sum, of which a gradient has up to four in a row."""
-        values, gradients = (_UNIT * max(n, 1) ** 0.5 for n in FACTS[self.op.name].sums(self.spec))
+        values, gradients = (_UNIT * max(n, 1) ** 0.5 for n in _specs(self.op.name).FACTS.sums(self.spec))
         rough = _BFLOAT16 if any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(self.arguments)) else 0.0
         return values + 2 * rough, 4 * (max(values, gradients) + rough)
 
     @property
     def dense(self) -> bool:
         """Whether the reference in float64 fits."""
-        return 8 * FACTS[self.op.name].held(self.spec) <= _DENSE
+        return 8 * _specs(self.op.name).FACTS.held(self.spec) <= _DENSE
 
     def call(self, implementation: str) -> Callable[[dict[str, Any]], Any]:
         """The values by an implementation, as a function of the arguments."""
@@ -165,8 +111,13 @@ def _bytes(tree: Any) -> float:
 
 def op_named(name: str) -> Op:
     """The op of that name; raises ValueError with the nearest one."""
-    check_choice(name, tuple(FACTS), "op")
+    check_choice(name, kernels.__all__, "op")
     return importlib.import_module(f"seqlab.kernels.{name}")._op
+
+
+def has_gradients(op: str) -> bool:
+    """Whether gradients of the op can be timed."""
+    return _specs(op).FACTS.gradients
 
 
 def make(op: Op, name: str, spec: Any, dtype: str | None = None, gradients: bool = False) -> Case:

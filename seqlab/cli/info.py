@@ -7,10 +7,8 @@ import shutil
 import sys
 from typing import Any
 
-from seqlab.cli.common import (
-    add_json,
-    compile_cache,
-)
+from seqlab import kernels
+from seqlab.cli.common import add_json, compile_cache
 
 
 def add_commands(commands: Any) -> None:
@@ -28,7 +26,7 @@ def add_commands(commands: Any) -> None:
     bench = commands.add_parser(
         "bench", help="how fast an op is here beside others that compute the same, once it is right"
     )
-    bench.add_argument("op", help="attention, conv, decode_attention, linear_attention, scan, ...")
+    bench.add_argument("op", help=f"one of {', '.join(kernels.__all__)}")
     bench.add_argument(
         "--impl",
         nargs="+",

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from seqlab import __version__
 from seqlab.kernels.dispatch import Op, explain
+from seqlab.kernels.facts import Sample
 
 PACKAGES = (
     *(
@@ -108,16 +108,20 @@ def _devices() -> dict[str, Any]:
 
 
 def _kernels() -> dict[str, dict[str, Any]]:
-    tried = [op for op in ops() if op.name in SAMPLES]  # one without a sample is a part of another
+    tried = [op for op in ops() if op.name in _samples(op)]  # one without a sample is a part of another
     return {op.name: {name: _try(op, name) for name in op.implementations} for op in tried}
+
+
+def _samples(op: Op) -> dict[str, Callable[[], Sample]]:
+    return importlib.import_module(f"{op.package}.specs").SAMPLES
 
 
 def _try(op: Op, implementation: str) -> dict[str, Any]:
     """Whether `implementation` runs here, how far from the reference it is, or why it does not run."""
-    if op.name not in SAMPLES:
+    if op.name not in _samples(op):
         return {"runs": None, "reason": "no sample to try it on", "chosen": False}
     function = getattr(importlib.import_module(op.package), op.name)
-    args, kwargs = SAMPLES[op.name]()
+    args, kwargs = _samples(op)[op.name]()
     try:
         actual = jax.jit(lambda *a: function(*a, implementation=implementation, **kwargs))(*args)
         expected = jax.jit(lambda *a: function(*a, implementation="reference", **kwargs))(*args)
@@ -147,88 +151,3 @@ def _version(name: str) -> str | None:
 
 def _size(folder: pathlib.Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
-
-
-# Sizes that the tiles of an accelerator take as they are: what is asked here is whether a kernel runs, not
-# what else it supports.
-_BATCH, _TIME, _HEADS, _WIDTH, _STATE = 1, 128, 2, 128, 16
-
-
-def _normal(seed: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def _heads(seed: int) -> jax.Array:
-    return _normal(seed, _BATCH, _TIME, _HEADS, _WIDTH)
-
-
-def _attention() -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (_heads(0), _heads(1), _heads(2)), {}
-
-
-def _block_attention() -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (_heads(0), _heads(1), _heads(2), jnp.zeros((_BATCH, _TIME, _HEADS, 1), jnp.int32)), {
-        "block": _TIME // 4
-    }
-
-
-def _conv() -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (_normal(0, _BATCH, _TIME, _WIDTH), _normal(1, 4, _WIDTH), None), {}
-
-
-def _decode_attention() -> tuple[tuple[Any, ...], dict[str, Any]]:
-    from seqlab.kernels.decode_attention import Coded
-
-    random, lead = np.random.default_rng(0), (_BATCH, _HEADS)
-    words = [
-        jnp.asarray(random.integers(0, 2**32, size=(*lead, _WIDTH // 8, _TIME), dtype=np.uint32))
-        for _ in range(2)
-    ]
-    groups = [
-        [0.1 * _normal(seed, *lead, *shape) for seed in (1, 2)]
-        for shape in ((_TIME // 32, _WIDTH), (_WIDTH // 32, _TIME))
-    ]
-    k, v = (Coded(codes, *found) for codes, found in zip(words, groups, strict=True))
-    return (_normal(3, *lead, _WIDTH), k, v, jnp.ones((_BATCH, _TIME), bool)), {}
-
-
-def _dwt() -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (_normal(0, _BATCH, 16, 16, _WIDTH),), {}
-
-
-def _idwt() -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (_normal(0, _BATCH, 8, 8, _WIDTH), [_normal(1, _BATCH, 8, 8, _WIDTH, 3)]), {}
-
-
-def _linear_attention() -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (_heads(0), _heads(1), _heads(2)), {"decay": jax.nn.log_sigmoid(_heads(3))}
-
-
-def _lmu() -> tuple[tuple[Any, ...], dict[str, Any]]:
-    from seqlab.kernels.lmu import legendre
-
-    A, B = legendre(_WIDTH, 2.0 * _TIME)
-    return (_normal(0, _BATCH, _TIME, _HEADS), jnp.asarray(A, jnp.float32), jnp.asarray(B, jnp.float32)), {}
-
-
-def _scan() -> tuple[tuple[Any, ...], dict[str, Any]]:
-    x, maps = _normal(0, _BATCH, _TIME, _WIDTH), (_normal(seed, _BATCH, _TIME, _STATE) for seed in (1, 2))
-    return (
-        x,
-        jax.nn.softplus(_normal(3, _BATCH, _TIME, _WIDTH)),
-        -jnp.exp(_normal(4, _WIDTH, _STATE)),
-        *maps,
-    ), {}
-
-
-SAMPLES: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
-    "attention": _attention,
-    "block_attention": _block_attention,
-    "conv": _conv,
-    "decode_attention": _decode_attention,
-    "dwt": _dwt,
-    "idwt": _idwt,
-    "linear_attention": _linear_attention,
-    "lmu": _lmu,
-    "scan": _scan,
-}
