@@ -31,14 +31,14 @@ if not __name__.startswith("seqlab."):
     )
 
 if TYPE_CHECKING:  # what `__getattr__` answers, for those who read and do not run
-    from seqlab.kernels.attention import attention
-    from seqlab.kernels.block_attention import block_attention
-    from seqlab.kernels.conv import conv
-    from seqlab.kernels.decode_attention import decode_attention
-    from seqlab.kernels.dwt import dwt
-    from seqlab.kernels.linear_attention import linear_attention
-    from seqlab.kernels.lmu import lmu
-    from seqlab.kernels.scan import scan
+    from seqlab.kernels.attention import attention as attention
+    from seqlab.kernels.block_attention import block_attention as block_attention
+    from seqlab.kernels.conv import conv as conv
+    from seqlab.kernels.decode_attention import decode_attention as decode_attention
+    from seqlab.kernels.dwt import dwt as dwt
+    from seqlab.kernels.linear_attention import linear_attention as linear_attention
+    from seqlab.kernels.lmu import lmu as lmu
+    from seqlab.kernels.scan import scan as scan
 
 __all__ = sorted(path.parent.name for path in pathlib.Path(__file__).parent.glob("*/__init__.py"))
 
