@@ -1,8 +1,8 @@
 """Selection of the implementation of an op, and the report of which and why.
 
     implementation=None           the default of the platform; always succeeds, since `xla` never declines
-    implementation="name"         that one or an error, never another implementation=("a", "b")     the first
-    of these that exists and does not decline, or an error
+    implementation="name"         that one or an error, never another
+    implementation=("a", "b")     the first of these that exists and does not decline, or an error
 
 An implementation declines a call by raising `NotImplementedError(reason)`; every other error is a bug and is
 not caught. Implementations are named by module and imported when first selected, so that no backend is
