@@ -257,6 +257,17 @@ def with_cache(model: M, cache: str | Policy | Sequence[Policy]) -> M:
     return copy
 
 
+def leaves_training(model: Module) -> int | None:
+    """After how many steps of a stream `model` meets rotary positions that it was not trained on; None for never, or where
+    it is not known what it was trained on (`Model.trained_length`)."""
+    trained = getattr(model, "trained_length", None)
+    if trained is None:
+        return None
+    layers = [module for _, module in nnx.iter_modules(model) if isinstance(module, Attention)]
+    reaches = [layer.cache.reach for layer in layers if layer.rotary_base is not None]
+    return trained if any(reach is None or reach > trained for reach in reaches) else None
+
+
 def bytes_per_step(model: Module, dtype: jax.typing.DTypeLike = jnp.float32) -> float:
     """Bytes that the attention layers of `model` keep for each step that they remember; 0 without
     attention."""

@@ -3,6 +3,7 @@
 from flax import nnx
 from jaxtyping import Array, Float
 
+from seqlab.checks import check_positive
 from seqlab.models.backbone import Backbone
 from seqlab.models.layers import Embedding, Factory, Linear, RMSNorm, SwiGLU
 from seqlab.models.model import Model, check_dtype
@@ -17,6 +18,8 @@ class LanguageModel(Model):
       tie_embeddings: read logits out through the embedding (default) or through a matrix of their own.
       dtype: compute dtype of the activations, "float32", "bfloat16" or "float64"; parameters stay float32
         (float64), and so do norms, decays, recurrent states, softmax and logits.
+      trained_length: positions that it was or will be trained on: streams in which rotary positions grow beyond
+        them say so. None: not known.
     """
 
     def __init__(
@@ -32,9 +35,12 @@ class LanguageModel(Model):
         dtype: str = "float32",
         scan_layers: bool = False,
         remat: str = "none",
+        trained_length: int | None = None,
         rngs: nnx.Rngs,
     ):
         self.vocab_size, self.dtype = vocab_size, check_dtype(dtype)
+        if trained_length is not None:
+            self.trained_length = check_positive("trained_length", trained_length)
         self.embedding = Embedding(vocab_size, dim, rngs=rngs)
         self.backbone = Backbone(
             dim,

@@ -25,6 +25,7 @@ class Model(Composite, Module):
     dtype: str
     backbone: Backbone
     origin: Hashable = None  # of a published model: what its folder holds besides, for saving it again
+    trained_length: int | None = None  # positions that it was trained on, where that is known
 
     def embed(self, inputs: Num[Array, "b t *c"], valid: Steps | None = None) -> Activations:
         """Activations of the backbone's width for the inputs, in the compute dtype."""

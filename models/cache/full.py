@@ -57,6 +57,10 @@ class Full(Policy):
     def span(self) -> int:
         return self.capacity
 
+    @property
+    def reach(self) -> int | None:
+        return None if self.grows else self.capacity
+
     def init_state(
         self,
         batch: int,

@@ -42,6 +42,11 @@ class Heads(Policy):
     def span(self) -> int:
         return max(policy.span for policy in self.policies)
 
+    @property
+    def reach(self) -> int | None:
+        reaches = [policy.reach for policy in self.policies]
+        return None if None in reaches else max(reaches)
+
     def __str__(self) -> str:
         return f"heads({' '.join(map(str, self.of))} | {' | '.join(map(str, self.policies))})"
 

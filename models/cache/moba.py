@@ -99,6 +99,10 @@ class MoBA(Policy):
     def span(self) -> int:
         return self.capacity if self.stored is None else self.stored * self.block
 
+    @property
+    def reach(self) -> int | None:
+        return None if self.grows else self.span
+
     def init_state(
         self,
         batch: int,

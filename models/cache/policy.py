@@ -51,6 +51,12 @@ class Policy:
         raise NotImplementedError
 
     @property
+    def reach(self) -> int | None:
+        """How many positions rotary phases tell apart at most, as the policy counts them: by default those that it
+        remembers. None where they grow with the stream."""
+        return self.span
+
+    @property
     def end(self) -> int | None:
         """Where sequences must end; None for a policy that goes on, in constant memory or because it grows."""
         return None if self.grows else self.capacity

@@ -130,6 +130,10 @@ class Quantized(Policy):
         return self.sinks + (self.capacity - self.sinks if self.window is None else self.window)
 
     @property
+    def reach(self) -> int | None:
+        return None if self.grows or self.positions == "absolute" else self.span
+
+    @property
     def slots(self) -> int:
         """Quantized steps that are held at most: whole blocks of `residual`."""
         steps = self.window - 1 if self.window is not None else self.capacity - self.sinks

@@ -102,6 +102,10 @@ class Window(Policy):
         """Slots behind the sinks: of the window, or of a turn that is longer."""
         return max(self.window, self.turn or 0)
 
+    @property
+    def reach(self) -> int | None:
+        return None if self.positions == "absolute" else self.span
+
     def init_state(
         self,
         batch: int,

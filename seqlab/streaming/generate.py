@@ -48,11 +48,12 @@ from seqlab.streaming.states import (
     unrolled,
     with_room_for,
 )
-from seqlab.streaming.stream import Setup, Stream, Token, padded, slots_of
+from seqlab.streaming.stream import BeyondTraining, Setup, Stream, Token, padded, slots_of
 from seqlab.tokenizers import ByteTokenizer, Tokenizer
 
 __all__ = [
     "PREFILL_CHUNKS",
+    "BeyondTraining",
     "LogitsContext",
     "Past",
     "Sampling",

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqlab.mixer import as_mixer
+from seqlab.models.attention import leaves_training
 from seqlab.module import Module, split
 from seqlab.streaming.programs import BLOCK_LIMIT, Drawn, LogitsFunction, programs
 from seqlab.streaming.prompts import Ends
@@ -26,6 +28,10 @@ _BLOCK_SECONDS = (
     0.03  # blocks grow until they take this long: text keeps appearing, dispatch is a small share
 )
 _REPLAY = 32  # tokens after which a state is kept from which `Stream.state` can be made again
+
+
+class BeyondTraining(UserWarning):
+    """A stream has reached rotary positions that its model was not trained on: what follows may be worth nothing."""
 
 
 class Token(NamedTuple):
@@ -83,6 +89,7 @@ class Stream(Iterator[Token]):
         self._rows = len(setup.rows)
         self._padded = padded(self._rows)
         self._with_room = as_mixer(setup.model).with_room
+        self._trained, self._warned = leaves_training(setup.model), False
         self._clock = {"prefill": _Clock(), "decode": _Clock()}
         self._block = setup.block or _FIRST_BLOCK
         self._begin_text()
@@ -169,7 +176,7 @@ class Stream(Iterator[Token]):
     @property
     def stats(self) -> dict[str, float]:
         """Tokens read and handed out, how fast (compilation apart), bytes of state, compiled programs, tokens
-        a block."""
+        a block. `beyond_training`: steps of the longest row at positions that the model was not trained on."""
         prefill, decode = self._clock["prefill"], self._clock["decode"]
         return {
             "prompt_tokens": sum(map(len, self._setup.rows)),
@@ -183,6 +190,9 @@ class Stream(Iterator[Token]):
             // self._padded,
             "programs": self._programs.compiled(),
             "block": self._block,
+            "beyond_training": 0
+            if self._trained is None
+            else max(0, int((self._length + self._made).max()) - self._trained),
         }
 
     def __next__(self) -> Token:
@@ -238,6 +248,19 @@ class Stream(Iterator[Token]):
             self._after = self._run("prefill", int(count.sum()), state, tokens, valid)
             self._length += count
             start += size
+        self._watch(self._length, stacklevel=5)
+
+    def _watch(self, length: np.ndarray, stacklevel: int) -> None:
+        """Say once that the positions of a row have left what the model was trained on. `length` [b]: of the rows."""
+        if self._trained is None or self._warned or int(length.max()) <= self._trained:
+            return
+        self._warned = True
+        warnings.warn(
+            f"the stream has passed the {self._trained:,} positions that the model was trained on, and its cache counts "
+            'on: what follows may be worthless. A cache such as "sinks(4)+window(1020)" stays within them for ever',
+            BeyondTraining,
+            stacklevel=stacklevel,
+        )
 
     def _run(self, program: str, tokens: int, *args: Any, **options: Any) -> Any:
         """Run a program to its end and book its time; a call that had to compile is booked as compilation."""
@@ -266,6 +289,7 @@ class Stream(Iterator[Token]):
         self._after, drawn = self._decode(state, limits)
         count, broken = (np.asarray(part)[: self._rows] for part in (drawn.count, drawn.broken))
         self._drawn_until = (made + count).tolist()
+        self._watch(self._length + self._drawn_until, stacklevel=4)
         clock = self._clock["decode"]
         clock.tokens += 0 if clock.compiled else int(count.sum())
         longest = int(count.max())

@@ -134,6 +134,9 @@ def _load_run(workdir: pathlib.Path, step: int | None, trust: bool, dtype: str |
         if average:
             params |= checkpoints.restore(number, like={"average": average}, only="average")[1]["average"]
     model = in_evaluation(merge(static, {name: jnp.asarray(value) for name, value in params.items()}))
+    length = getattr(experiment.data, "length", None)
+    if isinstance(model, Model) and model.trained_length is None and isinstance(length, int):
+        model.trained_length = length
     return Run(model, experiment.data.tokenizer, cfg, number)
 
 

@@ -73,6 +73,7 @@ def language_model(
         ),
         norm=fdl.Partial(RMSNorm, eps=eps),
         tie_embeddings=keys.flag("tie_word_embeddings", False),
+        trained_length=longest,
     )
 
 
@@ -201,7 +202,7 @@ def described(model: LanguageModel, qk_norm: bool = False) -> dict[str, Any]:
         "intermediate_size": blocks[0].channel_mixer.down.weight.shape[0],
         "rms_norm_eps": blocks[0].mixer_norm.eps,
         "rope_parameters": rope,
-        "max_position_embeddings": max(spans),
+        "max_position_embeddings": model.trained_length or max(spans),
     }
 
 
