@@ -21,8 +21,7 @@ from seqlab.state import State, mask_steps, state_bytes
 
 
 class KeyConvState(NamedTuple):
-    """`cache`: the state of the policy. `conv` [b, w-1, g * k]: the last keys as they were projected, oldest
-    first."""
+    """`cache`: the state of the policy. `conv` [b, w-1, g * k]: the last projected keys, oldest first."""
 
     cache: State
     conv: Float[Array, "b p d"]
@@ -35,25 +34,25 @@ class Attention(Module):
       dim: model width d.
       heads: query heads h; `kv_heads` (default h) divides it; `head_dim` defaults to d / h.
       v_head_dim: width of a head's values, default `head_dim`.
-      cache: which past a query may see and how it is stored: a policy of `seqlab.models.cache`, or its words.
+      cache: which past keys a query sees and how they are stored: a policy of `seqlab.models.cache`, or its
+        string form.
       softcap, scale: logits are softcap · tanh(scale q·k / softcap); default: no cap, 1 / sqrt(head_dim).
-      rotary_base: base of the rotary frequencies; None for no positions at all. `rotary_width`: how many
-        first channels of a head turn.
+      rotary_base: base of the rotary frequencies; None for no positions. `rotary_width`: the number of
+        leading channels of a head that are rotated.
       rotary_scaling: a `RotaryScaling` of these frequencies, for sequences longer than those of training.
-      qk_norm: RMSNorm (with `norm_eps`) queries and keys per head before the rotation.
-      key_conv: taps w of a causal depthwise convolution that gathers keys of neighbouring steps before
-        anything else is done to them, k_t + silu(sum_{j < w} w_j k_{t-w+1+j}): mean keys of blocks then tell
-        more (FlashMoBA, arXiv 2511.11571).
-      sink: a logit for no key at all, which takes weight from the others: "zero" (softmax-off-by-one) or
-        "learned", one a head.
-      bias, out_bias: of the projections into heads, and out of them.
+      qk_norm: apply RMSNorm (with `norm_eps`) to queries and keys per head before the rotation.
+      key_conv: taps w of a causal depthwise convolution of the projected keys, k_t + silu(sum_{j < w} w_j
+        k_{t-w+1+j}), which makes mean keys of blocks more informative (FlashMoBA, arXiv 2511.11571).
+      sink: a logit without a value, which takes weight from the keys: "zero" (softmax-off-by-one) or
+        "learned", one per head.
+      bias, out_bias: biases of the projections into and out of the heads.
 
     The state is the policy's: of a full cache `kv_heads * (head_dim + v_head_dim)` numbers per stored key,
     and its position. A `key_conv` adds the last w - 1 keys.
 
     Pitfalls:
-      A full cache ends: beyond its capacity outputs are NaN, never a wrong number. A window has no end.
-      Window W means the query and the W - 1 keys before it.
+      A full cache has a capacity: beyond it outputs are NaN, never a wrong number. A window is unbounded.
+      A window W is the query and the W - 1 keys before it.
     """
 
     causal, lookahead = True, 0
@@ -114,7 +113,7 @@ class Attention(Module):
 
     @property
     def torch_sizes(self) -> dict[str, tuple[int, ...]]:
-        """Outputs of the three published projections that are one here."""
+        """Output sizes of the three published projections that are merged here."""
         q, k = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {"qkv": (q, k, self.kv_heads * self.v_head_dim)}
 
@@ -125,7 +124,7 @@ class Attention(Module):
 
     @property
     def capacity(self) -> int | None:
-        """The longest sequence that the cache can hold; None for one without end."""
+        """The longest sequence that the cache can hold; None if unbounded."""
         return self.cache.end
 
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> State:
@@ -143,7 +142,7 @@ class Attention(Module):
         q, k, v, conv = self.project(mask_steps(x, valid), conv, reset, valid)
         if cache is not None:
             self.cache.check(cache)
-        if x.shape[1] == 0:  # nothing arrived
+        if x.shape[1] == 0:  # an empty chunk
             return jnp.zeros((x.shape[0], 0, self.dim), x.dtype), state
         scores = Scores(self.rotary, self.softcap, self.scale)
 
@@ -163,8 +162,7 @@ class Attention(Module):
         reset: Steps | None = None,
         valid: Steps | None = None,
     ) -> tuple[Queries, Keys, Values, State | None]:
-        """Queries, keys and values in heads, not yet turned to their positions, and the state of the
-        convolution of keys."""
+        """Queries, keys and values in heads, before the rotation, and the state of the key convolution."""
         q_size, k_size, _ = self.torch_sizes["qkv"]
         q, k, v = jnp.split(self.qkv(x), [q_size, q_size + k_size], axis=-1)
         q, k = (rearrange(y, "b t (h k) -> b t h k", k=self.head_dim) for y in (q, k))
@@ -175,18 +173,18 @@ class Attention(Module):
         return (q, k, v, conv) if self.q_norm is None else (self.q_norm(q), self.k_norm(k), v, conv)
 
     def without_sink(self, out: Float[Array, "b t h v"], lse: LogSumExp) -> Float[Array, "b t h v"]:
-        """The heads' outputs with the weight that a sink leaves them, exp(lse) / (exp(lse) + exp(z))."""
+        """The heads' outputs times the weight left by a sink, exp(lse) / (exp(lse) + exp(z))."""
         if self.sink is None:
             return out
         z = 0.0 if self.sink_logits is None else self.sink_logits[...].astype(lse.dtype)
         return out * jax.nn.sigmoid(lse - z)[..., None].astype(out.dtype)
 
     def read_out(self, heads: Float[Array, "b t h v"]) -> Activations:
-        """What the heads' outputs add to the stream."""
+        """The output projection of the heads' outputs."""
         return self.out(rearrange(heads, "b t h v -> b t (h v)"))
 
     def rotary(self, x: Float[Array, "b t h k"], positions: Int[Array, "b t"]) -> Float[Array, "b t h k"]:
-        """Queries or keys turned to their positions."""
+        """Queries or keys, rotated by their positions."""
         if self.rotary_base is None:
             return x
         if self.rotary_width == self.head_dim:
@@ -206,7 +204,7 @@ class Attention(Module):
         return self.cache.rewind(state, steps)
 
     def with_room(self, state: State, steps: int) -> State:
-        """`state` with slots for sequences of `steps` steps, where it has fewer."""
+        """`state` with slots for sequences of `steps` steps, if it has fewer."""
         return self._of_cache(self.cache.with_room, state, steps)
 
     def make_room(self, state: State, steps: Int[Array, " b"] | int) -> State:
@@ -214,11 +212,11 @@ class Attention(Module):
         return self._of_cache(self.cache.make_room, state, steps)
 
     def compact(self, state: State, steps: int) -> State:
-        """The state of sequences of at most `steps` steps with no more slots than these need."""
+        """`state` of sequences of at most `steps` steps, reduced to the slots these need."""
         return self._of_cache(self.cache.compact, state, steps)
 
     def adopt(self, state: State) -> State:
-        """A state that enters from outside; ValueError where another cache made it."""
+        """A state from outside; ValueError if it was made by another cache."""
         return self._of_cache(lambda own, _: self.cache.adopt(own), state, 0)
 
     def _of_cache(self, function: Callable[[State, Any], State], state: State, steps: Any) -> State:
@@ -228,7 +226,7 @@ class Attention(Module):
 
 
 def _own_softcap(cache: Policy | str, softcap: float | None) -> tuple[Policy, float | None]:
-    """The policy, and the softcap that once was an option of policies."""
+    """The policy, and its deprecated softcap option."""
     cache = parse_cache(cache) if isinstance(cache, str) else cache
     if not isinstance(cache, Policy):
         raise UserError(f"cache must be a policy of seqlab.models.cache or its words, got {cache!r}")
@@ -240,11 +238,11 @@ def _own_softcap(cache: Policy | str, softcap: float | None) -> tuple[Policy, fl
 
 
 def with_cache(model: M, cache: str | Policy | Sequence[Policy]) -> M:
-    """A copy of `model` whose attention layers have another cache, or each its own where a sequence of
-    policies is given.
+    """A copy of `model` with another cache in its attention layers, or one per layer from a sequence of
+    policies.
 
-    A string is read by `parse_cache`: "sinks(4)+window(1020)+int4". Raises ValueError where it cannot be,
-    where the model has no attention, or another number of attention layers than there are policies.
+    A string is parsed by `parse_cache`: "sinks(4)+window(1020)+int4". Raises ValueError for an invalid one,
+    for a model without attention, or if the number of policies differs from that of attention layers.
     """
     copy = nnx.merge(*nnx.split(model))
     cache = parse_cache(cache) if isinstance(cache, str) else cache
@@ -269,7 +267,6 @@ def leaves_training(model: Module) -> int | None:
 
 
 def bytes_per_step(model: Module, dtype: jax.typing.DTypeLike = jnp.float32) -> float:
-    """Bytes that the attention layers of `model` keep for each step that they remember; 0 without
-    attention."""
+    """Bytes stored by the attention layers of `model` per step; 0 without attention."""
     layers = [module for _, module in nnx.iter_modules(model) if isinstance(module, Attention)]
     return sum(state_bytes(layer, dtype=dtype) / layer.cache.span for layer in layers)

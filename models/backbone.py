@@ -1,7 +1,7 @@
 """One backbone for every model: norm, token mixer, norm, channel mixer, repeated (MetaFormer, arXiv
 2111.11418).
 
-Mixers are constructor arguments, so a hybrid is a tuple of them and a new model is never a copied file.
+Mixers are constructor arguments: a hybrid is a tuple of them, and no model needs a copy of this file.
 """
 
 from collections.abc import Callable
@@ -24,16 +24,16 @@ from seqlab.state import Stacked, State, mask_steps
 
 
 class Block(Composite, Module):
-    """x + mixer(norm(x)), then x + channel_mixer(norm(x)); without a channel mixer the first half alone, as
-    in Mamba.
+    """x + mixer(norm(x)), then x + channel_mixer(norm(x)); without a channel mixer only the first, as in
+    Mamba.
 
-    Arrays are [b, t, d], or whatever the mixers take: over images [b, h, w, d] this is the block of
-    PoolFormer and its kin, whose options are (arXiv 2111.11418, 2210.13452):
+    Arrays are [b, t, d], or whatever the mixers take: on images [b, h, w, d] this is the block of PoolFormer
+    and related models, with these options (arXiv 2111.11418, 2210.13452):
 
     Args:
-      layer_scale, residual_scale: each branch, or the stream that it is added to, times a learnt vector that
-        begins at this value.
-      drop_path: the probability with which a branch is left out in training, row by row (stochastic depth).
+      layer_scale, residual_scale: a learned vector, initialised to this value, that multiplies each branch,
+        or the stream it is added to.
+      drop_path: the probability that a branch is dropped in training, per row (stochastic depth).
     """
 
     def __init__(
@@ -106,12 +106,13 @@ class Backbone(Composite, Module):
     """`depth` blocks and a final norm.
 
     Args:
-      mixers: one factory or a tuple of them, taken in turn: layer i gets `mixers[i % len(mixers)]`.
+      mixers: one factory or a tuple of them, cycled: layer i gets `mixers[i % len(mixers)]`.
       channel_mixer: a factory, a tuple of them likewise, or None.
-      scan_layers: run the repeats of the pattern by one `lax.scan` over stacked parameters: compile time and
-        program size no longer grow with depth. The same function; `depth` must be a multiple of the pattern.
-      remat: what is kept for the backward pass: "none" keeps every activation, "dots" the blocks' inputs and
-        the products with weights, "block" the blocks' inputs alone; the rest is computed again.
+      scan_layers: run the repetitions of the pattern by one `lax.scan` over stacked parameters: compile time
+        and program size do not grow with depth. The function is the same; `depth` must be a multiple of the
+        pattern length.
+      remat: what is saved for the backward pass: "none" saves every activation, "dots" the blocks' inputs and
+        products with weights, "block" only the blocks' inputs; the rest is recomputed.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class Backbone(Composite, Module):
         channels = tuple(channel_mixer) if isinstance(channel_mixer, tuple | list) else (channel_mixer,)
         if not mixers or not channels:
             raise UserError("mixers and channel_mixer must name at least one factory each")
-        for factory in mixers[depth:] if not scan_layers else ():  # of no layer, and still of the wrong kind
+        for factory in mixers[depth:] if not scan_layers else ():  # used by no layer, but checked as well
             nnx.eval_shape(lambda factory=factory: make_mixer("mixers", factory, dim, rngs=nnx.Rngs(0)))
         check_choice(remat, ("none", "dots", "block"), "remat")
         self.dim, self.depth, self.scan_layers, self.remat = (
@@ -162,7 +163,7 @@ class Backbone(Composite, Module):
         return repeats * sum(as_mixer(child).lookahead for child in self.children())
 
     def children(self) -> list[Any]:
-        """The mixers of one repeat of the pattern."""
+        """The mixers of one repetition of the pattern."""
         return [child for block in self.blocks for child in block.children()]
 
     def unrolled(self) -> "Backbone":
@@ -200,8 +201,8 @@ class Backbone(Composite, Module):
     def map_states(
         self, state: tuple[State, ...], function: Callable[[Any, State], State]
     ) -> tuple[State, ...]:
-        """`function(mixer, its state)` of every mixer, layer by layer; a ValueError or NotImplementedError of
-        it says in which layer."""
+        """`function(mixer, its state)` for every mixer, layer by layer; a ValueError or NotImplementedError
+        is raised again with the layer."""
         new, period = [], len(self.blocks)
         for j, (block, own) in enumerate(zip(self.blocks, state, strict=True)):
             layers = [own]
@@ -230,7 +231,7 @@ class Backbone(Composite, Module):
         return x, state
 
     def _run(self, static: Any) -> Any:
-        """A block as a pure function of its parameters; the statistics that it moves in training (BatchNorm's,
+        """A block as a pure function of its parameters; statistics updated in training (BatchNorm's,
         dropout's keys) are a result like its state."""
 
         def run(params, x, state, reset, valid):
@@ -259,7 +260,7 @@ class Backbone(Composite, Module):
                 x, updated, moved = run(params, x, old, reset, valid)
                 new.append(updated)
                 measured.append(moved)
-            return x, (tuple(new), measured)  # never parameters: returning them would stack a copy
+            return x, (tuple(new), measured)  # not parameters: returning them would stack a copy
 
         x, (states, measured) = jax.lax.scan(repeat, x, (tuple(params for _, params in parts), states))
         for block, moved in zip(self.blocks, measured, strict=True):
@@ -276,8 +277,8 @@ def _stack(blocks: list[Block]) -> Block:
 
 
 def unrolled(backbone: Backbone) -> Backbone:
-    """The same function with one set of parameters a layer: what decoding wants, where slicing stacked
-    parameters would copy them."""
+    """The same function with separate parameters per layer, for decoding, where slicing stacked parameters
+    would copy them."""
     if not backbone.scan_layers:
         return backbone
     repeats = backbone.depth // len(backbone.blocks)
@@ -294,6 +295,6 @@ def unrolled(backbone: Backbone) -> Backbone:
 
 
 def out_scale(depth: int, halves: int = 2) -> float:
-    """Initial scale of the projections that write into the residual stream, so that its size does not grow
-    with depth (GPT-2's rule)."""
+    """Initial scale of projections into the residual stream, so that its size does not grow with depth
+    (GPT-2's rule)."""
     return 1.0 / (halves * depth) ** 0.5

@@ -1,4 +1,4 @@
-"""Batch normalisation that streams: in evaluation it is one affine map a channel."""
+"""Batch normalisation that streams: in evaluation it is one affine map per channel."""
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,12 @@ from seqlab.state import mask_steps
 
 
 class BatchNorm(Module):
-    """(x - mean) / sqrt(var + eps) * weight + bias, mean and variance a channel (arXiv 1502.03167).
+    """(x - mean) / sqrt(var + eps) * weight + bias, mean and variance per channel (arXiv 1502.03167).
 
-    In evaluation, which is how a model is born, they are the running statistics: an affine map, so that
-    streaming is exact. In training (`model.train()`, as everywhere in NNX; seqlab's training step does it
-    itself) they are those of the batch, over rows and valid steps: rows are then not independent, a chunk is
-    not the whole, and the streaming contract does not hold. Every training call moves the running statistics,
+    In evaluation, the initial mode of a model, these are the running statistics: an affine map, so streaming
+    is exact. In training (`model.train()`, as everywhere in NNX; seqlab's training step calls it) they are
+    those of the batch, over rows and valid steps: rows are then not independent, a chunk differs from the
+    whole, and the streaming contract does not hold. Every training call updates the running statistics,
 
         running <- (1 - momentum) running + momentum batch
 
@@ -47,7 +47,8 @@ class BatchNorm(Module):
         return mask_steps(y.astype(x.dtype), valid)
 
     def _measure(self, x: Array, valid: Steps | None) -> tuple[Array, Array]:
-        """Mean and biased variance of a batch whose invalid steps are zero; the running statistics move."""
+        """Mean and biased variance of a batch whose invalid steps are zero; updates the running
+        statistics."""
         seen = x.shape[0] * x.shape[1] if valid is None else jnp.sum(valid, dtype=x.dtype)
         count = jnp.maximum(seen, 1)
         mean = jnp.sum(x, axis=(0, 1)) / count
@@ -66,6 +67,5 @@ class BatchNorm(Module):
 
 
 def normed(norm: nnx.Module, x: Float[Array, "b t d"], valid: Steps | None) -> Float[Array, "b t d"]:
-    """norm(x) for norms of every kind: the one that measures a batch must know which of its steps are
-    there."""
+    """norm(x) for norms of any kind; batch statistics exclude invalid steps."""
     return norm(x, valid) if isinstance(norm, BatchNorm) else norm(x)

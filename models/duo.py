@@ -1,5 +1,5 @@
-"""DuoAttention: which heads need the whole past? One gate a key/value head, learnt while all weights stand
-still (arXiv 2410.10819)."""
+"""DuoAttention: one gate per key/value head, trained with frozen weights, identifies the heads that need the
+whole past (arXiv 2410.10819)."""
 
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from seqlab.models.backbone import Block
 from seqlab.models.language_model import LanguageModel
 from seqlab.shapes import Tokens
 
-Gates = Float[Array, "l g"]  # one a layer and key/value head
+Gates = Float[Array, "l g"]  # one per layer and key/value head
 
 
 class DuoLoss(NamedTuple):
@@ -27,7 +27,7 @@ class DuoLoss(NamedTuple):
 
 
 def gates(model: LanguageModel) -> Gates:
-    """Gates before training: every head needs everything."""
+    """Initial gates: every head keeps the whole past."""
     layers = [block.mixer for block in model.backbone.blocks]
     for i, mixer in enumerate(layers):
         if not isinstance(mixer, Attention):
@@ -40,14 +40,14 @@ def gates(model: LanguageModel) -> Gates:
 def two_streams(
     model: LanguageModel, alpha: Gates, tokens: Tokens, *, sinks: int, window: int
 ) -> tuple[Float[Array, "b t d"], Float[Array, "b t d"]]:
-    """Features of the model as it is, and of one whose heads are gated, both behind the final norm.
+    """Features of the model itself and of the model with gated heads, both after the final norm.
 
-        x_full <- x_full + W_o O_full;   x_duo <- x_duo + W_o (a O_full + (1 - a) O_str),  a = clip(alpha, 0,
-        1)
+        x_full <- x_full + W_o O_full
+        x_duo  <- x_duo + W_o (a O_full + (1 - a) O_str),  a = clip(alpha, 0, 1)
 
-    O_full attends to the whole past of the full stream, and is a constant to the gates; O_str attends in the
-    duo stream to the first `sinks` keys and the last `window`, the query's own included. Positions are
-    absolute in both.
+    O_full attends to the whole past of the full stream, and is constant with respect to the gates; O_str
+    attends in the duo stream to the first `sinks` keys and the last `window`, the query's own included.
+    Positions are absolute in both.
     """
     full = duo = model.embedding(tokens).astype(model.dtype)
     for block, gate in zip(model.backbone.blocks, _clamped(alpha), strict=True):
@@ -62,8 +62,8 @@ def two_streams(
 
 @jax.custom_jvp
 def _clamped(alpha: Gates) -> Gates:
-    """Gates between 0 and 1. At exactly 0 and 1 the whole gradient passes, where that of `jnp.clip` is half
-    of it: gates begin at 1, and training puts them back onto the bounds before every step."""
+    """Gates between 0 and 1. At exactly 0 and 1 the full gradient passes, while that of `jnp.clip` is half of
+    it: gates start at 1, and training clips them to the bounds before every step."""
     return jnp.clip(alpha, 0, 1)
 
 
@@ -83,8 +83,8 @@ def duo_loss(
     window: int,
     weight: float = 0.05,
 ) -> DuoLoss:
-    """What the gates are trained by: the squared distance of the two streams where `labels` is True, and the
-    size of the gates."""
+    """The loss of the gates: the squared distance of the two streams where `labels` is True, and the size of
+    the gates."""
     full, duo = (x.astype(jnp.float32) for x in two_streams(model, alpha, tokens, sinks=sinks, window=window))
     keep = labels.astype(jnp.float32)
     distill = jnp.sum(jnp.mean(jnp.square(full - duo), axis=-1) * keep) / jnp.maximum(keep.sum(), 1)
@@ -104,7 +104,8 @@ def fit_gates(
 ) -> tuple[Gates, list[DuoLoss]]:
     """Gates trained for `steps` by AdamW without decay; `batches` gives (tokens, labels) by step.
 
-    The rate rises over the first fifth and falls over the last, never below a tenth; gates stay in [0, 1].
+    The learning rate rises over the first fifth and falls over the last, not below a tenth; gates stay in [0,
+    1].
     """
     import optax
 
@@ -136,8 +137,8 @@ def fit_gates(
 
 
 def retrieval_heads(alpha: Gates, sparsity: float, seed: int = 0) -> list[list[bool]]:
-    """Which heads keep everything: by layer and key/value head. The share `sparsity` of all heads with the
-    smallest gates streams."""
+    """The heads that keep the whole past, per layer and key/value head. The share `sparsity` of all heads
+    with the smallest gates streams."""
     if not 0 <= sparsity <= 1:
         raise UserError(f"sparsity must be a share between 0 and 1, got {sparsity}")
     if sparsity in (0, 1):

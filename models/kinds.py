@@ -1,7 +1,7 @@
-"""The parts that a model is made of, by kind: a mixer where a mixer is expected, a norm where a norm is.
+"""Checks of the parts of a model by kind: a mixer where a mixer is expected, a norm where a norm is.
 
-Parts come as factories, often by their names from a command line, and a part of another kind would only fail
-when the model is called. Models make their parts through `make_mixer` and `make_norm`, which say so at once.
+Parts are given as factories, often by name on the command line, and a part of another kind would only fail
+when the model is called. Models build their parts by `make_mixer` and `make_norm`, which check at once.
 """
 
 import importlib
@@ -15,13 +15,13 @@ from seqlab.checks import UserError, nearest
 
 
 def make_mixer(name: str, factory: Callable[..., Any], *sizes: int, rngs: nnx.Rngs, **options: Any) -> Any:
-    """factory(*sizes, rngs=rngs, **options), which must give a mixer: a module that is called as (x, state,
-    reset, valid).
+    """factory(*sizes, rngs=rngs, **options), checked to be a mixer: a module called as (x, state, reset,
+    valid).
 
     Args:
-      name: of the argument that `factory` is; a factory of a config says itself where it stands (`where`).
+      name: the name of the argument; a factory from a config has its own path (`where`).
     Raises:
-      ValueError: it gives something else, with the names of mixers.
+      ValueError: it is something else; the message has the names of mixers.
     """
     return _checked("mixer", _is_mixer, name, factory, sizes, rngs, options)
 
@@ -59,7 +59,7 @@ def _checked(
 
 
 def class_of(factory: Any) -> Any:
-    """What a factory calls in the end: the class or function of a partial."""
+    """The class or function that a factory finally calls."""
     while hasattr(factory, "func"):
         factory = factory.func
     return factory
@@ -81,20 +81,20 @@ def _is_norm(cls: type) -> bool:
 
 
 def _takes(cls: type, count: int) -> bool:
-    """Whether what `cls` makes can be called with so many arrays."""
+    """Whether instances of `cls` can be called with this many arrays."""
     if not any("__call__" in vars(base) for base in cls.__mro__):
         return False
     try:
         inspect.signature(cls.__call__).bind(None, *[None] * count)
     except TypeError:
         return False
-    except ValueError:  # no signature to be had
+    except ValueError:  # no signature available
         return True
     return True
 
 
 def _known(fits: Callable[[type], bool]) -> list[str]:
-    """The classes of `seqlab.models` that fit and need no more than a width."""
+    """The matching classes of `seqlab.models` that need only a width."""
     models = importlib.import_module("seqlab.models")
     classes = {name: getattr(models, name) for name in models.__all__}
     return [

@@ -1,4 +1,4 @@
-"""A language model: token embedding, backbone, logits. What is special about a model is in its mixers."""
+"""A language model: token embedding, backbone, logits. Models differ in their mixers."""
 
 from flax import nnx
 from jaxtyping import Array, Float
@@ -15,7 +15,7 @@ class LanguageModel(Model):
 
     Args:
       mixers, channel_mixer, norm, scan_layers, remat: as in `Backbone`.
-      tie_embeddings: read logits out through the embedding (default) or through a matrix of their own.
+      tie_embeddings: compute logits by the embedding matrix (default) or by a separate one.
       dtype: compute dtype of the activations, "float32", "bfloat16" or "float64"; parameters stay float32
         (float64), and so do norms, decays, recurrent states, softmax and logits.
       trained_length: positions that it was or will be trained on: streams in which rotary positions grow beyond

@@ -1,8 +1,8 @@
-"""The small parts: linear maps, norms, rotary phases, embeddings, short convolutions, channel mixers.
+"""Basic layers: linear maps, norms, rotary phases, embeddings, short convolutions, channel mixers.
 
-Parameters are float32; a layer casts them to the dtype of its input where it uses them, so one choice at the
-embedding (`dtype`) sets the compute dtype of a whole model. Norms and rotary phases work in float32 (float64
-for float64 inputs) whatever that choice is.
+Parameters are float32; a layer casts them to the dtype of its input, so the `dtype` of the embedding sets the
+compute dtype of the whole model. Norms and rotary phases are always computed in float32 (float64 for float64
+inputs).
 """
 
 import math
@@ -27,14 +27,14 @@ Factory = Callable[..., Module]  # called as factory(dim, rngs=rngs)
 
 @jax.checkpoint
 def gelu(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-    """x P(X < x) for a normal X: the exact one (arXiv 1606.08415). Its gradient keeps x and nothing else."""
-    wide = x.astype(accumulator(x.dtype))  # in fewer bits 1 + erf would lose a tail
+    """x P(X < x) for a normal X: the exact one (arXiv 1606.08415). Its gradient saves only x."""
+    wide = x.astype(accumulator(x.dtype))  # in lower precision 1 + erf would lose the tail
     return (wide * (0.5 + 0.5 * jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
-    "gelu": gelu,  # JAX's own is by default the approximation by tanh
+    "gelu": gelu,  # JAX's default is the tanh approximation
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
     "squared_relu": lambda x: jnp.square(jax.nn.relu(x)),
@@ -60,8 +60,8 @@ def step_size_bias(
 def matmul(
     x: Float[Array, "*b i"], weight: Float[Array, "i o"], dtype: jax.typing.DTypeLike | None = None
 ) -> Float[Array, "*b o"]:
-    """x W, accumulated and returned in `dtype`. On a CPU the leading axes are made one: XLA would transpose x
-    for the gradient of W."""
+    """x W, accumulated and returned in `dtype`. On a CPU the leading axes are merged, since XLA would
+    transpose x for the gradient of W."""
     split = x.ndim > 2 and sequence_parallel.parts(x.shape[1]) > 1
     # The axes are kept separate, since each may be sharded over its own mesh axis.
     if split or jax.default_backend() != "cpu":
@@ -87,7 +87,7 @@ class Linear(Module):
         self, x: Float[Array, "*b i"], dtype: jax.typing.DTypeLike | None = None
     ) -> Float[Array, "*b o"]:
         """y in the dtype of `x`, or accumulated and returned in `dtype`: logits must not be rounded to the
-        few bits of the activations."""
+        dtype of the activations."""
         y = matmul(x, self.weight[...].astype(x.dtype), dtype)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
@@ -135,8 +135,7 @@ class LayerNorm(Module):
 
 
 class Embedding(Module):
-    """Token vectors [vocab, d]. `read_out` is the tied head: one module and a method, never two names for one
-    array."""
+    """Token vectors [vocab, d]. `read_out` is the tied head, so that one array never has two names."""
 
     def __init__(self, vocab_size: int, dim: int, *, std: float = 0.02, rngs: nnx.Rngs):
         self.weight = nnx.Param(
@@ -194,16 +193,15 @@ class ShortConv(Module):
 
 
 class MLP(Module):
-    """Channel mixer: down(activation(up x)), one step at a time; it has no state.
+    """Channel mixer: down(activation(up x)), pointwise in time, without state.
 
     Args:
-      expand, hidden: the width inside is `hidden`, by default expand * dim.
-      activation: a name, or a factory of a module with parameters of its own, called as activation(hidden,
+      expand, hidden: the hidden width is `hidden`, by default expand * dim.
+      activation: a name, or a factory of a module with its own parameters, called as activation(hidden,
         rngs=rngs).
 
     Pitfalls:
-      "gelu" is the exact one, as in the papers; JAX's own default is the tanh approximation, here
-      "gelu_tanh".
+      "gelu" is exact, as in the papers; JAX's default is the tanh approximation, here "gelu_tanh".
     """
 
     causal, lookahead, exact = True, 0, True
@@ -248,7 +246,7 @@ class SwiGLU(Module):
     to a multiple of 64.
 
     Pitfalls:
-      Gate and up projection are one matrix here, the gate first; published weights come as two.
+      Gate and up projection are one matrix here, the gate first; published weights have two.
     """
 
     causal, lookahead, exact = True, 0, True
@@ -275,11 +273,11 @@ class SwiGLU(Module):
 
 
 class RotaryScaling(NamedTuple):
-    """How a model trained on short sequences turns slower on long ones: frequencies divided by `factor`.
+    """Scaling of rotary frequencies for sequences longer than those of training: division by `factor`.
 
-    With the other three only the slow ones are: those with a period above `original_max_position_embeddings /
-    low_freq_factor`, and in part those down to `/ high_freq_factor` (Llama 3.1, arXiv 2407.21783). Without
-    them all are (linear interpolation, arXiv 2306.15595).
+    With the other three, only slow frequencies are divided: those with a period above
+    `original_max_position_embeddings / low_freq_factor`, and partly those down to `/ high_freq_factor` (Llama
+    3.1, arXiv 2407.21783). Without them, all are (linear interpolation, arXiv 2306.15595).
     """
 
     factor: float
@@ -288,10 +286,10 @@ class RotaryScaling(NamedTuple):
     original_max_position_embeddings: int | None = None
 
     def __call__(self, turns: np.ndarray) -> np.ndarray:
-        """Frequencies, in turns a step, as scaled."""
+        """Scaled frequencies, in turns per step."""
         if self.low_freq_factor is None:
             return turns / self.factor
-        periods = self.original_max_position_embeddings * turns  # in the length of training
+        periods = self.original_max_position_embeddings * turns  # within the training length
         kept = np.clip(
             (periods - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0.0, 1.0
         )
@@ -308,13 +306,12 @@ def rotary_phases(
     """cos and sin of position * base^(-2i/width), as accurate at step 10^9 as at step 1.
 
     A float32 angle is off by 0.06 radians after a million steps. Here a frequency is a fraction of a turn
-    with 48 bits, and the product
-    with the position is taken in integers that wrap exactly where the circle does: 32 high bits directly, 16
-    low bits by halves of the position so that nothing overflows. Of positions between the integers the rest
-    is added in floating point.
+    with 48 bits, and its product with the position is computed in integers, whose overflow is a full turn: 32
+    high bits directly, 16 low bits by halves of the position to avoid overflow. The fractional part of a
+    position is added in floating point.
 
     `sections` (a_0, a_1, ..) that add up to width/2: positions [b, t, axes], and the first a_0 frequencies
-    turn by the first axis, the next a_1 by the second (time, height and width of a video: Qwen2-VL, arXiv
+    use the first axis, the next a_1 the second (time, height and width of a video: Qwen2-VL, arXiv
     2409.12191).
     """
     turns = float(base) ** (-np.arange(0, width, 2, dtype=np.float64) / width) / (2 * np.pi)
@@ -346,9 +343,8 @@ def rotate(
     scaling: RotaryScaling | None = None,
     sections: tuple[int, ...] | None = None,
 ) -> Float[Array, "b t h k"]:
-    """Rotary position embedding with half-split pairing: channels i and i + k/2 turn together (arXiv
-    2104.09864); along one axis, or
-    along several, each in its `sections` of the frequencies: see `rotary_phases`."""
+    """Rotary position embedding with half-split pairing: channels i and i + k/2 form a pair (arXiv
+    2104.09864); along one axis, or along several with `sections` of the frequencies, see `rotary_phases`."""
     cos, sin = (
         phase[:, :, None, :] for phase in rotary_phases(positions, x.shape[-1], base, scaling, sections)
     )
@@ -361,8 +357,8 @@ def step_by_step(
     step: Callable[..., tuple[State, Any]], state: State, inputs: Any, *constants: Any
 ) -> tuple[State, Any]:
     """`state, outputs` of step(state, input, *constants) -> state, output along time, the second axis of
-    every leaf of the inputs; one step is no loop. Arrays that `step` needs at every step are `constants`, not
-    something that it closes over."""
+    every leaf of the inputs; a single step runs without a loop. Arrays that `step` needs at every step must
+    be passed as `constants`, not closed over."""
     if sequence_parallel.parts(jax.tree.leaves(inputs)[0].shape[1]) > 1:
         return _device_by_device(step, state, inputs, constants)
     inputs = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), inputs)
@@ -376,8 +372,8 @@ def step_by_step(
 def _device_by_device(
     step: Callable[..., tuple[State, Any]], state: State, inputs: Any, constants: Any
 ) -> tuple[State, Any]:
-    """The same where time is split over devices: any `step` may not be linear, so one begins where the other
-    ends."""
+    """The same with time split over devices. Since `step` may be nonlinear, each device starts when the
+    previous one ends."""
     leaves, tree = jax.tree.flatten(inputs)
     real = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
     # The steps that pad the last segment are not valid.

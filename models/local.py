@@ -1,5 +1,5 @@
-"""Local mixers of sequences: PoolFormer's pooling and WaveMix's wavelets in one dimension, looking back only,
-so that they stream.
+"""Local mixers of sequences: PoolFormer's pooling and WaveMix's wavelets in one dimension, causal, so that
+they stream.
 
 These forms are not published: they are the image mixers (`seqlab.models.images`) made causal, under the
 streaming contract.
@@ -22,7 +22,7 @@ from seqlab.state import State, mask_steps
 
 
 class PoolingState(NamedTuple):
-    """`window` [b, size-1, d+1]: the last inputs, and a channel of ones where there was one."""
+    """`window` [b, size-1, d+1]: the last inputs, and a channel of ones marking real ones."""
 
     window: Float[Array, "b p c"]
 
@@ -32,8 +32,8 @@ class CausalPooling(Module):
 
         y_t = mean(x_{t-size+1} .. x_t) - x_t
 
-    PoolFormer's mixer in one dimension and without what lies ahead; the current input is taken away because
-    the residual stream adds it.
+    PoolFormer's mixer in one dimension without look-ahead; the current input is subtracted because the
+    residual stream adds it.
 
     Args:
       size: steps in the mean, the current one included.
@@ -41,10 +41,10 @@ class CausalPooling(Module):
     Source: PoolFormer (arXiv 2111.11418); the causal form is ours.
 
     Pitfalls:
-      Without the residual stream around it this is another operation: a low pass becomes a high pass.
-      The norm before it must be one of a single step, as RMSNorm is: PoolFormer's own takes statistics of the
-      whole map and cannot stream.
-      Depth is reach: `depth` layers see depth * (size - 1) steps back, and nothing before.
+      Without the residual stream this is a high-pass instead of a low-pass filter.
+      The norm before it must be pointwise in time, like RMSNorm: PoolFormer's own uses statistics of the
+        whole map and cannot stream.
+      The receptive field grows with depth: `depth` layers see depth * (size - 1) steps back.
     """
 
     causal, lookahead, exact = True, 0, True
@@ -77,15 +77,15 @@ class WaveletState(NamedTuple):
 
 
 class CausalWavelets(Module):
-    """An undecimated Haar transform of what is past, and a perceptron over its bands.
+    """A causal undecimated Haar transform, and a perceptron over its bands.
 
         u = reduction(x), r channels;  S_j = the sum of the last 2^j values of u
-        high_j = (2 S_{j-1} - S_j) / 2^{j/2}, j = 1 .. L;  low = S_L / 2^{L/2};  y = down(gelu(up([low, high_1
-        .. high_L])))
+        high_j = (2 S_{j-1} - S_j) / 2^{j/2}, j = 1 .. L;  low = S_L / 2^{L/2}
+        y = down(gelu(up([low, high_1 .. high_L])))
 
     WaveMix's mixer in one dimension: high_j is the newer half of 2^j steps minus the older one. The image
-    form halves the resolution level by level, and would have to wait for whole pairs; here every step has its
-    own transform and nothing waits. Inputs before the beginning count as 0.
+    form halves the resolution at each level and would have to wait for complete pairs; here every step has
+    its own transform, without delay. Inputs before the beginning count as 0.
 
     Args:
       levels: L; the reach is 2^L steps, the current one included.
@@ -95,8 +95,8 @@ class CausalWavelets(Module):
     Source: WaveMix (arXiv 2203.03689); the causal form is ours.
 
     Pitfalls:
-      The reach doubles with a level, and so does the state: 2^levels - 1 values of r channels.
-      The sums are not decimated: neighbouring steps share most of what they see, and energy is not kept.
+      The reach doubles with each level, and so does the state: 2^levels - 1 values of r channels.
+      The transform is not decimated: neighbouring steps share most inputs, and energy is not preserved.
     """
 
     causal, lookahead, exact = True, 0, True

@@ -1,5 +1,4 @@
-"""Whole models: a way in, the backbone, a way out. What models of tokens and models of numbers share is here,
-once."""
+"""Whole models: input layer, backbone, output layer. The common base of models of tokens and of numbers."""
 
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -19,20 +18,20 @@ from seqlab.state import State, mask_steps
 class Model(Composite, Module):
     """A backbone between `embed` and `read_out`; a mixer over its inputs, with the same contract.
 
-    A subclass sets `dtype` and `backbone` and defines the two ends, each a function of one step alone.
+    A subclass sets `dtype` and `backbone` and defines the two ends, which are pointwise in time.
     """
 
     dtype: str
     backbone: Backbone
-    origin: Hashable = None  # of a published model: what its folder holds besides, for saving it again
-    trained_length: int | None = None  # positions that it was trained on, where that is known
+    origin: Hashable = None  # of a published model: further contents of its folder, for saving it again
+    trained_length: int | None = None  # trained positions, if known
 
     def embed(self, inputs: Num[Array, "b t *c"], valid: Steps | None = None) -> Activations:
         """Activations of the backbone's width for the inputs, in the compute dtype."""
         raise NotImplementedError
 
     def read_out(self, x: Float[Array, "*b d"]) -> Float[Array, "*b o"]:
-        """What the model says at features `x`, in float32 at least."""
+        """The outputs for features `x`, in float32 at least."""
         raise NotImplementedError
 
     def children(self) -> tuple[Backbone]:
@@ -61,12 +60,12 @@ class Model(Composite, Module):
         reset: Steps | None = None,
         valid: Steps | None = None,
     ) -> tuple[Activations, State | None]:
-        """What the outputs are read from: where only some steps' outputs are wanted, `read_out` those of
-        their features."""
+        """Features before `read_out`: if only some steps' outputs are needed, apply `read_out` to their
+        features only."""
         return self.backbone(self.embed(inputs, valid), state, reset, valid)
 
     def unrolled(self) -> "Model":
-        """The same model with one set of parameters a layer, for decoding; itself where it is so already."""
+        """The same model with separate parameters per layer, for decoding; itself if it has them already."""
         if not self.backbone.scan_layers:
             return self
         static_copy = nnx.merge(*nnx.split(self))
@@ -75,7 +74,7 @@ class Model(Composite, Module):
 
 
 def check_dtype(dtype: str) -> str:
-    """`dtype`, refused unless it is one that models compute in."""
+    """`dtype`, refused unless it is a supported compute dtype."""
     if dtype not in ("float32", "bfloat16", "float64"):
         raise UserError(f"dtype must be 'float32', 'bfloat16' or 'float64', got {dtype!r}")
     return dtype

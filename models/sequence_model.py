@@ -1,5 +1,5 @@
-"""A model of sequences of numbers: signals, pixels, measurements in; classes, values or forecasts out, at
-every step."""
+"""A model of numeric sequences: from signals, pixels or measurements to classes, values or forecasts at every
+step."""
 
 from flax import nnx
 from jaxtyping import Array, Float
@@ -16,11 +16,10 @@ class SequenceModel(Model):
     """Outputs [b, t, outputs] of numbers [b, t, inputs]: a linear map in, a backbone, a linear map out, under
     the same contract.
 
-    What is known at a step is all that came before: a whole sequence is classified at its last valid step.
+    An output depends on all steps up to its own: a whole sequence is classified at its last valid step.
 
     Args:
-      inputs, outputs: channels that go in, and numbers (logits of classes, values) that come out at every
-        step.
+      inputs, outputs: input channels, and outputs (logits of classes, values) per step.
       mixers, channel_mixer, norm, scan_layers, remat: as in `Backbone`.
       dtype: compute dtype, as in `LanguageModel`; outputs are float32 at least.
     """
@@ -56,11 +55,13 @@ class SequenceModel(Model):
             remat=remat,
             rngs=rngs,
         )
-        self.head = Linear(dim, outputs, bias=True, scale=0.1, rngs=rngs)  # small: training begins at a guess
+        self.head = Linear(
+            dim, outputs, bias=True, scale=0.1, rngs=rngs
+        )  # small: initial predictions are near uniform
 
     def embed(self, inputs: Float[Array, "b t c"], valid: Steps | None = None) -> Activations:
         return self.inlet(mask_steps(inputs, valid).astype(self.dtype))
 
     def read_out(self, x: Float[Array, "*b d"]) -> Float[Array, "*b o"]:
-        """Outputs in float32 at least; parameters and sums in it too."""
+        """Outputs in float32 at least, computed in that dtype."""
         return self.head(x.astype(accumulator(x.dtype)))

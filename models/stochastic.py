@@ -1,9 +1,8 @@
-"""What is random in training: dropout and stochastic depth, as a function of the parameters like everything
-else.
+"""Randomness in training: dropout and stochastic depth, as pure functions of the parameters.
 
-A module that draws keeps its key among the statistics of the model (`Draws`): every training call uses it up and leaves
-the next one, so that a step is a pure function, and a run that is resumed draws what it would have drawn. In
-evaluation nothing is drawn.
+A random module keeps its key among the statistics of the model (`Draws`): every training call consumes it and
+stores the next one, so that a step is a pure function and a resumed run makes the same draws. In evaluation
+nothing is random.
 """
 
 import jax
@@ -16,15 +15,15 @@ from seqlab.module import Module
 
 
 class Draws(nnx.Variable):
-    """The raw key of the next draw: used up by training, without gradient, update or decay, and no weight to
-    publish."""
+    """The raw key of the next draw: consumed in training, without gradient, update or decay, and not a
+    published weight."""
 
 
 def draw(key: jax.Array, rate: float, shape: tuple[int, ...]) -> Bool[Array, "*b"]:
-    """Which entries are kept, each with probability 1 - rate.
+    """A mask of kept entries, each with probability 1 - rate.
 
-    A random word of 32 bits costs more than all else about an entry: it serves as many entries as have room
-    for a rate that is right to a ten-thousandth, 32 at a rate of a half, two at most others.
+    A random word of 32 bits is the main cost per entry, so it serves as many entries as the rate can be
+    represented for to within 1e-4: 32 for a rate of one half, two for most others.
     """
     for bits in (1, 2, 4, 8, 16, 32):
         dropped = round(rate * 2**bits)

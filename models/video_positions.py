@@ -1,4 +1,4 @@
-"""Where tokens of text and of video stand in time, height and width (Qwen2.5-VL's rule; StreamingVLM, arXiv
+"""Positions of text and video tokens in time, height and width (Qwen2.5-VL's rule; StreamingVLM, arXiv
 2510.09608)."""
 
 import numpy as np
@@ -16,20 +16,19 @@ def video_positions(
     seconds_per_grid: float = 1.0,
     tokens_per_second: float = 2.0,
 ) -> Float[np.ndarray, "b t 3"]:
-    """Positions along (time, height, width) for `seqlab.models.layers.rotate` with `sections`, counted anew
-    from the first token.
+    """Positions along (time, height, width) for `seqlab.models.layers.rotate` with `sections`, counted from
+    the first token.
 
-    A token of text stands at (p, p, p), one further than the furthest axis of what came before. The tokens of
-    a video that begins there
-    stand at p plus their place: in the grid of merged patches down and across, and in time by
-    seconds_per_grid * tokens_per_second.
+    A text token has position (p, p, p), one more than the largest previous coordinate. The tokens of a video
+    that starts there have p plus their index in the grid of merged patches, vertically and horizontally, and
+    in time times seconds_per_grid * tokens_per_second.
 
     Args:
-      tokens: [b, t]; `video_token` stands for each merged patch of a video, in the order time, height, width.
-      grids: [n, 3], patches of each video in time, height and width, of all rows in order.
-      merge: patches a token, down and across.
+      tokens: [b, t]; `video_token` marks each merged patch of a video, in the order time, height, width.
+      grids: [n, 3], patches of each video in time, height and width, over all rows in order.
+      merge: patches per token, vertically and horizontally.
 
-    Raises ValueError where the grids do not account for the video tokens.
+    Raises ValueError if the grids do not match the video tokens.
     """
     tokens, grids = np.asarray(tokens), [tuple(map(int, grid)) for grid in np.asarray(grids)]
     shapes = iter([(t, h // merge, w // merge) for t, h, w in grids])

@@ -147,8 +147,8 @@ class Composite(MixerBase):
         numbers: not for jitted code.
 
         Raises:
-          ValueError: a cache no longer has what was visible there.
-          CannotRewind: a mixer keeps a summary of its past and not the steps.
+          ValueError: a cache no longer has what was visible there. CannotRewind: a mixer keeps a summary of
+            its past and not the steps.
         """
 
         def back(child: Any, own: State) -> State:

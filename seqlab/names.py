@@ -53,7 +53,8 @@ def imported(name: str) -> Any:
     """What "module:Name" stands for.
 
     Raises:
-      UntrustedNameError: within `restricted`, for a name that is not allowed there; nothing has been imported for it.
+      UntrustedNameError: within `restricted`, for a name that is not allowed there; nothing has been imported
+        for it.
       ImportError, AttributeError: there is no such module, or no such name in it.
     """
     module, _, attribute = name.partition(":")

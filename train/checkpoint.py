@@ -102,7 +102,7 @@ class Checkpoints:
 
         Raises:
           CheckpointError: the previous save failed (this one is then not begun), this one did, or a good
-          `step` holds another state.
+            `step` holds another state.
           TypeError, ValueError: naming the leaf that a checkpoint cannot hold.
         """
         self.wait()
@@ -174,8 +174,8 @@ class Checkpoints:
 
         Raises:
           CheckpointError: `step` does not exist or is damaged, naming the leaf or file; every step is
-          damaged, with the reason for each;
-            the state does not fit `like`, with the first names that differ.
+            damaged, with the reason for each; the state does not fit `like`, with the first names that
+            differ.
           ValueError: the state has no entry `only`.
         """
         self.wait()

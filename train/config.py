@@ -175,7 +175,8 @@ def from_json(text: str, *, trust: bool | Collection[str] = False) -> fdl.Config
         a config names runs when it is imported and when the config is built.
 
     Raises:
-      ConfigError: not a saved config; it names something that is not there (any more), or that is not trusted.
+      ConfigError: not a saved config; it names something that is not there (any more), or that is not
+        trusted.
     """
     try:
         content = json.loads(text)

@@ -73,7 +73,7 @@ class FileSource:
     Raises:
       FileNotFoundError, PermissionError (OSError): naming the path that is missing or cannot be read.
       ValueError: nothing found, naming where and what was looked for; an unknown split; a share outside [0,
-      1).
+        1).
     """
 
     def __init__(
@@ -219,8 +219,7 @@ class TfdsSource:
 
     Raises:
       ValueError: the data set is not prepared, or not in a format with random access, and how to do it; it
-      has no such split or
-        feature; the feature is neither text nor integers.
+        has no such split or feature; the feature is neither text nor integers.
     """
 
     def __init__(

@@ -124,7 +124,7 @@ class FolderImages:
       augment: what training does to a picture.
     Raises:
       OSError: a path or picture that cannot be read. ValueError: no pictures, or pictures that lie in no
-      folder.
+        folder.
     """
 
     path: str

@@ -102,7 +102,7 @@ def pack(
 
     Raises:
       ValueError: for a document that is not a 1-D array of integers from 0 to 2**31-1, or too few tokens for
-      one whole window.
+        one whole window.
     """
     if length < 1 + lead:
         raise UserError(f"length: got {length}, expected at least {1 + lead} step{'s' * lead} a window")

@@ -100,7 +100,7 @@ class SeriesData:
         word, and else "ratio".
     Raises:
       ValueError: an argument of another kind; where data are asked for, an unknown column, or a split too
-      short for one window.
+        short for one window.
     """
 
     length: int = 96

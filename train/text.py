@@ -23,8 +23,7 @@ class Text:
         every query can see, and where attention comes to rest (StreamingLLM, arXiv 2309.17453).
     Raises:
       ValueError: an argument of another kind. Whether the paths exist is only asked by `train` and
-      `validation`, which raise OSError
-        naming the path, or ValueError where they hold too little.
+        `validation`, which raise OSError naming the path, or ValueError where they hold too little.
     """
 
     paths: tuple[str, ...] = ()

@@ -1,10 +1,9 @@
 """Convolutions of maps: dense ones and their transposes, each the other's gradient; depthwise ones.
 
-XLA's convolutions on a CPU are quick where a convolution is said in the one way that it knows, [b, h, w, in]
-by [h, w, in, out]. Gradients
-as JAX derives them are not: some are put right, others and all of those in a loop (parts of a batch, say) are
-taken number by number, ten to a hundred times slower. So they are written out here, and other platforms,
-which know them all, are left to JAX.
+XLA's convolutions on a CPU are fast in one layout, [b, h, w, in] by [h, w, in, out]. The gradients that JAX
+derives use others: some are converted, others, and all of those in a loop (parts of a batch, for instance),
+are computed element by element, ten to a hundred times slower. They are therefore written out here; other
+platforms use JAX's own.
 """
 
 from collections.abc import Sequence
@@ -35,16 +34,16 @@ def convolve_transposed(x: Map, weight: Filters, stride: int, padding: int) -> F
     """y[stride i + p - padding] += x[i] W[p], for both axes: a side of n becomes (n - 1) stride - 2 padding +
     kernel.
 
-    No product is with a zero, as most would be in a convolution of the map with zeros between its places.
-    Where the stride divides the kernel, all stride × stride places of a cell see the same few neighbours, and
-    a convolution takes these to those. Elsewhere one matrix product makes all that is spread, and sums of
-    shifted parts put it in place.
+    Products with zeros are avoided, unlike in a convolution of the map dilated with zeros. If the stride
+    divides the kernel, all stride × stride positions of a cell see the same neighbours, and one convolution
+    computes them. Otherwise one matrix product computes all contributions, and sums of shifted parts place
+    them.
     """
     return (_spread if jax.default_backend() == "cpu" else _spread_plain)(x, weight, stride, padding)
 
 
 def grouped(x: Map, weight: Filters, stride: int, padding: int, groups: int) -> Float[Array, "b i j o"]:
-    """The same of channels in groups, each with filters of its own, as XLA does it and JAX derives it."""
+    """Grouped convolution, computed by XLA and differentiated by JAX."""
     borders = ((padding,) * 2,) * 2
     return jax.lax.conv_general_dilated(
         x, weight, (stride,) * 2, borders, dimension_numbers=_NAMES, feature_group_count=groups
@@ -64,8 +63,7 @@ def _spread_plain(x: Map, weight: Filters, stride: int, padding: int) -> Array:
 
 
 def _spread_to(size: Sequence[int], x: Map, weight: Filters, stride: int, padding: int) -> Array:
-    """The first `size` places of what is spread, `padding` places after its beginning; zeros beyond its
-    end."""
+    """`size` positions of the full output, from `padding` on; zeros beyond its end."""
     if weight.shape[0] % stride == 0 and weight.shape[1] % stride == 0:
         y, first = _by_cells(size, x, weight, stride, padding), padding % stride
     else:
@@ -77,8 +75,8 @@ def _spread_to(size: Sequence[int], x: Map, weight: Filters, stride: int, paddin
 
 
 def _by_cells(size: Sequence[int], x: Map, weight: Filters, stride: int, padding: int) -> Array:
-    """y[stride c + r] = sum over a of x[c - a] W[r + stride a], for the cells c that have a place among those
-    wanted."""
+    """y[stride c + r] = sum over a of x[c - a] W[r + stride a], for the cells c with a position in the
+    output."""
     cells = rearrange(weight, "(a p) (e q) d o -> a e d (p q o)", p=stride, q=stride)[::-1, ::-1]
     first = padding // stride
     borders = [
@@ -90,9 +88,9 @@ def _by_cells(size: Sequence[int], x: Map, weight: Filters, stride: int, padding
 
 
 def _overlapped(y: Array, axis: int, stride: int) -> Array:
-    """Axes (i, p) of places and what they spread, joined into one of places."""
+    """Axes (i, p) of positions and their contributions, summed into one axis of positions."""
     n, kernel = y.shape[axis : axis + 2]
-    parts = -(-kernel // stride)  # into how many neighbouring cells of `stride` places one place reaches
+    parts = -(-kernel // stride)  # how many neighbouring cells of `stride` positions one position reaches
     padding = [(0, 0)] * y.ndim
     padding[axis + 1] = (0, parts * stride - kernel)
     y = jnp.pad(y, padding)
@@ -108,7 +106,7 @@ def _overlapped(y: Array, axis: int, stride: int) -> Array:
 def _filter_gradient(
     x: Map, dy: Map, kernel: Sequence[int], stride: int, padding: int, swapped: bool = False
 ) -> Filters:
-    """sum over places i of x[stride i + p - padding]^T dy[i], for every p; `swapped`: transposed."""
+    """sum over positions i of x[stride i + p - padding]^T dy[i], for every p; `swapped`: transposed."""
     (rows, columns), (_, height, width, outputs) = kernel, dy.shape
     ends = [
         (n - 1) * stride + k - padding - size
@@ -162,8 +160,8 @@ _spread.defvjp(
 
 @jax.custom_vjp
 def depthwise(x: Map, weight: Float[Array, "p q d"]) -> Map:
-    """Every channel convolved by its own odd filter, over zeros beyond the border: sums of shifted products,
-    which a CPU is quick at."""
+    """Depthwise convolution by filters of odd size with zero padding: sums of shifted products, which are
+    fast on a CPU."""
     (_, height, width, _), (rows, columns, _) = x.shape, weight.shape
     padded = _bordered(x, weight).astype(accumulator(x.dtype))
 

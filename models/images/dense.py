@@ -1,4 +1,4 @@
-"""Maps out of images: segmentation, super-resolution, anything with an answer at every place."""
+"""Dense prediction: segmentation, super-resolution, any output per position."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -17,7 +17,7 @@ from seqlab.shapes import accumulator
 
 class MapHead(Module):
     """Transposed convolutions that double the resolution, one for each of `widths`, then a linear map at
-    every place."""
+    every position."""
 
     torch_names: ClassVar = {"parts": ""}
 
@@ -36,17 +36,17 @@ class MapHead(Module):
 
 
 class ImageToMap(Module):
-    """Numbers [b, h', w', outputs] at every place of images [b, h, w, inputs]: a backbone and a head that
-    reads its last map.
+    """Outputs [b, h', w', outputs] at every position of images [b, h, w, inputs]: a backbone and a head on
+    its last map.
 
-    With a head of n doublings behind a backbone of stride s the answer has 2^n / s times the resolution of
-    the image: 1 for segmentation, 2 for super-resolution by two.
+    A head with n doublings after a backbone of stride s gives 2^n / s times the resolution of the image: 1
+    for segmentation, 2 for super-resolution by two.
 
     Args:
-      outputs: classes of a place, or channels of an image.
+      outputs: classes per position, or channels of an image.
       backbone: as in `ImageClassifier`.
       widths: of the head's transposed convolutions, each of which doubles the resolution.
-      dtype: compute dtype of the backbone; head and answers are float32 at least.
+      dtype: compute dtype of the backbone; head and outputs are float32 at least.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class ImageToMap(Module):
         self.head = MapHead(self.backbone.widths[-1], outputs, widths=widths, rngs=rngs)
 
     def features(self, images: Map) -> list[Map]:
-        """The maps behind every stage."""
+        """The output maps of the stages."""
         return self.backbone(images.astype(self.dtype))
 
     def __call__(self, images: Map) -> Float[Array, "b i j o"]:

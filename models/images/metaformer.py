@@ -1,5 +1,5 @@
-"""The image backbone: stages of blocks, each at a coarser resolution, whose mixers are constructor arguments;
-and what is built of it.
+"""The image backbone: stages of blocks at decreasing resolution, whose mixers are constructor arguments; and
+models built from it.
 
 PoolFormer and the hybrids of "MetaFormer Is Actually What You Need for Vision" (arXiv 2111.11418), and the
 models of "MetaFormer Baselines for Vision" (arXiv 2210.13452), are tables of arguments: see `poolformer` and
@@ -44,18 +44,18 @@ class Stage(Module):
 
 
 class ImageBackbone(Module):
-    """The maps behind every stage, [b, h, w, width], of images [b, h, w, inputs] of any size that the mixers
-    take.
+    """The output maps of the stages, [b, h, w, width], for images [b, h, w, inputs] of any size that the
+    mixers accept.
 
     Args:
       widths, depths: of the stages.
-      mixers: one factory for all stages or a tuple with one for each; a tuple in a tuple is taken in turn
-        within its stage.
+      mixers: one factory for all stages or a tuple with one for each; a nested tuple is cycled within its
+        stage.
       channel_mixer, norm, layer_scale, residual_scale: the block's, likewise for all or one for each.
-      stem, down: factories of the way into the first stage and of those into the next, called as down(inputs,
+      stem, down: factories of the layers before the first and before later stages, called as down(inputs,
         width, rngs=rngs).
-      drop_path: the rate of the last block; it grows linearly from 0 at the first.
-      positions: by stage, (h, w) of a learnt embedding of places that is added to its input, or None.
+      drop_path: the rate of the last block; it increases linearly from 0 at the first.
+      positions: by stage, (h, w) of a learned position embedding that is added to its input, or None.
     """
 
     def __init__(
@@ -123,8 +123,7 @@ def _of_stage(name: str, value: Any, i: int, stages: int) -> Any:
 
 
 class Positions(Module):
-    """x + a learnt number for every place and channel, zero at the beginning; it belongs to one
-    resolution."""
+    """x + a learned number per position and channel, initially zero, for one resolution."""
 
     torch_names: ClassVar = {"weight": "pos_embed"}
     torch_layout: ClassVar = {"weight": "[1, d, h, w]"}
@@ -157,14 +156,14 @@ class MLPHead(Module):
 
 class ImageClassifier(Module):
     """Logits [b, outputs] of images [b, h, w, inputs]: a backbone, the mean of its last map, a norm before or
-    behind the mean, a head.
+    after the mean, a head.
 
     Args:
       outputs: classes.
       backbone: called as backbone(rngs=rngs): images -> list of maps, the last of which is read; its
         `widths[-1]` is the head's width.
       norm: called as norm(width, rngs=rngs); None for none.
-      normalise: "map" before the mean, "mean" behind it.
+      normalise: "map" before the mean, "mean" after it.
       head: called as head(width, outputs, rngs=rngs); None for a linear map with bias.
       dtype: compute dtype of the backbone; head and logits are float32 at least.
     """
@@ -200,7 +199,7 @@ class ImageClassifier(Module):
         return self.backbone(images.astype(self.dtype))
 
     def pooled(self, x: Map) -> Float[Array, "b d"]:
-        """What the head reads of a last map, in float32 at least."""
+        """The input of the head from the last map, in float32 at least."""
         before = self.norm if self.normalise == "map" and self.norm is not None else lambda x: x
         mean = jnp.mean(before(x).astype(accumulator(x.dtype)), axis=(1, 2))
         return self.norm(mean) if self.normalise == "mean" and self.norm is not None else mean
@@ -210,7 +209,7 @@ class ImageClassifier(Module):
 
 
 def make_backbone(factory: Factory, rngs: nnx.Rngs) -> Any:
-    """factory(rngs=rngs), which must give a backbone of images: it has the `widths` of its maps."""
+    """factory(rngs=rngs), checked to be an image backbone, which has the `widths` of its maps."""
     made = factory(rngs=rngs)
     if not getattr(made, "widths", None):
         raise UserError(
@@ -221,7 +220,7 @@ def make_backbone(factory: Factory, rngs: nnx.Rngs) -> Any:
 
 
 class ImagePyramid(Module):
-    """The maps behind every stage, each under its own norm: what detectors and segmenters are built on."""
+    """The output maps of the stages, each with its own norm: the input of detectors and segmenters."""
 
     def __init__(self, backbone: Factory, *, norm: Factory = MapNorm, rngs: nnx.Rngs):
         self.backbone = make_backbone(backbone, rngs)
@@ -271,8 +270,8 @@ METAFORMERS = tuple(
 
 
 def poolformer(size: str, outputs: int = 1000, *, rngs: nnx.Rngs, **changes: Any) -> ImageClassifier:
-    """PoolFormer of a published size, "s12" to "m48"; `changes` are arguments of `ImageBackbone` that shall
-    differ.
+    """PoolFormer of a published size, "s12" to "m48"; `changes` override
+    arguments of `ImageBackbone`.
 
     Published weights: convert(model, tensors, architecture="poolformer").
     """
@@ -292,8 +291,8 @@ def metaformer(name: str, outputs: int = 1000, *, rngs: nnx.Rngs, **changes: Any
     """A model of the second paper by its published name, a key of METAFORMERS: "poolformerv2_s12",
     "convformer_b36", "caformer_s18", ...
 
-    `changes` are arguments of `ImageBackbone` that shall differ, such as `drop_path`, 0 by default. Published
-    weights: convert(model, tensors, architecture="metaformer").
+    `changes` override arguments of `ImageBackbone`, such as `drop_path`, 0 by default. Published weights:
+    convert(model, tensors, architecture="metaformer").
     """
     check_choice(name, METAFORMERS, "name")
     kind, _, size = name.partition("_")
@@ -315,7 +314,7 @@ def baseline(
     """The second paper's architecture around any mixers: norms without bias, StarReLU, residual scales in the
     later half of the stages.
 
-    `per_place` is what ConvFormer and CAFormer have: norms over channels at every place instead of the whole
+    `per_place`, as in ConvFormer and CAFormer: norms over the channels of each position instead of the whole
     map, and the MLP head.
     """
     slim = partial(LayerNorm, eps=1e-6, bias=False)

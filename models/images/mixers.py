@@ -17,8 +17,8 @@ from seqlab.shapes import accumulator
 
 
 def mean_around(x: Map, size: int) -> Map:
-    """The mean over the size × size places around each, of those only that the map has: at a corner of 3 × 3
-    they are four."""
+    """The mean over the size × size positions around each, without those outside the map: at a corner of 3 ×
+    3 they are four."""
     if check_positive("size", size) % 2 == 0:
         raise UserError(f"size must be odd, so that a window has a middle, got {size}")
     wide = x.astype(accumulator(x.dtype))
@@ -33,19 +33,19 @@ def mean_around(x: Map, size: int) -> Map:
 
 
 def _shifted(x: Array, axis: int, lag: int) -> Array:
-    """x at place i + lag, zero where there is none."""
+    """x at position i + lag, zero outside."""
     padding = [(0, 0, 0)] * x.ndim
     padding[axis] = (-lag, lag, 0)
     return jax.lax.pad(x, jnp.zeros((), x.dtype), padding)
 
 
 class Pooling(ImageMixer):
-    """PoolFormer's mixer: the mean around each place minus the place itself, which the residual stream adds
-    again; no parameters.
+    """PoolFormer's mixer: the mean around each position minus the position itself, which the residual stream
+    adds again; no parameters.
 
     Pitfalls:
-      The border counts only the places that there are. Frameworks that average over padding too are another
-      function.
+      At the border only positions inside the map count. Frameworks that include padding in the mean compute
+        another function.
     """
 
     def __init__(self, dim: int, *, size: int = 3, rngs: nnx.Rngs | None = None):
@@ -56,7 +56,7 @@ class Pooling(ImageMixer):
 
 
 class IdentityMixing(ImageMixer):
-    """No mixing at all: IdentityFormer, the measure of what a mixer is worth."""
+    """No mixing: IdentityFormer, the baseline for mixers."""
 
     def __init__(self, dim: int, *, rngs: nnx.Rngs | None = None):
         self.dim = dim
@@ -66,13 +66,12 @@ class IdentityMixing(ImageMixer):
 
 
 class RandomMixing(ImageMixer):
-    """RandFormer's mixer: a matrix over places, drawn once and never learnt, whose rows are softmaxes of
-    uniform numbers.
+    """RandFormer's mixer: a fixed random matrix over positions, whose rows are softmaxes of uniform numbers.
 
-    `tokens` is the number of places, height times width: the matrix belongs to one resolution.
+    `tokens` is the number of positions, height times width: the matrix belongs to one resolution.
 
     Raises:
-      ValueError: the map has another number of places.
+      ValueError: the map has another number of positions.
     """
 
     torch_names: ClassVar = {"matrix": "random_matrix"}
@@ -88,7 +87,7 @@ class RandomMixing(ImageMixer):
 
 
 class SpatialLinear(ImageMixer):
-    """A learnt linear map over places, shared by all channels; `tokens` as in `RandomMixing`."""
+    """A learned linear map over positions, shared by all channels; `tokens` as in `RandomMixing`."""
 
     def __init__(self, dim: int, *, tokens: int = 196, rngs: nnx.Rngs):
         self.dim, self.tokens = dim, check_positive("tokens", tokens)
@@ -99,7 +98,7 @@ class SpatialLinear(ImageMixer):
 
 
 def over_places(x: Map, matrix: Float[Array, "s s"], tokens: int) -> Map:
-    """matrix x, where x is seen as [places, d]."""
+    """matrix x, with x as [positions, d]."""
     if x.shape[1] * x.shape[2] != tokens:
         raise UserError(
             f"x must have tokens={tokens} places, to which the matrix belongs, got {x.shape[1]} x "
@@ -128,8 +127,8 @@ class SepConv(ImageMixer):
 
 
 class ImageAttention(ImageMixer):
-    """Softmax attention over all places, without positions: CAFormer's mixer, and with `bias` that of the
-    first paper's hybrids.
+    """Softmax attention over all positions, without a position encoding: CAFormer's mixer, and with `bias`
+    that of the first paper's hybrids.
 
     Args:
       head_dim: channels of a head, and logits are divided by its root. There are dim / head_dim heads, at least

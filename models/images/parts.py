@@ -1,5 +1,5 @@
-"""What models of images are made of. Images are [b, h, w, channels]; letters of an array of theirs: b, h, w
-(height, width), d."""
+"""Building blocks of image models. Images are [b, h, w, channels]; axes of arrays: b, h, w (height, width),
+d."""
 
 import math
 from typing import ClassVar
@@ -20,10 +20,10 @@ from seqlab.state import State
 
 
 class ImageMixer(Module):
-    """Mixes the places of a map. Abstract: a subclass defines `mix`.
+    """A mixer of the positions of a map. Abstract: a subclass defines `mix`.
 
-    It is called like every mixer, so that blocks need not know; but a map has no order in time: there is no
-    state, `init_state` is empty, and a state, resets or flags are refused.
+    It is called like every mixer, so that blocks need no special case. A map has no order in time:
+    `init_state` is empty, and a state, resets or flags are refused.
     """
 
     causal, lookahead, exact = False, 0, True
@@ -48,8 +48,8 @@ class ImageMixer(Module):
 
 
 class Conv(Module):
-    """A convolution with weights [h, w, in / groups, out]; uniform in ±1/sqrt(fan in) at the beginning, as
-    PyTorch's."""
+    """A convolution with weights [h, w, in / groups, out]; initialised uniformly in ±1/sqrt(fan in), as in
+    PyTorch."""
 
     torch_layout: ClassVar = {"weight": "[out, in, h, w]"}
 
@@ -98,13 +98,13 @@ class Conv(Module):
 
 
 class ConvTranspose(Module):
-    """A transposed convolution with weights [h, w, in, out]: every place is spread over kernel × kernel
-    places, `stride` apart.
+    """A transposed convolution with weights [h, w, in, out]: every position contributes to kernel × kernel
+    positions, `stride` apart.
 
-        y[stride i + p - padding] += W[p] x[i]        for both axes; a side of n becomes (n - 1) stride - 2
-        padding + kernel
+        y[stride i + p - padding] += W[p] x[i]        for both axes
 
-    It is the gradient of a convolution from outputs to inputs with the same weights, stride and padding.
+    A side of n becomes (n - 1) stride - 2 padding + kernel. It is the gradient of a convolution from outputs
+    to inputs with the same weights, stride and padding.
     """
 
     torch_layout: ClassVar = {"weight": "[in, out, h, w]"}
@@ -129,7 +129,7 @@ class ConvTranspose(Module):
 
 
 def batch_normed(norm: BatchNorm, x: Map) -> Map:
-    """BatchNorm of a map: all places of all images count alike."""
+    """BatchNorm of a map, with statistics over all positions of all images."""
     return norm(x.reshape(x.shape[0], -1, x.shape[-1])).reshape(x.shape)
 
 
@@ -151,10 +151,10 @@ class MapNorm(Module):
 
 
 class StarReLU(Module):
-    """scale * relu(x)^2 + bias, two learnt numbers (arXiv 2210.13452).
+    """scale * relu(x)^2 + bias, two learned numbers (arXiv 2210.13452).
 
-    The paper derives 0.8944 and -0.4472, which make mean 0 and variance 1 of a unit normal; its code, and we,
-    begin at 1 and 0.
+    The paper derives 0.8944 and -0.4472, which map a unit normal to mean 0 and variance 1; its code, and this
+    one, initialise to 1 and 0.
     """
 
     def __init__(self, dim: int | None = None, *, rngs: nnx.Rngs | None = None):
@@ -165,8 +165,8 @@ class StarReLU(Module):
 
 
 class Downsample(Module):
-    """A strided convolution between a norm before it and one behind, either of which may be None: a stem, or
-    the way to the next stage."""
+    """A strided convolution with a norm before and after it, either of which may be None: a stem, or the
+    transition to the next stage."""
 
     torch_names: ClassVar = {"norm_before": "pre_norm", "norm_after": "post_norm"}
 

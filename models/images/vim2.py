@@ -2,7 +2,7 @@
 2403.19888, first version).
 
 The authors released no code. The token mixer is VMamba's first (arXiv 2401.10166), which their figure shows;
-what else their text leaves open is said in place.
+other choices that the text leaves open are noted in place.
 """
 
 import functools
@@ -26,8 +26,8 @@ partial = functools.partial
 
 
 def scan_orders(height: int, width: int) -> Int[np.ndarray, "4 s"]:
-    """The four orders in which the places of a map are visited, as numbers of places counted row by row:
-    along the rows, along the columns, and both backwards."""
+    """The four scan orders of a map, as indices of positions counted row by row: along the rows, along the
+    columns, and both backwards."""
     rows = np.arange(height * width).reshape(height, width)
     forwards = np.stack([rows.ravel(), rows.T.ravel()])
     return np.concatenate([forwards, forwards[:, ::-1]])
@@ -37,11 +37,11 @@ class FourScans(ImageMixer):
     """ViM2's token mixer: one projection, one convolution and one gate; a selection and a scan of its own for
     each of four directions.
 
-        a, z = in_proj(x);  c = silu(conv3x3(a));  y = Σ_k undone_k(scan_k(ordered_k(c)));  out_proj(norm(y) *
-        silu(z))
+        a, z = in_proj(x);  c = silu(conv3x3(a));  y = Σ_k undone_k(scan_k(ordered_k(c)))
+        out_proj(norm(y) * silu(z))
 
-    Every place sees every other, at a cost that is linear in their number; maps may have any size. The norm
-    stands in VMamba only: `norm=LayerNorm`. Sizes are those of `SelectiveMixer`.
+    Every position sees every other, at a cost linear in their number; maps may have any size. Only VMamba has
+    the norm: `norm=LayerNorm`. Sizes are those of `SelectiveMixer`.
     """
 
     def __init__(
@@ -86,11 +86,11 @@ class FourScans(ImageMixer):
 
 
 class InRows(ImageMixer):
-    """A mixer of sequences over the places of a map, row after row.
+    """A sequence mixer over the positions of a map, row after row.
 
-    `mixer` is called as mixer(dim, rngs=rngs), and with `tokens`, the number of places, where that is given:
-    with `SelectiveChannelMixer` this is ViM2's channel mixer. (The paper scans the grid in four orders before
-    it; they only permute the features of that mixer, which its projections undo.)
+    `mixer` is called as mixer(dim, rngs=rngs), and with `tokens`, the number of positions, if given: with
+    `SelectiveChannelMixer` this is ViM2's channel mixer. (The paper scans the grid in four orders before it;
+    they only permute the features of that mixer, which its projections undo.)
     """
 
     def __init__(self, dim: int, *, mixer: Factory, tokens: int | None = None, rngs: nnx.Rngs):
@@ -107,18 +107,18 @@ _CHANNELS = partial(InRows, mixer=SelectiveChannelMixer)
 
 
 class ViM2Backbone(Module):
-    """The maps behind every stage of ViM2: stages are `MambaMixerStack`s, whose sums begin anew in each.
+    """The output maps of the stages of ViM2: each stage is a `MambaMixerStack` with its own sums.
 
     Args:
       widths, depths: of the stages; a depth is that of the stack, one token mixer and one channel mixer each,
         as in the equations. (The paper's table has two token mixers for a channel mixer, which its equations
         do not.)
-      image: height and width of the images, which channel mixers of the paper's kind need to know: their
-        weights belong to one number of places, and grow with its square. (At 224 × 224 that does not fit the
-        sizes which the paper prints.) None for any size.
+      image: height and width of the images, required by the paper's channel mixers: their weights belong to
+        one number of positions and grow with its square. (At 224 × 224 that does not match the sizes printed
+        in the paper.) None for any size.
       token_mixer, channel_mixer: called as token_mixer(width, rngs=rngs) and channel_mixer(width,
-        tokens=places, rngs=rngs), without `tokens` where `image` is None: InRows with a `GroupedChannelMixer`
-        is a selective mixer of channels for any size.
+        tokens=places, rngs=rngs), without `tokens` if `image` is None: InRows with a `GroupedChannelMixer` is
+        a selective mixer of channels for any size.
       stem, down: as in `ImageBackbone`. By default patches of 4 × 4, and merging of 2 × 2 places under a
         norm.
     """
@@ -171,8 +171,7 @@ VIM2S = {
 
 
 def vim2(size: str, outputs: int = 1000, *, rngs: nnx.Rngs, **changes: object) -> ImageClassifier:
-    """ViM2 with the widths of the paper's "t", "s" or "b"; `changes` are arguments of `ViM2Backbone` that
-    shall differ."""
+    """ViM2 with the widths of the paper's "t", "s" or "b"; `changes` override arguments of `ViM2Backbone`."""
     check_choice(size, tuple(VIM2S), "size")
     widths, depths = VIM2S[size]
     backbone = partial(ViM2Backbone, **({"widths": widths, "depths": depths} | changes))

@@ -1,5 +1,5 @@
-"""WaveMix: wavelets mix the places, transposed convolutions bring them back to full resolution (arXiv
-2203.03689, 2205.14375).
+"""WaveMix: wavelets mix positions, transposed convolutions return to full resolution (arXiv 2203.03689,
+2205.14375).
 
 A network is the image backbone with one stage, no norms and no channel mixer: x + mixer(x), the mixer being
 one of the blocks here.
@@ -28,13 +28,13 @@ gelu = ACTIVATIONS["gelu"]
 
 
 def packed(low: Map, bands: Float[Array, "b i j d 3"]) -> Map:
-    """What a level hands on, [b, i, j, 4 d]: all channels of the low band, then channel by channel the three
-    others."""
+    """The output of a level, [b, i, j, 4 d]: all channels of the low band, then the other three per
+    channel."""
     return jnp.concatenate([low, bands.reshape(*bands.shape[:3], -1)], axis=-1)
 
 
 class FeedForward(Module):
-    """norm(spread(down(dropout(gelu(up x))))): a perceptron at every place, then twice the resolution."""
+    """norm(spread(down(dropout(gelu(up x))))): a perceptron at every position, then twice the resolution."""
 
     torch_names: ClassVar = {"up": "0", "down": "3", "spread": "4", "norm": "5"}
 
@@ -54,15 +54,15 @@ class FeedForward(Module):
 
 
 class WaveMixing(ImageMixer):
-    """The block of WaveMix (its second version), without the stream that it is added to; with one level that
+    """The block of WaveMix (its second version), without the residual stream; with one level, that
     of WaveMix-Lite.
 
-        y = reduction(x), a quarter of the channels        z_1 .. z_L = the levels of its Haar transform, dim
-        channels each
+        y = reduction(x), a quarter of the channels
+        z_1 .. z_L = the levels of its Haar transform, dim channels each
         t_L = FF_L(z_L)        t_j = FF_j([z_j, t_{j+1}])        the output is t_1
 
-    Maps may have any size; what a level of odd length gives beyond it is cut off. (The original asks for
-    multiples of 2^levels.)
+    Maps may have any size; the excess from levels of odd length is cropped. (The original asks for multiples
+    of 2^levels.)
 
     Args:
       levels: of the transform.
@@ -71,8 +71,8 @@ class WaveMixing(ImageMixer):
       dropout: in the perceptrons.
 
     Pitfalls:
-      Bands are packed channel by channel, three numbers each, behind the low band of all channels. Another
-      order trains as well, but no published weights fit it.
+      Bands are packed per channel, three numbers each, after the low band of all channels. Another order
+        trains as well, but does not fit published weights.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class WaveMixing(ImageMixer):
             part = FeedForward(
                 inputs, check_positive("expand", expand) * dim, hidden, outputs, dropout=dropout, rngs=rngs
             )
-            setattr(self, self._name(j), part)  # an attribute each: so the published names are ours
+            setattr(self, self._name(j), part)  # separate attributes, to keep the published names
 
     def _name(self, level: int) -> str:
         return "feedforward" if self.levels == 1 else f"feedforward{level}"
@@ -112,7 +112,7 @@ class WaveMixing(ImageMixer):
 
 
 class ParallelWaveMixing(ImageMixer):
-    """The block of WaveMix's first version: all levels side by side through one perceptron, and a convolution
+    """The block of WaveMix's first version: all levels through one perceptron in parallel, and a convolution
     over their results.
 
         y = reduction(x)        t_j = spread_j(down(gelu(up z_j))) back at full resolution
@@ -168,12 +168,12 @@ class ParallelWaveMixing(ImageMixer):
 
 
 class ShuffleWaveMixing(ImageMixer):
-    """The block of WaveMix's third version: one level, whose channels become places again without any
-    weights.
+    """The block of WaveMix's third version: one level, whose channels become positions by a pixel shuffle
+    without weights.
 
         norm(conv3x3(shuffle(dropout(gelu(up packed(dwt(reduction(x))))))))
 
-    Four channels make a cell of 2 × 2 places of one: the perceptron's width, 4 dim, leaves dim.
+    Four channels become a cell of 2 × 2 positions: a perceptron of width 4 dim leaves dim channels.
     """
 
     torch_names: ClassVar = {"up": "feedforward.0", "conv": "feedforward.4", "norm": "feedforward.5"}
@@ -201,8 +201,8 @@ def _quarter(dim: int) -> int:
 
 
 class PatchStem(Module):
-    """WaveMix's way in for classification: two 3 × 3 convolutions, one of `patch` × `patch` places that do
-    not overlap, gelu, norm."""
+    """WaveMix's stem for classification: two 3 × 3 convolutions, one over non-overlapping `patch` × `patch`
+    patches, gelu, norm."""
 
     torch_names: ClassVar = {"convs": "", "norm": "4"}
 
@@ -221,8 +221,7 @@ class PatchStem(Module):
 
 
 class StridedStem(Module):
-    """The other way in: two 3 × 3 convolutions with a stride, and nothing else. With stride 1 it keeps the
-    resolution."""
+    """The other stem: two strided 3 × 3 convolutions. With stride 1 it keeps the resolution."""
 
     torch_names: ClassVar = {"convs": ""}
 

@@ -1,11 +1,10 @@
-"""Parts one after another where some look ahead: what comes behind a part that is n steps late lives n steps
-later itself.
+"""Sequential composition of mixers with look-ahead: after a part with n steps of delay, all later parts are n
+steps late as well.
 
-A convolution centred on its step needs the next input. Its stream gives at step t the output of step t-1, and
-at the first step of a sequence the output of a step that never was. Everything behind it must take that step
-for one that does nothing, and must begin its own
-sequence one step later: then the stream of the whole is exactly its parallel form, as many steps late as all
-parts together.
+A convolution centred on its step needs the next input. When streaming, it outputs at step t the result of
+step t-1, and its first output belongs to no input step. Downstream parts must treat it as invalid and start
+their own sequence one step later. The stream of the whole is then exactly its parallel form, delayed by the
+sum of the look-aheads.
 """
 
 import math
@@ -32,8 +31,8 @@ Lengths = Int[Array, " b"]
 def init_in_turn(
     parts: Sequence[Any], batch: int, dtype: jax.typing.DTypeLike = jnp.float32
 ) -> tuple[Lengths | tuple[()], tuple[State, ...]]:
-    """The state of `in_turn`: how many steps the sequence has seen (() where no part looks ahead), and the
-    states of the parts."""
+    """The state of `in_turn`: the number of steps seen (() without look-ahead), and the states of the
+    parts."""
     seen = jnp.zeros((batch,), jnp.int32) if any(part.lookahead for part in parts) else ()
     return seen, tuple(part.init_state(batch, dtype) for part in parts)
 
@@ -45,7 +44,7 @@ def in_turn(
     reset: Steps | None = None,
     valid: Steps | None = None,
 ) -> tuple[Activations, State | None]:
-    """x through all `parts` (mixers), the sum of their look-aheads late where it streams."""
+    """x through all `parts` (mixers); when streaming, delayed by the sum of their look-aheads."""
     if state is None:
         for part in parts:
             x, _ = part(x, None, reset, valid)
@@ -58,27 +57,27 @@ def in_turn(
         x, updated = part(x, old, *(_later(steps, late, reset) if late else (reset, valid)))
         new.append(updated)
         late += part.lookahead
-    # All that matters is whether a sequence is younger than `ahead` steps, or begins there: counting on would
-    # overflow one day.
+    # Only whether a sequence has fewer than `ahead` steps matters; the count is capped so that it cannot
+    # overflow.
     seen = jnp.minimum(steps.length, ahead + 1) if ahead else ()
     return x, (seen, tuple(new))
 
 
 def _later(steps: Segments, late: int, reset: Steps | None) -> tuple[Steps | None, Steps]:
-    """The flags of what lives `late` steps later: its sequence begins, and its steps are valid, once that
-    many have been seen."""
+    """The flags of a part that is `late` steps late: its sequence starts, and its steps are valid, after that
+    many steps."""
     there = steps.ids > 0
     return (None if reset is None else there & (steps.positions == late)), there & (steps.positions >= late)
 
 
 def map_in_turn(parts: Sequence[Any], state: State, function: Callable[[Any, State], State]) -> State:
-    """`state` of `in_turn` with `function(part, its state)` in place of each part's."""
+    """`state` of `in_turn` with each part's state replaced by `function(part, its state)`."""
     seen, states = state
     return seen, tuple(function(part, own) for part, own in zip(parts, states, strict=True))
 
 
 class Residual(Composite):
-    """x + f(x), f being `parts` in turn; x waits for them where they look ahead. Holds no parameters of its
+    """x + f(x) with f the composition of `parts`; x is delayed by their look-ahead. No parameters of its
     own."""
 
     def __init__(self, dim: int, *parts: Any):
@@ -112,7 +111,7 @@ class Residual(Composite):
 
 class TimeConv(Module):
     """A full convolution over time, [b, t, inputs] -> [b, t, outputs]: all channels of `width` steps mixed,
-    zeros around a sequence.
+    with zero padding.
 
         y_t = sum_{j < w} W_j x_{t - (w-1) + j + lookahead}
 
@@ -159,7 +158,7 @@ class TimeConv(Module):
 def _ago(
     x: Activations, steps: int, width: int, state: State | None, reset: Steps | None, valid: Steps | None
 ) -> tuple[Activations, State]:
-    """The input of so many valid steps ago, 0 where the sequence had none: the convolution with one tap."""
+    """A delay by a number of valid steps, 0 before the sequence: a convolution with one tap."""
     tap = np.eye(width)[width - 1 - steps][:, None]
     weight = jnp.broadcast_to(jnp.asarray(tap, x.dtype), (width, x.shape[-1]))
     return kernels.conv(x, weight, initial_state=state, reset=reset, valid=valid)

@@ -21,7 +21,7 @@ from seqlab.state import State, mask_steps
 
 
 class Pointwise(Linear):
-    """A linear map that PyTorch keeps as a convolution of width 1."""
+    """A linear map stored in PyTorch as a convolution of width 1."""
 
     torch_layout: ClassVar = {"weight": "[out, in, 1]"}
 
@@ -54,25 +54,24 @@ class LMU(Module):
 
         u_t = relu(W_u x_t + b_u)          m_t = Ā m_{t-1} + B̄ u_t          h_t = relu(W_h [m_t ; x_t] + b_h)
 
-    No recurrence from h or m into u: that is what lets all steps be computed at once. Ā and B̄ are constants,
+    There is no recurrence from h or m into u, so all steps can be computed at once. Ā and B̄ are constants,
     computed in float64 and not trained unless `trainable_theta`. The state is m [b, q, d], float32.
 
     Args:
       order: coefficients d of the memory, for each channel; by default dim.
       theta: length of the window in steps.
-      channels: signals q that are remembered, 1 as published; they share Ā and B̄.
+      channels: signals q in memory, 1 as published; they share Ā and B̄.
       hidden: outputs, by default dim.
       discretizer: "zoh", or "euler", which is unstable unless theta is well above 4 order.
-      trainable_theta: whether 1/theta is a parameter, `theta_inv`, read as its magnitude; theta is where it
-        begins. Ā and B̄ are then made of it in every call, see `legendre_at`.
+      trainable_theta: whether 1/theta is a parameter, `theta_inv`, read as its magnitude; theta is its
+        initial value. Ā and B̄ are then computed in every call, see `legendre_at`.
       init_std: None for PyTorch's uniform initialisation; else that of a truncated normal.
 
     Pitfalls:
-      With one channel all inputs are mixed into ONE scalar signal: that is the published design, not a
-      simplification.
-      theta belongs to the data: a window much longer than what matters is stored coarsely, a shorter one
-      forgets. bfloat16 products would put errors of 1 to 9 % into the memory: it is kept and updated in
-      float32 whatever the compute dtype.
+      With one channel all inputs are projected to one scalar signal: this is the published design.
+      theta must suit the data: a window much longer than needed is stored coarsely, a shorter one forgets.
+        bfloat16 products would cause errors of 1 to 9 % in the memory: it is stored and updated in float32
+        whatever the compute dtype.
     """
 
     causal, lookahead, exact = True, 0, True
@@ -91,7 +90,7 @@ class LMU(Module):
         rngs: nnx.Rngs,
     ):
         order = dim if order is None else order
-        legendre(order, theta, discretizer)  # refuses what it cannot be
+        legendre(order, theta, discretizer)  # checks the arguments
         self.dim, self.order, self.theta, self.discretizer = dim, order, theta, discretizer
         self.channels, hidden = (
             check_positive("channels", channels),
@@ -130,29 +129,28 @@ class LMU(Module):
 
 
 class CellState(NamedTuple):
-    """`hidden` [b, n], () where nothing reads it back; `memory` [b, q, d]; float32."""
+    """`hidden` [b, n], () if there is no feedback from it; `memory` [b, q, d]; float32."""
 
     hidden: Float[Array, "b n"] | tuple[()]
     memory: Float[Array, "b q d"]
 
 
 class RecurrentLMU(Module):
-    """The LMU cell, in which hidden state and memory drive the memory: one step at a time, there is no
-    parallel form.
+    """The LMU cell, in which hidden state and memory drive the memory: sequential, without a parallel form.
 
         u_t = e_x x_t [+ e_h h_{t-1}] [+ e_m m_{t-1}] [+ e_b]          m_t = Ā m_{t-1} + B̄ u_t
         h_t = tanh(W_m m_t [+ W_x x_t] [+ W_h h_{t-1}] [+ W_b])
 
     The hidden part reads the memory after its update. By default this is the cell of Voelker, Kajić and
     Eliasmith ("Legendre Memory Units", NeurIPS 2019): one channel, every connection in brackets, no bias. The
-    switches give the form of keras-lmu, whose defaults are all off; its kernels are ours side by side: kernel
-    = [e_x ; e_h], recurrent_kernel = e_m, hidden kernel = [W_m ; W_x].
+    switches give the form of keras-lmu, where all are off by default; its kernels are concatenations of ours:
+    kernel = [e_x ; e_h], recurrent_kernel = e_m, hidden kernel = [W_m ; W_x].
 
     Args:
       order: coefficients d of the memory, for each channel; by default dim.
       theta: length of the window in steps.
       hidden: outputs n, by default dim.
-      channels: signals q that are remembered; m is flattened channel after channel.
+      channels: signals q in memory; m is flattened channel by channel.
       hidden_to_memory, memory_to_memory, input_to_hidden: the connections e_h, e_m and W_x.
       use_bias: e_b; hidden_bias: W_b.
       cell: "rnn" as above; "dense" without W_h; "none", then h_t = [m_t ; x_t] itself (m_t alone without
@@ -162,8 +160,8 @@ class RecurrentLMU(Module):
       discretizer, trainable_theta: as in `LMU`.
 
     Pitfalls:
-      Training takes as many steps one after another as the sequence has; `LMU` has the same memory without
-      the feedback and does not. All arithmetic of the cell is in float32 whatever the compute dtype.
+      Training is sequential in time; `LMU` has the same memory without the feedback and is parallel. All
+        arithmetic of the cell is in float32 whatever the compute dtype.
     """
 
     causal, lookahead, exact = True, 0, True
@@ -285,7 +283,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def _total(p: dict[str, Array], **inputs: Array) -> Array | float:
-    """The sum of the inputs through those of the named maps that there are."""
+    """The sum of the inputs through those of the named maps that exist."""
     return sum(jnp.matmul(x, p[name], precision=_HIGHEST) for name, x in inputs.items() if name in p)
 
 

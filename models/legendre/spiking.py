@@ -19,7 +19,7 @@ from seqlab.state import State, mask_steps
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def fire(z: Array, alpha: float) -> Array:
-    """1 where z >= 0, else 0; its derivative is said to be that of sigmoid(alpha z): alpha s (1 - s)."""
+    """1 where z >= 0, else 0, with the surrogate derivative of sigmoid(alpha z): alpha s (1 - s)."""
     return (z >= 0).astype(z.dtype)
 
 
@@ -46,21 +46,21 @@ def lif(
     """Leaky integrate-and-fire along time: spikes [b, t, d] of 0 and 1 in the dtype of x, membranes after the
     reset [b, t, d] in float32.
 
-        v <- v + (x_t - (v - rest)) / tau          s_t = 1 if v >= threshold else 0          v <- (1 - s_t) v
-        + s_t rest
+        v <- v + (x_t - (v - rest)) / tau
+        s_t = 1 if v >= threshold else 0          v <- (1 - s_t) v + s_t rest
 
     Args:
       x: input currents.
       v: membranes before the first step, `rest` by default.
-      rest: where a spike puts the membrane (hard reset). None: a spike takes `threshold` away (soft reset)
-        and the leak is towards 0.
-      decay_input: False adds x_t whole, v <- v - (v - rest) / tau + x_t.
+      rest: the membrane after a spike (hard reset). None: a spike subtracts `threshold` (soft reset) and the
+        leak is towards 0.
+      decay_input: False adds x_t undecayed, v <- v - (v - rest) / tau + x_t.
       detach_reset: no gradient through s_t where it resets the membrane.
       alpha: slope of the surrogate gradient, see `fire`.
-      reset, valid: as everywhere; an invalid step does not leak, its spikes are 0 and its membrane is that of
-        the step before.
+      reset, valid: as in all mixers; an invalid step does not leak, its spikes are 0 and its membrane is
+        unchanged.
 
-    Source: the multi-step LIF node of spikingjelly 0.0.0.0.14, whose defaults these are.
+    Source: the multi-step LIF node of spikingjelly 0.0.0.0.14, with its defaults.
     """
     if not tau >= 1:
         raise UserError(f"tau must be a number of steps >= 1, got {tau!r}")
@@ -84,13 +84,12 @@ def lif(
 
 
 class Spike(Module):
-    """BatchNorm, then leaky integrate-and-fire: what stands where a network without spikes has its
-    activation.
+    """BatchNorm, then leaky integrate-and-fire, in place of an activation.
 
-    A spike is a threshold: where a membrane comes within rounding of it, another split of the same sequence,
-    another machine or another precision may fire differently, and from there on differ by whole spikes. The
-    arithmetic satisfies the streaming contract exactly; such near ties are what no reordering of float32 sums can rule out (a
-    membrane within 1e-6 of the threshold, one in a million steps).
+    A spike is a threshold: if a membrane is within rounding error of it, another split of the same sequence,
+    another machine or another precision may fire differently, and then differ by whole spikes. In exact
+    arithmetic the streaming contract holds; with float32 sums such near ties cannot be excluded (a membrane
+    within 1e-6 of the threshold, one in a million steps).
 
     State: the membrane v [b, d], float32.
     """

@@ -1,4 +1,4 @@
-"""Attention between spikes: the baseline that the spiking LMUFormer is compared with (arXiv 2402.04882)."""
+"""Spiking attention: the baseline of the spiking LMUFormer (arXiv 2402.04882)."""
 
 from typing import ClassVar, NamedTuple
 
@@ -20,8 +20,8 @@ from seqlab.state import State, mask_steps
 
 
 class SpikingAttentionState(NamedTuple):
-    """Membranes v [b, ...] of the inputs, of queries, keys and values side by side, and of what was attended to;
-    `memory` [b, h, k, k]: the sum of k vᵀ over the steps seen. float32."""
+    """Membranes v [b, ...] of the inputs, of concatenated queries, keys and values, and of the attention
+    output; `memory` [b, h, k, k]: the sum of k vᵀ over the steps seen. float32."""
 
     inputs: Float[Array, "b d"]
     qkv: Float[Array, "b 3*d"]
@@ -30,21 +30,22 @@ class SpikingAttentionState(NamedTuple):
 
 
 class SpikingAttention(Module):
-    """Attention without softmax between spikes: the token mixer of the spiking attention model that LMUFormer is
-    measured against.
+    """Attention without softmax between spikes: the token mixer of the spiking attention model that LMUFormer
+    is compared with.
 
         s = spike(x)                       q, k, v = spike(W s), in heads
         y_t = scale sum_s (q_t · k_s) v_s        norm(proj(fire(y)))
 
-    Every spike is BatchNorm and a leaky integrate-and-fire unit with a threshold of 1; `fire` has no norm and a
-    threshold of 0.5. Without a softmax the sum is q_tᵀ (sum_s k_s v_sᵀ): linear in time.
+    Every spike is BatchNorm and a leaky integrate-and-fire unit with a threshold of 1; `fire` has no norm and
+    a threshold of 0.5. Without a softmax the sum is q_tᵀ (sum_s k_s v_sᵀ): linear in time.
 
     Args:
       dim: model width d.
       heads: h, a divisor of dim; each has d / h channels.
       scale: of the sums; 0.25 as published, whatever the width of a head.
-      causal: False as published: a query attends to all steps of its sequence, which has to be given whole.
-        True: to those up to its own; then the sum over the past is a state, and the mixer streams.
+      causal: False as published: a query attends to all steps of its sequence, which must be given whole.
+        True: a query attends to the steps up to its own; the sum over the past is a state, and the mixer
+        streams.
 
     Raises:
       ValueError: `heads` does not divide dim, or a state is given to a mixer that is not causal.
@@ -54,9 +55,8 @@ class SpikingAttention(Module):
     Source: Liu, Datta, Li, Beerel, "LMUFormer" (arXiv 2402.04882), the attention baseline of its code.
 
     Pitfalls:
-      Sums of spikes are whole numbers: exact in float32 up to 2^24 of them.
-      A membrane that ends within rounding of its threshold may fire in one split of a sequence and not in another,
-        see `SpikingLMUMixer`.
+      Sums of spikes are integers, exact in float32 up to 2^24. A membrane that ends within rounding of its
+        threshold may fire in one split of a sequence and not in another, see `SpikingLMUMixer`.
     """
 
     causal, lookahead, exact = True, 0, True

@@ -1,4 +1,4 @@
-"""The delta rule: a memory that first reads what a key already retrieves and writes only the difference."""
+"""The delta rule: a memory that reads the value stored under a key and writes only the difference."""
 
 from typing import ClassVar
 
@@ -25,11 +25,11 @@ class DeltaNet(MatrixMemory):
     """DeltaNet: S_t = S_{t-1} + β_t k_t (v_t - S_{t-1}ᵀ k_t)ᵀ, unit keys, β = sigmoid(x W) per head (arXiv
     2406.06484, 2102.11174).
 
-    What is written under a key replaces what was there, so the memory recalls as many pairs as it has key
+    Writing under a key replaces the stored value, so the memory can hold as many pairs as it has key
     channels.
 
     Args:
-      qk_activation: of queries and keys behind the short convolution, "silu", "relu", "elu" (+1) or
+      qk_activation: of queries and keys after the short convolution, "silu", "relu", "elu" (+1) or
         "identity"; values take silu.
       qk_norm: "l2", or "sum" to divide by the sum of the channels.
       use_beta: False writes with β = 1.
@@ -39,8 +39,8 @@ class DeltaNet(MatrixMemory):
 
     Pitfalls:
       Keys must have unit length and β lie in (0, 2), or I - β k kᵀ expands and the memory grows without bound
-      ("sum" does not promise it). The triangular system of a chunk is solved in float32 whatever the
-      activations are; in bfloat16 it loses the pairs it holds.
+        ("sum" does not guarantee it). The triangular system of a chunk is solved in float32 whatever the
+        compute dtype; in bfloat16 stored pairs would be lost.
     """
 
     torch_names: ClassVar = MatrixMemory.torch_names | {"beta": "b_proj"}
@@ -84,18 +84,18 @@ class GatedDeltaNet(MatrixMemory):
     """Gated DeltaNet: S_t = a_t (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ, unit keys, a and β per head and
     step (arXiv 2412.06464).
 
-    log a = -exp(A_log) softplus(x W_a + dt_bias), β = sigmoid(x W_b). The decay clears the memory, the delta
-    rule replaces single pairs.
+    log a = -exp(A_log) softplus(x W_a + dt_bias), β = sigmoid(x W_b). The decay clears the whole memory, the
+    delta rule replaces single pairs.
 
     Args:
       head_dim: key channels of a head; by default 0.75 dim / heads, rounded up to a multiple of 8, for 6
         dim^2 parameters.
-      value_heads: memories; queries and keys are shared by value_heads / heads of them.
+      value_heads: number of memories; each query and key head is shared by value_heads / heads of them.
       negative_eigenvalues: β in (0, 2) (arXiv 2411.12537).
 
     Pitfalls:
-      The decay acts before the delta rule reads: what is subtracted is what is left after forgetting.
-      The read-out is normed, then gated; in Mamba-2 it is the other way round.
+      The decay acts before the delta rule reads: the subtracted value is the decayed one.
+      The read-out is normed, then gated; in Mamba-2 the order is reversed.
     """
 
     torch_names: ClassVar = MatrixMemory.torch_names | {"beta": "b_proj", "decay": "a_proj"}
@@ -144,8 +144,8 @@ class KimiDeltaAttention(MatrixMemory):
     `negative_eigenvalues` as in `GatedDeltaNet`.
 
     Pitfalls:
-      A decay per channel rules out one product for all of a chunk; its scores are built by halving, and
-      chunks are shorter.
+      With a decay per channel the scores of a chunk are not a single product; they are built by recursive
+        halving, and chunks are shorter.
     """
 
     torch_names: ClassVar = MatrixMemory.torch_names | {"beta": "b_proj", "decay": "f_proj"}
@@ -211,7 +211,7 @@ def _head_dim(dim: int, heads: int, head_dim: int | None, share: float) -> int:
 def _value_heads(
     heads: int, value_heads: int | None, head_dim: int, expand_v: float
 ) -> tuple[tuple[int, int, int], tuple[int, int]]:
-    """Counts of query, key and value heads, and the channels of a key and of a value."""
+    """Numbers of query, key and value heads, and the channels of a key and of a value."""
     values = heads if value_heads is None else check_positive("value_heads", value_heads)
     check_divides("heads", heads, "value_heads", values)
     width = head_dim * expand_v

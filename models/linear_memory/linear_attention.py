@@ -1,5 +1,5 @@
-"""Linear attention without the delta rule: memories that only add, and forget by a constant, a scalar or a
-gate per channel."""
+"""Linear attention without the delta rule: additive memories, without decay or with a constant, scalar or
+per-channel decay."""
 
 from typing import ClassVar
 
@@ -25,7 +25,7 @@ from seqlab.module import Module
 from seqlab.shapes import Steps, accumulator
 
 _FEATURE_MAPS = ("elementwise_product", "elu", "relu", "identity", "t2r", "hedgehog", "dpfp")
-_DPFP = 4  # how many products of shifted features DPFP takes
+_DPFP = 4  # number of shifted products of DPFP
 
 
 class FeatureMap(Module):
@@ -36,9 +36,9 @@ class FeatureMap(Module):
     elu, relu, identity  elu(x) + 1, relu(x), x                 width
     t2r                  relu(W x)                              width      (arXiv 2103.13076)
     hedgehog             softmax of [2 y, -2 y], y = W x + b    2 width    (arXiv 2402.04347)
-    dpfp                 r * roll(r, j), j = 1..4, side by side 8 width    (arXiv 2102.11174), r = [relu(x),
-    -relu(x)] as the
-                         published layer has it, where the paper has relu(-x)
+    dpfp                 r * roll(r, j), j = 1..4, joined      8 width    (arXiv 2102.11174)
+
+    In dpfp r = [relu(x), -relu(x)], as in the published layer; the paper has relu(-x).
     """
 
     torch_names: ClassVar = {"first": "layer1", "second": "layer2"}
@@ -71,20 +71,21 @@ class LinearAttention(MatrixMemory):
     """Linear attention: S_t = S_{t-1} + φ(k_t) v_tᵀ, o_t = S_tᵀ φ(q_t) / sqrt(f) (Katharopoulos et al., arXiv
     2006.16236).
 
-    Nothing is forgotten: after many steps the memory holds the sum of all there was.
+    Nothing is forgotten: the memory is the sum over all steps.
 
     Args:
-      feature_map: φ, see `FeatureMap`; `tie_feature_map` gives queries and keys one.
-      kv_heads: keys and values come in that many heads, each shared by heads / kv_heads queries.
-      normalize: divide by φ(q)·Σ φ(k), as softmax does; wants features that are never negative. The sum is
-        one more column of the memory.
+      feature_map: φ, see `FeatureMap`; `tie_feature_map` shares it between queries and keys.
+      kv_heads: heads of keys and values, each shared by heads / kv_heads query heads.
+      normalize: divide by φ(q)·Σ φ(k), as softmax does; requires non-negative features. The sum is one more
+        column of the memory.
       norm_q, norm_k: divide features by their sum (plus 1e-4).
-      norm_eps: of the RMS norm of the read-out per head; None for no norm.
+      norm_eps: of the RMS norm per head of the read-out; None for no norm.
 
     Pitfalls:
-      Features of both signs make the normaliser cross zero: `normalize` belongs to elu, relu and hedgehog.
-      The memory adds for ever: at equal state it recalls fewer pairs than a delta rule, and long streams
-      drown early tokens.
+      With features of both signs the normaliser can be zero: use `normalize` with elu, relu and hedgehog
+        only.
+      The memory is never cleared: at equal state it recalls fewer pairs than a delta rule, and early tokens
+        are lost in long streams.
     """
 
     torch_names: ClassVar = MatrixMemory.torch_names | {
@@ -141,14 +142,14 @@ class Retention(MatrixMemory):
     """Multi-scale retention (RetNet): S_t = γ_h S_{t-1} + k_t v_tᵀ with γ_h = 1 - 2^(-5-h), rotary queries
     and keys (arXiv 2307.08621).
 
-    The forgetting is fixed, head h remembers about 2^(5+h) steps. The read-out is normed per head and gated
-    by silu. `conv_width` puts a short causal convolution with silu in front of queries, keys and values (off
-    by default, as published).
+    The decay is fixed; head h remembers about 2^(5+h) steps. The read-out is normalised per head and gated by
+    silu. `conv_width` adds a short causal convolution with silu to queries, keys and values (off by default,
+    as published).
 
     Pitfalls:
-      Positions must go on across chunks, or rotated keys no longer meet their queries; here they are part of
-      the state. 1 - γ is 2^-12 for the eighth head: γ in bfloat16 would be 1. It is made in float64 as
-      log1p(-2^(-5-h)).
+      Positions must continue across chunks, or rotated keys no longer match their queries; here they are part
+        of the state. 1 - γ is 2^-12 for the eighth head: γ in bfloat16 would be 1. log γ is computed in
+        float64 as log1p(-2^(-5-h)).
     """
 
     torch_names: ClassVar = MatrixMemory.torch_names | {"norm": "g_norm_swish_gate"}
@@ -201,11 +202,11 @@ class SimpleGatedLinearAttention(MatrixMemory):
     """Linear attention with a scalar gate: S_t = a_t S_{t-1} + k_t v_tᵀ, log a = logsigmoid(x W) /
     `gate_normalizer` per head and step.
 
-    The head-wise form of gated linear attention (arXiv 2312.06635), with a short convolution in front; its
+    The form of gated linear attention (arXiv 2312.06635) with one gate per head and a short convolution; its
     memory is that of Mamba-2.
 
     Pitfalls:
-      A gate that starts near 1 / 2 forgets within a few steps: `gate_normalizer` 16 lets it start at 0.96.
+      A gate initialised near 1 / 2 forgets within a few steps: with `gate_normalizer` 16 it starts at 0.96.
     """
 
     torch_names: ClassVar = MatrixMemory.torch_names | {"decay": "gk_proj", "norm": "g_norm_swish_gate"}
@@ -245,14 +246,14 @@ class GatedLinearAttention(MatrixMemory):
     """GLA: S_t = diag(a_t) S_{t-1} + k_t v_tᵀ, o_t = S_tᵀ q_t / sqrt(k), a gate a_t in (0, 1) per key channel
     (arXiv 2312.06635).
 
-    log a = logsigmoid(low-rank projection of x) / `gate_normalizer`, not below `gate_floor` where that is
-    given; the output is RMS-normalised per head, then gated by silu. `conv_width` puts a short causal
-    convolution with silu in front of queries, keys and values (off by default, as published).
+    log a = logsigmoid(low-rank projection of x) / `gate_normalizer`, not below `gate_floor` if given; the
+    output is RMS-normalised per head, then gated by silu. `conv_width` adds a short causal convolution with
+    silu to queries, keys and values (off by default, as published).
 
     Pitfalls:
-      Inside a chunk decays must be taken as differences of sums, never as exp(b) exp(-b): the second factor
-      overflows under a strong gate. Without a short convolution one layer cannot compare neighbouring tokens;
-      small models learn much slower.
+      Inside a chunk decays must be computed as differences of sums, never as exp(b) exp(-b): the second
+        factor overflows with a strong gate. Without a short convolution a single layer cannot compare
+        neighbouring tokens; small models learn much more slowly.
     """
 
     torch_names: ClassVar = MatrixMemory.torch_names | {"decay": "gk_proj", "norm": "g_norm_swish_gate"}
@@ -297,5 +298,6 @@ class GatedLinearAttention(MatrixMemory):
 
 
 def _with_conv(conv_width: int | None) -> tuple[str, str]:
-    """The published layers put silu behind a short convolution, and nothing behind a bare projection."""
+    """The activations of the published layers: silu after a short convolution, none after a plain
+    projection."""
     return ("identity", "identity") if conv_width is None else ("silu", "silu")

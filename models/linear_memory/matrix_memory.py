@@ -1,7 +1,7 @@
-"""What the linear-attention family shares: projections, short convolution, heads, a matrix memory, a normed
-and gated read-out.
+"""The common base of the linear-attention family: projections, short convolution, heads, a matrix memory, a
+normalised and gated read-out.
 
-A member is a class that says how the memory decays and how it is written; see `linear_attention` and `delta`.
+A subclass defines how the memory decays and how it is written; see `linear_attention` and `delta`.
 """
 
 from typing import ClassVar, NamedTuple
@@ -25,7 +25,7 @@ FEATURES = {
     "identity": lambda x: x,
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
-    "elu": lambda x: jax.nn.elu(x) + 1,  # as feature maps have it: never negative
+    "elu": lambda x: jax.nn.elu(x) + 1,  # as in feature maps: non-negative
 }
 GATES = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
 
@@ -40,7 +40,7 @@ class MemoryState(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """What the memory is given for a chunk: see `seqlab.kernels.linear_attention`."""
+    """The arguments of the memory for a chunk: see `seqlab.kernels.linear_attention`."""
 
     q: Heads
     k: Heads
@@ -63,13 +63,13 @@ class LowRank(Module):
 
 
 class MatrixMemory(Module):
-    """The abstract member: `rule` turns projected queries, keys and values into what the memory is given.
+    """The abstract base: `rule` computes the arguments of the memory from projected queries, keys and values.
 
-        q, k, v = activations(conv(x W)), in heads;   S, o = memory(S, rule(...));   y = (norm(o) * gate(x
-        W_g)) W_o
+        q, k, v = activations(conv(x W)), in heads;   S, o = memory(S, rule(...))
+        y = (norm(o) * gate(x W_g)) W_o
 
-    Queries, keys and values may come in different numbers of heads, each of which divides the largest, the
-    number of memories: head i of n is repeated for memories i * heads / n and those after it.
+    Queries, keys and values may have different numbers of heads, which divide the largest, the number of
+    memories: head i of n serves the memories from i * heads / n up to (i + 1) * heads / n.
     """
 
     causal, lookahead, exact = True, 0, True
@@ -130,15 +130,15 @@ class MatrixMemory(Module):
 
     @property
     def memory_shape(self) -> tuple[int, int]:
-        """Of the memory of a head: key features and value channels."""
+        """The shape of the memory of a head: key features and value channels."""
         return self.head_shape
 
     def rule(self, x: Activations, q: Heads, k: Heads, v: Heads, positions: Int[Array, "b t"] | None) -> Rule:
-        """How the memory decays and is written; `positions` only where the member keeps them."""
+        """The decay and update of the memory; `positions` only if the subclass keeps them."""
         raise NotImplementedError
 
     def read(self, o: Heads) -> Heads:
-        """What the memory's answers mean, before the norm."""
+        """Post-processing of the memory's read-outs, before the norm."""
         return o
 
     def __call__(
@@ -182,14 +182,14 @@ class MatrixMemory(Module):
     def _positions(
         self, shape: tuple[int, int], start: Array | int | tuple[()], reset: Steps | None, valid: Steps | None
     ) -> tuple[Array | None, Array | tuple[()]]:
-        """The positions of the steps and of the step after them, where a member keeps them."""
+        """The positions of the steps and of the step after them, if the subclass keeps them."""
         return None, ()
 
 
 def counted(
     shape: tuple[int, int], start: Array | int, reset: Steps | None, valid: Steps | None
 ) -> tuple[Array, Array]:
-    """Positions [b, t] of the steps in their sequences, and how many steps the last one has seen [b]."""
+    """Positions [b, t] of the steps in their sequences, and the number of steps of the last one [b]."""
     if reset is None and valid is None:
         start = jnp.broadcast_to(jnp.asarray(start, jnp.int32), shape[:1])
         return start[:, None] + jnp.arange(shape[1], dtype=jnp.int32), start + shape[1]
@@ -198,12 +198,12 @@ def counted(
 
 
 def repeat_heads(x: Float[Array, "b t g k"], heads: int) -> Heads:
-    """Each head of x as often in a row as makes `heads`."""
+    """Each head of x repeated consecutively to `heads` heads."""
     return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)
 
 
 def head_widths(dim: int, heads: int, expand_k: float, expand_v: float) -> tuple[int, int]:
-    """Key and value channels of a head where all heads have dim * expand channels together."""
+    """Key and value channels per head, with dim * expand channels in total."""
     keys, values = int(dim * expand_k), int(dim * expand_v)
     if keys < check_positive("heads", heads) or keys % heads or values < heads or values % heads:
         raise UserError(f"heads={heads} must divide dim * expand_k = {keys} and dim * expand_v = {values}")

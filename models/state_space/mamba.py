@@ -26,10 +26,10 @@ class MambaState(NamedTuple):
 
 
 class Selective(Module):
-    """What Mamba and its relatives do to a stream of E = `inner` channels: convolution, selection, scan,
-    skip. Abstract: see `selected`.
+    """The selective state-space layer of Mamba and its relatives on E = `inner` channels: convolution,
+    selection, scan, skip. Abstract: see `selected`.
 
-    With conv_width=None there is no convolution: what comes in is what selects and is scanned.
+    With conv_width=None there is no convolution: the input itself is used for the selection and the scan.
     """
 
     torch_names: ClassVar = {"conv": "conv1d"}
@@ -72,7 +72,7 @@ class Selective(Module):
         conv, ssm = (None, None) if state is None else state
         c, conv = (a, conv) if self.conv is None else self.conv(a, conv, reset, valid)
         rank, B, C = jnp.split(self.x_proj(c), [self.dt_rank, self.dt_rank + self.state_size], axis=-1)
-        wide = accumulator(a.dtype)  # step sizes and decays in float32 whatever the activations are
+        wide = accumulator(a.dtype)  # step sizes and decays are float32 whatever the compute dtype
         delta = jax.nn.softplus(
             rank.astype(wide) @ self.dt_proj.weight[...].astype(wide) + self.dt_proj.bias[...].astype(wide)
         )
@@ -93,8 +93,8 @@ class Mamba(Selective):
 
     Pitfalls:
       B, C and Δ come from the convolved half, the gate from the other; D is added before the gate; the bias
-      of Δ is inside the softplus. Other libraries restart the scan where a cached call brings several tokens;
-      compare with them step by step only.
+        of Δ is inside the softplus. Other libraries restart the scan in cached calls with several tokens;
+        compare with them step by step only.
     """
 
     causal, lookahead, exact = True, 0, True

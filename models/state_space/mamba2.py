@@ -1,5 +1,5 @@
-"""Mamba-2: the state-space model whose decay is one number a head, so that its scan is linear attention
-(arXiv 2405.21060)."""
+"""Mamba-2: the state-space model with one decay per head, so that its scan is linear attention (arXiv
+2405.21060)."""
 
 from typing import ClassVar, NamedTuple
 
@@ -26,7 +26,7 @@ class Mamba2State(NamedTuple):
 
 
 class GatedRMSNorm(Module):
-    """RMS norm of y * silu(z), gate first, over `groups` equal parts of the channels by themselves."""
+    """RMS norm of y * silu(z), gate first, computed separately over `groups` equal parts of the channels."""
 
     def __init__(self, dim: int, groups: int = 1, *, eps: float = 1e-5, rngs: nnx.Rngs | None = None):
         self.weight = nnx.Param(jnp.ones((check_positive("dim", dim),)))
@@ -44,19 +44,20 @@ class Mamba2(Module):
     B and C, N = state_size.
 
         z, xBC, dt = in_proj(u);  x, B, C = silu(conv(xBC));  Δ = clip(softplus(dt + dt_bias), *dt_limit)
-        S_t = exp(-Δ_t exp(A_log)) S_{t-1} + B_t (Δ_t x_t)ᵀ;  y_t = S_tᵀ C_t + D x_t;  out_proj(norm(y *
-        silu(z)))
+        S_t = exp(-Δ_t exp(A_log)) S_{t-1} + B_t (Δ_t x_t)ᵀ;  y_t = S_tᵀ C_t + D x_t
+        out_proj(norm(y * silu(z)))
 
-    The limits of the step size hold for a single step as for a chunk (the published step forgets them).
+    The limits of the step size apply to single steps as well as chunks (the published step ignores them).
 
     Args:
       head_dim: P, which must divide E.
       groups: G, which must divide the number of heads; the norm works on G parts of the channels.
-      dt_limit: the least and the greatest step size.
+      dt_limit: the smallest and the largest step size.
 
     Pitfalls:
       The gate comes before the norm and the norm works on `groups` parts of the channels: only models with
-      several groups show the mistake. Heads share B and C in a row (head // (heads / groups)), not in turn.
+        several groups reveal an error here. Consecutive heads share B and C (group = head // (heads /
+        groups)).
     """
 
     causal, lookahead, exact = True, 0, True
@@ -122,7 +123,7 @@ class Mamba2(Module):
         values, B, C = jnp.split(mixed, [self.inner, self.inner + self.groups * self.state_size], axis=-1)
         values = rearrange(values, "b t (h p) -> b t h p", h=self.heads)
         B, C = (rearrange(y, "b t (g n) -> b t g n", g=self.groups) for y in (B, C))
-        wide = accumulator(x.dtype)  # step sizes and decays in float32 whatever the activations are
+        wide = accumulator(x.dtype)  # step sizes and decays are float32 whatever the compute dtype
         delta = jnp.clip(jax.nn.softplus(dt.astype(wide) + self.dt_bias[...].astype(wide)), *self.dt_limit)
         decay = -jnp.exp(self.A_log[...].astype(wide)) * delta
         written = (delta[..., None] * values).astype(x.dtype)

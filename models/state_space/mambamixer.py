@@ -1,8 +1,8 @@
 """MambaMixer: selection along tokens and along channels, and learned sums of all earlier outputs instead of a
 residual stream (Behrouz, Santacatterina and Zabih, arXiv 2403.19888, first version).
 
-The authors released no code. What their text leaves open is settled here as Mamba's code has it (the
-selection reads the convolved input, the input map is Euler's), or said in place.
+The authors released no code. Where their text leaves a choice open, Mamba's code is followed (the selection
+reads the convolved input, the input map is Euler's), or the choice is noted in place.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from seqlab.state import State, mask_steps
 
 
 class Direction(Selective):
-    """One direction of a `SelectiveMixer`: a convolution, a selection and a scan of its own."""
+    """One direction of a `SelectiveMixer`: with its own convolution, selection and scan."""
 
     def __call__(
         self,
@@ -39,26 +39,25 @@ class Direction(Selective):
 
 
 class SelectiveMixer(Module):
-    """Mamba in one direction or two: one input projection and one gate, a convolution, a selection and a scan
-    for every direction.
+    """Mamba in one direction or two: one input projection and one gate, and one convolution, selection and
+    scan per direction.
 
         a, z = in_proj(x);  y = direction_1(a) + flip(direction_2(flip(a)));  out_proj(y * silu(z))
 
     One direction is exactly `Mamba`, with its state, and streams. Two are not causal: there is no state,
-    `init_state` is empty, and the sequence has to be given whole. Sequences packed in a row stay apart in
-    both directions, and steps that are not valid are passed over in both. `inner` is E, expand * dim by
-    default; the other sizes are Mamba's.
+    `init_state` is empty, and the sequence must be given whole. Sequences packed in a row are separate in
+    both directions, and invalid steps are skipped in both. `inner` is E, expand * dim by default; the other
+    sizes are Mamba's.
 
     Raises:
-      ValueError: a state is given to a mixer of two directions, which would silently be another function
-      chunk by chunk.
+      ValueError: a state is given to a mixer of two directions, which cannot work in chunks.
 
     Source: MambaMixer (arXiv 2403.19888); the mixer of one direction is Mamba's (arXiv 2312.00752).
 
     Pitfalls:
-      The input is turned round before a convolution that stays causal, which is not the same as an anticausal
-      convolution. Directions are added before the gate, which they share; an original with a gate each has
-      other weights. "MambaMixer" in other libraries is the plain Mamba block.
+      The input is reversed before a convolution that stays causal, which differs from an anticausal
+        convolution. Directions are added before the gate, which they share; originals with one gate per
+        direction have other weights. "MambaMixer" in other libraries is the plain Mamba block.
     """
 
     causal, lookahead, exact = True, 0, True
@@ -110,8 +109,8 @@ class SelectiveMixer(Module):
 
 
 def ends(reset: Steps, valid: Steps | None = None) -> Steps:
-    """Where sequences end: the steps before a reset, which are the resets of the sequence read backwards.
-    Invalid steps are passed over."""
+    """The ends of sequences: the steps before a reset, which are the resets of the reversed sequence. Invalid
+    steps are skipped."""
     time = reset.shape[1]
     if valid is None:
         return jnp.pad(reset[:, 1:], ((0, 0), (0, min(time, 1))))
@@ -123,14 +122,14 @@ def ends(reset: Steps, valid: Steps | None = None) -> Steps:
 
 
 class SelectiveChannelMixer(Module):
-    """The paper's channel mixer: a `SelectiveMixer` of two directions on the transpose; it scans channels,
-    and its features are tokens.
+    """The paper's channel mixer: a bidirectional `SelectiveMixer` on the transpose, which scans channels,
+    with tokens as features.
 
         y = mixer(xᵀ)ᵀ        x [b, tokens, d]; the width of the mixer is the number of tokens
 
-    Every output sees every step, and the weights belong to one sequence length: it neither streams nor takes
-    other lengths (as in MLP-Mixer). `GroupedChannelMixer` is the form that streams. Steps that are not valid
-    count as 0; documents cannot be kept apart in it.
+    Every output sees every step, and the weights belong to one sequence length: it neither streams nor
+    accepts other lengths (as in MLP-Mixer). `GroupedChannelMixer` is the streaming form. Invalid steps count
+    as 0; documents cannot be separated.
 
     `mixer` is a `SelectiveMixer` with other sizes, called as mixer(width, bidirectional=True, rngs=rngs).
 
@@ -140,9 +139,8 @@ class SelectiveChannelMixer(Module):
     Source: MambaMixer (arXiv 2403.19888).
 
     Pitfalls:
-      Every output sees the future: behind a causal token mixer it makes the whole model one that is not
-      causal. A row that is shorter than `tokens` has to be filled up and flagged by `valid`; its fill counts
-      as zeros, not as absent.
+      Every output sees the future: after a causal token mixer it makes the whole model non-causal. A row
+        shorter than `tokens` must be padded and marked by `valid`; padding counts as zeros, not as absent.
     """
 
     causal, lookahead, exact = False, 0, True
@@ -173,19 +171,19 @@ class SelectiveChannelMixer(Module):
 
 
 class GroupedChannelMixer(Module):
-    """A selective channel mixer that works on one step at a time: the channels of a step are `groups` tokens,
+    """A selective channel mixer that is pointwise in time: the channels of a step are `groups` tokens,
     scanned in both directions.
 
         y_t = flat(mixer(x_t as [groups, d / groups]))
 
-    Causal and without state, unlike the paper's channel mixer, whose weights belong to one sequence length;
-    the layout is that of the paper's TSM2, where the tokens of a step are variates (arXiv 2403.19888).
-    `mixer` is called as mixer(d // groups, bidirectional=True, rngs=rngs).
+    Causal and stateless, unlike the paper's channel mixer, whose weights belong to one sequence length; the
+    layout is that of the paper's TSM2, where the tokens of a step are variates (arXiv 2403.19888). `mixer` is
+    called as mixer(d // groups, bidirectional=True, rngs=rngs).
 
     Pitfalls:
-      Channels of one group meet in matrix products, those of different groups only through the scan: the
-      order of channels matters.
-      A scan over few groups is many tiny scans, b * t of them: memory grows with them all.
+      Channels of one group are mixed by matrix products, those of different groups only by the scan: the
+        order of channels matters. There are b * t small scans over the groups, and memory grows with their
+        number.
     """
 
     causal, lookahead, exact = True, 0, True
@@ -211,7 +209,7 @@ class GroupedChannelMixer(Module):
 
 
 def within_steps(mixer: Module, x: Float[Array, "b t s k"], valid: Steps | None) -> Float[Array, "b t s k"]:
-    """`mixer` over the tokens s of every step alone."""
+    """`mixer` over the tokens s of each step separately."""
     # Time first: if it is split over devices, so are the rows that the two axes are merged into.
     x = mask_steps(x, valid).swapaxes(0, 1)
     with sequence_parallel.within_steps():
@@ -227,18 +225,17 @@ class MambaMixerStack(Composite, Module):
         xC_l = Σ_{i≤l} θ_{l,i} yT_i + Σ_{i<l} γ_{l,i} yC_i        yC_l = channel_mixer_l(norm(xC_l))
         yT_0 = yC_0 = x
 
-    The weights are scalars, kept in four tables [depth, depth + 1] with row l - 1 for block l; what lies
-    beyond a sum is never used. They begin at 1, but β_{l,0} = γ_{l,0} = 0 because x would count twice: every
-    mixer then reads what it would in a residual network.
+    The weights are scalars in four tables [depth, depth + 1] with row l - 1 for block l; entries beyond a sum
+    are unused. They are initialised to 1, but β_{l,0} = γ_{l,0} = 0 because x would count twice: initially
+    every mixer reads what it would in a residual network.
 
-    `final_sum` adds the box that only the paper's figures have: the output is norm(Σ_{i≤depth} ω_i yT_i +
-    Σ_{i≤depth} υ_i yC_i), with the same beginning, which is a residual network's; without it the output is
-    the last mixer's, as the equations say. The norms are
-    ours too: the paper states none, and a mixer is of degree five in its input, so sums that are not
-    normalised explode with depth.
+    `final_sum` adds a box that only the paper's figures show: the output is norm(Σ_{i≤depth} ω_i yT_i +
+    Σ_{i≤depth} υ_i yC_i), with the same initialisation; without it the output is the last mixer's, as in the
+    equations. The norms are our addition: the paper states none, and a mixer is of degree five in its input,
+    so sums without normalisation explode with depth.
 
-    The sums are taken step by step: the stack is causal, and streams, if its mixers do. Arrays may have axes
-    between time and width ([b, t, m, d]) where mixers and norms take them.
+    The sums are pointwise in time: the stack is causal, and streams, if its mixers do. Arrays may have axes
+    between time and width ([b, t, m, d]) if mixers and norms accept them.
 
     Source: MambaMixer (arXiv 2403.19888); DenseFormer (arXiv 2402.02622).
     """
@@ -324,7 +321,7 @@ def _sums(depth: int, first: float) -> nnx.Param:
 
 def weighted_sum(weights: tuple[Array, ...], terms: tuple[list[Array], ...]) -> Array:
     """Σ over both lists of weight times term, summed in float32 at least; weights beyond the end of a list
-    are left alone."""
+    are unused."""
     wide = accumulator(terms[0][0].dtype)
     total = sum(
         w[i].astype(wide) * y.astype(wide)

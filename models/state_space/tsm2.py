@@ -6,7 +6,7 @@ Every variate is cut into patches of P steps, one every S steps; a patch becomes
 a variate forwards, its channel mixer scans the variates of a patch in both directions. One linear map, shared
 by all variates, computes the forecast of a variate from its last n tokens.
 
-`TSM2` is the published form, from a window to a forecast. Its norm computes statistics over time, so it cannot
+`TSM2` is the published form, from a window to a forecast. Its norm uses statistics over time, so it cannot
 stream. `StreamingTSM2` satisfies the streaming contract: the same layers, with statistics of the past only.
 The paper's static and future covariates are left out.
 """
@@ -35,12 +35,12 @@ EPSILON = 1e-5  # of the variance of a series, as in RevIN
 
 
 class VariateNorm(Module):
-    """(x - mean) / sqrt(var + eps) * scale + bias over all axes of [b, n, m, d] that `over` names, for every
-    other index alone.
+    """(x - mean) / sqrt(var + eps) * scale + bias over the axes of [b, n, m, d] selected by `over`,
+    separately for every other index.
 
-    "time" is the paper's 2D norm: statistics over patches and variates together, for every channel of the
+    "time" is the paper's 2D norm: statistics over patches and variates together, per channel of the
     embedding, and affine weights [n, m] (eps as in TSMixer's code). It needs all n patches at once. "step"
-    takes them over the variates and channels of one patch, with affine weights [m, d], and is what streams.
+    uses statistics over the variates and channels of one patch, with affine weights [m, d], and streams.
     """
 
     def __init__(
@@ -71,8 +71,8 @@ class VariateNorm(Module):
 
 
 class TimeMixer(Module):
-    """A causal `SelectiveMixer` along the patches of every variate alone; all variates share its weights.
-    States keep rows first."""
+    """A causal `SelectiveMixer` along the patches of each variate; all variates share its weights. States
+    have rows first."""
 
     causal, lookahead, exact = True, 0, True
 
@@ -122,7 +122,7 @@ class VariateMixer(Module):
 
 
 class Forecaster(Module):
-    """What both forms share: patches in, forecasts out. Abstract."""
+    """The common base of both forms: from patches to forecasts. Abstract."""
 
     exact, lookahead = True, 0
 
@@ -178,7 +178,7 @@ class Forecaster(Module):
             )
 
     def cut(self, x: Series) -> Float[Array, "b n m p"]:
-        """All whole patches of x, from its first step on."""
+        """All complete patches of x, from its first step on."""
         starts = jnp.arange((x.shape[1] - self.patch) // self.stride + 1) * self.stride
         return x[:, starts[:, None] + jnp.arange(self.patch)].swapaxes(2, 3)
 
@@ -194,14 +194,14 @@ class TSM2(Forecaster):
     Args:
       variates, length, horizon: m series, the steps of a window, and the steps to forecast.
       patch, stride: P and S. n = floor((length - P) / S) + 1 patches; where S does not divide length - P,
-        some steps are not read: the oldest with align="end", the newest with align="start", as frameworks
-        unfold windows.
+        some steps are not read: the oldest with align="end", the newest with align="start", as frameworks'
+          unfold functions do.
       dim, depth: width of a token, and blocks.
       mixer: a `SelectiveMixer` with other sizes, called as mixer(dim, rngs=rngs), with bidirectional=True for
         the variates.
-      reversible: subtract every variate's mean over the window and divide by its deviation, undone on the
-        forecast (RevIN, without its affine map). Not in the paper, but in every forecast of this kind since.
-      final_sum: see `MambaMixerStack`; the paper's equations end without it.
+      reversible: subtract every variate's mean over the window and divide by its standard deviation, undone
+        on the forecast (RevIN, without its affine map). Not in the paper, but standard in later forecasters.
+      final_sum: see `MambaMixerStack`; the paper's equations do not have it.
 
     Not causal: norm and RevIN look at the whole window.
 
@@ -246,12 +246,12 @@ class TSM2(Forecaster):
         return self.read(tokens) * deviation + mean
 
     def forecast(self, x: Float[Array, "b length m"]) -> Forecast:
-        """The same; both forms have it."""
+        """The same as the call; both forms have this method."""
         return self(x)
 
 
 def _statistics(x: Series) -> tuple[Float[Array, "b 1 m"], Float[Array, "b 1 m"]]:
-    """Mean and deviation of every variate over its window, taken in float32 at least."""
+    """Mean and standard deviation of every variate over its window, in float32 at least."""
     wide = x.astype(accumulator(x.dtype))
     mean = jnp.mean(wide, axis=1, keepdims=True)
     deviation = jnp.sqrt(jnp.mean(jnp.square(wide - mean), axis=1, keepdims=True) + EPSILON)

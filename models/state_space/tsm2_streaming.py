@@ -18,8 +18,8 @@ from seqlab.state import State, mask_steps, segments, select_rows
 
 
 class Scale(NamedTuple):
-    """Statistics that look back and forget: the weight of what was seen [b, 1], its mean [b, m] and the sum
-    of its squared deviations."""
+    """Exponentially weighted statistics of the past: the total weight [b, 1], the mean [b, m] and the sum of
+    squared deviations."""
 
     weight: Float[Array, "b 1"]
     mean: Float[Array, "b m"]
@@ -31,10 +31,10 @@ class Scale(NamedTuple):
 
 
 class StreamingTSM2State(NamedTuple):
-    """`recent` [b, p-1, m]: the steps that the next patch may still need. `seen` [b]: steps of the sequence
-    so far, modulo the stride once its first patch is whole. `tokens` [b, n-1, m, d]: the last outputs of the
-    stack, `count` [b] of them the sequence's own. `forecast` [b, h, m]: the one that holds until the next
-    patch is whole. `scale` is () without RevIN."""
+    """`recent` [b, p-1, m]: the steps that the next patch may need. `seen` [b]: steps of the sequence so far,
+    modulo the stride after its first complete patch. `tokens` [b, n-1, m, d]: the last outputs of the stack,
+    `count` [b] of them from this sequence. `forecast` [b, h, m]: the current one until the next patch is
+    complete. `scale` is () without RevIN."""
 
     recent: Float[Array, "b p m"]
     seen: Int[Array, " b"]
@@ -46,23 +46,23 @@ class StreamingTSM2State(NamedTuple):
 
 
 class StreamingTSM2(Forecaster):
-    """TSM2 whose statistics only look back, so that it forecasts at every step and streams.
+    """TSM2 with statistics of the past only, so that it forecasts at every step and streams.
 
     `model(x, state, reset, valid)` maps a chunk [b, t, m] of any length to [b, t, horizon, m]: at every step
-    the forecast made when the latest patch became whole, of the `horizon` steps behind that patch; zeros
-    before the first patch of a sequence. Patches end at steps P, P + S, P + 2 S, ... of a sequence; the state
-    keeps the part of a patch that a chunk ends in.
+    the forecast of the `horizon` steps after the latest complete patch; zeros before the first patch of a
+    sequence. Patches end at steps P, P + S, P + 2 S, ... of a sequence; the state keeps an incomplete patch
+    at the end of a chunk.
 
-    `model.forecast(x)` is the forecast [b, horizon, m] of what follows x [b, t, m], t >= P: training's form,
-    the last output of a fresh stream whose patches end where x ends (so the first (t - P) mod S steps are not
-    read).
+    `model.forecast(x)` is the forecast [b, horizon, m] of the steps after x [b, t, m], t >= P, the form used
+    in training: the last output of a fresh stream whose patches end where x ends (so the first (t - P) mod S
+    steps are not read).
 
-    Two things differ from the published form, because it looks ahead: norms take their statistics over the
-    variates and channels of one patch instead of over time, and RevIN, where `reversible`, takes mean and
-    deviation at the end of a patch over the past, with weights that decay by 1 - 1/length a step; a forecast
-    is scaled back by those of its own patch. The head reads the last n tokens, zeros where a sequence has
-    fewer, while the states of the time mixers reach back without end. Arguments are those of `TSM2`; `length`
-    sets n and the memory of RevIN.
+    Two things differ from the published form, which looks ahead: norms use statistics over the variates and
+    channels of one patch instead of over time, and RevIN, if `reversible`, uses mean and standard deviation
+    of the past at the end of a patch, with weights that decay by 1 - 1/length per step; a forecast is scaled
+    back by those of its own patch. The head reads the last n tokens, with zeros if a sequence has fewer,
+    while the states of the time mixers reach back indefinitely. Arguments are those of `TSM2`; `length` sets
+    n and the memory of RevIN.
 
     Raises:
       ValueError: an impossible size, or an x of another shape.
@@ -95,7 +95,7 @@ class StreamingTSM2(Forecaster):
 
     @property
     def dim(self) -> int:
-        """The width of the input: the variates."""
+        """The input width, the number of variates."""
         return self.variates
 
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> StreamingTSM2State:
@@ -115,7 +115,7 @@ class StreamingTSM2(Forecaster):
         return Scale(*scale) if scale else ()
 
     def forecast(self, x: Series) -> Forecast:
-        """What follows x [b, t, m], t >= patch: [b, horizon, m]."""
+        """The forecast [b, horizon, m] of the steps after x [b, t, m], t >= patch."""
         self.check(x)
         if x.shape[1] < self.patch:
             raise UserError(f"x must have at least patch={self.patch} steps, got {x.shape[1]}")
@@ -177,7 +177,7 @@ class StreamingTSM2(Forecaster):
         steps = segments((batch, time), old.seen, reset, kept)
         age = steps.positions + 1
         whole = (age >= P) & ((age - P) % S == 0) & (True if kept is None else kept)
-        started = steps.length >= P  # the sequence that goes on has a patch
+        started = steps.length >= P  # the continued sequence has a patch
 
         # Patches, in at most ceil(t / S) slots, because two are never closer than S steps. Slots without a
         # patch are not valid.
@@ -192,7 +192,7 @@ class StreamingTSM2(Forecaster):
             values = ((values - at.mean[..., None]) / at.deviation[..., None]).astype(x.dtype)
             scale = select_rows(total > 0, Scale(*(last(leaf, total) for leaf in scales)), old.scale)
 
-        # The stack; a sequence without a patch has not touched it.
+        # The stack; sequences without a patch leave its state unchanged.
         first = there & (rows(age, slots) == P)
         tokens, stack = self.stack(self.embed(values), old.stack, first, there)
         stack = select_rows(started, stack, self.stack.init_state(batch, x.dtype))
@@ -227,8 +227,8 @@ def running_scale(x: Series, old: Scale, reset: Steps | None, kept: Steps | None
     """Mean and squared deviations of every variate over the past of every step [b, t, ...], weighted by
     decay^(steps ago).
 
-    Two stretches of time merge by weight (Chan, Golub and LeVeque 1983), which stays accurate for a series
-    far from 0.
+    Two segments of time merge by weight (Chan, Golub and LeVeque 1983), which stays accurate for a series far
+    from 0.
     """
     wide = x.astype(accumulator(x.dtype))
     fades = jnp.full((*x.shape[:2], 1), decay, wide.dtype)
@@ -254,7 +254,7 @@ def running_scale(x: Series, old: Scale, reset: Steps | None, kept: Steps | None
 
 
 def front(flags: Bool[Array, "b t"]) -> Int[Array, "b t"]:
-    """Where the flags are set, in order; behind them where they are not."""
+    """Indices of the set flags in order, followed by those of the others."""
     return jnp.argsort(~flags, axis=1, stable=True)
 
 
@@ -271,6 +271,7 @@ def last(x: Float[Array, "b t *d"], total: Int[Array, " b"]) -> Float[Array, "b 
 def _tail(
     x: Float[Array, "b s *d"], begin: Int[Array, " b"], own: Int[Array, " b"], size: int
 ) -> Float[Array, "b size *d"]:
-    """`size` entries of every row from `begin` on, zeros but for the last `own`, which are its sequence's."""
+    """`size` entries of every row from `begin` on, zeroed except the last `own`, which belong to its
+    sequence."""
     keep = jnp.arange(size) >= size - own[:, None]
     return mask_steps(rows(x, begin[:, None] + jnp.arange(size)), keep)

@@ -171,7 +171,7 @@ def convert(
     Raises:
       MissingTensorError (a KeyError and a ValueError): a tensor is missing (with the nearest name there is).
       ValueError: a tensor has another shape than the parameter that it fills, or none of the model's
-      parameters uses it.
+        parameters uses it.
     """
     if architecture is not None:
         check_choice(architecture, tuple(ARCHITECTURES), "architecture")

@@ -119,7 +119,8 @@ class Tensors(Mapping[str, np.ndarray]):
     float32, exactly.
 
     Raises:
-      PretrainedError: a header that is damaged, a tensor that is there twice or is of another kind than floats.
+      PretrainedError: a header that is damaged, a tensor that is there twice or is of another kind than
+        floats.
     """
 
     def __init__(self, files: list[pathlib.Path]):

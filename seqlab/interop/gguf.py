@@ -66,8 +66,8 @@ class GGUF(Mapping[str, np.ndarray]):
     read when it is asked for.
 
     Raises:
-      PretrainedError: the package gguf is missing; the file is damaged, or of an architecture or with options that
-      are not supported.
+      PretrainedError: the package gguf is missing; the file is damaged, or of an architecture or with options
+        that are not supported.
     """
 
     def __init__(self, path: str | os.PathLike[str]):

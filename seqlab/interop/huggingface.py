@@ -108,7 +108,7 @@ def fetch(name: str) -> pathlib.Path:
 
     Raises:
       PretrainedError: the optional package huggingface_hub is missing, or the model is neither cached nor to
-      be had.
+        be had.
     """
     try:
         from huggingface_hub import snapshot_download
@@ -191,7 +191,8 @@ def load_gguf(
       dtype: as for `load_pretrained`.
 
     Raises:
-      PretrainedError: the package gguf is missing, the file is damaged, or a model or tokenizer that is not supported.
+      PretrainedError: the package gguf is missing, the file is damaged, or a model or tokenizer that is not
+        supported.
       MissingTensorError, UserError: weights that do not fit what the file says.
     """
     file = GGUF(path)

@@ -146,8 +146,8 @@ def plan(
 
     Raises:
       BenchError, ValueError: a cache that cannot be read, does not fit the heads or ends before the streams
-      do; a model without attention
-        or of other than tokens; too little held-out data; a folder with figures of other settings.
+        do; a model without attention or of other than tokens; too little held-out data; a folder with figures
+        of other settings.
     """
     trained = runs.load(workdir, step, trust=trust, dtype=dtype)
     model = as_mixer(trained.model).unrolled()

@@ -78,8 +78,7 @@ def plan(
 
     Raises:
       ConfigError: anything that `seqlab train` would refuse; two candidates of one name; data, steps or
-      another part of the budget that
-        are not the same for all.
+        another part of the budget that are not the same for all.
     """
     found: dict[str, fdl.Config] = {}
     specs = [None] if mixers is None else _specs(mixers)
@@ -119,8 +118,7 @@ def compare(candidates: dict[str, fdl.Config], workdir: str | os.PathLike[str]) 
 
     Raises:
       ConfigError, ValueError, OSError: as training would; before anything is trained or made if it is about a
-      config, the data or a folder
-        that belongs to another config.
+        config, the data or a folder that belongs to another config.
     """
     workdir = pathlib.Path(workdir)
     experiments = {name: config.build(cfg) for name, cfg in candidates.items()}

@@ -55,7 +55,7 @@ def fit(
       trust: as in `runs.load`.
     Raises:
       ValueError: a model of other than bytes, or with other mixers than attention; gates fitted otherwise are
-      in the folder.
+        in the folder.
     """
     for name, value in {"steps": steps, "keys": keys, "batch": batch}.items():
         check_positive(f"gates: {name}", value)

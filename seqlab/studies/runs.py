@@ -46,7 +46,8 @@ class Run(NamedTuple):
           variables: more of what the template asks for, such as tools or enable_thinking.
 
         Raises:
-          ChatError: the model has no chat template, it refuses the messages, or the optional package jinja2 is missing.
+          ChatError: the model has no chat template, it refuses the messages, or the optional package jinja2
+            is missing.
         """
         from seqlab.interop.chat import ChatError, render
 

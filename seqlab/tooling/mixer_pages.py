@@ -1,9 +1,10 @@
-"""One page a mixer, from its docstring and from what can be computed of it: `python -m seqlab.tooling.mixer_pages
-docs/mixers` writes them all.
+"""Pages of docs/mixers, one per mixer, from docstrings and computed facts:
 
-A mixer's docstring says, in this order: one line of summary with the equation or the idea, the equations
-(indented), what is special, the arguments (`Args:`), and what goes wrong when one is careless (`Pitfalls:`).
-State, sizes and costs are computed here.
+    python -m seqlab.tooling.mixer_pages docs/mixers
+
+A mixer's docstring has, in this order: a one-line summary with the equation or the idea, the equations
+(indented), remarks, the arguments (`Args:`), and common mistakes (`Pitfalls:`). State, sizes and costs are
+computed here.
 """
 
 import inspect
@@ -11,6 +12,7 @@ import math
 import pathlib
 import re
 import sys
+import textwrap
 from typing import Any
 
 import jax
@@ -21,8 +23,9 @@ from seqlab.module import count_params, merge, split
 from seqlab.tooling import catalog
 
 _DIM = catalog.DIM
-_REQUIRED = 8  # what arguments without a default are given
+_REQUIRED = 8  # the value of arguments without a default
 _TITLES = {"Args": "Arguments"}
+_COLUMNS = 110
 
 
 def page(cls: type) -> str:
@@ -45,11 +48,11 @@ def page(cls: type) -> str:
     if pitfalls:
         parts.append(f"## Pitfalls\n\n{pitfalls}")
     parts += [f"## Use\n\n{_use(cls, where, mixer.causal)}", f"## Source\n\n{_sources(cls)}"]
-    return "\n\n".join(part.strip("\n") for part in parts if part.strip()) + "\n"
+    return wrapped("\n\n".join(part.strip("\n") for part in parts if part.strip()) + "\n")
 
 
 def write(folder: str | pathlib.Path) -> list[pathlib.Path]:
-    """Write the pages of all mixers and an index into `folder`; pages of mixers that are gone are removed."""
+    """Write the pages of all mixers and an index into `folder`; pages of removed mixers are deleted."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     pages = {f"{cls.__name__}.md": page(cls) for cls in catalog.mixers()}
@@ -57,7 +60,7 @@ def write(folder: str | pathlib.Path) -> list[pathlib.Path]:
         f"| [{cls.__name__}]({cls.__name__}.md) | {_docstring(cls)[0].replace('|', chr(92) + '|')} |"
         for cls in catalog.mixers()
     ]
-    pages["README.md"] = "\n".join(["# Mixers", "", "| mixer | in one line |", "| --- | --- |", *rows]) + "\n"
+    pages["README.md"] = "\n".join(["# Mixers", "", "| mixer | summary |", "| --- | --- |", *rows]) + "\n"
     for old in folder.glob("*.md"):
         if old.name not in pages:
             old.unlink()
@@ -67,8 +70,8 @@ def write(folder: str | pathlib.Path) -> list[pathlib.Path]:
 
 
 def prose(text: str, heading: str = "**{}**") -> str:
-    """A docstring's body as Markdown: what is indented becomes a block of code, sections such as `Args:`
-    become lists."""
+    """A docstring's body as Markdown: indented text becomes a code block, sections such as `Args:` become
+    lists."""
     found = re.split(r"(?m)^(Args|Returns|Raises|Pitfalls):\n", inspect.cleandoc(text))
     parts = [_blocks(found[0])]
     for title, body in zip(found[1::2], found[2::2], strict=True):
@@ -79,6 +82,23 @@ def prose(text: str, heading: str = "**{}**") -> str:
         )
         parts.append(_blocks(body[len(section) :]))
     return "\n\n".join(part for part in parts if part)
+
+
+def wrapped(text: str) -> str:
+    """Markdown with the prose lines of more than 110 columns wrapped; code, tables and headings as they are."""
+    parts = re.split(r"(?ms)(^```.*?^```$)", text)
+    return "".join(
+        part if part.startswith("```") else "\n".join(map(_wrapped_line, part.split("\n"))) for part in parts
+    )
+
+
+def _wrapped_line(line: str) -> str:
+    if len(line) <= _COLUMNS or line.startswith(("|", "#", "    ")):
+        return line
+    hang = "  " if line.startswith("- ") else ""
+    whole = re.sub(r"`[^`]*`", lambda code: code.group().replace(" ", "\0"), line)  # code is not broken
+    options = {"subsequent_indent": hang, "break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(whole, _COLUMNS, **options).replace("\0", " ")
 
 
 def _docstring(cls: type) -> tuple[str, str, str]:
@@ -100,7 +120,7 @@ def _blocks(text: str) -> str:
 
 
 def _items(section: str) -> list[str]:
-    """The entries of a section: one begins where the indentation is least, deeper lines belong to it."""
+    """The entries of a section: each starts at the least indentation, and deeper lines continue it."""
     lines = [line for line in section.strip("\n").splitlines() if line.strip()]
     least = min((len(line) - len(line.lstrip()) for line in lines), default=0)
     text = "\n".join(line[least:] for line in lines)
@@ -108,15 +128,15 @@ def _items(section: str) -> list[str]:
 
 
 def _contract(mixer: Any) -> str:
-    causal = "causal" if mixer.causal else "not causal: it sees the whole sequence and does not stream"
+    causal = "Causal" if mixer.causal else "Not causal: sees the whole sequence, does not stream"
     delay = (
-        f", looks {mixer.lookahead} steps ahead: an output is final that many steps later"
+        f", with a look-ahead of {mixer.lookahead} steps: outputs are that many steps late"
         if mixer.lookahead
         else ""
     )
     exact = "" if mixer.exact else ", approximate when streamed"
     contract = (
-        "Whole = any split into chunks = step by step; padding, resets and neighbouring rows change nothing."
+        "It satisfies the streaming contract: chunks, padding, resets and other rows do not affect the result."
         if mixer.causal
         else ""
     )
@@ -144,7 +164,7 @@ def _size(mixer: Any) -> str:
 
 
 def _step_flops(mixer: Any) -> float:
-    """Of one streaming step of one row: without loops over time, so that XLA's count is all of it."""
+    """Operations of one streaming step of one row, which has no loop over time that XLA would not count."""
     static, params = split(mixer)
     arguments = (
         params,
@@ -159,7 +179,7 @@ def _state(mixer: Any) -> str:
     state = jax.eval_shape(lambda: mixer.init_state(1))
     leaves = jax.tree_util.tree_leaves_with_path(state)
     if not leaves:
-        return "None: every step is mixed by itself."
+        return "None: pointwise in time."
     named = [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves]
     rows = [f"| {name or 'state'} | {list(leaf.shape)} | {leaf.dtype} |" for name, leaf in named]
     meaning = inspect.cleandoc(type(state).__doc__ or "") if hasattr(state, "_fields") else ""
@@ -181,7 +201,11 @@ def _use(cls: type, needed: str, causal: bool) -> str:
         else "y, _ = mixer(x)  # the whole sequence at once"
     )
     code = f"from flax import nnx\nfrom seqlab.models import {cls.__name__}\n\nmixer = {call}\n{line}"
-    return f"```python\n{code}\n```\n\n`{cls.__name__}({signature}, rngs)`"
+    whole = f"{cls.__name__}({signature}, rngs)"
+    whole = textwrap.fill(
+        whole, 100, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )
+    return f"```python\n{code}\n```\n\n```text\n{whole}\n```"
 
 
 def _default(parameter: inspect.Parameter) -> str:

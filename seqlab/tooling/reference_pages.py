@@ -1,9 +1,9 @@
-"""The pages of docs/reference, from the code alone: `python -m seqlab.tooling.reference_pages docs/reference` writes them
-all.
+"""Pages of docs/reference, generated from the code:
 
-The command line comes from its parser, Python names from their docstrings, tables from what can be asked of
-objects. Nothing is
-measured: a page is the same on every machine, and a test can hold it to the code.
+    python -m seqlab.tooling.reference_pages docs/reference
+
+The command line comes from its parser, Python names from their docstrings, tables from properties of objects.
+Nothing is measured: a page is the same on every machine, and a test compares it with the code.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from seqlab.models.attention import bytes_per_step
 from seqlab.models.cache import duo, parse_cache
 from seqlab.state import state_bytes
 from seqlab.tooling import catalog, doctor
-from seqlab.tooling.mixer_pages import prose
+from seqlab.tooling.mixer_pages import prose, wrapped
 
 _CACHES = (
     *(
@@ -58,7 +58,7 @@ def page(name: str) -> str:
     write = {"cli": command_line, "python": python, "configs": configs, "caches": caches, "support": support}[
         name
     ]
-    return write().rstrip() + "\n"
+    return wrapped(write().rstrip() + "\n")
 
 
 def write(folder: str | pathlib.Path) -> list[pathlib.Path]:
@@ -102,7 +102,7 @@ def _usage(name: str, parser: argparse.ArgumentParser) -> str:
 
 
 def _form(action: argparse.Action) -> str:
-    """An argument as one writes it."""
+    """An argument as it is written."""
     value = action.metavar or action.dest.upper()
     if not action.option_strings:
         value = action.metavar or action.dest
@@ -123,12 +123,12 @@ def _options(parser: argparse.ArgumentParser) -> str:
 
 
 def python() -> str:
-    """Public functions and classes, and what seqlab.models and seqlab.kernels have beside the mixers."""
+    """Public functions and classes, and those of seqlab.models and seqlab.kernels except mixers."""
     models = importlib.import_module("seqlab.models")
     mixers = catalog.mixers()
     parts = [
         "# Python",
-        "What `import seqlab` offers, and the parts to build models from. Mixers have [their own "
+        "The public names of seqlab, and the parts of models. Mixers have [their own "
         "pages](../mixers/README.md).",
     ]
     parts += [
@@ -149,14 +149,13 @@ def python() -> str:
 
 
 def _functions() -> dict[str, Callable[..., Any]]:
-    """The public functions of ops by name; an op that only serves another, its gradient for instance, has
-    none."""
+    """The public functions of ops by name; an internal op, such as a gradient, has none."""
     found = {op.name: getattr(importlib.import_module(op.package), op.name, None) for op in doctor.ops()}
     return {name: function for name, function in found.items() if callable(function)}
 
 
 def _entry(value: Any, name: str) -> str:
-    """A heading, the signature as it stands in the source, and the docstring."""
+    """A heading, the signature as in the source, and the docstring."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(value))).body[0]
     parts = [f"### {name}"]
     if isinstance(tree, ast.FunctionDef):
@@ -185,7 +184,7 @@ def _is_member(node: ast.FunctionDef) -> bool:
 
 
 def _signature(name: str, node: ast.FunctionDef) -> str:
-    """The call as it stands in the source, an argument a line where one line is too short."""
+    """The call as in the source, with one argument per line if it is long."""
     node.args.args = [arg for arg in node.args.args if arg.arg != "self"]
     arguments = ast.unparse(node.args)
     end = f" -> {ast.unparse(node.returns)}" if node.returns and node.name != "__init__" else ""
@@ -202,7 +201,7 @@ def _signature(name: str, node: ast.FunctionDef) -> str:
 
 
 def configs() -> str:
-    """The runs that come with seqlab, what varies them, and the fields of a run."""
+    """The configs that come with seqlab, fiddlers, and the fields of a run."""
     from seqlab.train import config
     from seqlab.train.experiment import Experiment
 
@@ -226,7 +225,7 @@ def configs() -> str:
 
 
 def caches() -> str:
-    """What each cache remembers and costs, by its words."""
+    """Capacity and cost of each cache, with its string form."""
     rows = []
     named = [(f"`{words}`", parse_cache(words)) for words in _CACHES]
     named.insert(
@@ -243,20 +242,20 @@ def caches() -> str:
         )
         cost = f"{bytes_per_step(mixer, jnp.float16):,.1f}", f"{state_bytes(mixer, 1, jnp.float16):,}"
         rows.append((words, type(policy).__name__, ends, f"{policy.span:,}", *cost))
-    head = ("words", "policy", "a stream ends", "remembers, steps", "bytes a step", "bytes in all")
+    head = ("terms", "policy", "a stream ends", "steps kept", "bytes per step", "total bytes")
     return "\n\n".join(
         [
             "# Caches",
-            "What attention remembers: in words for `--cache` and `stream_generate(cache=...)`, as a "
-            "policy in configs and models.",
-            "## Words",
+            "Cache policies of attention: as a string for `--cache` and `stream_generate(cache=...)`, as an "
+            "object in configs and models.",
+            "## Terms",
             prose(parse_cache.__doc__),
             "## Cost",
-            "Of one layer with two heads of 64 channels in float16, one stream, before it grows. All of "
+            "One layer with two heads of 64 channels in float16, one stream, before it grows. All of "
             "them satisfy the streaming contract.",
             _table(head, rows),
-            "Coded caches keep scales beside the codes, and the newest steps exactly, which is why four "
-            "bits are not a quarter of 16.",
+            "Quantized caches store scales with the codes, and the newest steps exactly, so four bits take "
+            "more than a quarter of the memory of 16.",
             "## Policies",
             *(
                 _entry(cls, f"seqlab.models.cache.{cls.__name__}")
@@ -268,7 +267,7 @@ def caches() -> str:
 
 
 def support() -> str:
-    """Mixers and what they promise; kernels and their implementations."""
+    """Mixers and their properties; kernels and their implementations."""
     rows = []
     for entry, cls in zip(catalog.catalog()["mixers"], catalog.mixers(), strict=True):
         name, back = entry["name"], _word(hasattr(cls, "rewind") or entry["state_bytes"] == 0)
@@ -291,30 +290,28 @@ def support() -> str:
         kernels.append((f"`{op.name}`", ", ".join(op.implementations), *order))
     return "\n\n".join(
         [
-            "# What supports what",
+            "# Support tables",
             "## Mixers",
-            f"At width {catalog.DIM}, one stream in float32; `-` where it depends on arguments that have no "
+            f"At width {catalog.DIM}, one stream in float32; `-` if it depends on arguments without a "
             "default. Every causal mixer "
             "takes chunks of any length, `reset` and `valid`, and is checked by `pytest "
             "tests/test_streaming.py`.",
             _table(head, rows),
             "## Kernels",
-            "Implementations, and which `implementation=None` takes on each platform: the first that does "
-            "not decline. "
-            "`seqlab doctor` tries them on the machine at hand.",
+            "Implementations, and the one selected by `implementation=None` on each platform: the first that "
+            "does not decline. `seqlab doctor` tries them on the current machine.",
             _table(("op", "implementations", "on CPU", "on GPU", "on TPU"), kernels),
-            "Each takes every call of its op, values and gradients, `reset`, `valid` and states included, "
-            "except what it declines with "
-            "`NotImplementedError`: `reference` and `xla` nothing, others what stands in their code, with "
-            "... for what is known there.",
+            "Each supports all calls of its op, with values and gradients, `reset`, `valid` and states, "
+            "except those it declines with `NotImplementedError`: `reference` and `xla` none, others as "
+            "listed, with ... for values inserted at run time.",
             _table(("op", "implementation", "declines with"), _declined()),
         ]
     )
 
 
 def _declined() -> list[tuple[str, str, str]]:
-    """What implementations raise NotImplementedError with: first what all of a kind share, then what each
-    adds."""
+    """The messages of NotImplementedError of all implementations: first the shared ones, then those of each
+    op."""
     pairs = [
         (f"`{op.name}`", name, f"{op.package}.{name}") for op in doctor.ops() for name in op.implementations
     ]

@@ -20,7 +20,7 @@ class Digits:
       held_out: images to validate on, the same for every seed.
     Raises:
       ModuleNotFoundError: without scikit-learn, whose images they are (`pip install scikit-learn`); only once
-      data are asked for.
+        data are asked for.
     """
 
     held_out: int = 360

@@ -53,8 +53,8 @@ def model_config(described: Mapping[str, Any]) -> fdl.Config:
     """The config of `LanguageModel` that a published config.json describes.
 
     Raises:
-      PretrainedError: another family, or an option of it that is not supported; any key that is neither used nor
-        known to change nothing.
+      PretrainedError: another family, or an option of it that is not supported; any key that is neither used
+        nor known to change nothing.
     """
     family = family_of(described)
     keys = Keys(described, getattr(family, "IRRELEVANT", ()))
