@@ -168,7 +168,7 @@ def _decode(
     """Draw up to `limits` [b] tokens per row: each is drawn from the state's logits and read by the model."""
     batch = limits.shape[0]
     past, length, seed = state.past, state.length, state.seed
-    shape = batch, BLOCK_LIMIT
+    shape, top = (batch, BLOCK_LIMIT), min(top, state.logits.shape[1])
     likeliest = tuple(jnp.zeros((*shape, top), dtype) for dtype in (jnp.int32, jnp.float32))
     empty = Drawn(
         jnp.zeros((batch,), jnp.int32),

@@ -105,7 +105,7 @@ class Stream(Iterator[Token]):
         self._made = [0] * self._rows  # handed out
         self._drawn_until = [0] * self._rows  # of those, with the current block
         self._queue: Iterator[tuple[int, int]] = iter(())
-        self._after = self._begin_state(start, index)
+        self._after: StreamState | None = self._begin_state(start, index)  # None: lost to an interruption
         self._base: StreamState | None = None
         self._base_made = np.zeros(self._rows, np.int64)  # tokens that led to it; `_after` follows from it
         self._shared = False  # whether someone else has `_after`, whose memory must then not be reused
@@ -156,7 +156,7 @@ class Stream(Iterator[Token]):
     def state(self) -> StreamState:
         """After the prompt and the tokens handed out so far, and no others: a value to save, fork or continue
         from."""
-        if self._made == self._drawn_until:
+        if self._made == self._drawn_until and self._after is not None:
             state = self._after
             self._shared = self._shared or self._padded == self._rows
         else:
@@ -185,7 +185,9 @@ class Stream(Iterator[Token]):
             "tokens_per_second": decode.speed,
             "seconds": prefill.seconds + decode.seconds,
             "compile_seconds": prefill.compiling + decode.compiling,
-            "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(self._after))
+            "state_bytes": sum(
+                leaf.nbytes for leaf in jax.tree.leaves(self._base if self._after is None else self._after)
+            )
             * self._rows
             // self._padded,
             "programs": self._programs.compiled(),
@@ -278,14 +280,14 @@ class Stream(Iterator[Token]):
 
     def _generate(self) -> None:
         """Draw a block of tokens, to be handed out one by one."""
-        if self._made != self._drawn_until:
+        if self._made != self._drawn_until or self._after is None:
             self._after, self._shared = self._replayed(), False
         made = np.asarray(self._made, np.int64)
         if self._base is None or self._shared or (made - self._base_made).max() >= _REPLAY:
             self._base, self._after = self._after, self._programs.copy(self._after)
             self._base_made, self._shared = made, False
         limits = np.where(self._done, 0, np.minimum(self._most - made, self._block))
-        state = self._grown(self._after, self._length + made + limits)
+        state, self._after = self._grown(self._after, self._length + made + limits), None  # taken over
         self._after, drawn = self._decode(state, limits)
         count, broken = (np.asarray(part)[: self._rows] for part in (drawn.count, drawn.broken))
         self._drawn_until = (made + count).tolist()
