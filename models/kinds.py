@@ -11,7 +11,7 @@ from typing import Any
 
 from flax import nnx
 
-from seqlab.checks import UserError, nearest
+from seqlab.checks import UserError, nearest, shown
 
 
 def make_mixer(name: str, factory: Callable[..., Any], *sizes: int, rngs: nnx.Rngs, **options: Any) -> Any:
@@ -42,7 +42,7 @@ def _checked(
 ) -> Any:
     if not callable(factory):
         raise UserError(
-            f"{name} must be the factory of a {kind}, called as {name}(dim, rngs=...), got {factory!r:.80}"
+            f"{name} must be the factory of a {kind}, called as {name}(dim, rngs=...), got {shown(factory)}"
         )
     cls = class_of(factory)
     # Linear maps and convolutions are called like norms, but have a width on both sides.

@@ -42,6 +42,11 @@ def check_at_least(name: str, value: int, least: int, why: str = "") -> None:
         raise UserError(f"{name} must be an integer of at least {least}{reason}, got {value!r}")
 
 
+def shown(value: object, most: int = 80) -> str:
+    """`value` in an error message: the beginning of its repr, on one line."""
+    return " ".join(repr(value).split())[:most]
+
+
 def expanded(name: str, path: str | os.PathLike[str]) -> pathlib.Path:
     """The path that is meant, with the home folder in place of `~`."""
     text = os.fspath(path)

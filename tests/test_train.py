@@ -313,8 +313,8 @@ def test_one_run_at_a_time_trains_in_a_folder(tmp_path):
 import os, pathlib, sys, time
 from seqlab.train.folder import claimed
 with claimed(pathlib.Path(sys.argv[1])):
-    if os.fork():
-        print("in", flush=True)
+    if not os.fork():
+        print("in", flush=True)  # the child: by now it has let go
     time.sleep(60)
 """
     held = subprocess.Popen(

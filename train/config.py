@@ -275,12 +275,18 @@ def differences(
     same = fingerprint is not None and fingerprint_of(workdir) == fingerprint
     refused = [line for line in changes if not _may_change(line, extend, same)]
     if refused:
-        lines = "".join(f"\n  {line}" for line in refused)
+        lines = listed(refused)
         hint = "choose another folder, or the same config"
         if all(_may_change(line, True, same) for line in refused):
             hint += "; or go on from its last checkpoint with these: --extend"
         raise ConfigError(f"{workdir} belongs to another config (saved -> given):{lines}\n{hint}")
     return changes
+
+
+def listed(lines: list[str], most: int = 5) -> str:
+    """The end of a message: one of `lines` below another, and how many more than `most` there are."""
+    more = [f"and {len(lines) - most} more"] if len(lines) > most else []
+    return "".join(f"\n  {line:.200}" for line in [*lines[:most], *more])
 
 
 def _may_change(line: str, extend: bool, same_data: bool) -> bool:

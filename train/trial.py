@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from seqlab.checks import UserError
+from seqlab.checks import UserError, shown
 from seqlab.module import Params, Static, split, statistics_of
 from seqlab.train.experiment import Experiment
 from seqlab.train.placement import share
@@ -53,7 +53,7 @@ def check_sums(
     sums = made if isinstance(made, tuple) else ()
     if len(sums) != 2 or any(getattr(part, "shape", None) != () for part in sums):
         raise UserError(
-            f"{name}: expected the sum over targets and their number, two scalars, got {made!r:.80}"
+            f"{name}: expected the sum over targets and their number, two scalars, got {shown(made)}"
         )
     if not jnp.issubdtype(sums[0].dtype, jnp.floating):
         raise UserError(f"{name}: expected a sum in floating point, got {sums[0].dtype}")

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from seqlab.checks import UserError
 from seqlab.cli.common import (
     add_json,
     add_run,
@@ -67,6 +68,13 @@ def _add_cache_bench(commands: Any) -> None:
     bench.set_defaults(run=_cache_bench)
 
 
+_PENALTIES = {
+    "repetition": "divide the logits of the last 512 tokens by X where positive, multiply them where negative",
+    "presence": "subtract X from the logits of the last 512 tokens",
+    "frequency": "subtract X from the logits of the last 512 tokens for every time that they occur",
+}
+
+
 def _add_stream(commands: Any) -> None:
     stream = commands.add_parser("stream", help="generate text with a trained model, live and without end")
     add_run(stream)
@@ -83,6 +91,18 @@ def _add_stream(commands: Any) -> None:
     stream.add_argument(
         "--top-p", type=float, metavar="P", help="draw from the smallest set of probability P"
     )
+    stream.add_argument(
+        "--min-p", type=float, metavar="P", help="draw from tokens of P times the likeliest one's probability"
+    )
+    for name, does in _PENALTIES.items():
+        stream.add_argument(f"--{name}-penalty", type=float, metavar="X", help=does)
+    stream.add_argument(
+        "--bias",
+        action="append",
+        default=[],
+        metavar="TOKEN=X",
+        help="add X to the logit of a token, by its number; -inf forbids it; may be given several times",
+    )
     stream.add_argument("--seed", type=int, default=0)
     stream.add_argument(
         "--stop",
@@ -90,6 +110,19 @@ def _add_stream(commands: Any) -> None:
         default=[],
         metavar="TEXT",
         help="end after this text; may be given several times",
+    )
+    stream.add_argument(
+        "--include-stop",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="print the text that ended it, too; default: yes",
+    )
+    stream.add_argument(
+        "--top-logprobs",
+        type=int,
+        default=0,
+        metavar="N",
+        help="instead of text a line of JSON per token, with the N likeliest ones and their log-probabilities",
     )
     stream.add_argument(
         "--cache",
@@ -182,15 +215,14 @@ def _stream(args: argparse.Namespace) -> int:
     if run.tokenizer is None:
         kind = (
             "model of numbers, not of tokens"
-            if run.model.origin is None
+            if getattr(run.model, "origin", None) is None
             else "folder without a tokenizer.json"
         )
         raise runs.RunError(f"{args.workdir} is a {kind}: there is nothing to stream as text")
     if args.system is not None and not args.chat:
         raise runs.RunError("--system is for --chat")
-    names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "cache")
-    options = {name: getattr(args, name) for name in names}
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    options = _options(args)
+    prompt = _typed() if args.prompt == "-" else args.prompt
     talk = Conversation(run, args.system, **options) if args.chat else None
     stream = None if talk else stream_generate(run.model, prompt, tokenizer=run.tokenizer, **options)
     if args.cache:
@@ -204,8 +236,9 @@ def _stream(args: argparse.Namespace) -> int:
     try:
         for tokens in map(talk.say, [prompt] if prompt else _lines()) if talk else [stream]:
             for token in tokens:
-                print(token.text, end="", flush=True)
-            print(flush=True)
+                print(_shown(token, args.top_logprobs), end="", flush=True)
+            if not args.top_logprobs:
+                print(flush=True)
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:  # the reader has seen enough; Python's own flush at exit must not complain again
@@ -222,12 +255,55 @@ def _stream(args: argparse.Namespace) -> int:
     return code
 
 
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `stream_generate` is given."""
+    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "cache", "include_stop")
+    options = {name: getattr(args, name) for name in (*names, "top_logprobs")}
+    penalties = {f"{name}_penalty": getattr(args, f"{name}_penalty") for name in _PENALTIES}
+    options |= {name: value for name, value in penalties.items() if value is not None}
+    if args.bias:
+        options["logit_bias"] = dict(map(_bias, args.bias))
+    return options
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, value = text.partition("=")
+    try:
+        return int(token), float(value)
+    except ValueError:
+        raise UserError(
+            f"--bias: got {text!r}, expected a token's number and what is added, such as 42=-1.5"
+        ) from None
+
+
+def _shown(token: Any, top: int) -> str:
+    """What is printed of a token: its text, or all of it as JSON."""
+    from seqlab.train.metrics import as_json
+
+    if not top:
+        return token.text
+    likeliest = [{"token": one, "logprob": value} for one, value in token.top]
+    record = {"token": token.token, "text": token.text, "logprob": token.logprob, "top": likeliest}
+    return as_json(record | {"finished": token.finished}) + "\n"
+
+
+def _typed() -> str:
+    """All of stdin."""
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompt -: stdin is not written in {error.encoding} ({error})") from error
+
+
 def _lines() -> Iterator[str]:
     """What a person types, line by line, until there is no more."""
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise UserError(f"--chat: stdin is not written in {error.encoding} ({error})") from error
         if not line:
             return
         if line.strip():

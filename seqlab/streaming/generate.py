@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqlab.checks import UserError
+from seqlab.checks import UserError, shown
 from seqlab.mixer import as_mixer
 from seqlab.models.attention import with_cache
 from seqlab.module import Module, in_evaluation, split
@@ -268,7 +268,7 @@ def _streamable(model: Any, cache: Any) -> Module:
     except UserError:
         raise
     except (TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"cache: {cache!r:.80} is no cache for this model ({error})") from error
+        raise UserError(f"cache: {shown(cache)} is no cache for this model ({error})") from error
 
 
 def _rows_of(state: StreamState, rows: list[np.ndarray]) -> list[np.ndarray]:
@@ -336,5 +336,5 @@ def _check_values(function: Any, values: Any, rows: int, vocabulary: int) -> Any
     except Exception as error:  # the user's own function
         raise UserError(f"logits: the function fails on logits [{rows}, {vocabulary}] ({error})") from error
     if getattr(made, "shape", None) != whole.shape:
-        raise UserError(f"logits must return an array {whole.shape}, got {made!r:.80}")
+        raise UserError(f"logits must return an array {whole.shape}, got {shown(made)}")
     return arrays

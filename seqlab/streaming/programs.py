@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from seqlab.checks import UserError
+from seqlab.checks import UserError, shown
 from seqlab.mixer import as_mixer
 from seqlab.module import Module, Static, in_evaluation, merge, split
 from seqlab.state import take_rows
@@ -82,7 +82,7 @@ def rewind_stream(model: Module, state: StreamState, steps: Any, last: Any = Non
                 f"is not enough for steps={given}"
             )
     elif np.shape(last) != (batch,):
-        raise UserError(f"last must name one token for each of {batch} rows, got {last!r:.80}")
+        raise UserError(f"last must name one token for each of {batch} rows, got {shown(last)}")
     else:
         tokens[:, -1] = _integers("last", last, batch)
     if (tokens[:, -1] < 0).any() or (tokens[:, -1] >= model.vocab_size).any():
@@ -109,7 +109,7 @@ def _integers(name: str, value: Any, batch: int) -> np.ndarray:
     except Exception:  # ragged, or of a library that refuses
         array = np.asarray(None)
     if array.dtype.kind not in "iu" or array.shape not in ((), (batch,)):
-        raise UserError(f"{name} must be one integer, or one for each of {batch} rows, got {value!r:.80}")
+        raise UserError(f"{name} must be one integer, or one for each of {batch} rows, got {shown(value)}")
     return np.broadcast_to(array.astype(np.int64), (batch,))
 
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from seqlab.checks import UserError
+from seqlab.checks import UserError, shown
 from seqlab.streaming.sampling import is_integer, per_row, slots
 from seqlab.streaming.states import RECENT
 from seqlab.tokenizers import Tokenizer, begin, ends_of
@@ -81,7 +81,7 @@ def _integers(value: Any, name: str) -> np.ndarray:
     if not hasattr(value, "__array__") and (
         isinstance(value, str | bytes | Mapping | set | frozenset) or not isinstance(value, Sequence)
     ):
-        raise UserError(f"{expected}, got {value!r:.80}")
+        raise UserError(f"{expected}, got {shown(value)}")
     if isinstance(value, Sequence) and not len(value):
         return np.zeros((0,), np.int64)
     try:
@@ -99,7 +99,7 @@ def _encoded(text: str | bytes, tokenizer: Tokenizer, row: int, fresh: bool) -> 
     try:
         return np.asarray(begin(tokenizer, text) if fresh else tokenizer.encode(text), np.int64)
     except (ValueError, TypeError) as error:  # lone surrogates, bytes that are no UTF-8, names of no token
-        raise UserError(f"prompt {row}: the tokenizer cannot read {text!r:.60} ({error})") from error
+        raise UserError(f"prompt {row}: the tokenizer cannot read {shown(text, 60)} ({error})") from error
 
 
 def read_ends(stop: Any, stop_tokens: Any, tokenizer: Tokenizer, rows: int, vocab_size: int) -> Ends:
@@ -140,7 +140,7 @@ def _stops(stop: Any) -> list[Any]:
     if not isinstance(stop, Sequence):
         raise UserError(
             "stop must be text, bytes, a token, or a sequence of texts, bytes, tokens and sequences of "
-            f"tokens, got {stop!r:.80}"
+            f"tokens, got {shown(stop)}"
         )
     return [bytes(one) if isinstance(one, bytearray | memoryview) else one for one in stop]
 
@@ -149,11 +149,11 @@ def _stop_bytes(stop: str | bytes) -> bytes:
     try:
         data = stop.encode() if isinstance(stop, str) else stop
     except UnicodeEncodeError as error:
-        raise UserError(f"stop: {stop!r:.60} cannot be written as UTF-8") from error
+        raise UserError(f"stop: {shown(stop, 60)} cannot be written as UTF-8") from error
     if not 1 <= len(data) <= _LONGEST_STOP:
         raise UserError(
             f"stop must have 1 to {_LONGEST_STOP} bytes each and contain no empty text, got {len(data)} "
-            f"({stop!r:.60})"
+            f"({shown(stop, 60)})"
         )
     return data
 
@@ -163,12 +163,12 @@ def _stop_tokens(name: str, value: Any, vocab_size: int, least: int = 1) -> tupl
     if not hasattr(tokens, "__array__") and (
         isinstance(tokens, str | bytes | Mapping) or not isinstance(tokens, Sequence | set | frozenset)
     ):
-        raise UserError(f"{name}: got {value!r:.80}, expected tokens of the vocabulary of {vocab_size}")
+        raise UserError(f"{name}: got {shown(value)}, expected tokens of the vocabulary of {vocab_size}")
     if isinstance(tokens, set | frozenset):
         tokens = list(tokens)
     found = _integers_of(name, tokens)
     if found.ndim != 1 or len(found) < least or (found < 0).any() or (found >= vocab_size).any():
-        raise UserError(f"{name}: got {value!r:.80}, expected tokens of the vocabulary of {vocab_size}")
+        raise UserError(f"{name}: got {shown(value)}, expected tokens of the vocabulary of {vocab_size}")
     return tuple(found.tolist())
 
 
@@ -178,7 +178,7 @@ def _integers_of(name: str, value: Any) -> np.ndarray:
     except Exception:  # ragged, or of a library that refuses
         array = np.asarray(None)
     if array.dtype.kind not in "iu" and array.size:
-        raise UserError(f"{name}: got {value!r:.80}, expected integer tokens")
+        raise UserError(f"{name}: got {shown(value)}, expected integer tokens")
     return array.astype(np.int64)
 
 
@@ -199,7 +199,7 @@ def check_chunks(prefill_chunks: Any) -> tuple[int, ...]:
         or not all(is_integer(size) and 1 <= size <= 2**16 for size in sizes)
     ):
         raise UserError(
-            f"prefill_chunks must be one to eight sizes from 1 to {2**16}, got {prefill_chunks!r:.80}"
+            f"prefill_chunks must be one to eight sizes from 1 to {2**16}, got {shown(prefill_chunks)}"
         )
     return tuple(sorted({int(size) for size in sizes}))
 
@@ -207,14 +207,14 @@ def check_chunks(prefill_chunks: Any) -> tuple[int, ...]:
 def check_number(name: str, value: Any, least: int, most: int) -> int:
     """`value` as an int from `least` to `most`."""
     if not is_integer(value) or not least <= value <= most:
-        raise UserError(f"{name} must be an integer from {least} to {most}, got {value!r:.80}")
+        raise UserError(f"{name} must be an integer from {least} to {most}, got {shown(value)}")
     return int(value)
 
 
 def check_flag(name: str, value: Any) -> bool:
     """`value`, refused unless it is True or False."""
     if not isinstance(value, bool | np.bool_):
-        raise UserError(f"{name} must be True or False, got {value!r:.80}")
+        raise UserError(f"{name} must be True or False, got {shown(value)}")
     return bool(value)
 
 
@@ -222,12 +222,12 @@ def check_tokenizer(tokenizer: Any) -> Tokenizer:
     """`tokenizer`, refused unless it has what a stream asks of one."""
     lacking = [name for name in ("vocab_size", "bos", "encode", "decoder") if not hasattr(tokenizer, name)]
     if lacking:
-        raise UserError(f"tokenizer: {tokenizer!r:.60} has no {', '.join(lacking)}")
+        raise UserError(f"tokenizer: {shown(tokenizer, 60)} has no {', '.join(lacking)}")
     return tokenizer
 
 
 def check_function(name: str, function: Any) -> Callable[..., Any] | None:
     """`function`, refused unless it can be called and hashed."""
     if function is not None and not (callable(function) and getattr(function, "__hash__", None)):
-        raise UserError(f"{name} must be a function of logits and their context, got {function!r:.80}")
+        raise UserError(f"{name} must be a function of logits and their context, got {shown(function)}")
     return function

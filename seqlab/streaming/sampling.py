@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from seqlab.checks import UserError
+from seqlab.checks import UserError, shown
 
 COLDEST = 1e-6  # a temperature below it takes the likeliest token: float32 logits have no finer differences
 _CANDIDATES = 128  # sorted first; all are sorted only where a row keeps more of them
@@ -243,12 +243,12 @@ def per_row(name: str, value: Any, rows: int, default: Any, check: Any, expected
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         if len(value) != rows:
             raise UserError(
-                f"{name}: got {len(value)} values {value!r:.80}, expected one value or one for each of {rows} rows"
+                f"{name}: got {len(value)} values {shown(value)}, expected one value or one for each of {rows} rows"
             )
         values = list(value)
     for one in values:
         if one is not None and not check(one):
-            raise UserError(f"{name} must be {expected}, or one such value per row, got {value!r:.80}")
+            raise UserError(f"{name} must be {expected}, or one such value per row, got {shown(value)}")
     return [default if one is None else one for one in values]
 
 
@@ -282,7 +282,7 @@ def _check_bias(value: Any, rows: int, vocab_size: int) -> tuple[np.ndarray, np.
     expected = "{token: bias}, with tokens of the vocabulary and biases below infinity"
     biases = [value] * rows if value is None or isinstance(value, Mapping) else value
     if isinstance(biases, str | bytes) or not isinstance(biases, Sequence):
-        raise UserError(f"logit_bias must be {expected}, or one such value per row, got {value!r:.80}")
+        raise UserError(f"logit_bias must be {expected}, or one such value per row, got {shown(value)}")
     if len(biases) != rows:
         raise UserError(f"logit_bias: got {len(biases)} values, expected one or one for each of {rows} rows")
     for one in biases:
@@ -295,7 +295,7 @@ def _check_bias(value: Any, rows: int, vocab_size: int) -> tuple[np.ndarray, np.
             and bias <= np.finfo(np.float32).max
             for token, bias in one.items()
         ):
-            raise UserError(f"logit_bias must be {expected}, got {one!r:.80} (vocabulary of {vocab_size})")
+            raise UserError(f"logit_bias must be {expected}, got {shown(one)} (vocabulary of {vocab_size})")
     biases = [one or {} for one in biases]
     with np.errstate(over="ignore"):  # what float32 cannot hold forbids the token, as -inf does
         values = slots([list(map(float, one.values())) for one in biases], 0.0, np.float64).astype(np.float32)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
-from seqlab.checks import UserError
+from seqlab.checks import UserError, shown
 from seqlab.mixer import as_mixer
 from seqlab.module import Module
 from seqlab.state import State, check_state
@@ -82,7 +82,7 @@ def check_seed(seed: Any, rows: int) -> np.ndarray:
         or (seeds >= 2**32).any()
     ):
         raise UserError(
-            f"seed must be one integer in [0, 2**32), or one for each of {rows} rows, got {seed!r:.80}"
+            f"seed must be one integer in [0, 2**32), or one for each of {rows} rows, got {shown(seed)}"
         )
     return np.broadcast_to(seeds.astype(np.uint32), (rows,))
 

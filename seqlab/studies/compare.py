@@ -104,8 +104,7 @@ def plan(
         ]
         if lines:
             raise config.ConfigError(
-                f"{first} and {other} cannot be compared, since not only their models differ:"
-                + "".join(f"\n  {line}" for line in lines)
+                f"{first} and {other} cannot be compared, since not only their models differ:{config.listed(lines)}"
             )
     return found
 

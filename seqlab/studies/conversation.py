@@ -51,7 +51,8 @@ class Conversation:
         said: list[int] = []
         try:
             for token in self.stream:
-                said.append(token.token)
+                if token.token >= 0:  # of a row that cannot go on there is none
+                    said.append(token.token)
                 yield token
         finally:
             self._state, self._read = self.stream.state, tokens + said
