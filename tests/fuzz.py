@@ -200,9 +200,11 @@ def damage(root: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def cut(real: int):
-    """Within the block all but `real` trainings are cut where they would begin, and all benches and exports."""
+    """Within the block all but `real` trainings are cut where they would begin, and all benches and exports;
+    with `real` 0 streams and evaluations, too."""
     from seqlab.bench import cases, timing, tune
     from seqlab.interop import export
+    from seqlab.streaming import generate
     from seqlab.studies import cache_bench, gates
     from seqlab.train import loop
 
@@ -242,6 +244,9 @@ def cut(real: int):
             (export.jax_export, "export", begun),
         ):
             stack.enter_context(mock.patch.object(module, name, stub))
+        if not real:
+            stack.enter_context(mock.patch.object(generate, "Stream", begun))
+            stack.enter_context(mock.patch.object(loop, "validate", begun))
         yield
 
 

@@ -215,8 +215,8 @@ CACHES = [None, "window(4)", "full(8)", "x", Odd(), 5, "window(4)+int4", ["full(
 class Draw:
     """Calls of `stream_generate`."""
 
-    def __init__(self, rng: random.Random):
-        self.rng = rng
+    def __init__(self, rng: random.Random, prompts: list):
+        self.rng, self.prompts = rng, prompts
         self.model = Markov(0, step=1.0)
         other = seqlab.stream_generate(self.model, [[4], [5, 6]], max_tokens=3, seed=[1, 2])
         list(other)
@@ -269,7 +269,7 @@ class Draw:
     def options(self) -> dict:
         rng = self.rng
         state = self.pick([None, None, None, None, *self.states], self.bad_states, 0.06)
-        prompts = PROMPTS if state is None else [*PROMPTS, "", (), []]
+        prompts = self.prompts if state is None else [*self.prompts, "", (), []]
         found = {"prompt": self.pick(prompts, BAD_PROMPTS, 0.06)}
         if state is not None:
             found["state"] = state
@@ -366,10 +366,10 @@ def _check_draws(draw: Draw, prompt, given: dict, each: list) -> None:
         check(draw.model, ids.tolist(), own, [token for token in tokens if token.token >= 0])
 
 
-def streams(count: int, seed: int, verbose: bool = False) -> Report:
-    """Draw `count` calls."""
+def streams(count: int, seed: int, verbose: bool = False, prompts: list = PROMPTS) -> Report:
+    """Draw `count` calls with these `prompts` and some that are none."""
     rng, report = random.Random(seed), Report()
-    draw = Draw(rng)
+    draw = Draw(rng, prompts)
     for number in range(count):
         options, begin = draw.options(), time.perf_counter()
         text = ", ".join(f"{name}={value!r:.80}" for name, value in options.items() if name != "state")
