@@ -500,3 +500,75 @@ def test_streamingllm_makes_room_before_each_turn(chunks, gen, start_size, recen
     case = turns_case(tmp_path, **options)
     streamingllm.check(case)
     case.finish()
+
+
+# --- variants of Mamba-2
+
+
+@pytest.mark.parametrize(
+    "norm, groups, norm_groups, per_channel, ssm",
+    [
+        ("norm_first", 1, 2, True, 12),
+        *(
+            pytest.param(*options, marks=pytest.mark.slow)
+            for options in (
+                (None, 1, None, True, 16),
+                ("gate_first", 2, 1, False, 16),
+                ("gate_first", 1, 1, False, 8),
+            )
+        ),
+    ],
+)
+def test_variants_of_mamba2(norm, groups, norm_groups, per_channel, ssm, tmp_path):
+    """Norms in every place, a skip per channel, and channels that pass by as a gated MLP."""
+    from parity import mamba2
+
+    rng, dim, outer, width, n, taps, time = np.random.default_rng(ssm), 8, 16, 4, 3, 4, 13
+    heads, beside = ssm // width, outer - ssm
+    mixed = ssm + 2 * groups * n
+    sizes = {"in_proj.weight": (2 * beside + ssm + mixed + heads, dim), "conv1d.weight": (mixed, 1, taps)}
+    sizes |= {
+        "conv1d.bias": (mixed,),
+        "dt_bias": (heads,),
+        "A_log": (heads,),
+        "out_proj.weight": (dim, outer),
+    }
+    sizes |= {"D": (ssm if per_channel else heads,)} | ({} if norm is None else {"norm.weight": (ssm,)})
+    w = {name: 0.5 * rng.normal(size=shape) for name, shape in sizes.items()}
+    x = rng.normal(size=(2, time, dim))
+
+    def silu(y):
+        return y / (1 + np.exp(-y))
+
+    parts = np.cumsum([beside, beside, ssm, mixed])
+    z_beside, passed, z, xbc, dt = np.split(x @ w["in_proj.weight"].T, parts, axis=-1)
+    padded = np.pad(xbc, ((0, 0), (taps - 1, 0), (0, 0)))
+    xbc = silu(
+        sum(padded[:, j : j + time] * w["conv1d.weight"][:, 0, j] for j in range(taps)) + w["conv1d.bias"]
+    )
+    values, b, c = np.split(xbc, [ssm, ssm + groups * n], axis=-1)
+    values = values.reshape(2, time, heads, width)
+    b, c = (y.reshape(2, time, groups, n).repeat(heads // groups, 2) for y in (b, c))
+    delta, state, outputs = np.logaddexp(dt + w["dt_bias"], 0), np.zeros((2, heads, width, n)), []
+    for t in range(time):
+        fade = np.exp(-np.exp(w["A_log"]) * delta[:, t])[..., None, None]
+        state = fade * state + (delta[:, t, :, None] * values[:, t])[..., None] * b[:, t, :, None]
+        outputs.append(np.einsum("bhpn,bhn->bhp", state, c[:, t]))
+    y = np.stack(outputs, 1) + w["D"].reshape(heads, -1) * values
+    y = y.reshape(2, time, ssm)
+    if norm != "norm_first":
+        y = y * silu(z)
+    if norm is not None:
+        y = y.reshape(2, time, norm_groups, -1)
+        y = (y / np.sqrt(np.mean(y**2, -1, keepdims=True) + 1e-5)).reshape(2, time, ssm) * w["norm.weight"]
+    if norm == "norm_first":
+        y = y * silu(z)
+    y = np.concatenate([silu(z_beside) * passed, y], -1) @ w["out_proj.weight"].T
+    o = {"hidden_size": dim, "expand": 2, "head_dim": width, "state_size": n, "n_groups": groups}
+    o |= {"conv_kernel": taps, "use_conv_bias": True, "use_bias": False, "layer_norm_epsilon": 1e-5}
+    o |= {"norm_before_gate": norm == "norm_first", "norm_groups": norm_groups}
+    meta = {"config": o, "tolerance": "rtol 1e-4, atol 3e-5", "segments": [5, 1, 7]}
+    arrays = grouped("param", w) | grouped("out", {"y": y, "y_stream": y}) | {"in__x": x}
+    case = case_of(tmp_path, meta, **arrays)
+    mamba2.check(case)
+    case.finish()

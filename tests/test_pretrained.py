@@ -475,3 +475,14 @@ def test_a_conversation_goes_on_in_one_stream(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.strip() == said[0]
     assert cli.main(["stream", str(tmp_path), "--system", "x"]) == 2
     assert "--system is for --chat" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "variant", [{"norm": "norm_first"}, {"norm_groups": 2}, {"channel_skip": True}, {"ssm_channels": 16}]
+)
+def test_variants_of_mamba2_that_transformers_lacks_are_not_saved(variant, tmp_path):
+    mixer = partial(Mamba2, head_dim=8, state_size=4, **variant)
+    model = LanguageModel(16, 16, 1, mixer, channel_mixer=None, rngs=nnx.Rngs(0))
+    with pytest.raises(PretrainedError, match=f"{next(iter(variant))}: the published Mamba2"):
+        save_pretrained(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

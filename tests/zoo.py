@@ -130,6 +130,9 @@ MIXERS = {
     "mamba": marked(partial(Mamba, state_size=4), "quick", "devices"),
     "mamba_wide_conv": partial(Mamba, state_size=3, conv_width=6, expand=1, bias=True),
     "mamba2": marked(partial(Mamba2, head_dim=8, state_size=6, groups=2, dt_limit=(0.02, 0.5)), "quick"),
+    "mamba2_variant": partial(
+        Mamba2, head_dim=4, state_size=3, norm="norm_first", norm_groups=1, channel_skip=True, ssm_channels=24
+    ),
     "linear": partial(LinearAttention, heads=2),
     "linear_normalized": marked(
         partial(LinearAttention, heads=4, kv_heads=2, feature_map="elu", normalize=True, norm_eps=None),

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from seqlab import kernels
-from seqlab.checks import UserError, check_divides, check_positive
+from seqlab.checks import UserError, check_choice, check_divides, check_positive
 from seqlab.models.layers import Linear, ShortConv, step_size_bias
 from seqlab.module import Module
 from seqlab.shapes import Activations, Steps, accumulator
@@ -26,17 +26,29 @@ class Mamba2State(NamedTuple):
 
 
 class GatedRMSNorm(Module):
-    """RMS norm of y * silu(z), gate first, computed separately over `groups` equal parts of the channels."""
+    """RMS norm of y * silu(z), or with `gate_first=False` RMS norm of y, times silu(z); computed separately over
+    `groups` equal parts of the channels."""
 
-    def __init__(self, dim: int, groups: int = 1, *, eps: float = 1e-5, rngs: nnx.Rngs | None = None):
+    def __init__(
+        self,
+        dim: int,
+        groups: int = 1,
+        *,
+        eps: float = 1e-5,
+        gate_first: bool = True,
+        rngs: nnx.Rngs | None = None,
+    ):
+        self.gate_first = gate_first
         self.weight = nnx.Param(jnp.ones((check_positive("dim", dim),)))
         self.groups, self.eps = check_divides("groups", groups, "dim", dim), eps
 
     def __call__(self, y: Float[Array, "b t e"], z: Float[Array, "b t e"]) -> Float[Array, "b t e"]:
         wide = accumulator(y.dtype)
-        gated = rearrange(y.astype(wide) * jax.nn.silu(z.astype(wide)), "b t (g e) -> b t g e", g=self.groups)
-        normed = gated * jax.lax.rsqrt(jnp.mean(jnp.square(gated), axis=-1, keepdims=True) + self.eps)
-        return (rearrange(normed, "b t g e -> b t (g e)") * self.weight[...].astype(wide)).astype(y.dtype)
+        gate, read = jax.nn.silu(z.astype(wide)), y.astype(wide)
+        read = rearrange(read * gate if self.gate_first else read, "b t (g e) -> b t g e", g=self.groups)
+        normed = read * jax.lax.rsqrt(jnp.mean(jnp.square(read), axis=-1, keepdims=True) + self.eps)
+        normed = rearrange(normed, "b t g e -> b t (g e)") * self.weight[...].astype(wide)
+        return (normed if self.gate_first else normed * gate).astype(y.dtype)
 
 
 class Mamba2(Module):
@@ -53,6 +65,11 @@ class Mamba2(Module):
       head_dim: P, which must divide E.
       groups: G, which must divide the number of heads; the norm works on G parts of the channels.
       dt_limit: the smallest and the largest step size.
+      norm: "gate_first" as above; "norm_first", norm(y) * silu(z); None, y * silu(z) without a norm.
+      norm_groups: parts of the channels that are normed separately; default: `groups`.
+      channel_skip: D per channel instead of per head.
+      ssm_channels: how many of the E inner channels the recurrence has; the others are a gated MLP beside it,
+        silu(z') * x', concatenated in front of its output, as in the published code. Default: all.
 
     Pitfalls:
       The gate comes before the norm and the norm works on `groups` parts of the channels: only models with
@@ -75,17 +92,24 @@ class Mamba2(Module):
         dt_limit: tuple[float, float] = (0.0, float("inf")),
         conv_bias: bool = True,
         bias: bool = False,
+        norm: str | None = "gate_first",
+        norm_groups: int | None = None,
         norm_eps: float = 1e-5,
+        channel_skip: bool = False,
+        ssm_channels: int | None = None,
         out_scale: float = 1.0,
         rngs: nnx.Rngs,
     ):
-        self.dim, self.inner, self.state_size = (
-            dim,
-            check_positive("expand", expand) * dim,
-            check_positive("state_size", state_size),
-        )
+        outer = check_positive("expand", expand) * dim
+        self.dim, self.state_size = dim, check_positive("state_size", state_size)
+        self.inner = outer if ssm_channels is None else check_positive("ssm_channels", ssm_channels)
+        if self.inner > outer:
+            raise UserError(f"ssm_channels must not exceed expand * dim = {outer}, got {ssm_channels}")
         if self.inner % check_positive("head_dim", head_dim):
-            raise UserError(f"head_dim must divide expand * dim = {self.inner}, got {head_dim}")
+            name = "expand * dim" if ssm_channels is None else "ssm_channels"
+            raise UserError(f"head_dim must divide {name} = {self.inner}, got {head_dim}")
+        if norm is not None:
+            check_choice(norm, ("gate_first", "norm_first"), "norm")
         low, high = dt_limit
         if not 0 <= low < high:
             raise UserError(f"dt_limit must be two numbers with 0 <= least < greatest, got {dt_limit}")
@@ -95,16 +119,20 @@ class Mamba2(Module):
         )
         self.dt_limit = (float(low), float(high))
         mixed = self.inner + 2 * groups * state_size
-        self.splits = (self.inner, self.inner + mixed)
-        self.in_proj = Linear(dim, self.inner + mixed + self.heads, bias=bias, rngs=rngs)  # z | x B C | dt
+        self.beside = outer - self.inner
+        parts = (self.beside, self.beside, self.inner, mixed, self.heads)  # z' | x' | z | x B C | dt
+        self.splits = tuple(sum(parts[: i + 1]) for i in range(4))
+        self.in_proj = Linear(dim, sum(parts), bias=bias, rngs=rngs)
         self.conv = ShortConv(mixed, width=conv_width, bias=conv_bias, rngs=rngs)
         self.dt_bias = nnx.Param(step_size_bias(rngs.params(), self.heads))
         self.A_log = nnx.Param(
             jnp.log(jax.random.uniform(rngs.params(), (self.heads,), minval=1.0, maxval=16.0))
         )
-        self.D = nnx.Param(jnp.ones((self.heads,)))
-        self.norm = GatedRMSNorm(self.inner, groups, eps=norm_eps)
-        self.out_proj = Linear(self.inner, dim, bias=bias, scale=out_scale, rngs=rngs)
+        self.D = nnx.Param(jnp.ones((self.inner if channel_skip else self.heads,)))
+        options = {"eps": norm_eps, "gate_first": norm == "gate_first"}
+        norm_groups = groups if norm_groups is None else norm_groups
+        self.norm = None if norm is None else GatedRMSNorm(self.inner, norm_groups, **options)
+        self.out_proj = Linear(outer, dim, bias=bias, scale=out_scale, rngs=rngs)
 
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Mamba2State:
         ssm = jnp.zeros((batch, self.heads, self.state_size, self.inner // self.heads), accumulator(dtype))
@@ -118,7 +146,7 @@ class Mamba2(Module):
         valid: Steps | None = None,
     ) -> tuple[Activations, State | None]:
         conv, ssm = (None, None) if state is None else state
-        z, mixed, dt = jnp.split(self.in_proj(mask_steps(x, valid)), self.splits, axis=-1)
+        z_beside, beside, z, mixed, dt = jnp.split(self.in_proj(mask_steps(x, valid)), self.splits, axis=-1)
         mixed, conv = self.conv(mixed, conv, reset, valid)
         values, B, C = jnp.split(mixed, [self.inner, self.inner + self.groups * self.state_size], axis=-1)
         values = rearrange(values, "b t (h p) -> b t h p", h=self.heads)
@@ -130,5 +158,9 @@ class Mamba2(Module):
         y, ssm = kernels.linear_attention(
             C, B, written, decay=decay, scale=1.0, initial_state=ssm, reset=reset, valid=valid
         )
-        y = rearrange(y + self.D[...].astype(x.dtype)[:, None] * values, "b t h p -> b t (h p)")
-        return self.out_proj(self.norm(y, z)), (None if state is None else Mamba2State(conv, ssm))
+        skip = self.D[...].astype(x.dtype).reshape(self.heads, -1)
+        y = rearrange(y + skip * values, "b t h p -> b t (h p)")
+        y = y * jax.nn.silu(z) if self.norm is None else self.norm(y, z)
+        if self.beside:
+            y = jnp.concatenate([jax.nn.silu(z_beside) * beside, y], axis=-1)
+        return self.out_proj(y), (None if state is None else Mamba2State(conv, ssm))

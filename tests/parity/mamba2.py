@@ -15,20 +15,40 @@ from seqlab.models import Mamba2
 
 def check(case):
     if "input_ids" in case.inputs:
-        mamba.check_language_model(case, "mamba2", mixer(case.options))
+        mamba.check_language_model(case, "mamba2", mixer(case, mixer_params(case.params)))
     elif "dt" in case.inputs:
         for implementation in ("reference", "xla"):
             _check_ssd(case, functools.partial(linear_attention, implementation=implementation))
     else:
-        module = convert(mixer(case.options)(case.options["hidden_size"], rngs=nnx.Rngs(0)), case.params)
+        build = mixer(case, case.params)
+        module = convert(build(case.options["hidden_size"], rngs=nnx.Rngs(0)), case.params)
         mamba.check_mixer(
             case, module, lambda ssm: ssm.swapaxes(2, 3)
         )  # the original keeps values before keys
 
 
-def mixer(options):
+def mixer_params(params):
+    """Those of the first layer of a language model."""
+    prefix = "backbone.layers.0.mixer."
+    return {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
+
+
+def mixer(case, params):
+    options = case.options
+    heads = len(params["A_log"])
+    inner = heads * options["head_dim"]
+    variants = {
+        "norm": None if "norm.weight" not in params else "gate_first",
+        "channel_skip": len(params["D"]) > heads,
+        "ssm_channels": inner if inner < params["out_proj.weight"].shape[1] else None,
+        "norm_groups": options.get("norm_groups"),
+    }
+    transformers = "transformers" in f"{case.meta.get('repository')} {case.meta.get('cls')}"
+    if options.get("norm_before_gate") and not transformers:  # which has the key, and ignores it
+        variants["norm"] = "norm_first"
     return functools.partial(
         Mamba2,
+        **variants,
         expand=options["expand"],
         head_dim=options["head_dim"],
         state_size=options["state_size"],

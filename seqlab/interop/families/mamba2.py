@@ -44,6 +44,8 @@ def from_config(keys: Keys) -> fdl.Config:
 def to_config(model: LanguageModel) -> dict[str, Any]:
     """The description of a model; raises PretrainedError with the reason where it is none of this family."""
     first = model.backbone.blocks[0].mixer
+    for block in model.backbone.blocks:
+        _check_published(block.mixer)
     return mamba.common(model) | {
         "num_heads": first.heads,
         "head_dim": first.inner // first.heads,
@@ -52,6 +54,21 @@ def to_config(model: LanguageModel) -> dict[str, Any]:
         "n_groups": first.groups,
         "time_step_limit": [_number(value) for value in first.dt_limit],
     }
+
+
+def _check_published(mixer: Mamba2) -> None:
+    """Refuse the variants that transformers does not have."""
+    norm = mixer.norm
+    found = {
+        "norm": None if norm is None else norm.gate_first,
+        "norm_groups": None if norm is None else norm.groups,
+        "channel_skip": mixer.D.shape != (mixer.heads,),
+        "ssm_channels": mixer.beside > 0,
+    }
+    wanted = {"norm": True, "norm_groups": mixer.groups, "channel_skip": False, "ssm_channels": False}
+    for name, value in wanted.items():
+        if found[name] != value:
+            raise PretrainedError(f"{name}: the published Mamba2 has its default, and no other")
 
 
 def _limit(given: Any) -> tuple[float, float]:
