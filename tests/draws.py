@@ -48,13 +48,17 @@ def noise(seed):
 
 def chosen(logits, past, place, options):
     """The token that the documentation asks for after `past`, and its log-probability where it was drawn."""
-    x, seed = logits.astype(np.float64), options.get("seed", 0)
+    x, seed = logits.astype(np.float32), options.get("seed", 0)  # whose ties are those of float32
     for token, bias in (options.get("logit_bias") or {}).items():
-        x[token] += bias
+        x[token] += np.float32(bias)
     seen, counts = np.unique(past[-512:], return_counts=True)
-    scale = options.get("repetition_penalty", 1.0)
+    scale, once, each = (
+        np.float32(options.get(f"{name}_penalty", default))
+        for name, default in (("repetition", 1.0), ("presence", 0.0), ("frequency", 0.0))
+    )
     x[seen] = np.where(x[seen] > 0, x[seen] / scale, x[seen] * scale)
-    x[seen] -= options.get("presence_penalty", 0.0) + options.get("frequency_penalty", 0.0) * counts
+    x[seen] -= once + each * counts.astype(np.float32)
+    x = x.astype(np.float64)
     temperature = options.get("temperature", 1.0)
     if temperature == 0:
         return int(np.argmax(x)), 0.0

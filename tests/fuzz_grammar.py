@@ -212,6 +212,7 @@ class Grammar:
             return importlib.import_module(f"seqlab.kernels.{op}.specs")
 
         self.rng, self.configs = rng, config.names()
+        self.mild = False
         self.shapes = {
             op: [*typing.get_type_hints(type(next(iter(specs(op).BENCHMARKS.values()))))]
             for op in cases.FACTS
@@ -225,10 +226,11 @@ class Grammar:
         return self.rng.choice(self.rng.choice(choices))
 
     def maybe(self, share: float, *words: str) -> list[str]:
-        return list(words) if self.rng.random() < share else []
+        return list(words) if self.rng.random() < share * (1 - self.mild / 2) else []
 
     def command(self) -> list[str]:
         rng = self.rng
+        self.mild = rng.random() < 0.6  # one mistake or none: the first of several hides the others
         kinds = {
             self.train: 34,
             self.stream: 22,
@@ -239,7 +241,7 @@ class Grammar:
         }
         kinds |= {self.show: 3, self.bench: 9, self.other: 3}
         line = rng.choices(list(kinds), list(kinds.values()))[0]()
-        if rng.random() < 0.08:  # a slip somewhere
+        if rng.random() < 0.08 and not self.mild:  # a slip somewhere
             i = rng.randrange(len(line))
             change = rng.randrange(4)
             line[i : i + 1] = [[misspelt(rng, line[i])], [], [line[i], line[i]], [self.some(WORDS)]][change]
@@ -249,7 +251,7 @@ class Grammar:
 
     def config(self) -> str:
         rng = self.rng
-        if rng.random() < 0.7:
+        if self.mild or rng.random() < 0.7:
             return rng.choice(["lm_mamba", "lm_attention", "demo", "lm_hybrid", *self.configs])
         extra = [
             "mine.py",
@@ -307,9 +309,14 @@ class Grammar:
     def changes(self, config: str) -> list[str]:
         rng, line = self.rng, []
         tiny = rng.random() < 0.93
-        fiddlers = ["tiny"] * tiny + [rng.choice(FIDDLERS) for _ in range(rng.choice([0, 0, 0, 1, 1, 2]))]
+        fiddlers = ["tiny"] * tiny + [
+            rng.choice(FIDDLERS)
+            for _ in range(rng.choice([0] * 6 + [1] if self.mild else [0, 0, 0, 1, 1, 2]))
+        ]
         line += ["--fiddler", *fiddlers] if fiddlers else []
-        sets = [self.change(config) for _ in range(rng.choice([0, 1, 1, 1, 2, 3]))]
+        sets = [
+            self.change(config) for _ in range(rng.choice([0, 1, 1, 1] if self.mild else [0, 1, 1, 1, 2, 3]))
+        ]
         sets += ["data.paths=corpus"] * (config.startswith(("lm", "demo", "mine")) and rng.random() < 0.85)
         return line + (["--set", *sets] if sets else [])
 
@@ -346,7 +353,7 @@ class Grammar:
 
     def run(self) -> list[str]:
         rng = self.rng
-        line = [rng.choice(["run", "run", "attention", *RUNS])]
+        line = [rng.choice(["run", "attention"] if self.mild else ["run", "run", "attention", *RUNS])]
         line += self.maybe(0.12, "--step", self.some(INTEGERS)) + self.maybe(0.1, "--trust")
         return line + self.maybe(
             0.1, "--dtype", rng.choice(["float32", "bfloat16", "float64", "flaot32", "int8", ""])

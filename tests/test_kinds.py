@@ -6,6 +6,7 @@ from flax import nnx
 from seqlab import cli
 from seqlab.checks import UserError
 from seqlab.models import LayerNorm, Mamba, RMSNorm
+from seqlab.models.cache import parse_cache
 from seqlab.models.kinds import make_mixer, make_norm
 
 NORMS = "Valid: BatchNorm, Identity, LayerNorm, RMSNorm"
@@ -94,3 +95,25 @@ def test_what_fits_is_made_of_whatever_gives_it():
         make_mixer("mixer", lambda dim, rngs: RMSNorm(dim), 8, rngs=rngs)
     with pytest.raises(UserError, match=r"norm must be the factory of a norm.*got 'RMSNorm'"):
         make_norm("norm", "RMSNorm", 8, rngs=rngs)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "seqlab.models:Mamba",
+            r"makes no cache \(TypeError: .* missing 1 required positional argument: 'dim'\)",
+        ),
+        (
+            "seqlab.models.cache:Window(x=3)",
+            r"makes no cache \(TypeError: .* unexpected keyword argument 'x'",
+        ),
+        ("os:sep", "makes no cache"),
+        ("os:getcwd", "is a str, not a seqlab.models.cache.Policy"),
+        ("nowhere:x", "cannot import nowhere:x"),
+        ("seqlab.models.cache:Window(open)", "must be literals"),
+    ],
+)
+def test_words_that_name_no_cache_are_refused(words, message):
+    with pytest.raises(UserError, match=f"cache: .*{message}"):
+        parse_cache(words)

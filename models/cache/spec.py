@@ -187,15 +187,22 @@ def _named(spec: str) -> Policy:
     name, parenthesis, arguments = call.partition("(")
     try:
         build = imported(f"{module}:{name}")
-    except (ImportError, AttributeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of the module that is imported, which may be the user's own
         raise UserError(f"cache: cannot import {module}:{name} of {spec!r}: {error}") from error
     try:
         parsed = ast.parse(f"f({arguments}" if parenthesis else "f()", mode="eval").body
         values = [ast.literal_eval(argument) for argument in parsed.args]
         options = {option.arg: ast.literal_eval(option.value) for option in parsed.keywords}
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, TypeError, AttributeError, MemoryError, RecursionError) as error:
         raise UserError(f"cache: the arguments of {spec!r} must be literals such as 8 or size=8") from error
-    policy = build(*values, **options)
+    try:
+        policy = build(*values, **options)
+    except UserError:
+        raise
+    except Exception as error:  # what it makes of these arguments, if it can be called at all
+        raise UserError(f"cache: {spec!r} makes no cache ({type(error).__name__}: {error})") from error
     if not isinstance(policy, Policy):
         raise UserError(f"cache: {spec!r} is a {type(policy).__name__}, not a seqlab.models.cache.Policy")
     return policy
