@@ -1,8 +1,7 @@
-"""Runs as short Python files: each has one `base()`, and its docstring gives the command, the time and the
-number to expect.
+"""Configs of runs as short Python files: each has one `base()`, and its docstring gives the command, the time
+and the expected result.
 
-`parts` holds what several share, `fiddlers` the variations that fit all. A file of your own with a `base()`
-serves as well.
+`parts` holds shared parts, `fiddlers` variations of any config. Your own file with a `base()` works as well.
 """
 
 if not __name__.startswith("seqlab."):

@@ -1,4 +1,4 @@
-"""Handwritten digits, one pixel a step: 64 steps in, one of ten classes at the last of them.
+"""Handwritten digits, one pixel per step: 64 steps, one of ten classes at the last.
 
 Command: seqlab train digits      (the images come with scikit-learn: pip install scikit-learn)
 Measured: 4 min on two busy cores, accuracy 0.94.

@@ -1,7 +1,8 @@
-"""Segmentation with WaveMix: digits strewn over a picture, at every place which digit is there, or none.
+"""Segmentation with WaveMix: digits scattered over a picture, with the digit, or none, predicted at every
+position.
 
 Command: seqlab train digits_segment      (the digits come with scikit-learn: pip install scikit-learn)
-Measured: 83 s of processor time (7 min on two busy cores), mean IoU 0.554 over ten digits and the ground.
+Measured: 83 s of processor time (7 min on two busy cores), mean IoU 0.554 over ten digits and the background.
 """
 
 import fiddle as fdl

@@ -1,7 +1,7 @@
-"""Super-resolution with WaveMix: pictures of digits at twice the resolution they come in.
+"""Super-resolution with WaveMix: pictures of digits at twice their input resolution.
 
 Command: seqlab train digits_upscale      (the digits come with scikit-learn: pip install scikit-learn)
-Measured: 38 s of processor time, 16.77 dB PSNR a picture; Lanczos 16.49, bicubic 16.43, nearest 16.09.
+Measured: 38 s of processor time, 16.77 dB PSNR per picture; Lanczos 16.49, bicubic 16.43, nearest 16.09.
 """
 
 import fiddle as fdl

@@ -1,4 +1,4 @@
-"""ViM2 on handwritten digits: four scans over the places and two over the channels, in two stages.
+"""ViM2 on handwritten digits: four scans over positions and two over channels, in two stages.
 
 Command: seqlab train digits_vim2      (the images come with scikit-learn: pip install scikit-learn)
 Measured: accuracy 0.98; 102 s of processor time, compilation included.

@@ -1,5 +1,5 @@
-"""Variations of any config, one verb each; they change a config in place. `seqlab train lm_mamba --fiddler
-"longer(4)"` applies them."""
+"""Fiddlers: variations of any config, which change it in place. `seqlab train lm_mamba --fiddler "longer(4)"`
+applies them."""
 
 from typing import Any
 
@@ -12,9 +12,9 @@ from seqlab.train.override import fields, named
 
 
 def tiny(cfg: fdl.Config) -> None:
-    """Shrink model, windows and run to what a test can afford: seconds, and still every kind of layer."""
+    """Shrink model, windows and run to a few seconds, with every kind of layer, for tests."""
     model = cfg.model
-    body = getattr(model, "backbone", model)  # of images
+    body = getattr(model, "backbone", model)  # of image models
     if "widths" in fields(fdl.get_callable(body)):
         body.widths, body.depths = (8,) * len(body.widths), (1,) * len(body.depths)
     else:
@@ -38,7 +38,7 @@ def mixer(cfg: fdl.Config, name: str, **options: Any) -> None:
     state_size=4)."""
     cls = named(name)
     known = fields(cls)
-    if "cache" in known and "cache" not in options:  # what a window holds is what has to be remembered
+    if "cache" in known and "cache" not in options:  # the cache must hold a window
         options["cache"] = fdl.Config(Full, capacity=cfg.data.length)
     for option in options:
         if option not in known:
@@ -47,7 +47,7 @@ def mixer(cfg: fdl.Config, name: str, **options: Any) -> None:
 
 
 def width(cfg: fdl.Config, dim: int) -> None:
-    """A model of another width."""
+    """Change the width of the model."""
     cfg.model.dim = dim
 
 
@@ -57,18 +57,18 @@ def bf16(cfg: fdl.Config) -> None:
 
 
 def remat(cfg: fdl.Config) -> None:
-    """Keep the blocks' inputs alone for the backward pass and compute the rest again: less memory, a third
-    more time."""
+    """Save only the blocks' inputs for the backward pass and recompute the rest: less memory, a third more
+    time."""
     cfg.model.remat = "block"
 
 
 def scan_layers(cfg: fdl.Config) -> None:
-    """Compile one pattern of layers instead of all of them."""
+    """Compile one repetition of the layer pattern instead of all layers."""
     cfg.model.scan_layers = True
 
 
 def accumulate(cfg: fdl.Config, parts: int = 4) -> None:
-    """The same batch in `parts` parts, one after the other."""
+    """Split each batch into `parts` parts, processed one after the other."""
     cfg.accumulate = parts
 
 
@@ -78,6 +78,6 @@ def longer(cfg: fdl.Config, factor: int = 2) -> None:
 
 
 def stretch(cfg: fdl.Config, factor: int = 2) -> None:
-    """Windows `factor` times as long, with the tokens of a batch kept."""
+    """Make windows `factor` times as long, with the same number of tokens per batch."""
     cfg.batch_size //= check_divides("factor", factor, "batch_size", cfg.batch_size)
     cfg.data.length *= factor

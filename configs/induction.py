@@ -1,5 +1,5 @@
-"""Induction heads: what followed the sign the last time? Two layers of Mamba, as in the experiments of H3 and
-Mamba.
+"""Induction heads: which token followed the trigger last time? Two layers of Mamba, as in the experiments of
+H3 and Mamba.
 
 Command: seqlab train induction
 Measured: 88 s on two cores, accuracy 1.0000 from step 200 on.

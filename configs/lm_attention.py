@@ -1,4 +1,4 @@
-"""Softmax attention, a byte language model: windowed attention with sinks, the measure for the others.
+"""Softmax attention, a byte language model: windowed attention with sinks, the baseline.
 
 Command: seqlab train lm_attention
 """

@@ -1,5 +1,5 @@
-"""Gated DeltaNet, a byte language model: a matrix memory a head that forgets, and replaces what a key already
-holds.
+"""Gated DeltaNet, a byte language model: one matrix memory per head that decays and replaces values stored
+under a key.
 
 Command: seqlab train lm_gated_delta
 """

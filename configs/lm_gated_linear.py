@@ -1,4 +1,4 @@
-"""Gated linear attention, a byte language model: a matrix memory a head instead of a cache.
+"""Gated linear attention, a byte language model: one matrix memory per head instead of a cache.
 
 Command: seqlab train lm_gated_linear
 """

@@ -1,5 +1,5 @@
-"""Mamba and windowed attention in turn, a byte language model: recurrence for the gist, attention for the
-letter.
+"""Alternating Mamba and windowed attention, a byte language model: recurrence for the long context, attention
+for exact recall of recent steps.
 
 Command: seqlab train lm_hybrid
 """

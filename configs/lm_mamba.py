@@ -1,4 +1,4 @@
-"""Mamba, a byte language model: selective state space, and no channel mixer, as published.
+"""Mamba, a byte language model: selective state space, without a channel mixer, as published.
 
 Command: seqlab train lm_mamba
 """

@@ -1,4 +1,4 @@
-"""Mamba-2, a byte language model: a scan that is matrix products, and no channel mixer, as published.
+"""Mamba-2, a byte language model: a scan by matrix products, without a channel mixer, as published.
 
 Command: seqlab train lm_mamba2
 """

@@ -1,4 +1,4 @@
-"""Multi-query associative recall, solved by the gated delta rule: which value came with this key?
+"""Multi-query associative recall, solved by the gated delta rule: which value was paired with this key?
 
 Command: seqlab train mqar
 Measured: 3 min on two busy cores, accuracy 0.9995.

@@ -1,5 +1,5 @@
-"""Blocks that many configs share. Modules are `fdl.Partial` (the model builds them, layer by layer), values
-are `fdl.Config`."""
+"""Shared parts of configs. Modules are `fdl.Partial` (the model builds them, layer by layer), values are
+`fdl.Config`."""
 
 import fiddle as fdl
 
@@ -35,12 +35,12 @@ def language_run(
 
 
 def byte_model(dim: int, depth: int, *mixers: fdl.Partial, **options: object) -> fdl.Partial:
-    """A language model over bytes with these mixers in turn; `options` are fields of `LanguageModel`."""
+    """A language model over bytes with these mixers, alternating; `options` are fields of `LanguageModel`."""
     return fdl.Partial(LanguageModel, vocab_size=BYTES, dim=dim, depth=depth, mixers=mixers, **options)
 
 
 def task_run(model: fdl.Partial, data: fdl.Config, *, peak: float = 3e-3, **run: int) -> fdl.Config:
-    """A model trained on a task and judged by its accuracy. Small runs decay no weights."""
+    """A run of a model on a task, with accuracy as its metric. Small runs use no weight decay."""
     optimizer = fdl.Partial(adamw, peak=peak, weight_decay=0.0)
     return fdl.Config(Experiment, model=model, data=data, optimizer=optimizer, metric=accuracy, **run)
 
@@ -54,8 +54,7 @@ def image_run(
     peak: float = 3e-3,
     **run: int,
 ) -> fdl.Config:
-    """A model of images, judged by its accuracy unless told otherwise; what is judged is the average of its
-    parameters."""
+    """A run of an image model, with accuracy as its default metric, evaluated with averaged parameters."""
     optimizer = fdl.Partial(adamw, peak=peak, b2=0.999, weight_decay=0.05, average=0.98)
     loss = fdl.Partial(class_loss, smoothing=0.1) if loss is None else loss
     return fdl.Config(
@@ -73,8 +72,8 @@ def digit_images() -> fdl.Config:
 def token_model(
     vocab_size: int, dim: int, depth: int, *mixers: fdl.Partial, **options: object
 ) -> fdl.Partial:
-    """A model over a task's tokens; without channel mixers unless `options` name one: what is asked is what a
-    mixer remembers."""
+    """A model over a task's tokens; without channel mixers unless `options` name one, since tasks test the
+    mixers' memory."""
     return fdl.Partial(
         LanguageModel,
         vocab_size=vocab_size,
@@ -86,7 +85,7 @@ def token_model(
 
 
 def attention(capacity: int, heads: int = 4, **options: object) -> fdl.Partial:
-    """Attention over all of up to `capacity` steps."""
+    """Full attention over up to `capacity` steps."""
     return fdl.Partial(Attention, heads=heads, cache=fdl.Config(Full, capacity=capacity), **options)
 
 
@@ -96,7 +95,7 @@ def window_attention(window: int, sinks: int = 4, heads: int = 4) -> fdl.Partial
 
 
 def gated_linear(heads: int = 4, conv_width: int | None = 4) -> fdl.Partial:
-    """Gated linear attention behind a short convolution, which it needs to compare neighbouring tokens."""
+    """Gated linear attention with a short convolution, which it needs to compare neighbouring tokens."""
     return fdl.Partial(GatedLinearAttention, heads=heads, conv_width=conv_width)
 
 
@@ -106,8 +105,8 @@ def mamba(state_size: int = 16) -> fdl.Partial:
 
 
 def mamba2(head_dim: int = 32, state_size: int = 64) -> fdl.Partial:
-    """The state-space mixer with a decay a head; heads and state smaller than published, for models of this
-    size."""
+    """The state-space mixer with one decay per head; heads and state smaller than published, for models of
+    this size."""
     return fdl.Partial(Mamba2, head_dim=head_dim, state_size=state_size)
 
 

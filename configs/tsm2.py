@@ -1,4 +1,4 @@
-"""TSM2 on the weekly carbon dioxide of Mauna Loa: what the next 24 weeks bring, from the last 48.
+"""TSM2 on the weekly carbon dioxide of Mauna Loa: forecasts of 24 weeks from the last 48.
 
 Command: seqlab train tsm2        (the series comes with statsmodels: pip install statsmodels)
 Half a minute on two CPU cores, validation MSE 0.0027 in scaled units. On the test split 0.0032, where the

@@ -6,7 +6,8 @@ One folder per op, found by discovery; its docstring says what it computes. In e
     reference      the reference implementation: the definition, slow and short
     xla            the default everywhere; runs on every platform and never declines
     pallas_tpu, triton_gpu    for some ops and calls; they decline the others
-    specs          what the op says about itself: named shapes for tests and benchmarks, operations and bounds,
+    specs          what the op says about itself: named shapes for tests and benchmarks, operations and
+    bounds,
                    block sizes, a sample for `seqlab doctor`
 
 `dispatch` selects one. `implementation=None` takes the first in the platform's order of preference that does

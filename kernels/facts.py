@@ -17,8 +17,8 @@ BATCH, TIME, HEADS, WIDTH, STATE = 1, 128, 2, 128, 16
 class Facts(NamedTuple):
     """Of one call by its spec.
 
-    `flops`: operations of the definition. `sums`: the lengths of the sums behind values and gradients. `held`:
-    the numbers that the reference holds at once. `gradients`: whether the op has any.
+    `flops`: operations of the definition. `sums`: the lengths of the sums behind values and gradients.
+    `held`: the numbers that the reference holds at once. `gradients`: whether the op has any.
     """
 
     flops: Callable[[Any], float]

@@ -256,8 +256,8 @@ def with_cache(model: M, cache: str | Policy | Sequence[Policy]) -> M:
 
 
 def leaves_training(model: Module) -> int | None:
-    """After how many steps of a stream `model` meets rotary positions that it was not trained on; None for never, or where
-    it is not known what it was trained on (`Model.trained_length`)."""
+    """After how many steps of a stream `model` meets rotary positions that it was not trained on; None for
+    never, or where it is not known what it was trained on (`Model.trained_length`)."""
     trained = getattr(model, "trained_length", None)
     if trained is None:
         return None

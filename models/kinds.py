@@ -54,7 +54,8 @@ def _checked(
             return made
     place = getattr(factory, "where", name)
     raise UserError(
-        f"{place}: {cls.__name__} is {kind_of(cls, f'no {kind}')}, expected a {kind}{nearest(cls.__name__, _known(fits))}"
+        f"{place}: {cls.__name__} is {kind_of(cls, f'no {kind}')}, expected a "
+        f"{kind}{nearest(cls.__name__, _known(fits))}"
     )
 
 

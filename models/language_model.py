@@ -18,8 +18,8 @@ class LanguageModel(Model):
       tie_embeddings: compute logits by the embedding matrix (default) or by a separate one.
       dtype: compute dtype of the activations, "float32", "bfloat16" or "float64"; parameters stay float32
         (float64), and so do norms, decays, recurrent states, softmax and logits.
-      trained_length: positions that it was or will be trained on: streams in which rotary positions grow beyond
-        them say so. None: not known.
+      trained_length: positions that it was or will be trained on: streams in which rotary positions grow
+        beyond them say so. None: not known.
     """
 
     def __init__(

@@ -1,4 +1,5 @@
-"""Checks of arguments. Every refusal names the argument, the value, what was expected and, of names, the nearest."""
+"""Checks of arguments. Every refusal names the argument, the value, what was expected and, of names, the
+nearest."""
 
 import difflib
 import numbers
@@ -8,7 +9,8 @@ from collections.abc import Iterable, Sequence
 
 
 class UserError(ValueError):
-    """What a user can put right: the message says what and how. The command line prints it in one line, exit code 2."""
+    """What a user can put right: the message says what and how. The command line prints it in one line, exit
+    code 2."""
 
 
 def check_choice(value: str, valid: Sequence[str], what: str) -> None:

@@ -1,9 +1,10 @@
-"""Mixers: the published protocol, defaults for everything else that code may ask of one, and mixers of mixers.
+"""Mixers: the published protocol, defaults for everything else that code may ask of one, and mixers of
+mixers.
 
-`Mixer` is what a class must offer. `MixerBase` adds what it may offer besides, each with the answer of a mixer
-that does not have it: no bound on the length, no way back. `Composite` derives these from its `children`, so a
-mixer made of mixers keeps every bound of theirs. Code asks through `as_mixer`, which gives the same answers
-for a class that has the members of the protocol alone.
+`Mixer` is what a class must offer. `MixerBase` adds what it may offer besides, each with the answer of a
+mixer that does not have it: no bound on the length, no way back. `Composite` derives these from its
+`children`, so a mixer made of mixers keeps every bound of theirs. Code asks through `as_mixer`, which gives
+the same answers for a class that has the members of the protocol alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -85,8 +86,8 @@ class MixerBase:
         return state
 
     def make_room(self, state: State, steps: int | Int[Array, " b"]) -> State:
-        """`state` before a turn of `steps` steps (per row), where the mixer drops some of its past for a turn;
-        itself otherwise."""
+        """`state` before a turn of `steps` steps (per row), where the mixer drops some of its past for a
+        turn; itself otherwise."""
         return state
 
     def compact(self, state: State, steps: int) -> State:

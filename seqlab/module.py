@@ -39,8 +39,9 @@ class Static(NamedTuple):
     """What remains of a model without its arrays: hashable, so that it can be a static argument of
     `jax.jit`.
 
-    `graph`, `tree`: as NNX and JAX describe it. `names`: of the arrays, in the order of `tree`. `learnt`: which
-    of them are parameters (`nnx.Param`). `keys`: the PRNG of each array that is a typed key, None for others.
+    `graph`, `tree`: as NNX and JAX describe it. `names`: of the arrays, in the order of `tree`. `learnt`:
+    which of them are parameters (`nnx.Param`). `keys`: the PRNG of each array that is a typed key, None for
+    others.
     """
 
     graph: nnx.GraphDef

@@ -1,8 +1,8 @@
 """Code that text names: `module:Name` in configs, on the command line and in cache words.
 
-A name that a user types is imported like any other. A name in a file is a stranger's until the user says otherwise:
-inside `restricted()` only the parts that configs are made of can be named (`PARTS`), each where it is defined, and
-everything else is refused with its name, before it is imported.
+A name that a user types is imported like any other. A name in a file is a stranger's until the user says
+otherwise: inside `restricted()` only the parts that configs are made of can be named (`PARTS`), each where it
+is defined, and everything else is refused with its name, before it is imported.
 """
 
 import contextlib
@@ -41,7 +41,8 @@ class UntrustedNameError(UserError):
 
 @contextlib.contextmanager
 def restricted(more: Collection[str] = ()) -> Iterator[None]:
-    """Within this block `imported` refuses what is neither a part of seqlab's configs nor one of the names `more`."""
+    """Within this block `imported` refuses what is neither a part of seqlab's configs nor one of the names
+    `more`."""
     token = _allowed.set(frozenset(more))
     try:
         yield
@@ -71,7 +72,8 @@ def imported(name: str) -> Any:
 
 
 def search_current_folder() -> None:
-    """Let names that the user typed be found in the folder one works in, after everything that is installed."""
+    """Let names that the user typed be found in the folder one works in, after everything that is
+    installed."""
     here = os.getcwd()
     if here not in sys.path:
         sys.path.append(here)

@@ -50,8 +50,8 @@ def sealed(
     reset: Steps,
     valid: Steps | None,
 ) -> tuple[Any, State | None]:
-    """`outputs, state = call(arrays, state)` of a chunk with resets, in which a sequence leaves nothing to the
-    next one.
+    """`outputs, state = call(arrays, state)` of a chunk with resets, in which a sequence leaves nothing to
+    the next one.
 
     `call` gets `arrays` [b, t, ...] and `state` without what is not finite. That is NaN in the outputs
     [b, t, ...] of its own sequence from there on, and in the new state if that sequence is the one that is

@@ -108,14 +108,14 @@ class FileTokenizer:
       path: the file.
       bos: a token that goes in front of every text, whatever the file says; None for what the file says.
       eos: the token, or tokens, that end a text; None for none.
-      settings: what tokenizer_config.json says: `add_bos_token`, `add_eos_token`, the names of the special tokens,
-        and tokens that tokenizer.json lacks.
+      settings: what tokenizer_config.json says: `add_bos_token`, `add_eos_token`, the names of the special
+        tokens, and tokens that tokenizer.json lacks.
       template: the chat template, Jinja's text.
       content: the content of a tokenizer.json, in place of the file's.
       start: the token that an empty text begins with where the files put none in front.
 
-    `bos` is None where nothing goes in front of a text, `eos` the first of the tokens that end one and `ends` all of
-    them; `special` has the text of every special token by its number.
+    `bos` is None where nothing goes in front of a text, `eos` the first of the tokens that end one and `ends`
+    all of them; `special` has the text of every special token by its number.
 
     Raises:
       ImportError: `tokenizers` is not installed.
@@ -164,8 +164,8 @@ class FileTokenizer:
         return np.asarray(self._tokenizer.encode(_as_text(text), add_special_tokens=False).ids, np.int32)
 
     def begin(self, text: str | bytes) -> Int[np.ndarray, " t"]:
-        """`text` as int32 tokens with those that the tokenizer's files put around a text: its post-processor, and
-        `add_bos_token` and `add_eos_token` of the settings where they are there."""
+        """`text` as int32 tokens with those that the tokenizer's files put around a text: its post-processor,
+        and `add_bos_token` and `add_eos_token` of the settings where they are there."""
         text = _as_text(text)
         ids = self._tokenizer.encode(text, add_special_tokens=True).ids
         plain = self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -310,8 +310,8 @@ _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 def begin(tokenizer: Tokenizer, text: str | bytes) -> Int[np.ndarray, " t"]:
-    """`text` at the start of a stream, as tokens: with what the tokenizer's files put around it where it has any, else
-    behind its `bos`."""
+    """`text` at the start of a stream, as tokens: with what the tokenizer's files put around it where it has
+    any, else behind its `bos`."""
     if isinstance(tokenizer, FileTokenizer):
         return tokenizer.begin(text)
     ids = np.asarray(tokenizer.encode(text), np.int32)
@@ -389,7 +389,8 @@ def _add_tokens(tokenizer: Any, settings: Mapping[str, Any], names: Mapping[str,
             )
         if tokenizer.token_to_id(content) != number:
             raise UserError(
-                f"{path}: token {content!r} is {tokenizer.token_to_id(content)} there and {number} in the settings"
+                f"{path}: token {content!r} is {tokenizer.token_to_id(content)} there and {number} in the "
+                "settings"
             )
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
     for content in special:

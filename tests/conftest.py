@@ -1,5 +1,5 @@
-"""A strict session: eight virtual devices, and warnings are errors. It ends with what it cost: processor seconds
-per file, of the budget that CONTRIBUTING.md names."""
+"""A strict session: eight virtual devices, and warnings are errors. It ends with what it cost: processor
+seconds per file, of the budget that CONTRIBUTING.md names."""
 
 import collections
 import gc

@@ -1,11 +1,12 @@
-"""Every file of a run folder, flipped, cut and deleted in turn: it is detected, or harmless, never a wrong number.
+"""Every file of a run folder, flipped, cut and deleted in turn: it is detected, or harmless, never a wrong
+number.
 
     python tests/damage.py                 print the table of docs/explanation/damage.md
     python tests/damage.py --write         write it there
 
-After each damage the run is loaded and resumed. What is loaded must be the parameters of a step that was saved,
-and what is resumed must end with the state of the undamaged run, bit for bit; or either must be refused with an
-error for users.
+After each damage the run is loaded and resumed. What is loaded must be the parameters of a step that was
+saved, and what is resumed must end with the state of the undamaged run, bit for bit; or either must be
+refused with an error for users.
 """
 
 import argparse

@@ -4,8 +4,8 @@ logged losses, bit for bit.
     python tests/kills.py --kills 30 [--seed 0] [--processes 1 2]
 
 Whole processes get SIGKILL (four of five times) or a signal that a run acts on, whenever they are: while they
-import, compile, step, validate or save. Of two processes of one run, either or both. A run that ends before its
-kill is replaced by a new one until there are enough kills.
+import, compile, step, validate or save. Of two processes of one run, either or both. A run that ends before
+its kill is replaced by a new one until there are enough kills.
 """
 
 import argparse
@@ -42,7 +42,8 @@ _ENDED = (0, 4, 129, 130, 143)  # finished, another process lost, interrupted
 
 @dataclasses.dataclass
 class Report:
-    """`kills`: how many; `moments`: what was under way, by words; `resumed`: the steps that were gone on from."""
+    """`kills`: how many; `moments`: what was under way, by words; `resumed`: the steps that were gone on
+    from."""
 
     kills: int = 0
     runs: int = 0

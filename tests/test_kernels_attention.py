@@ -476,7 +476,8 @@ GOOD = {"q": (2, 5, 4, 8), "k": (2, 7, 2, 8), "v": (2, 7, 2, 6)}
         ),
         (
             {"k": (3, 7, 2, 8)},
-            r"k must be \[b, s, g, k\] with b=2 rows and width k=8 > 0 as q \(2, 5, 4, 8\), got \(3, 7, 2, 8\)",
+            r"k must be \[b, s, g, k\] with b=2 rows and width k=8 > 0 as q \(2, 5, 4, 8\), got \(3, 7, 2, "
+            r"8\)",
         ),
         ({"k": (2, 7, 2, 6)}, r"k must be .* got \(2, 7, 2, 6\)"),
         (

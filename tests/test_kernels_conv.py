@@ -1,4 +1,5 @@
-"""The short convolution: every implementation equals the sliding window in float64 and satisfies the contract."""
+"""The short convolution: every implementation equals the sliding window in float64 and satisfies the
+contract."""
 
 import functools
 

@@ -1,5 +1,5 @@
-"""The linear memory: every implementation equals the recurrence in float64 and satisfies the contract; matrices
-are those of the equations."""
+"""The linear memory: every implementation equals the recurrence in float64 and satisfies the contract;
+matrices are those of the equations."""
 
 import functools
 

@@ -1,4 +1,5 @@
-"""A part of the wrong kind is refused by its place, with the names that fit, and before a run has a folder."""
+"""A part of the wrong kind is refused by its place, with the names that fit, and before a run has a
+folder."""
 
 import pytest
 from flax import nnx

@@ -35,7 +35,8 @@ def module_name(path):
 
 
 def unrun(tree):
-    """The block of a package whose names are loaded when they are used: its imports, for type checkers alone."""
+    """The block of a package whose names are loaded when they are used: its imports, for type checkers
+    alone."""
     tests = (node for node in tree.body if isinstance(node, ast.If))
     return next((node for node in tests if ast.unparse(node.test) == "TYPE_CHECKING"), None)
 

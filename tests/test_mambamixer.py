@@ -1,5 +1,5 @@
-"""MambaMixer and TSM2 beyond the contract and the golden numbers: packed rows in both directions, the sums, the
-two forms of TSM2."""
+"""MambaMixer and TSM2 beyond the contract and the golden numbers: packed rows in both directions, the sums,
+the two forms of TSM2."""
 
 import functools
 

@@ -147,8 +147,8 @@ def test_kivi_codes_keys_and_values_in_bits_of_their_own(options, tmp_path):
 
 
 class Spikes:
-    """Layers of a spiking network on [b, channels, time] with weights drawn as they are asked for; `margin`: how
-    near a membrane has come to its threshold."""
+    """Layers of a spiking network on [b, channels, time] with weights drawn as they are asked for; `margin`:
+    how near a membrane has come to its threshold."""
 
     def __init__(self, seed):
         self.rng, self.weights, self.margin = np.random.default_rng(seed), {}, np.inf
@@ -421,7 +421,8 @@ def test_the_parallel_memory_with_its_options(discretizer, channels, learnt, tmp
 
 
 def turns_case(folder, *, chunks, gen, start_size, recent_size):
-    """A Llama of one layer, whose cache is cut before each turn by what will come and grows until the next."""
+    """A Llama of one layer, whose cache is cut before each turn by what will come and grows until the
+    next."""
     rng, hidden, heads, kv_heads, vocab = np.random.default_rng(recent_size), 16, 4, 2, 19
     sizes = {"q_proj": hidden, "k_proj": hidden * kv_heads // heads, "v_proj": hidden * kv_heads // heads}
     attention = {f"self_attn.{name}.weight": (size, hidden) for name, size in sizes.items()}

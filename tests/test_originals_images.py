@@ -1,5 +1,5 @@
-"""Hybrids of the MetaFormer papers that no recorded case has, written out in NumPy, as cases for the adapters of
-`tests/parity`."""
+"""Hybrids of the MetaFormer papers that no recorded case has, written out in NumPy, as cases for the adapters
+of `tests/parity`."""
 
 import math
 

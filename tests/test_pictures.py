@@ -1,4 +1,5 @@
-"""Pictures in folders: all are found and read as they are, what cannot be read is named, labels fit the model."""
+"""Pictures in folders: all are found and read as they are, what cannot be read is named, labels fit the
+model."""
 
 import types
 

@@ -85,7 +85,8 @@ def after(steps, state):
         (
             ("coded", "attention"),
             ValueError,
-            r"layer 0: steps=4 cannot be taken back: full\(64\)\+int4\(.*\) has quantized the steps before them",
+            r"layer 0: steps=4 cannot be taken back: full\(64\)\+int4\(.*\) has quantized the steps before "
+            r"them",
         ),
         (
             ("moba_stored", "attention"),

@@ -1,7 +1,8 @@
 """A real pretrained model, SmolLM2-135M-Instruct, says what transformers says, token for token, from text.
 
-transformers, torch and gguf read it (see `real_model`), write it as a published folder, and give the answers to compare with; where
-they live in another environment, SEQLAB_TRANSFORMERS names its Python. Without these the test is skipped.
+transformers, torch and gguf read it (see `real_model`), write it as a published folder, and give the answers
+to compare with; where they live in another environment, SEQLAB_TRANSFORMERS names its Python. Without these
+the test is skipped.
 """
 
 import json

@@ -1,4 +1,5 @@
-"""Text of streams: a stream continued from its state reads as one, wherever it is cut and whatever ends it."""
+"""Text of streams: a stream continued from its state reads as one, wherever it is cut and whatever ends
+it."""
 
 import itertools
 

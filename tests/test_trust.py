@@ -1,4 +1,5 @@
-"""Nothing that comes from elsewhere runs code: configs of strangers, models of the hub, files beside the weights."""
+"""Nothing that comes from elsewhere runs code: configs of strangers, models of the hub, files beside the
+weights."""
 
 import json
 import pathlib

@@ -1,4 +1,5 @@
-"""The checker: a mixer that breaks one thing on purpose fails in that check, and says what usually causes it."""
+"""The checker: a mixer that breaks one thing on purpose fails in that check, and says what usually causes
+it."""
 
 import jax
 import jax.numpy as jnp

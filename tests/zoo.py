@@ -60,8 +60,8 @@ def stirred(build):
 
 
 def marked(build, *marks):
-    """`build` for the quick tests too: of the contract ("quick"), with "gradients", and over "devices". Entries
-    without marks are for the slow tests: each is a variant of one with marks, or long to compile."""
+    """`build` for the quick tests too: of the contract ("quick"), with "gradients", and over "devices".
+    Entries without marks are for the slow tests: each is a variant of one with marks, or long to compile."""
     entry = functools.partial(build)
     entry.marks = marks
     return entry

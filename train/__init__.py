@@ -1,4 +1,4 @@
-"""placeholder"""
+"""Training: data pipelines, the jitted step, the loop, checkpoints and metrics."""
 
 if not __name__.startswith("seqlab."):
     raise ImportError(

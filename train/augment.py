@@ -1,9 +1,9 @@
-"""Pictures changed at random while training: shifts, flips, RandAugment, erasing, mixup, cutmix. Pure
-functions of picture and generator.
+"""Data augmentation of pictures: shifts, flips, RandAugment, erasing, mixup, cutmix. Pure functions of
+picture and generator.
 
-A picture is [h, w, c] with values in [0, 1]. An `Augment` is what a config names; which changes a row of a
-batch gets depends on the seed and the row's number in the run alone, so that it is the same for any number of
-workers and processes, and after a resume.
+A picture is [h, w, c] with values in [0, 1]. Configs name an `Augment`; the changes of a row of a batch
+depend only on the seed and the row's number in the run, so they are the same for any number of workers and
+processes, and after a resume.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ Targets = Float[np.ndarray, " k"]
 def warp(
     picture: Picture, matrix: Float[np.ndarray, "2 2"], shift: tuple[float, float] = (0.0, 0.0)
 ) -> Picture:
-    """What lies at matrix (place - centre) + centre + shift, bilinear; black outside the picture."""
+    """The picture sampled at matrix (position - centre) + centre + shift, bilinear; black outside."""
     height, width, _ = picture.shape
     centre = np.array([(height - 1) / 2, (width - 1) / 2])
     places = np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing="ij"), axis=-1) - centre
@@ -44,7 +44,7 @@ def _rotate(picture: Picture, m: float) -> Picture:
 
 
 def _blend(picture: Picture, other: Picture | float, m: float) -> Picture:
-    """From `other` (m = -1) over the picture (0) to as far beyond it."""
+    """Interpolation from `other` (m = -1) to the picture (0) and extrapolation beyond it."""
     return np.clip(other + (picture - other) * (1 + 0.9 * m), 0, 1)
 
 
@@ -64,7 +64,7 @@ def _autocontrast(picture: Picture, m: float) -> Picture:
 
 
 def _equalize(picture: Picture, m: float) -> Picture:
-    """Every channel's values by their rank."""
+    """Histogram equalization: each channel's values replaced by their ranks."""
     flat = picture.reshape(-1, picture.shape[2])
     ranks = np.stack([np.searchsorted(np.sort(c), c, side="right") for c in flat.T], axis=1)
     least = ranks.min(axis=0)
@@ -94,19 +94,19 @@ GEOMETRIC = ("identity", "rotate", "shear_x", "shear_y", "translate_x", "transla
 
 @dataclasses.dataclass(frozen=True)
 class Augment:
-    """How training pictures are changed; the default changes nothing.
+    """Augmentation of training pictures; the default changes nothing.
 
     Args:
-      shift: each picture is moved by up to so many places in each direction, over black.
+      shift: each picture is shifted by up to this many pixels in each direction, over black.
       flip: mirror half of them, left to right.
-      operations, magnitude, names: RandAugment (arXiv 1909.13719): so many operations, one after the other,
-        drawn from `names`, keys of OPERATIONS, with a magnitude drawn around `magnitude` of 10 (deviation
-        0.5) and a sign. None for all names.
+      operations, magnitude, names: RandAugment (arXiv 1909.13719): this many operations in sequence, drawn
+        from `names`, keys of OPERATIONS, with a magnitude drawn around `magnitude` of 10 (deviation 0.5) and
+        a sign. None for all names.
       erase: the probability that a rectangle of 2 % to a third of the picture becomes noise (arXiv
         1708.04896).
       mixup, cutmix: the parameter of the beta distribution that shares are drawn from, 0 for never (arXiv
-        1710.09412, 1905.04899); where both are on, every picture gets one of them. Targets are shared out
-        like pictures.
+        1710.09412, 1905.04899); if both are on, every picture gets one of them. Targets are mixed like
+        pictures.
     Raises:
       ValueError: a probability or parameter out of range, or an unknown operation.
     """
@@ -140,7 +140,7 @@ class Augment:
 
     @property
     def mixes(self) -> bool:
-        """Whether two pictures become one, and targets shares."""
+        """Whether pictures are mixed, so that targets become shares."""
         return bool(self.mixup or self.cutmix)
 
     def picture(self, picture: Picture, random: np.random.Generator) -> Picture:
@@ -191,7 +191,7 @@ def _moved(picture: Picture, down: int, right: int) -> Picture:
 
 
 def _rectangle(shape: tuple[int, ...], area: float, random: np.random.Generator) -> tuple[slice, slice]:
-    """A rectangle of the picture's proportions and that share of its area around a random place, cut off at
+    """A rectangle with the picture's proportions and a share of its area, at a random position, cropped at
     the border."""
     sides = []
     for size in shape[:2]:

@@ -1,22 +1,22 @@
-"""Checkpoints that can be trusted: whole or absent, every leaf hashed, the last good one found by itself.
+"""Verified checkpoints: complete or absent, every leaf hashed, with automatic fall-back to the last good
+step.
 
-Orbax writes the arrays, in the background. What it does not do is notice that bytes are missing or have
-changed. So each step carries a manifest with the SHA-256 of every leaf, and nothing is handed out that does
-not match. A save counts once it has been read back like that: it is written under another name, and gets its
-own when it has proved good.
+Orbax writes the arrays in the background, but does not detect missing or changed bytes. Each step therefore
+has a manifest with the SHA-256 of every leaf, and mismatching leaves are never returned. A save is written
+under a temporary name, read back and verified, and then renamed.
 
     <directory>/<step>/commit_success.txt          written last
-    <directory>/<step>/manifest/manifest.json      name, shape, dtype and hash of every leaf; Python numbers
-    and strings themselves
+    <directory>/<step>/manifest/manifest.json      name, shape, dtype and hash of every leaf; Python values
+
     <directory>/<step>/state/                      the arrays, by name, in Orbax's format
-    <directory>/<step>.saving-<token>              a save in progress, or one that a kill has interrupted
+    <directory>/<step>.saving-<token>              a save in progress or interrupted by a kill
     <directory>/<step>.damaged-<n>                 a damaged step whose number was needed again
 
-A state is a nested dictionary with string keys. A leaf is named by its keys joined with "/".
+A state is a nested dictionary with string keys. The name of a leaf is its keys joined with "/".
 """
 
 import atexit
-import concurrent.futures.thread  # noqa: F401 - it registers the executors' farewell: see the end of this file
+import concurrent.futures.thread  # noqa: F401 - registers the executors' exit handler, see the end
 import logging
 import operator
 import os
@@ -65,16 +65,16 @@ _LEFTOVER = r"(0|[1-9][0-9]*)(\.damaged-[0-9]+|\.saving-[0-9a-f]+)?"
 class Checkpoints:
     """The checkpoints of one run in `directory`, a local or mounted folder that all processes see.
 
-    Leaves are arrays of JAX or NumPy of any number type, bit for bit, and Python ints, floats, bools and
-    strings. Typed PRNG keys are stored as `jax.random.key_data`. With several processes all of them make the
+    Leaves are JAX or NumPy arrays of any numeric dtype, restored bit for bit, and Python ints, floats, bools
+    and strings. Typed PRNG keys are stored as `jax.random.key_data`. With several processes, all make the
     same calls.
 
-    The newest `keep` good steps are kept. Older ones go once a new one is committed; a damaged step counts
-    for nothing and goes when it is older than all of those. To know what is good, the first rotation of a
-    process reads the steps that it has neither saved nor restored itself.
+    The newest `keep` good steps are kept. Older ones are deleted once a new one is committed; damaged steps
+    do not count and are deleted when older than all of those. The first rotation of a process verifies the
+    steps that it has neither saved nor restored itself.
 
-    Use it in a `with` block, or `close` it: Python starts no threads once a program is ending, so a save in
-    the background that is not waited for would be lost then (and an error is logged).
+    Use it in a `with` block, or `close` it: Python starts no threads during shutdown, so an unfinished
+    background save would be lost (and an error logged).
     """
 
     def __init__(self, directory: str | os.PathLike[str], keep: int = 3) -> None:
@@ -90,20 +90,19 @@ class Checkpoints:
         self._known: dict[int, tuple[_Files, bool]] = {}
 
     def steps(self) -> list[int]:
-        """The steps that are committed, in order, damaged or not."""
+        """The committed steps in order, damaged or not."""
         return [step for step in self._folders() if (self._folder(step) / COMMIT).is_file()]
 
     def save(self, step: int, state: State, wait: bool = False) -> None:
         """Save `state` as `step`, in the background unless `wait`; the arrays may be donated or changed once
         this returns.
 
-        A damaged or unfinished step of that number is moved aside; a good one that holds the same state is
-        left as it is.
+        A damaged or unfinished step of that number is moved aside; a good one with the same state is kept.
 
         Raises:
           CheckpointError: the previous save failed (this one is then not begun), this one did, or a good
             `step` holds another state.
-          TypeError, ValueError: naming the leaf that a checkpoint cannot hold.
+          TypeError, ValueError: naming a leaf that cannot be stored.
         """
         self.wait()
         step = operator.index(step)
@@ -126,8 +125,8 @@ class Checkpoints:
             self.wait()
 
     def try_out(self) -> None:
-        """Write a few numbers and read them back, so that a folder that cannot hold checkpoints is known before
-        there is work to lose. Raises CheckpointError."""
+        """Write a small checkpoint and read it back, to detect an unusable folder before training. Raises
+        CheckpointError."""
         self.wait()
         leaves = flatten({"trial": np.arange(3, dtype=np.float32)})
         manifest = sealed({"format": FORMAT, "step": 0, "leaves": describe(leaves)})
@@ -166,11 +165,11 @@ class Checkpoints:
         """The newest good step and its state, or exactly `step`. None if nothing was ever committed.
 
         With `like`, a state of arrays or `jax.ShapeDtypeStruct`s, names, shapes and dtypes must agree, and
-        leaves whose template has a sharding come back with it, on any number of devices; the others are NumPy
-        arrays, as all are without `like`. `only` names one top-level entry: the state, and `like`, then hold
-        nothing else, and nothing else is read.
+        leaves whose template has a sharding are restored with it, on any number of devices; the others, and
+        all without `like`, are NumPy arrays. `only` names one top-level entry: the state and `like` then
+        contain only it, and nothing else is read.
 
-        A newer step that is damaged or was never committed is reported by a warning and passed over.
+        A newer step that is damaged or uncommitted is skipped with a warning.
 
         Raises:
           CheckpointError: `step` does not exist or is damaged, naming the leaf or file; every step is
@@ -204,7 +203,7 @@ class Checkpoints:
         return None
 
     def close(self) -> None:
-        """Wait for the save in progress and let go of Orbax. Raises CheckpointError if that save failed."""
+        """Wait for the save in progress and close Orbax. Raises CheckpointError if that save failed."""
         try:
             self.wait()
         finally:
@@ -221,7 +220,7 @@ class Checkpoints:
     # Writing
 
     def _orbax(self) -> Any:
-        """Orbax's writer of arrays, made when it is needed: importing it takes a second."""
+        """Orbax's array writer, created on first use, since importing Orbax takes a second."""
         import orbax.checkpoint as ocp
 
         if self._saver is None:
@@ -234,8 +233,7 @@ class Checkpoints:
         return self._saver
 
     def _failure(self, step: int, draft: pathlib.Path, error: Exception) -> CheckpointError:
-        """Clear up after a save that failed; what it wrote was never a checkpoint, and the disk may be
-        full."""
+        """Clean up after a failed save; its files are not a checkpoint, and the disk may be full."""
         saver, self._saver = self._saver, None
         try:
             if saver is not None:
@@ -359,7 +357,7 @@ _unfinished: set[Checkpoints] = set()
 
 
 def _finish() -> None:
-    """A program that ends without close() still has its last save, or hears that it was lost."""
+    """At exit without close(): complete the last save, or report that it was lost."""
     for checkpoints in tuple(_unfinished):
         try:
             checkpoints.wait()
@@ -370,9 +368,9 @@ def _finish() -> None:
             )
 
 
-# Farewells are said last come, first served, and executors say theirs to their threads: a save that is waited
-# for after that never ends (Orbax gives up after five minutes). So this one is registered where they are,
-# behind them; `atexit` alone comes too late.
+# Exit handlers run in reverse order of registration, and executors stop their threads in one: waiting for a
+# save after that never ends (Orbax gives up after five minutes). This handler is therefore registered with
+# theirs and after them; `atexit` alone would run too late.
 getattr(threading, "_register_atexit", atexit.register)(_finish)
 
 
@@ -394,7 +392,7 @@ def _placed(name: str, value: Any, like: Mapping[str, Any]) -> Any:
 
 
 def _shared_token() -> str:
-    """A name that no save had before, the same in all processes."""
+    """A unique name for a save, the same in all processes."""
     token = secrets.randbits(31)
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
@@ -404,7 +402,7 @@ def _shared_token() -> str:
 
 
 def _from_first(steps: list[int]) -> list[int]:
-    """The steps that process 0 sees, in all processes: a shared folder may look older to some."""
+    """The steps seen by process 0, in all processes: others may see an older state of a shared folder."""
     if jax.process_count() == 1:
         return steps
     from jax.experimental import multihost_utils
@@ -415,7 +413,7 @@ def _from_first(steps: list[int]) -> list[int]:
 
 
 def _agreed(function: Callable[[], Any]) -> Any:
-    """The result of `function`; if it meets damage in one process, all processes raise."""
+    """The result of `function`; if one process finds damage, all raise."""
     result, damage = None, None
     try:
         result = function()

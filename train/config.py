@@ -1,11 +1,12 @@
-"""Configs: found, changed, printed, saved, compared and built.
+"""Configs: loading, changing, printing, saving, comparing and building.
 
     cfg = load("lm_hybrid")                        # a file of configs/, or any Python file with `base()`
     cfg = override(cfg, "model.mixers[0].heads=8")
-    prepare(cfg, workdir)                          # config.json and config.txt; not where another run is
-    experiment = build(cfg)                        # checked down to the model's shapes before any work starts
+    prepare(cfg, workdir)                          # config.json and config.txt; refused for another run's
+    folder experiment = build(cfg)                        # checked, including the model's shapes, before any
+    work
 
-Configs are Fiddle's: calls written as data. Everything here raises ConfigError for what a user got wrong.
+Configs are Fiddle's: calls represented as data. Functions here raise ConfigError for user errors.
 """
 
 import ast
@@ -53,7 +54,7 @@ __all__ = [
 
 FORMAT = "seqlab.config.1"
 _FILE_MODULE = "_seqlab_config_"  # config files outside the package are imported under this prefix
-_MAY_CHANGE = ("mesh", "keep", "log_every", "checkpoint_every", "validate_every")  # they touch no number
+_MAY_CHANGE = ("mesh", "keep", "log_every", "checkpoint_every", "validate_every")  # no effect on the numbers
 _EXTENDABLE = ("steps", "optimizer")  # of the steps to come, if the user asks for it
 _PLACES = ("path", "paths", "folder", "root")  # fields of `data`: where it lies, not what it is
 _NOT_CONFIGS = ("parts", "fiddlers")
@@ -68,7 +69,7 @@ def names() -> list[str]:
 
 
 def load(name_or_path: str | os.PathLike[str]) -> fdl.Config:
-    """The config of that name in `seqlab.configs`, or what `base()` of a Python file returns."""
+    """The config of that name in `seqlab.configs`, or the result of `base()` of a Python file."""
     name = os.fspath(name_or_path)
     is_path = name.endswith(".py") or os.sep in name
     if is_path and not pathlib.Path(name).is_file():
@@ -136,13 +137,13 @@ def fiddle(cfg: fdl.Config, call: str) -> fdl.Config:
 
 
 def flat(cfg: fdl.Config) -> str:
-    """The operative config as text: every field of every constructor, defaults included, one `path = value` a
-    line."""
+    """The operative config as text: every field of every constructor, defaults included, one `path = value`
+    per line."""
     return "".join(f"{path} = {value}\n" for path, value in _leaves(tree(cfg, defaults=True)).items())
 
 
 def diff(old: fdl.Config, new: fdl.Config) -> list[str]:
-    """What differs between two operative configs, one `path: old -> new` a field."""
+    """The differences of two operative configs, one `path: old -> new` per field."""
     before, after = _leaves(tree(old, defaults=True)), _leaves(tree(new, defaults=True))
     paths = dict.fromkeys(path for path in [*after, *before] if before.get(path) != after.get(path))
     # Of a constructor that was replaced, the fields that went with it are no news.
@@ -159,7 +160,8 @@ def diff(old: fdl.Config, new: fdl.Config) -> list[str]:
 
 
 def to_json(cfg: fdl.Config) -> str:
-    """The operative config as JSON, with the defaults of today, so that it builds the same when these change.
+    """The operative config as JSON, with current defaults written out, so that it builds the same if they
+    change.
 
     Raises ConfigError for a value that JSON cannot hold or that could not be imported when it is read.
     """
@@ -171,12 +173,11 @@ def from_json(text: str, *, trust: bool | Collection[str] = False) -> fdl.Config
     """The inverse of `to_json`.
 
     Args:
-      trust: whether names outside seqlab are imported: all of them, none, or those named "module:Name". Code that
-        a config names runs when it is imported and when the config is built.
+      trust: whether names outside seqlab are imported: all of them, none, or those named "module:Name". Code
+        named by a config runs when it is imported and when the config is built.
 
     Raises:
-      ConfigError: not a saved config; it names something that is not there (any more), or that is not
-        trusted.
+      ConfigError: not a saved config; a name in it does not exist (any more) or is not trusted.
     """
     try:
         content = json.loads(text)
@@ -184,12 +185,14 @@ def from_json(text: str, *, trust: bool | Collection[str] = False) -> fdl.Config
         raise ConfigError(f"not JSON: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ConfigError(
-            f"not a saved config: expected the format {FORMAT!r}, which runs have (published models have a model_type)"
+            f"not a saved config: expected the format {FORMAT!r}, which runs have (published models have a "
+            "model_type)"
         )
     seal = content.pop("sha256", None)
     if seal not in (None, _digest(content)):
         raise ConfigError(
-            "it has changed since it was written (sha256); if you have changed it, remove the line with sha256"
+            "it has changed since it was written (sha256); if you have changed it, remove the line with "
+            "sha256"
         )
     with contextlib.nullcontext() if trust is True else names_of_code.restricted(trust or ()):
         cfg = _decode(content.get("config"), "")
@@ -207,7 +210,7 @@ def read(file: pathlib.Path, *, trust: bool | Collection[str] = False) -> fdl.Co
 
 
 def names_in(cfg: fdl.Config) -> set[str]:
-    """Every "module:Name" that the saved form of `cfg` holds."""
+    """Every "module:Name" in the saved form of `cfg`."""
     found: set[str] = set()
 
     def collect(value: Any) -> None:
@@ -228,11 +231,11 @@ def prepare(
     extend: bool = False,
     fingerprint: str | None = None,
 ) -> list[str]:
-    """Write config.json and config.txt into a run folder, and return how `cfg` differs from what they said, one
-    `path: old -> new` a field.
+    """Write config.json and config.txt into a run folder, and return the differences of `cfg` from their
+    previous content, one `path: old -> new` per field.
 
-    A folder without a checkpoint belongs to no config yet: what an earlier start left there is replaced. The
-    arguments and errors are those of `differences`, and nothing is changed where it raises.
+    A folder without a checkpoint belongs to no config yet: files of an earlier start are replaced. Arguments
+    and errors are those of `differences`; nothing is changed if it raises.
     """
     workdir = locate(workdir)
     file = workdir / "config.json"
@@ -250,17 +253,17 @@ def differences(
     extend: bool = False,
     fingerprint: str | None = None,
 ) -> list[str]:
-    """How `cfg` differs from the config of the run in `workdir`, one `path: old -> new` a field; [] where there
-    is no run with a checkpoint.
+    """The differences of `cfg` from the config of the run in `workdir`, one `path: old -> new` per field; []
+    without a run with a checkpoint.
 
-    What touches no number of the run may differ: the mesh, how many checkpoints are kept, when there are some,
-    when it is reported and validated, and where the data lie if their `fingerprint` is that of the run. With
-    `extend` the steps and the optimizer may, too: they are used from the last checkpoint on. A field that did
-    not exist when the run began and has its default is no difference.
+    Fields without effect on the numbers may differ: the mesh, the number of checkpoints kept, the intervals
+    of checkpoints, logging and validation, and the location of the data if their `fingerprint` is that of the
+    run. With `extend` the steps and the optimizer may differ too; they apply from the last checkpoint on. New
+    fields with their default value are not a difference.
 
     Raises:
-      ConfigError: anything else differs, naming it; the folder holds checkpoints of no known config; or `cfg`
-        cannot be written down.
+      ConfigError: anything else differs, naming it; the folder holds checkpoints of an unknown config; or
+        `cfg` cannot be saved.
     """
     workdir = locate(workdir)
     if workdir.exists() and not workdir.is_dir():
@@ -305,7 +308,7 @@ def _import_file(path: pathlib.Path) -> Any:
 
 
 def _arguments(text: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The literals in "name(1, factor=2)", bare words being strings; none in "name"."""
+    """The literals in "name(1, factor=2)", with bare words as strings; none in "name"."""
     call = ast.parse(text.strip(), mode="eval").body
     if not isinstance(call, ast.Call):
         return (), {}
@@ -336,8 +339,8 @@ def _name(call: Any) -> str:
 
 
 def _encode(value: Any, where: str) -> Any:
-    """JSON of a tree. Constructors are objects with their name, tuples are arrays, what JSON lacks is an
-    object with a $ key."""
+    """JSON of a tree. Constructors are objects with their name, tuples are arrays, other values objects with
+    a $ key."""
     if isinstance(value, fdl.Buildable):
         return _encode_call(value, where)
     if type(value) is tuple:
@@ -369,7 +372,7 @@ def _encode_call(node: fdl.Buildable, where: str) -> dict[str, Any]:
 
 
 def _importable(call: Any, where: str) -> str:
-    """The "module:name" from which `call` can be imported by another program."""
+    """The importable "module:name" of `call`."""
     name = _name(call)
     module, _, attribute = name.partition(":")
     found = sys.modules.get(module)

@@ -1,4 +1,4 @@
-"""A config made into the experiment that it describes, and what is wrong with it found first."""
+"""Building the experiment of a config, with all checks first."""
 
 import importlib
 import inspect
@@ -26,12 +26,12 @@ def build(cfg: fdl.Config) -> Experiment:
     check(cfg)
     try:
         experiment = fdl.build(cfg)
-    except Exception as error:  # whatever a constructor makes of values that it does not expect
+    except Exception as error:  # constructors fail in any way on unexpected values
         raise _located(error) from error
     if not isinstance(experiment, Experiment):
         raise ConfigError(f"the config builds {type(experiment).__name__}, expected Experiment")
     _check_model(experiment.model)
-    # The same, but its factories say where they stand in the config.
+    # The same, but its factories report their paths in the config.
     trial = fdl.build(_with_places(tree(cfg)))
     model = nnx.eval_shape(lambda: trial.model(rngs=nnx.Rngs(0)))
     check_factory(experiment.optimizer)
@@ -49,8 +49,8 @@ def build(cfg: fdl.Config) -> Experiment:
 
 
 def _check_model(factory: Any) -> None:
-    """Refuse a part of a model, such as a mixer, in place of a model: parts take the width first, which
-    nobody hands to a model."""
+    """Refuse a part of a model, such as a mixer, in place of a model: parts require a width, which a model is
+    not given."""
     cls = class_of(factory)
     if not inspect.isclass(cls) or _first(cls) not in ("dim", "inputs"):
         return
@@ -65,7 +65,7 @@ def _check_model(factory: Any) -> None:
 
 
 def _models() -> list[str]:
-    """The models of `seqlab.models`, as the command line names them: a way in, and a way out."""
+    """The models of `seqlab.models`, by their names on the command line."""
     models = importlib.import_module("seqlab.models")
     classes = [getattr(models, name) for name in models.__all__]
     modules = [cls for cls in classes if inspect.isclass(cls) and issubclass(cls, nnx.Module)]
@@ -78,7 +78,7 @@ def _first(cls: type) -> str:
 
 
 def _check_data(data: Any) -> None:
-    """Refuse what is no data: a word on the command line, for instance, which no field of that kind takes."""
+    """Refuse values that are not data, such as a word on the command line."""
     given = reprlib.repr(data) if isinstance(data, str) else type(data).__name__
     for name in ("train", "validation", "tokenizer"):
         if not hasattr(data, name):
@@ -103,14 +103,14 @@ def _check_sums(name: str, function: Any) -> None:
 
 
 def _located(error: Exception) -> ConfigError:
-    """An error of `fdl.build` with the path in front, as on the command line."""
+    """An error of `fdl.build`, prefixed with the path as on the command line."""
     place = re.search(r"at <root>(\S*) with", getattr(error, "proxy_message", ""))
     where = place.group(1).removeprefix(".") if place else ""
     return ConfigError(f"{where}: " * bool(where) + str(getattr(error, "proxy_base_exception", error)))
 
 
 class _Placed:
-    """A factory that says where in the config it stands when it fails, and to whom it is given."""
+    """A factory that reports its path in the config when it fails, and to the module it is given to."""
 
     def __init__(self, call: Callable[..., Any], where: str):
         self.func, self.where = call, where

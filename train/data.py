@@ -1,14 +1,13 @@
 """Data: a source of documents, windows packed from it, batches by step number.
 
-    source = FileSource()                                  # documents, here the files of Python's standard
-    library
-    windows = pack(source, length=1024, seed=0)            # every window by its number
-    batches = Batches(windows, batch_size=32, seed=0)      # every batch by its step
+    source = FileSource()                                # documents: files of Python's standard library
+    windows = pack(source, length=1024, seed=0)          # indexable windows
+    batches = Batches(windows, batch_size=32, seed=0)    # indexable batches, by step
     for batch in batches.iterate(start_step): ...
 
-The batch of a step depends on the data, the seed and the step alone: not on the number of processes or
-workers, nor on where a run was interrupted. So the position in the data is the step, and resuming needs
-nothing else.
+The batch of a step depends only on the data, the seed and the step, not on the number of processes or
+workers, nor on where a run was interrupted. The position in the data is therefore the step, and resuming
+needs nothing else.
 """
 
 import fnmatch
@@ -40,39 +39,39 @@ __all__ = [
     "validation_batches",
 ]
 
-# What lies in the folder of the standard library and is not its sources.
+# Content of the standard library's folder that is not its sources.
 _NOT_SOURCES = ("site-packages", "dist-packages", "test", "tests", "idle_test", "turtledemo", "__pycache__")
 
 
 @runtime_checkable
 class Items(Protocol):
-    """What batches are made of: dictionaries of arrays, by number. `Windows` are one kind."""
+    """The elements of batches: indexable dictionaries of arrays, such as `Windows`."""
 
     def __len__(self) -> int:
-        """How many there are."""
+        """The number of items."""
 
     def __getitem__(self, index: int) -> Item:
-        """Item `index`; the same arrays every time, of the same shapes for all items."""
+        """Item `index`; always the same arrays, with equal shapes for all items."""
 
 
 class FileSource:
-    """The bytes of files, one document a file.
+    """The bytes of files, one document per file.
 
-    `paths` are files and folders; folders are read with all they hold, in sorted order, without names that
-    begin with a dot and without following links to folders. None stands for the sources of the Python
-    standard library, which every machine has. `include` and `exclude` are patterns ("*.py"): the first for
-    file names, the second for the names of files and folders; either also for whole paths below the folder
-    ("docs/*.md") if it has a slash.
+    `paths` are files and folders; folders are read recursively in sorted order, without names that begin with
+    a dot and without following links to folders. None means the sources of the Python standard library, which
+    every machine has. `include` and `exclude` are patterns ("*.py"): the first for file names, the second for
+    the names of files and folders; either also for whole paths below the folder ("docs/*.md") if it has a
+    slash.
 
-    A file belongs to validation if a hash of its path below its folder falls into the share `validation`; so
-    the split does not change when files are added, and the same file is never in both. If by chance one side
-    got nothing, it gets one file; of a single file validation is the last `validation` of its bytes.
+    A file belongs to validation if a hash of its path below its folder falls into the share `validation`; the
+    split does not change when files are added, and no file is in both. If one side would be empty, it gets
+    one file; of a single file, validation is the last `validation` of its bytes.
 
-    Files are listed and opened at once, and read when asked for.
+    Files are listed and opened at construction, and read on demand.
 
     Raises:
-      FileNotFoundError, PermissionError (OSError): naming the path that is missing or cannot be read.
-      ValueError: nothing found, naming where and what was looked for; an unknown split; a share outside [0,
+      FileNotFoundError, PermissionError (OSError): naming the missing or unreadable path.
+      ValueError: nothing found, naming the searched paths and patterns; an unknown split; a share outside [0,
         1).
     """
 
@@ -129,7 +128,7 @@ _Listed = tuple[pathlib.Path, str, int]  # where, its path below its root, its s
 
 
 def _list_files(roots: list[pathlib.Path], include: Sequence[str], exclude: Sequence[str]) -> list[_Listed]:
-    files: dict[str, _Listed] = {}  # by real path: a file that two roots reach is one file
+    files: dict[str, _Listed] = {}  # by real path: a file under two roots counts once
     for root in roots:
         if not root.exists():
             raise FileNotFoundError(f"paths: {root} does not exist")
@@ -141,11 +140,11 @@ def _list_files(roots: list[pathlib.Path], include: Sequence[str], exclude: Sequ
             if path != root and not any(_matches(pattern, name) for pattern in include):
                 continue
             status = path.stat()
-            if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+            if not stat.S_ISREG(status.st_mode):  # opening a pipe would block
                 if path == root:
                     raise OSError(f"paths: {root} is neither a file nor a folder")
                 continue
-            with open(path, "rb"):  # raises now what reading would raise hours later
+            with open(path, "rb"):  # raises now instead of hours later
                 pass
             if status.st_size:
                 files.setdefault(os.path.realpath(path), (path, name, status.st_size))
@@ -198,7 +197,7 @@ def _share(name: str) -> float:
 
 
 class ArraySource:
-    """Documents that are in memory already: 1-D arrays of integer tokens."""
+    """Documents in memory: 1-D arrays of integer tokens."""
 
     def __init__(self, arrays: Sequence[Int[np.ndarray, " t"]]) -> None:
         self._arrays = arrays
@@ -218,8 +217,8 @@ class TfdsSource:
     downloaded or prepared here.
 
     Raises:
-      ValueError: the data set is not prepared, or not in a format with random access, and how to do it; it
-        has no such split or feature; the feature is neither text nor integers.
+      ValueError: the data set is not prepared, or not in a format with random access, with instructions; an
+        unknown split or feature; a feature that is neither text nor integers.
     """
 
     def __init__(
@@ -254,7 +253,7 @@ class TfdsSource:
 
 
 def tfds_source(name: str, split: str, data_dir: str | os.PathLike[str] | None = None) -> tuple[Any, Any]:
-    """The features of a prepared TFDS data set and a split of it by number; raises as `TfdsSource` does."""
+    """The features of a prepared TFDS data set and an indexable split of it; raises like `TfdsSource`."""
     import tensorflow_datasets as tfds
 
     where = "the default folder of tensorflow_datasets" if data_dir is None else os.fspath(data_dir)
@@ -281,20 +280,20 @@ def tfds_source(name: str, split: str, data_dir: str | os.PathLike[str] | None =
 
 
 class Batches:
-    """The batch of every step, for ever: `batches[step]`, or `batches.iterate(start_step)` with the work done
-    ahead of time.
+    """The batch of every step, without end: `batches[step]`, or `batches.iterate(start_step)` with
+    prefetching.
 
-    Every epoch goes through `items` in another order drawn from `seed`; batches run on across the ends of
-    epochs. A batch is a dictionary of arrays [batch_size / process_count, ...]: process p has rows p, p +
-    process_count, ... of the batch of all processes, which is the same for any number of them. The default is
-    the process of JAX that asks.
+    Every epoch has another order of `items`, drawn from `seed`; batches may span two epochs. A batch is a
+    dictionary of arrays [batch_size / process_count, ...]: process p has rows p, p + process_count, ... of
+    the batch of all processes, which is the same for any number of them. The default is the current JAX
+    process.
 
-    If `items` has a method augment(item, random), every row is what that makes of its item, with a generator
-    that depends on `seed` and the row's number in the run alone.
+    If `items` has a method augment(item, random), every row is its result, with a generator that depends only
+    on `seed` and the row's number in the run.
 
-    `workers` processes prepare batches in `iterate`; with 0, a thread does, which is right for windows in
-    memory. Each worker holds a copy of `items`. As always with processes, a script that uses them needs `if
-    __name__ == "__main__":`.
+    `workers` processes prepare batches in `iterate`; with 0, a thread does, which suffices for windows in
+    memory. Each worker holds a copy of `items`. As always with processes, a script that uses them needs
+    `if __name__ == "__main__":`.
 
     Raises:
       ValueError: fewer items than `batch_size`, or a `batch_size` that the processes cannot share equally.
@@ -319,14 +318,14 @@ class Batches:
             )
         if workers < 0:
             raise UserError(f"workers: got {workers}, expected 0 or more")
-        # Grain seeds epoch e with seed + e: unmixed, seed 1 would see the second epoch of seed 0 as its
-        # first.
+        # Grain seeds epoch e with seed + e: without mixing, the first epoch of seed 1 would be the second of
+        # seed 0.
         mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
         order = grain.MapDataset.source(items).shuffle(seed=mixed).repeat()
         # Before rows are divided among processes: the draws for a row do not depend on its process.
         if hasattr(items, "augment"):
             order = order.random_map(items.augment, seed=mixed)
-        # Slice, batch, and only then go parallel: in any other order the batches depend on the number of
+        # Slice, batch, and only then parallelise: in any other order the batches depend on the number of
         # workers.
         self._batches = order[index::count].batch(rows)
         self._workers = workers
@@ -338,8 +337,8 @@ class Batches:
         """The batches of `start_step`, `start_step + 1`, ..., prepared ahead; equal to `batches[step]`
         whatever `workers` is.
 
-        Preparation begins at once. It ends with the iterator: at its `close()`, when it is dropped, or with
-        the program.
+        Preparation starts immediately and ends with the iterator: at its `close()`, when it is deleted, or at
+        exit.
         """
         import grain
 
@@ -359,8 +358,7 @@ class Batches:
 
 
 class _Ahead(Iterator[Item]):
-    """Owns one of Grain's iterators, and closes and drops it before the interpreter takes its modules
-    apart."""
+    """Wrapper of a Grain iterator that closes it before the interpreter shuts down."""
 
     def __init__(self, iterator: Any) -> None:
         iterator.start_prefetch()
@@ -403,8 +401,8 @@ def validation_batches(
 ) -> Sequence[Item]:
     """The items in their order, once, in batches: at most `limit` of them, and the same every time.
 
-    Rows that the last batch lacks are zeros with `valid` False throughout, so every batch has the same shape
-    and every process the same number of batches. Processes share rows as in `Batches`.
+    Missing rows of the last batch are zeros with `valid` False, so every batch has the same shape and every
+    process the same number of batches. Rows are divided among processes as in `Batches`.
 
     Raises:
       ValueError: no items, a limit below 1, or a `batch_size` that the processes cannot share equally.

@@ -1,4 +1,4 @@
-"""What a config describes: one run, as a value."""
+"""The experiment that a config describes: one run, as a value."""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,14 +22,14 @@ class Experiment:
         a `tokenizer`, None where inputs are not tokens.
       optimizer: called as optimizer(steps) for an optax transformation.
       loss: (model, batch) -> (sum over targets, number of targets).
-      metric: of the same kind: what validation reports, see `train.quality`.
-      steps, batch_size: updates, and windows in each; `accumulate` splits a batch into that many parts, to
-        save memory.
+      metric: of the same form; reported by validation, see `train.quality`.
+      steps, batch_size: the number of updates, and windows per update; `accumulate` splits a batch into that
+        many parts, to save memory.
       seed: of parameters and data order.
       log_every, validate_every, checkpoint_every: in steps; `validation_windows` bounds the cost of one
         validation.
-      keep: how many checkpoints stay.
-      mesh: over which devices; one by default. It may change from one start of a run to the next.
+      keep: the number of checkpoints kept.
+      mesh: the device mesh; one device by default. It may change when a run resumes.
     """
 
     model: Callable[..., Module]

@@ -1,4 +1,4 @@
-"""The folder of a run: where it is, who is training in it, and what libraries may be told of its path."""
+"""The folder of a run: its path, its lock, and paths that libraries accept."""
 
 import contextlib
 import datetime
@@ -17,36 +17,36 @@ _ODD = frozenset("[]*?\\")  # Orbax takes paths for patterns, and TensorStore a 
 
 
 class BusyError(UserError):
-    """Somebody else is training in the folder; the message says who."""
+    """Another process is training in the folder; the message says which."""
 
 
 def locate(workdir: str | os.PathLike[str]) -> pathlib.Path:
-    """The folder that is meant, as an absolute path without `~`, `..` and links."""
+    """The folder as an absolute path without `~`, `..` and links."""
     return pathlib.Path(os.path.realpath(expanded("workdir", workdir)))
 
 
 def has_steps(workdir: pathlib.Path) -> bool:
-    """Whether there is a checkpoint, good or damaged. A folder without one belongs to nobody."""
+    """Whether there is a checkpoint, good or damaged. A folder without one belongs to no run."""
     found = (workdir / "checkpoints").glob("*/commit_success.txt")
     return any(path.parent.name.isdigit() for path in found)
 
 
 def fingerprint_of(workdir: pathlib.Path) -> str | None:
-    """What data.txt says of the data of the run; None where there is none."""
+    """The data fingerprint in data.txt; None without one."""
     file = workdir / "data.txt"
     return file.read_text(errors="replace").strip() if file.exists() else None
 
 
 @contextlib.contextmanager
 def claimed(workdir: pathlib.Path) -> Iterator[None]:
-    """Within the block nobody else may train in `workdir`, which is made.
+    """Within the block no other process may train in `workdir`, which is created.
 
-    The lock is the operating system's: it ends with the process, however that ends, and no child inherits it.
-    Where the file system has no locks a line says so.
+    The lock is the operating system's: it is released when the process ends, and not inherited by children.
+    If the file system has no locks, a warning is printed.
 
     Raises:
       BusyError: another process, or another thread of this one, is training there.
-      OSError: the folder cannot be made or written to.
+      OSError: the folder cannot be created or written to.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(workdir / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
@@ -102,7 +102,7 @@ _held: set[int] = set()
 
 
 def _let_go() -> None:
-    """In a child after a fork: its copies of the descriptors would keep the locks when the parent is gone."""
+    """Close lock descriptors in a forked child, which would otherwise keep the locks when the parent ends."""
     for descriptor in _held:
         with contextlib.suppress(OSError):
             os.close(descriptor)
@@ -115,7 +115,7 @@ if hasattr(os, "register_at_fork"):
 
 @contextlib.contextmanager
 def plain(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A path of `folder`, which exists, that libraries take literally: its own, or that of a temporary link."""
+    """A path of the existing `folder` that libraries take literally: its own, or a temporary link."""
     text = os.fspath(folder)
     if not _ODD & set(text) and text.isprintable():
         yield folder

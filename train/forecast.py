@@ -1,4 +1,4 @@
-"""Forecasting: losses, scores, and the two forecasters that any other has to beat."""
+"""Forecasting: losses, scores, and two baseline forecasters."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ def forecast_loss(model: Any, batch: Batch) -> tuple[Float[Array, ""], Float[Arr
 
 @metric("MAE")
 def forecast_mae(model: Any, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The same for the absolute error: the MAE."""
+    """The same with the absolute error: the MAE."""
     return _masked_sum(jnp.abs(_error(model, batch)), batch)
 
 
@@ -71,13 +71,12 @@ def stacked(
 
 
 def last_value(horizon: int) -> Predict:
-    """The forecast that nothing changes."""
+    """The baseline that repeats the last value."""
     return lambda inputs: np.repeat(inputs[:, -1:], horizon, axis=1)
 
 
 def least_squares(windows: Items, *, relative: bool = False, ridge: float = 0.0) -> Predict:
-    """The linear map from a window to its targets, with a constant, that fits `windows` best; the series
-    share it.
+    """The least-squares linear map, with a constant, from a window to its targets, shared by the series.
 
     `relative` subtracts a window's last value first and adds it to the forecast, so that the map follows
     changes of level (NLinear, arXiv

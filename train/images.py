@@ -1,8 +1,8 @@
-"""Data of images: arrays, folders of pictures, TFDS, and tasks made of scikit-learn's digits, which need no
+"""Image data: arrays, folders of pictures, TFDS, and tasks from scikit-learn's digits, which need no
 download.
 
-    data = DigitImages(augment=Augment(shift=1))        # `train(seed)`, `validation()`, as every data of an
-    `Experiment`
+    data = DigitImages(augment=Augment(shift=1))        # has `train(seed)` and `validation()`
+
 
 An item is `inputs` [h, w, c] in [0, 1], `targets` and `valid`; see `train.vision`. `Pictures.augment` changes
 an item at random: `Batches` calls it with a generator for every row of a run.
@@ -23,7 +23,7 @@ from seqlab.train.packing import Item
 from seqlab.train.tasks.digits import digit_arrays
 from seqlab.train.tasks.examples import VALIDATION
 
-# In letters of either case: cameras write .JPG.
+# Case-insensitive: cameras write .JPG.
 _SUFFIXES = tuple(
     "*." + "".join(f"[{letter}{letter.upper()}]" for letter in suffix)
     for suffix in ("png", "jpg", "jpeg", "bmp", "gif", "webp")
@@ -31,14 +31,14 @@ _SUFFIXES = tuple(
 
 
 class Pictures:
-    """Examples by number, each an `Item`.
+    """Indexable examples, each an `Item`.
 
     Args:
       read: index -> picture [h, w, c], values in [0, 1] or bytes; all of one shape.
-      targets: classes [n]; classes of places [n, h, w]; or pictures [n, h', w', c].
-      classes: how many; None where targets are pictures.
-      change: what training does to a picture; it must be None or change nothing where targets are not classes
-        of whole pictures.
+      targets: classes [n]; classes per position [n, h, w]; or pictures [n, h', w', c].
+      classes: their number; None if targets are pictures.
+      change: the augmentation in training; must be None or change nothing unless targets are classes of whole
+        pictures.
       fingerprint: 16 hexadecimal digits of the data.
     """
 
@@ -78,7 +78,7 @@ class Pictures:
         }
 
     def augment(self, item: Item, random: np.random.Generator) -> Item:
-        """`item` as one row of training sees it. With mixup or cutmix its targets become shares of
+        """`item` augmented for one row of training. With mixup or cutmix its targets become shares of
         classes."""
         if self._change is None:
             return item
@@ -114,7 +114,7 @@ def in_memory(
 @dataclasses.dataclass(frozen=True)
 class FolderImages:
     """Pictures in a folder for each class: ROOT/dog/1.png. Classes are the folders in sorted order; files are
-    read when asked for.
+    read on demand.
 
     Args:
       path: the root.

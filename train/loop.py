@@ -1,4 +1,4 @@
-"""A training run, top to bottom: data, model, state or resume, steps, validation, checkpoints, farewell."""
+"""The training loop: data, model, state or resume, steps, validation, checkpoints, shutdown."""
 
 import contextlib
 import functools
@@ -36,12 +36,12 @@ from seqlab.train.trial import check_fits
 
 
 class NonFiniteError(RuntimeError):
-    """Training has diverged: something is not finite; the message says what, when, and which checkpoint is good."""
+    """Training diverged to a non-finite value; the message says which, when, and the last good checkpoint."""
 
 
 class Result(NamedTuple):
-    """How a run ended: "finished" or the name of the signal that interrupted it, at which step, with which
-    figure on the held-out data."""
+    """The end of a run: "finished" or the name of the interrupting signal, the step, and the metric on
+    held-out data."""
 
     status: str
     step: int
@@ -50,7 +50,7 @@ class Result(NamedTuple):
 
 
 def build(experiment: Experiment, mesh: Mesh | None = None) -> tuple[Static, Params]:
-    """The model's parameters at step 0, by one compiled function, each made where it will live: the same
+    """The model's parameters at step 0, by one compiled function, each created with its sharding: the same
     values on every mesh."""
     static, abstract = split(in_evaluation(nnx.eval_shape(lambda: experiment.model(rngs=nnx.Rngs(0)))))
     make = jax.jit(
@@ -67,30 +67,30 @@ def run(
     extend: bool = False,
     title: str = "",
 ) -> Result:
-    """Train, from the last good checkpoint of `workdir` if it holds one.
+    """Train, resuming from the last good checkpoint in `workdir` if there is one.
 
-    It runs on the mesh that `experiment.mesh` says, which may be another one than before. A SIGTERM, SIGINT or
-    SIGHUP ends the run after the step in progress, with a checkpoint; that of one among several processes ends
-    them all when they next report.
+    It runs on `experiment.mesh`, which may differ from the previous one. A SIGTERM, SIGINT or SIGHUP ends the
+    run after the current step, with a checkpoint; with several processes, one signal ends them all at their
+    next report.
 
     Args:
       experiment: what to train.
-      workdir: the folder of the run, made where there is none. One run at a time trains in it.
-      cfg: the config that `experiment` was built from, to be written down there (see `config.prepare`).
-      extend: let `cfg` have other steps and another optimizer than the run began with.
-      title: what to say on stderr once nothing is refused any more.
+      workdir: the folder of the run, created if missing. Only one process may train in it.
+      cfg: the config from which `experiment` was built, saved in the folder (see `config.prepare`).
+      extend: allow `cfg` to differ from the run in steps and optimizer.
+      title: a message for stderr after all checks have passed.
 
     Raises:
       NonFiniteError: training diverges: a loss, a gradient, a parameter or a validation that is not finite.
       BusyError: another run is training in `workdir`.
       ConfigError: `workdir` belongs to another config.
-      OutOfMemoryError: with what to change.
+      OutOfMemoryError: with suggestions.
       CheckpointError: checkpoints cannot be written there, or none is good.
     """
     workdir = locate(workdir)
     with contextlib.ExitStack() as stack:
         mesh = stack.enter_context(spread(experiment.mesh))
-        # Data first: what is wrong with it should be known before anything is made or compiled.
+        # Data first: errors in them should be found before anything is created or compiled.
         windows = experiment.data.train(experiment.seed)
         batches = Batches(windows, experiment.batch_size, experiment.seed, *share(mesh))
         held_out = held_out_batches(experiment, mesh)
@@ -101,7 +101,7 @@ def run(
         fingerprint = _fingerprint(windows, experiment.data.validation())
 
         def claim() -> None:
-            if cfg is not None:  # what is refused leaves no folder behind
+            if cfg is not None:  # refused configs leave no folder
                 config.differences(cfg, workdir, extend, fingerprint)
             stack.enter_context(claimed(workdir))
             changes.extend(_settle(workdir, cfg, extend, fingerprint))
@@ -115,12 +115,13 @@ def run(
 def _settle(
     workdir: pathlib.Path, cfg: fdl.Config | None, extend: bool, fingerprint: str | None
 ) -> list[str]:
-    """Write down config and data of a run, or what has changed of them; refuse what makes it another run."""
+    """Save config and data fingerprint of a run, or their changes; refuse changes that make it another
+    run."""
     if cfg is not None:
         config.differences(cfg, workdir, extend, fingerprint)
     begun = fingerprint_of(workdir) if has_steps(workdir) else None
-    # The same step would be another batch, or the same checkpoint have another figure. Older runs recorded the
-    # data of training alone.
+    # With other data, the same step would have another batch, or the same checkpoint another metric. Older
+    # runs recorded only the training data.
     if None not in (begun, fingerprint) and begun not in (fingerprint, fingerprint.partition(".")[0]):
         raise UserError(
             f"{workdir} was begun on other data (data.txt has fingerprint {begun}, now {fingerprint}): use "
@@ -133,8 +134,8 @@ def _settle(
 
 
 class _Programs(NamedTuple):
-    """What is compiled: the step, the metric of a batch, whether all parameters are finite; and what a step
-    makes of how many: 4096 tokens."""
+    """Compiled functions: the step, the metric of a batch, the check for finite parameters; and the unit and
+    size of a step, such as 4096 tokens."""
 
     step: Any
     evaluate: Any
@@ -184,7 +185,7 @@ def _compile(
     batch: dict[str, Any],
     held_out: Any,
 ) -> _Programs:
-    """Compile all that a run needs, apart from the time of the steps."""
+    """Compile all functions of a run, so that this does not count as time of the steps."""
     clock = time.perf_counter()
     step = functools.partial(train_step, static, optimizer, experiment.loss, experiment.accumulate)
     step = jax.jit(step, donate_argnums=0, out_shardings=None if mesh is None else (shardings, None))
@@ -216,7 +217,7 @@ def _train(
     validation, saved, clock, seen = None, start, time.perf_counter(), 0
 
     def judge(number: int) -> float:
-        """Validate, write down the figure, and refuse one that is none."""
+        """Validate and record the metric; raise if it is not finite."""
         value, _ = validate(programs.evaluate, judged(state), held_out, mesh)
         metrics.write(number, **{f"validation_{quality.name}": value})
         progress.say(f"step {number}: validation {quality.sentence(value)}")
@@ -236,7 +237,7 @@ def _train(
         if due and processes.anywhere(
             processes.first() and not metrics.has(start, f"validation_{quality.name}")
         ):
-            judge(start)  # an interruption had come between
+            judge(start)  # skipped by an interruption
         for number, batch in enumerate(batches.iterate(start), start + 1):
             state, measured = programs.step(state, place(batch, mesh))
             pending.append(measured)
@@ -259,7 +260,7 @@ def _train(
                 validation = judge(number)
                 clock = time.perf_counter()
             if saving:
-                if not validating:  # a state whose next loss is nan is no checkpoint to go back to
+                if not validating:  # a state whose next loss is nan is not worth saving
                     value, _ = validate(programs.evaluate, judged(state), [held_out[0]], mesh)
                     _check_figure(value, number, saved, workdir)
                 checkpoints.save(number, _to_dict(state), wait=last)
@@ -267,7 +268,7 @@ def _train(
             if last:
                 break
 
-    # Farewell.
+    # Shutdown.
     if interruption.acted and number < experiment.steps:
         say(f"{interruption.name}: saved step {number}; the same command goes on from there")
         return Result(interruption.name, number, validation, state)
@@ -275,8 +276,8 @@ def _train(
 
 
 class Interruptions:
-    """Turns SIGTERM, SIGINT and SIGHUP into a name to look at between steps; a second signal acts as usual, and
-    one that is ignored (`nohup`) stays so."""
+    """Handler that records SIGTERM, SIGINT and SIGHUP for a check between steps; a second signal acts as
+    usual, and ignored signals (`nohup`) stay ignored."""
 
     def __enter__(self) -> "Interruptions":
         self.name: str | None = None
@@ -287,13 +288,13 @@ class Interruptions:
                 continue
             try:
                 self._before[number] = signal.signal(number, self._note)
-            except ValueError:  # not the main thread: signals are somebody else's business
+            except ValueError:  # not the main thread, which handles signals
                 break
         return self
 
     def came(self, agreed: bool) -> bool:
-        """Whether to stop now. Several processes stop at one step: at one where they are `agreed` to ask each
-        other."""
+        """Whether to stop now. Several processes stop at the same step, one at which they have `agreed` to
+        exchange flags."""
         if jax.process_count() == 1:
             self.acted = self.name is not None
         elif agreed and processes.anywhere(self.name is not None):
@@ -310,7 +311,7 @@ class Interruptions:
 
 
 def _drain(pending: list[Any], number: int, saved: int, workdir: pathlib.Path) -> tuple[float, float]:
-    """Mean loss and last gradient norm of the steps since the last look, all of which must be finite."""
+    """Mean loss and last gradient norm of the steps since the last report, all of which must be finite."""
     measured = jax.device_get(pending)
     pending.clear()
     bad = [i for i, m in enumerate(measured) if not m.finite]
@@ -331,7 +332,7 @@ def _check_figure(value: float, number: int, saved: int, workdir: pathlib.Path) 
 
 
 def _good(saved: int, workdir: pathlib.Path) -> str:
-    """What to do after a divergence, which the same command would only repeat."""
+    """Advice after a divergence, which the same command would repeat."""
     if not saved:
         return f"there is no checkpoint yet ({workdir}): start again with a smaller optimizer.peak"
     return (
@@ -341,7 +342,7 @@ def _good(saved: int, workdir: pathlib.Path) -> str:
 
 
 def _fingerprint(train: Any, validation: Any) -> str | None:
-    """Of the data of both kinds; None where they tell of none."""
+    """The fingerprint of training and validation data; None if they have none."""
     found = [getattr(windows, "fingerprint", None) for windows in (train, validation)]
     return None if found[0] is None else ".".join(part for part in found if part is not None)
 
@@ -362,8 +363,8 @@ def check_labels(experiment: Experiment, windows: Any) -> None:
 
 
 def held_out_batches(experiment: Experiment, mesh: Mesh | None = None) -> Any:
-    """The batches that validation is taken on: the same at every step, and for `seqlab eval`; windows spread
-    over all that is held out."""
+    """The validation batches, the same at every step and for `seqlab eval`: windows spread over all held-out
+    data."""
     windows = experiment.data.validation()
     count = min(experiment.validation_windows, len(windows))
     return validation_batches(
@@ -379,16 +380,15 @@ def validate(evaluate: Any, params: Params, held_out: Any, mesh: Mesh | None = N
 
 
 def judged(state: TrainState) -> Params:
-    """What a run is worth is said of these: its parameters, or their average where the optimizer keeps
-    one."""
+    """The parameters to evaluate: those of the run, or their average if the optimizer keeps one."""
     return state.params | average_of(state.optimizer)
 
 
 def _to_dict(state: TrainState) -> dict[str, Any]:
-    """A train state as a dictionary with string keys: what checkpoints hold, whatever optax calls its
+    """A train state as a dictionary with string keys, as stored in checkpoints, independent of optax's
     containers.
 
-    An average of the parameters is an entry of its own, `average`, so that it can be read alone.
+    An average of the parameters is a separate entry, `average`, which can be read alone.
     """
     entries: dict[str, Any] = {"step": state.step, "params": dict(state.params), "optimizer": {}}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.optimizer):
@@ -398,7 +398,7 @@ def _to_dict(state: TrainState) -> dict[str, Any]:
 
 
 def _entry(path: tuple[Any, ...]) -> tuple[str, str]:
-    """The entry of a checkpoint that a leaf of the optimizer's state stands in, and its name there."""
+    """The checkpoint entry of a leaf of the optimizer's state, and its name there."""
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     *_, field, last = ("", *name.split("/"))
     return ("average", last) if field == "average" else ("optimizer", name)
@@ -419,7 +419,7 @@ def _summary(experiment: Experiment, start: int) -> str:
 
 
 def _write_environment(workdir: pathlib.Path, experiment: Experiment, start: int, changes: list[str]) -> None:
-    """A JSON object a start: where it began, what of its config is new, versions and devices."""
+    """Append one JSON object per start: the first step, changed config fields, versions and devices."""
     import importlib.metadata
     import platform
 

@@ -1,5 +1,5 @@
-"""What a step of a checkpoint holds: leaves by name, each with the hash of its bytes, written down in a
-manifest and read back against it.
+"""Manifests of checkpoint steps: leaves by name, each with the hash of its bytes, against which it is
+verified when read.
 
 A state is a nested dictionary with string keys; `flatten` names its leaves by their keys joined with "/".
 Arrays are described in the manifest and stored by Orbax; Python numbers and strings, empty arrays and empty
@@ -38,7 +38,7 @@ class CheckpointError(RuntimeError):
 
 
 class DamageError(Exception):
-    """Why a step cannot be used. `committed` is False for a save that never finished."""
+    """The reason why a step cannot be used. `committed` is False for an unfinished save."""
 
     def __init__(self, reason: str, committed: bool = True) -> None:
         super().__init__(reason)
@@ -50,7 +50,7 @@ def flatten(tree: Mapping[str, Any]) -> Leaves:
 
     Raises:
       TypeError: naming a key that is no string, or a leaf that cannot be stored.
-      ValueError: naming two leaves that cannot be told apart.
+      ValueError: naming two leaves with the same name.
     """
     leaves: Leaves = {}
 
@@ -145,7 +145,7 @@ def _kind(entry: Entry) -> str:
 
 
 def describe(leaves: Leaves, hashed: bool = True) -> list[Entry]:
-    """What the manifest says of `leaves`; unhashed for templates, which have no bytes."""
+    """The manifest entries of `leaves`; without hashes for templates, which have no bytes."""
     entries: list[Entry] = []
     hashes = []
     for _, value in leaves.values() if hashed else ():
@@ -183,7 +183,7 @@ def _sha256(array: np.ndarray) -> str:
 
 
 def sealed(manifest: Entry) -> Entry:
-    """`manifest` with the hash of all the rest of it."""
+    """`manifest` with its own hash."""
     body = {name: value for name, value in manifest.items() if name != "sha256"}
     return {**body, "sha256": hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()}
 
@@ -227,7 +227,7 @@ def read(folder: pathlib.Path, only: str | None, step: int) -> Iterator[tuple[En
 
 
 def _held(entry: Entry) -> Any:
-    """The value of a leaf that is in the manifest itself."""
+    """The value of a leaf stored in the manifest."""
     if "dtype" in entry:
         return np.zeros(entry["shape"], jnp.dtype(entry["dtype"]))
     return float(entry["float"]) if "float" in entry else entry.get("value", {})
@@ -249,8 +249,8 @@ def _read_arrays(folder: pathlib.Path, entries: list[Entry]) -> Iterator[tuple[E
 
 
 def _arrays(folder: pathlib.Path, entries: list[Entry]) -> list[np.ndarray]:
-    # TensorStore is what Orbax reads with. Asked directly it says which leaf is broken, one at a time, and
-    # does not log from threads. Its default context would keep caches that outlive a change.
+    # Arrays are read by TensorStore, as Orbax does; directly, so that an error names its leaf and no thread
+    # logs it. The default context would keep caches that hide later changes.
     import tensorstore
 
     context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 10**8}})

@@ -1,4 +1,4 @@
-"""Memory that ran out: which part of a run asked for it, and which fields of the config would ask for less."""
+"""Out-of-memory errors: the part of a run that failed, and config fields that reduce memory."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,12 +12,12 @@ from seqlab.train.experiment import Experiment
 
 
 class OutOfMemoryError(UserError):
-    """The devices, or this machine, have less memory than the run needs; the message says what to change."""
+    """The devices or the host have too little memory; the message says what to change."""
 
 
 @contextlib.contextmanager
 def explained(what: str, experiment: Experiment) -> Iterator[None]:
-    """Within the block memory that runs out is an OutOfMemoryError, raised while doing `what`."""
+    """Within the block, running out of memory raises OutOfMemoryError that names `what` was being done."""
     try:
         yield
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
@@ -29,10 +29,11 @@ def explained(what: str, experiment: Experiment) -> Iterator[None]:
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in params.values())
         raise OutOfMemoryError(
             f"out of memory while {what} ({reason[:200] or 'MemoryError'}). The model has "
-            f"{count_params(model):,} parameters, {_readable(size)}; their gradients and the optimizer's state "
-            f"take {_readable(3 * size)} more with Adam. What takes less: a smaller batch_size (now "
-            f"{experiment.batch_size}) or more parts of it, accumulate (now {experiment.accumulate}); shorter "
-            f"windows (data.length); a smaller model; more devices to share it, mesh.fsdp (now {experiment.mesh.fsdp})"
+            f"{count_params(model):,} parameters, {_readable(size)}; their gradients and the optimizer's "
+            f"state take {_readable(3 * size)} more with Adam. To reduce it: a smaller batch_size (now "
+            f"{experiment.batch_size}) or more parts of it, accumulate (now {experiment.accumulate}); "
+            "shorter windows (data.length); a smaller model; more devices, mesh.fsdp (now "
+            f"{experiment.mesh.fsdp})"
         ) from error
 
 

@@ -1,5 +1,4 @@
-"""What a run leaves to look at: `metrics.jsonl`, TensorBoard events, `curves.png`, and one line on the
-terminal."""
+"""Metrics of a run: `metrics.jsonl`, TensorBoard events, `curves.png`, and one line on the terminal."""
 
 import contextlib
 import json
@@ -16,8 +15,8 @@ from seqlab.train.quality import Quality
 
 
 class Metrics:
-    """Writes the metrics of one run folder. After a resume the lines past `step` are dropped: the run will
-    write them again."""
+    """Writer of the metrics of one run folder. After a resume, lines past `step` are dropped, since they are
+    written again."""
 
     def __init__(self, workdir: pathlib.Path, step: int, quality: Quality):
         self.path, self._quality = workdir / "metrics.jsonl", quality
@@ -38,7 +37,7 @@ class Metrics:
         self._events.write(step, values)
 
     def has(self, step: int, name: str) -> bool:
-        """Whether there is a figure of that name for `step`."""
+        """Whether there is a value of that name for `step`."""
         return any(row["step"] == step and name in row for row in self.rows)
 
     def draw(self) -> None:
@@ -73,8 +72,8 @@ class Metrics:
 
 
 class _Events:
-    """TensorBoard's events, in the file before `write` returns: a writer with a queue of its own would lose
-    points to a kill that metrics.jsonl has, and that the resumed run does not write again."""
+    """TensorBoard events, flushed before `write` returns: with a queue, a kill would lose points that
+    metrics.jsonl has and that the resumed run does not write again."""
 
     def __init__(self, folder: pathlib.Path, purge: int):
         from tensorboardX.event_file_writer import EventsWriter
@@ -98,8 +97,7 @@ class _Events:
 
 
 def as_json(value: Any, indent: int | None = None) -> str:
-    """`value` as JSON that every reader takes: floats that are not finite are the strings "nan", "inf" and
-    "-inf"."""
+    """`value` as standard JSON: non-finite floats are the strings "nan", "inf" and "-inf"."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 
@@ -125,8 +123,8 @@ def _finite(value: Any) -> Any:
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file. Those that are none, cut short by a kill or damaged, are left out: the file
-    is for people, and no run depends on it."""
+    """The lines of a metrics file, without truncated or damaged ones: the file is for people, and no run
+    depends on it."""
     rows = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
@@ -178,7 +176,7 @@ class Progress:
 
     @contextlib.contextmanager
     def _without_a_terminal(self) -> Iterator[None]:
-        """Drop the bar, and go on, when its terminal has gone."""
+        """Drop the bar and continue if its terminal is gone."""
         try:
             yield
         except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Optimizers: optax, with the choices of a sequence model made once."""
+"""Optimizers: optax with standard choices for sequence models."""
 
 import inspect
 import math
@@ -15,8 +15,8 @@ from seqlab.checks import UserError, check_at_least, check_choice, check_positiv
 from seqlab.module import Params
 from seqlab.train.override import ConfigError
 
-# Never decayed: norms, biases, the parameters of recurrences, whose size has a meaning, and MambaMixer's
-# sums, which are at home at 1.
+# Excluded from weight decay: norms, biases, parameters of recurrences, whose magnitude has a meaning, and
+# MambaMixer's sums, whose neutral value is 1.
 NO_DECAY = r"(^|\.)(bias|A_log|D|dt_bias|.*norm\.weight|scale|alpha|beta|theta|gamma)$"
 
 
@@ -37,10 +37,10 @@ def adamw(
 
     Args:
       steps: of the run.
-      peak, final: the largest learning rate, above 0, and the share of it at the end, 0 to 1.
+      peak, final: the peak learning rate, above 0, and the final fraction of it, 0 to 1.
       warmup: steps up to the peak.
       b1, b2: decays of the moments, in [0, 1).
-      weight_decay: at least 0; of matrices alone, see `decayed`.
+      weight_decay: at least 0; only for matrices, see `decayed`.
       clip: largest global norm of a gradient, above 0; None to leave gradients as they are.
       average: decay of an exponential moving average of the parameters, see `parameter_average`; None for
         none.
@@ -89,8 +89,8 @@ def named(
 
 
 def check_factory(factory: Any) -> None:
-    """Refuse what cannot be called as factory(steps): the number of steps must not be taken for something else,
-    such as a learning rate.
+    """Refuse factories that cannot be called as factory(steps): the number of steps must not be taken for
+    another argument, such as a learning rate.
 
     Raises:
       ConfigError: says how to name an optimizer of optax.
@@ -114,7 +114,7 @@ def check_factory(factory: Any) -> None:
 
 
 def check_transformation(optimizer: Any) -> None:
-    """Refuse what an optimizer's factory gave if it is no optax transformation (ConfigError)."""
+    """Refuse the result of an optimizer factory unless it is an optax transformation (ConfigError)."""
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise ConfigError(f"optimizer: gives {type(optimizer).__name__}, expected an optax transformation")
 
@@ -162,14 +162,13 @@ class AverageState(NamedTuple):
 
 
 def parameter_average(decay: float) -> optax.GradientTransformation:
-    """Changes no update, and remembers an average of the parameters, which is what a run is validated with
-    and what is loaded of it.
+    """An exponential moving average of the parameters, which leaves updates unchanged; it is used for
+    validation and loading.
 
         average <- d average + (1 - d) parameters,  d = min(decay, (1 + n) / (10 + n)) after n updates
 
-    so that a short run does not average over its beginning. It has to be the last of a chain. Running
-    statistics of norms are no
-    parameters: they stay those of training.
+    so that a short run does not average over its beginning. It must be the last of a chain. Running
+    statistics of norms are not averaged.
 
     Raises:
       ValueError: a decay outside [0, 1).
@@ -196,7 +195,7 @@ def parameter_average(decay: float) -> optax.GradientTransformation:
 
 
 def average_of(optimizer_state: Any) -> Params:
-    """The parameters' average that an optimizer keeps, by name; empty where it keeps none."""
+    """The parameter average of an optimizer, by name; empty without one."""
     parts = jax.tree.leaves(optimizer_state, is_leaf=lambda part: isinstance(part, AverageState))
     return next((part.average for part in parts if isinstance(part, AverageState)), {})
 
@@ -209,7 +208,7 @@ def schedule(steps: int, *, peak: float, final: float = 0.1, warmup: int = 100) 
 
 
 def decayed(params: Params) -> dict[str, bool]:
-    """Which parameters weight decay acts on: matrices, by name."""
+    """The parameters subject to weight decay: matrices, by name."""
     return {name: leaf.ndim >= 2 and re.search(NO_DECAY, name) is None for name, leaf in params.items()}
 
 

@@ -2,7 +2,7 @@
 
 Fiddle knows the fields of a constructor but not their types, and shares objects that appear twice. Here a
 config is a tree: `tree` copies one so that nothing is shared, `fields` reads a constructor's signature, `fit`
-holds a value against an annotation.
+checks a value against an annotation.
 """
 
 import ast
@@ -25,8 +25,7 @@ from seqlab.names import imported
 
 
 class ConfigError(UserError):
-    """A config that cannot be run. The message begins with the place, as one would write it on the command
-    line."""
+    """An invalid config. The message begins with the path, as on the command line."""
 
 
 class Field(NamedTuple):
@@ -38,11 +37,11 @@ class Field(NamedTuple):
 
 
 _REQUIRED = inspect.Parameter.empty
-_HANDED_OVER = ("rngs",)  # given to modules by whoever builds them, never by a config
+_HANDED_OVER = ("rngs",)  # given to modules by their builder, never by a config
 
 
 def fields(call: Any) -> dict[str, Field] | None:
-    """The arguments of a function or class by name; None where it takes any (`**kwargs`)."""
+    """The arguments of a function or class by name; None if it takes `**kwargs`."""
     target = call
     if inspect.isclass(call) and "__signature__" not in vars(call) and issubclass(call, nnx.Module):
         target = call.__init__  # the metaclass of NNX hides the signature
@@ -71,8 +70,8 @@ def tree(value: Any, defaults: bool = False) -> Any:
     """A copy of a config in which nothing is shared; with `defaults` every argument that has a default is
     written out.
 
-    Module classes and frozen dataclasses that stand as plain values become nodes, so that their fields can be
-    seen and set.
+    Module classes and frozen dataclasses given as plain values become nodes, so that their fields can be
+    inspected and set.
     """
     if isinstance(value, fdl.Buildable):
         call = fdl.get_callable(value)
@@ -101,7 +100,7 @@ def tree(value: Any, defaults: bool = False) -> Any:
 
 
 def children(node: Any) -> list[tuple[str, Any]]:
-    """The parts of a node, each with what leads to it: ".heads" or "[0]"; none for a plain value."""
+    """The parts of a node, each with its path component: ".heads" or "[0]"; none for a plain value."""
     if isinstance(node, fdl.Buildable):
         return [(f".{name}", value) for name, value in node.__arguments__.items()]
     if type(node) in (tuple, list):
@@ -128,8 +127,8 @@ def override(cfg: fdl.Config, assignment: str) -> fdl.Config:
 
 
 def check(cfg: Any, where: str = "") -> None:
-    """Raise ConfigError where an argument in `cfg` does not fit the annotation of its constructor, or does
-    not exist."""
+    """Raise ConfigError if an argument in `cfg` does not match the annotation of its constructor, or does not
+    exist."""
     if isinstance(cfg, fdl.Buildable):
         known = fields(fdl.get_callable(cfg))
         for name, value in cfg.__arguments__.items():
@@ -140,8 +139,8 @@ def check(cfg: Any, where: str = "") -> None:
 
 
 def fit(value: Any, hint: Any) -> Any:
-    """`value` as annotation `hint` wants it: an int becomes a float, a list a tuple, a name the constructor
-    of that name.
+    """`value` converted for the annotation `hint`: an int becomes a float, a list a tuple, a name the
+    constructor of that name.
 
     Raises TypeError if it does not fit. An annotation that says nothing about values accepts every one.
     """
@@ -175,8 +174,8 @@ def fit(value: Any, hint: Any) -> Any:
 
 
 def named(name: str) -> Any:
-    """The class of `seqlab.models` called `name` (GatedDeltaNet or gated_delta_net), or what "module:name"
-    stands for."""
+    """The class of `seqlab.models` called `name` (GatedDeltaNet or gated_delta_net), or the object named
+    "module:name"."""
     if ":" in name:
         try:
             return imported(name)
@@ -204,7 +203,7 @@ def named(name: str) -> Any:
 
 
 def _factory(name: str) -> fdl.Partial:
-    """The constructor of that name, to be called by whoever needs what it makes."""
+    """The constructor of that name, as a factory."""
     found = named(name)
     try:
         return fdl.Partial(found)
@@ -258,8 +257,8 @@ def _field(known: dict[str, Field] | None, name: Any, node: fdl.Buildable, where
 
 
 def _fitted(value: Any, field: Field, where: str, text: str | None = None) -> Any:
-    """`value` as the field wants it; `text` is what was written, for fields that want a string which looks
-    like a number."""
+    """`value` converted for the field; `text` is the original, for string fields whose value looks like a
+    number."""
     if value is None and field.default is None:
         return None
     try:
@@ -281,13 +280,12 @@ class _Words(ast.NodeTransformer):
 
 
 def literal(node: ast.expr) -> Any:
-    """The value of a Python literal in which bare words stand for strings. Raises ValueError for what is
-    none."""
+    """The value of a Python literal in which bare words are strings. Raises ValueError otherwise."""
     return ast.literal_eval(_Words().visit(node))
 
 
 def _parse(text: str) -> Any:
-    """A Python literal in which bare words stand for strings; anything else is the string itself."""
+    """A Python literal in which bare words are strings; anything else is the string itself."""
     try:
         return literal(ast.parse(text, mode="eval").body)
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
@@ -301,7 +299,7 @@ def _fit_any(value: Any, hints: tuple[Any, ...]) -> Any:
     for hint in hints:
         try:
             return fit(value, hint)
-        except ConfigError as error:  # a name that is wrong says more than a type that is
+        except ConfigError as error:  # a wrong name is more informative than a wrong type
             failure = error
         except TypeError:
             continue
@@ -310,7 +308,7 @@ def _fit_any(value: Any, hints: tuple[Any, ...]) -> Any:
 
 def _fit_sequence(value: Any, origin: Any, arguments: tuple[Any, ...]) -> Any:
     container = list if origin is list else tuple
-    if isinstance(value, str) and str in arguments:  # one word for a tuple of words
+    if isinstance(value, str) and str in arguments:  # a single word for a tuple of words
         return container([value])
     _require(isinstance(value, tuple | list), value)
     if origin is tuple and arguments and arguments[-1] is not Ellipsis:
@@ -350,7 +348,7 @@ def _join(where: str, step: str) -> str:
 
 
 def _show(hint: Any) -> str:
-    """An annotation as one would say it."""
+    """A readable form of an annotation."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is type(None):
         return "None"

@@ -1,12 +1,12 @@
-"""Packing: documents in, windows of equal length out, every window found by its number.
+"""Packing of documents into indexable windows of equal length.
 
-The plan is made once. Documents are put in an order drawn from the seed, each behind its `bos`, and joined to
-one stream; window i is
+Documents are joined once into one stream, in an order drawn from the seed, each preceded by its `bos`; window
+i is
 
     inputs = stream[i L : i L + L]        targets = stream[i L + 1 : i L + L + 1]
 
 so every token but the first is predicted exactly once, and the position in the data is one integer.
-(First-fit packing wastes less but has to be run from the start to find its place, so it cannot resume, shard
+(First-fit packing wastes less but must be run from the start to find its position, so it cannot resume, shard
 or change the number of workers.)
 """
 
@@ -25,23 +25,23 @@ Item = dict[str, np.ndarray]
 
 @runtime_checkable
 class DataSource(Protocol):
-    """Documents by number. Each is a 1-D array of tokens: uint8 for bytes, else any integer dtype."""
+    """Indexable documents. Each is a 1-D array of tokens: uint8 for bytes, else any integer dtype."""
 
     def __len__(self) -> int:
-        """How many documents there are."""
+        """The number of documents."""
 
     def __getitem__(self, index: int) -> Int[np.ndarray, " t"]:
-        """Document `index`; the same array every time."""
+        """Document `index`; always the same array."""
 
 
 class Windows:
-    """What `pack` returns: a sequence of `Item`s cut from one stream of tokens.
+    """The result of `pack`: a sequence of `Item`s cut from one stream of tokens.
 
     An item has `inputs` and `targets` [length] int32; `reset` [length] bool, True where the input is the
-    `bos` of a document; `valid` [length] bool, False where the last window is padded. A window that begins
-    inside a document just begins there. At the end of a
-    document the target is the `bos` of the next: this is how a model learns where documents end. With `first`
-    every window begins with that token, in front of one token of the stream less.
+    `bos` of a document; `valid` [length] bool, False where the last window is padded. A window may begin
+    inside a document. At the end of a document the target is the `bos` of the next, so that a model learns
+    where documents end. With `first` every window begins with that token, followed by one token of the stream
+    less.
     """
 
     def __init__(
@@ -79,8 +79,8 @@ class Windows:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that differ when any window does: a run that resumes can see that its data
-        are still the same."""
+        """16 hexadecimal digits that change if any window does: a resumed run can verify that its data are
+        the same."""
         first = "" if self.first is None else f"{self.first} "
         digest = hashlib.sha256(f"{self.length} {self._count} {self.stream.dtype} {first}".encode())
         digest.update(self.starts)
@@ -91,11 +91,10 @@ class Windows:
 def pack(
     source: DataSource, length: int, seed: int, bos: int = 0, keep_last: bool = True, lead: bool = False
 ) -> Windows:
-    """Join the documents of `source`, each behind one `bos`, in an order drawn from `seed`, and cut windows
-    of `length` steps.
+    """Join the documents of `source`, each preceded by one `bos`, in an order drawn from `seed`, and cut
+    windows of `length` steps.
 
-    With `lead` every window begins with `bos`, whatever it is cut from, as every stream of text does in
-    generation.
+    With `lead` every window begins with `bos`, as every stream of text does in generation.
 
     The stream is held in memory once, as uint8 if all documents are, else as int32; while it is built, twice.
     Empty documents are left out. `keep_last=False` drops the last window if it would be padded.
@@ -127,7 +126,7 @@ def pack(
 
 
 def _order(count: int, seed: int) -> list[int]:
-    # Raw bits are the only random numbers that numpy promises to keep from version to version.
+    # NumPy guarantees only raw bits to be the same in all versions.
     return np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable").tolist()
 
 

@@ -1,7 +1,7 @@
-"""A run on a mesh: its state is made where it will live, and every batch is put where its rows and steps
-belong.
+"""Placement of a run on a mesh: its state is created with its shardings, and each batch is distributed by
+rows and steps.
 
-On one device all of it is nothing.
+On one device nothing is done.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ def spread(sizes: MeshSizes) -> Iterator[Mesh | None]:
 
 
 def state_shardings(state: TrainState, mesh: Mesh | None) -> TrainState | None:
-    """Where the leaves of a (possibly abstract) state live: parameters by their rules, what the optimizer
-    keeps of one beside it."""
+    """Shardings of a (possibly abstract) state: parameters by their rules, the optimizer's state like its
+    parameters."""
     if mesh is None:
         return None
     params, everywhere = param_shardings(state.params, mesh), NamedSharding(mesh, PartitionSpec())
@@ -44,7 +44,7 @@ def state_shardings(state: TrainState, mesh: Mesh | None) -> TrainState | None:
 def begin(
     make: Callable[..., TrainState], params: Params, mesh: Mesh | None
 ) -> tuple[TrainState, TrainState | None]:
-    """The state that `make(params)` begins with, and where it lives."""
+    """The initial state `make(params)`, and its shardings."""
     if mesh is None:
         return make(params), None
     shardings = state_shardings(jax.eval_shape(make, params), mesh)
@@ -53,10 +53,10 @@ def begin(
 
 def place(batch: dict[str, Any], mesh: Mesh | None) -> dict[str, Any]:
     """`batch`, this process's share of it, on the devices: rows over `data` and `fsdp`, time over `sequence`
-    where that divides it.
+    if it is divisible.
 
     Raises:
-      ValueError: the rows cannot be dealt out equally.
+      ValueError: the rows cannot be divided equally.
     """
     if mesh is None:
         return batch
@@ -81,8 +81,8 @@ def place(batch: dict[str, Any], mesh: Mesh | None) -> dict[str, Any]:
 
 
 def share(mesh: Mesh | None) -> tuple[int, int]:
-    """Which part of every batch this process reads, and how many there are: (0, 1) where a row lies on
-    devices of several processes."""
+    """The part of every batch read by this process, and the number of parts: (0, 1) if a row is split over
+    several processes."""
     index, count = jax.process_index(), jax.process_count()
     if mesh is None or count == 1:
         return index, count

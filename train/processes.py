@@ -1,13 +1,11 @@
-"""One run by several processes, usually one a machine: how they meet, what only the first one does, and what
-is said when one is lost.
+"""Runs with several processes, usually one per machine: connecting, work of the first process, loss of a
+process.
 
-    one machine       seqlab train CONFIG --set mesh.data=-1 --distributed 127.0.0.1:9876,2,0     (and ,2,1 in
-    another shell)
-    SLURM, TPU pods   srun seqlab train CONFIG --set mesh.data=-1 --distributed                     (the
-    cluster tells who is who)
+    one machine       seqlab train CONFIG --set mesh.data=-1 --distributed 127.0.0.1:9876,2,0
+                      the same with ,2,1 in another shell
+    SLURM, TPU pods   srun seqlab train CONFIG --set mesh.data=-1 --distributed
 
-All processes run the same command on the same run folder, which all of them must see; each reads its own rows
-of every batch.
+All processes run the same command on the same shared run folder; each reads its own rows of every batch.
 """
 
 import contextlib
@@ -24,16 +22,16 @@ import numpy as np
 
 from seqlab.checks import UserError
 
-_PATIENCE = 20.0  # seconds of waiting for others before it is said
+_PATIENCE = 20.0  # seconds of waiting for others before a message
 _barriers = itertools.count()  # all processes come to the same ones in the same order
 
 
 def join(spec: str) -> None:
-    """Meet the other processes of the run: "auto", or "HOST:PORT,COUNT,INDEX" where HOST is the machine of
-    process 0.
+    """Connect to the other processes of the run: "auto", or "HOST:PORT,COUNT,INDEX" where HOST is the machine
+    of process 0.
 
-    Before anything asks for devices. Raises ValueError for a `spec` of another form, and where the processes
-    do not meet.
+    Must be called before devices are used. Raises ValueError for an invalid `spec`, and if the processes do
+    not connect.
     """
     if spec == "auto":
         try:
@@ -54,7 +52,7 @@ def join(spec: str) -> None:
     with _patience(f"{count} processes to meet at {address}"):
         try:
             jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=30)
-        # An address that is taken or nowhere, or nobody else came.
+        # The address is in use or unreachable, or other processes are missing.
         except (ValueError, RuntimeError) as error:
             raise UserError(
                 f"distributed: {count} processes did not meet at {address} ({_line(error)})"
@@ -66,27 +64,27 @@ def _line(error: Exception) -> str:
 
 
 def first() -> bool:
-    """Whether this process is the one that writes and speaks."""
+    """Whether this is the process that writes files and messages."""
     return jax.process_index() == 0
 
 
 def say(line: str) -> None:
-    """A line on stderr, from the first process alone."""
+    """Print a line to stderr, from the first process only."""
     if first():
         print_error(line)
 
 
 def print_error(line: str) -> None:
-    """A line on stderr, if there still is one: a terminal that has gone is no reason to lose a run."""
+    """Print a line to stderr, if it still exists: a lost terminal must not end a run."""
     with contextlib.suppress(OSError, ValueError):
         print(line, file=sys.stderr, flush=True)
 
 
 def barrier(what: str) -> None:
-    """Wait until all processes are here, be it for an hour.
+    """Wait for all processes, without a time limit of minutes.
 
-    They ask the coordinator, not each other: on CPUs a first message gives up after 30 seconds, and some
-    compile that much longer.
+    It uses the coordinator: on CPUs a first collective times out after 30 seconds, and some processes compile
+    longer.
     """
     if jax.process_count() > 1:
         from jax._src import distributed
@@ -127,7 +125,7 @@ def first_decides(function: Callable[[], None], what: str) -> None:
 
 
 def anywhere(flag: bool) -> bool:
-    """Whether `flag` is true in any process; all have to ask."""
+    """Whether `flag` is true in any process; all must call it."""
     if jax.process_count() == 1:
         return flag
     from jax.experimental import multihost_utils
@@ -140,8 +138,8 @@ def together(saved: Callable[[], list[int]]) -> Iterator[None]:
     """Within the block the loss of another process ends this one, with exit code 4 and the last of the steps
     that are `saved`.
 
-    At once: all that is left to do in order, closing files of checkpoints and leaving the others, would wait
-    for the one that is gone.
+    Immediately: an orderly shutdown, which closes checkpoint files and disconnects, would wait for the lost
+    process.
     """
     try:
         yield
@@ -163,7 +161,7 @@ def together(saved: Callable[[], list[int]]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _patience(what: str) -> Iterator[None]:
-    """Say who waits for what if the block takes long."""
+    """Print what is waited for if the block takes long."""
 
     def complain() -> None:
         who = f"process {jax.process_index()}" if jax.distributed.is_initialized() else "this process"
@@ -179,8 +177,8 @@ def _patience(what: str) -> Iterator[None]:
 
 
 class Silent:
-    """Stands for what only the first process has, files of metrics and bars of progress: takes every call and
-    does nothing."""
+    """Placeholder for objects of the first process, such as metrics files and progress bars: accepts every
+    call and does nothing."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *arguments, **keywords: None

@@ -1,10 +1,10 @@
-"""Forecasting data: windows of several series, split, scaled and cut as the field does it (Informer's code,
-arXiv 2012.07436, and since).
+"""Forecasting data: windows of several series, split, scaled and cut by the standard protocol (Informer's
+code, arXiv 2012.07436).
 
     data = CsvSeries(path="ETTh1.csv", length=512, horizon=96)
     windows = data.train(seed=0)        # windows[i] = {"inputs": [512, m], "targets": [96, m], "valid": [96]}
 
-A series is split by time into training, validation and test, and scaled by the mean and deviation of its
+A series is split by time into training, validation and test, and scaled by mean and standard deviation of its
 training part. Windows begin at every step. Targets of a split lie in that split; inputs of the first windows
 of validation and test reach back into the split before.
 """
@@ -29,7 +29,7 @@ RULES = ("auto", "ett_hour", "ett_minute", "ratio")
 
 
 class Table(NamedTuple):
-    """Series by name: `values` [s, m] float64, a step a row."""
+    """Series by name: `values` [s, m] float64, one row per step."""
 
     names: tuple[str, ...]
     values: Float[np.ndarray, "s m"]
@@ -39,9 +39,9 @@ class SeriesWindows:
     """The windows whose targets lie in steps [begin, end) of `values` [s, m]: window i forecasts `horizon`
     steps from begin + i on.
 
-    `inputs` [length, m] are the steps before them and may lie before `begin`; before the first step of all
-    there is nothing, so training begins `length` steps late. `valid` [horizon] is all True: batches that are
-    padded with empty windows are told by it.
+    `inputs` [length, m] are the steps before them and may lie before `begin`; training starts `length` steps
+    late, since nothing precedes the first step. `valid` [horizon] is all True; it is False in windows that
+    pad a batch.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class SeriesWindows:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that differ when any window does: a run that resumes can see that its data
-        are still the same."""
+        """16 hexadecimal digits that change if any window does: a resumed run can verify that its data are
+        the same."""
         place = (self.values.shape, self.begin, self._count, self.length, self.horizon)
         return hashlib.sha256(repr(place).encode() + np.ascontiguousarray(self.values).tobytes()).hexdigest()[
             :16
@@ -72,7 +72,7 @@ class SeriesWindows:
 
 
 def split_ends(steps: int, rule: str) -> tuple[int, int, int]:
-    """Where training, validation and test end, for a series of so many steps.
+    """The ends of training, validation and test, for a series of `steps` steps.
 
     "ett_hour" and "ett_minute": 12, 4 and 4 months of 30 days, of hours or of quarters of an hour; what
     follows is not used. "ratio": the first 0.7, and of what remains the last 0.2 of the whole are the test.
@@ -91,13 +91,13 @@ def split_ends(steps: int, rule: str) -> tuple[int, int, int]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SeriesData:
-    """What the sources below share. Abstract: a source has `table`.
+    """The common base of the sources below. Abstract: a source has `table`.
 
     Args:
       length, horizon: steps of the inputs and of the targets of a window.
       columns: names of the series, in order; none takes all.
-      borders: how time is split, see `split_ends`; "auto" takes files named ETTh... and ETTm... at their
-        word, and else "ratio".
+      borders: how time is split, see `split_ends`; "auto": by name for files ETTh... and ETTm..., otherwise
+        "ratio".
     Raises:
       ValueError: an argument of another kind; where data are asked for, an unknown column, or a split too
         short for one window.
@@ -129,7 +129,7 @@ class SeriesData:
 
     @property
     def title(self) -> str:
-        """What the source is called: in messages, and for "auto"."""
+        """The name of the source, for messages and for "auto"."""
         raise NotImplementedError
 
     def train(self, seed: int) -> SeriesWindows:
@@ -137,11 +137,11 @@ class SeriesData:
         return self._windows("train")
 
     def validation(self) -> SeriesWindows:
-        """The windows that follow those of training."""
+        """The validation windows."""
         return self._windows("validation")
 
     def test(self) -> SeriesWindows:
-        """The last windows, for the figures that are reported."""
+        """The test windows, for reported results."""
         return self._windows("test")
 
     def _windows(self, split: str) -> SeriesWindows:
@@ -207,7 +207,8 @@ class CsvSeries(SeriesData):
         header = next(lines, [])
         if len(header) < 2:
             raise UserError(
-                f"{self.path}: expected a header with a date and the names of series, got {','.join(header)!r}"
+                f"{self.path}: expected a header with a date and the names of series, got "
+                f"{','.join(header)!r}"
             )
         return header, [
             _numbers(line, header, f"{self.path}, line {lines.line_num}") for line in lines if line

@@ -1,4 +1,4 @@
-"""One training step, pure: the only thing of a run that is compiled."""
+"""The training step, a pure function compiled by the loop."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -40,10 +40,10 @@ class StepMetrics(NamedTuple):
 
 
 def next_token_loss(model: Any, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Cross entropy in nats, summed over the valid targets, and their number. Documents of a packed row do
-    not see one another.
+    """Cross entropy in nats, summed over the valid targets, and their number. Documents of a packed row are
+    independent.
 
-    Of a model that has `features` and a `read_out` the logits of a long sequence are never there all at once
+    For a model with `features` and `read_out`, the logits of a long sequence are never materialised at once
     (see `cross_entropy`).
     """
     inputs, flags = batch["inputs"], (None, batch.get("reset"), None)
@@ -64,8 +64,8 @@ def cross_entropy(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """-log softmax(read_out(x))[target], summed over the valid steps, and their number.
 
-    Where that would be more than `most` logits on a device, they are made for some steps after others, and
-    made again for the gradient.
+    With more than `most` logits per device, they are computed in chunks of steps, and recomputed for the
+    gradient.
     """
     (b, t), devices = targets.shape, parts(targets.shape[1])
     stretch = -(-t // devices)
@@ -111,11 +111,10 @@ def train_step(
     state: TrainState,
     batch: Batch,
 ) -> tuple[TrainState, StepMetrics]:
-    """One update from one global batch, in `accumulate` parts whose gradients add up to that of the whole.
+    """One update from one global batch, in `accumulate` parts whose gradients sum to that of the whole.
 
-    A batch whose loss or gradient is not finite changes nothing but is reported: the state stays that of the
-    last good step. Running statistics (BatchNorm) are measured along the way, part after part, and take the
-    place of the old ones.
+    A batch with a non-finite loss or gradient is reported and changes nothing. Running statistics (BatchNorm)
+    are updated part by part.
     """
     learnt, statistics = _parted(static, state.params)
 
@@ -151,7 +150,7 @@ def train_step(
 
 
 def _parted(static: Static, params: Params) -> tuple[Params, Params]:
-    """What the optimizer changes, and what training measures."""
+    """Parameters updated by the optimizer, and running statistics."""
     measured = statistics_of(static)
     return {name: leaf for name, leaf in params.items() if name not in measured}, {
         name: params[name] for name in measured

@@ -1,5 +1,4 @@
-"""The data of a language-model run, as a value that a config can hold: small, printable, and nothing is read
-before it is asked for."""
+"""The data of a language-model run as a config value: small, printable, and read on demand."""
 
 import dataclasses
 
@@ -15,15 +14,15 @@ class Text:
     """The bytes of files, packed into windows of `length` tokens.
 
     Args:
-      paths: files and folders; none stands for the sources of the Python standard library, which every
-        machine has.
+      paths: files and folders; none means the sources of the Python standard library, which every machine
+        has.
       include: patterns of file names in the folders, such as "*.md"; none takes every file.
-      length: tokens a window.
-      lead: begin every window with the token that begins documents, wherever it was cut: the one place that
-        every query can see, and where attention comes to rest (StreamingLLM, arXiv 2309.17453).
+      length: tokens per window.
+      lead: begin every window with the token that begins documents, wherever it was cut: a position visible
+        to all queries, which attention uses as a sink (StreamingLLM, arXiv 2309.17453).
     Raises:
-      ValueError: an argument of another kind. Whether the paths exist is only asked by `train` and
-        `validation`, which raise OSError naming the path, or ValueError where they hold too little.
+      ValueError: an argument of another kind. Paths are checked by `train` and `validation`, which raise
+        OSError naming the path, or ValueError for too little data.
     """
 
     paths: tuple[str, ...] = ()
@@ -63,9 +62,8 @@ class TfdsText:
     """Feature `key` of a prepared TensorFlow Datasets data set, as bytes packed into windows of `length`
     tokens.
 
-    `name`, `data_dir` and `key` are those of `seqlab.train.data.TfdsSource`. Where the data set has no split
-    for validation,
-    `train_split` and `validation_split` part one: "train[:95%]" and "train[95%:]".
+    `name`, `data_dir` and `key` are those of `seqlab.train.data.TfdsSource`. Without a validation split in
+    the data set, `train_split` and `validation_split` divide one: "train[:95%]" and "train[95%:]".
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""A run tried on shapes alone: what does not fit together is refused before anything is made or compiled."""
+"""Checks of a run on shapes only: incompatible parts are refused before anything is created or compiled."""
 
 import functools
 from collections.abc import Callable
@@ -17,13 +17,13 @@ from seqlab.train.step import Batch, evaluate_step
 
 
 def check_fits(experiment: Experiment, batch: Batch, mesh: Mesh | None = None) -> None:
-    """Refuse a loss, a metric, data and an optimizer that do not go with the model.
+    """Refuse a loss, a metric, data and an optimizer that do not fit the model.
 
     Nothing is computed: all of them are traced, on arrays of the shapes of `batch`, this process's share of a
     batch.
 
     Raises:
-      ValueError: one of them fails or gives something else than it should; the message says which and how.
+      ValueError: one of them fails or returns an invalid result; the message says which and how.
     """
     static, params = split(nnx.eval_shape(lambda: experiment.model(rngs=nnx.Rngs(0))))
     check_sums("loss", experiment.loss, static, params, batch, experiment.accumulate, mesh)

@@ -1,8 +1,8 @@
-"""What models of images are trained and judged by: losses and metrics over classes, places and pictures.
+"""Losses and metrics of image models: over classes, positions and pictures.
 
-A batch has `inputs` [b, h, w, c], `targets`, and `valid` [b], or [b, h, w] where places count one by one.
-Targets are classes (integers) or shares of all classes (numbers, one axis more), as mixup makes them; of
-super-resolution they are pictures.
+A batch has `inputs` [b, h, w, c], `targets`, and `valid` [b], or [b, h, w] for dense targets. Targets are
+classes (integers) or shares of all classes (numbers, one axis more), as mixup makes them; of super-resolution
+they are pictures.
 """
 
 import math
@@ -20,7 +20,7 @@ _Sums = tuple[Float[Array, ""], Float[Array, ""]]
 
 def class_loss(model: Any, batch: Batch, smoothing: float = 0.0) -> _Sums:
     """Cross entropy in nats, summed over the valid targets, and their number. `smoothing` of every target is
-    dealt out to all classes."""
+    spread over all classes."""
     logits = model(batch["inputs"]).astype(jnp.float32)
     log_p = jax.nn.log_softmax(logits, axis=-1)
     targets = batch["targets"]
@@ -34,19 +34,19 @@ def class_loss(model: Any, batch: Batch, smoothing: float = 0.0) -> _Sums:
 
 @metric("top-1 accuracy", better="higher")
 def top1(model: Any, batch: Batch) -> _Sums:
-    """How many of the valid targets are the likeliest class, and how many targets there are; of places, where
-    they count one by one."""
+    """The number of valid targets that are the likeliest class, and the number of targets; per position for
+    dense targets."""
     right = jnp.argmax(model(batch["inputs"]), axis=-1) == batch["targets"]
     return _total(right, batch["valid"])
 
 
 @metric("mean IoU", better="higher")
 def mean_iou(model: Any, batch: Batch) -> _Sums:
-    """Intersection over union of predicted and true places, the mean over an image's classes, summed over
+    """Intersection over union of predicted and true positions, the mean over an image's classes, summed over
     images; and their number.
 
-    A class counts for an image that has it or is said to have it. Figures over whole data sets add up places
-    first and are another number.
+    A class counts for an image if it is in its targets or predictions. Metrics over whole data sets, which
+    add up positions first, differ.
     """
     logits = model(batch["inputs"])
     classes = jnp.arange(logits.shape[-1])

@@ -1,10 +1,10 @@
-"""One save of a checkpoint: written to a folder of its own, read back, and only then given its name.
+"""A save of a checkpoint: written to a temporary folder, read back, and only then renamed.
 
-    <step>.saving-<token>/    a draft: no other save, before or after, ever touches it
-    <step>/                   the draft under its final name, once all of it could be read
+    <step>.saving-<token>/    a draft, used by no other save <step>/                   the draft under its
+    final name, once all of it was verified
 
-Orbax writes the arrays, from all processes; the first process does the rest. A save that fails may leave
-threads behind that still write: into their own draft, which nobody reads.
+Orbax writes the arrays, from all processes; the first process does the rest. A failed save may leave threads
+that still write, into their own draft, which is never read.
 """
 
 import contextlib
@@ -30,9 +30,9 @@ class Save:
 
     Args:
       saver: Orbax's AsyncCheckpointer for the arrays.
-      draft: the new folder that all of it is written to; the first process makes it.
+      draft: the new folder to write to, created by the first process.
       folder: what the draft is renamed to, or None for a trial, which is only read back.
-      manifest: what `read` will hold the files against.
+      manifest: the manifest against which files are verified.
       arrays: by name, none of them empty; they may change once the constructor has returned.
     """
 
@@ -62,7 +62,7 @@ class Save:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until the save is whole or has failed; `error` says which, for this process."""
+        """Wait until the save is complete or has failed; `error` says which, for this process."""
         self._thread.join()
 
     def _complete(self) -> None:
@@ -93,7 +93,7 @@ class Save:
 
 
 def remove_while_written(folder: pathlib.Path) -> None:
-    """Remove a folder into which threads of a save that has failed may still be writing."""
+    """Remove a folder into which threads of a failed save may still be writing."""
     for _ in range(50):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
@@ -125,7 +125,7 @@ def _make(draft: pathlib.Path) -> None:
 
 
 def _to_disk(folder: pathlib.Path) -> None:
-    """What is below `folder` survives a loss of power."""
+    """Flush everything below `folder` to disk."""
     for place, _, names in os.walk(folder):
         for name in names:
             _synchronize(pathlib.Path(place, name))

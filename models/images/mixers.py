@@ -131,10 +131,10 @@ class ImageAttention(ImageMixer):
     that of the first paper's hybrids.
 
     Args:
-      head_dim: channels of a head, and logits are divided by its root. There are dim / head_dim heads, at least
-        one.
-      inner: channels of all heads together; default: head_dim for each. In the first paper's code they are dim,
-        which differs where head_dim does not divide that.
+      head_dim: channels of a head, and logits are divided by its root. There are dim / head_dim heads, at
+        least one.
+      inner: channels of all heads together; default: head_dim for each. In the first paper's code they are
+        dim, which differs where head_dim does not divide that.
       bias: of the projection behind the heads.
 
     Raises:

@@ -1,7 +1,7 @@
 """Chat templates: conversations as the text that a published model was trained on.
 
-A template is a program of Jinja's language that a stranger wrote. It runs in Jinja's sandbox, without access to
-attributes that lead out of it, with immutable values, and with the few functions that templates expect.
+A template is a program of Jinja's language that a stranger wrote. It runs in Jinja's sandbox, without access
+to attributes that lead out of it, with immutable values, and with the few functions that templates expect.
 """
 
 import datetime
@@ -16,7 +16,8 @@ Message = Mapping[str, Any]
 
 
 class ChatError(UserError):
-    """A conversation that cannot be written by the template, or a model without one; the message says which."""
+    """A conversation that cannot be written by the template, or a model without one; the message says
+    which."""
 
 
 def render(

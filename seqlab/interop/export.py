@@ -64,8 +64,8 @@ def bundle(
       platforms: what the functions can run on.
       about: more entries for the manifest.
       tokenizer_file: a tokenizer.json for texts, if it is not that of `tokenizer`.
-      tokenizer: what texts are read and written with, that of a `Run`; bytes where neither is given and the vocabulary
-        has a token for each.
+      tokenizer: what texts are read and written with, that of a `Run`; bytes where neither is given and the
+        vocabulary has a token for each.
 
     Raises:
       ExportError: the model has no streaming form, or a part of it cannot be exported for any number of rows.
@@ -108,7 +108,8 @@ def bundle(
 def _text(model: Model, tokenizer: Tokenizer | None) -> tuple[dict[str, Any] | None, str | None]:
     """What the manifest says of texts, and the content of tokenizer.json. None where there is none.
 
-    `tokens` is "bytes" or "tokenizer.json"; `prefix` and `suffix` go around a prompt's tokens, `ends` end an answer.
+    `tokens` is "bytes" or "tokenizer.json"; `prefix` and `suffix` go around a prompt's tokens, `ends` end an
+    answer.
     """
     size = getattr(model, "vocab_size", 0)
     if tokenizer is None and size == ByteTokenizer.vocab_size:

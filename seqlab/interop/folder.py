@@ -1,7 +1,7 @@
 """Files of published models, read as data and only inside their folder.
 
-A published folder is a stranger's: its index, its links and its headers may say anything. What lies outside the
-folder is not read, and what is damaged is refused in one line that names the file.
+A published folder is a stranger's: its index, its links and its headers may say anything. What lies outside
+the folder is not read, and what is damaged is refused in one line that names the file.
 """
 
 import json
@@ -76,7 +76,8 @@ class Folder:
 
     def json(self, name: str) -> dict[str, Any]:
         """The object in a JSON file, with numbers that JSON lacks as transformers writes them
-        ({"__float__": "Infinity"}); empty where there is no such file. Raises PretrainedError for anything else."""
+        ({"__float__": "Infinity"}); empty where there is no such file. Raises PretrainedError for anything
+        else."""
         text = self.text(name)
         if text is None:
             return {}
@@ -115,8 +116,8 @@ class Folder:
 
 
 class Tensors(Mapping[str, np.ndarray]):
-    """The tensors of safetensors files by name. Each is read when it is asked for; the those of 16 bits come as
-    float32, exactly.
+    """The tensors of safetensors files by name. Each is read when it is asked for; the those of 16 bits come
+    as float32, exactly.
 
     Raises:
       PretrainedError: a header that is damaged, a tensor that is there twice or is of another kind than
@@ -141,7 +142,8 @@ class Tensors(Mapping[str, np.ndarray]):
             odd = sorted(name for name, kind in kinds.items() if kind not in _DTYPES)
             if odd:
                 raise PretrainedError(
-                    f"{path}: tensor {odd[0]} is stored as {kinds[odd[0]]}, expected one of {', '.join(_DTYPES)}: "
+                    f"{path}: tensor {odd[0]} is stored as {kinds[odd[0]]}, expected one of "
+                    f"{', '.join(_DTYPES)}: "
                     "quantized weights are not supported"
                 )
             self._files |= dict.fromkeys(names, file)

@@ -1,7 +1,9 @@
-"""GGUF files, as llama.cpp reads them: one file with the description, the weights and the tokenizer of a model.
+"""GGUF files, as llama.cpp reads them: one file with the description, the weights and the tokenizer of a
+model.
 
-The optional package `gguf` reads the format and turns its quantized blocks into numbers. What the file says of the model is put
-into the words of a config.json and goes the same way as one; what it says beyond that is refused.
+The optional package `gguf` reads the format and turns its quantized blocks into numbers. What the file says
+of the model is put into the words of a config.json and goes the same way as one; what it says beyond that is
+refused.
 """
 
 import os
@@ -62,8 +64,8 @@ _PREFIXED = ("llama-bpe",)  # where nothing is said, a text begins behind bos
 
 
 class GGUF(Mapping[str, np.ndarray]):
-    """A GGUF file: `described` in the words of a config.json, and its tensors in float32 by their published names, each
-    read when it is asked for.
+    """A GGUF file: `described` in the words of a config.json, and its tensors in float32 by their published
+    names, each read when it is asked for.
 
     Raises:
       PretrainedError: the package gguf is missing; the file is damaged, or of an architecture or with options
@@ -98,7 +100,8 @@ class GGUF(Mapping[str, np.ndarray]):
     def _describe(self) -> dict[str, Any]:
         if self.architecture not in _FAMILIES:
             raise PretrainedError(
-                f"{self.path}: general.architecture: got {self.architecture!r}, expected one of {', '.join(_FAMILIES)}"
+                f"{self.path}: general.architecture: got {self.architecture!r}, expected one of "
+                f"{', '.join(_FAMILIES)}"
             )
         front = self.architecture + "."
         given = {
@@ -145,7 +148,8 @@ class GGUF(Mapping[str, np.ndarray]):
         return len(self._tensors)
 
     def tokenizer(self) -> FileTokenizer:
-        """The tokenizer: of a tokenizer.json beside the file, else of the file's own tokens where it says how a text is cut.
+        """The tokenizer: of a tokenizer.json beside the file, else of the file's own tokens where it says how
+        a text is cut.
 
         Raises:
           PretrainedError: there is neither.
@@ -186,7 +190,8 @@ class GGUF(Mapping[str, np.ndarray]):
 
         if text.get("model") != "gpt2" or text.get("pre") not in _CUTS:
             raise PretrainedError(
-                f"{self.path} has a tokenizer of the kind {text.get('model')!r} ({text.get('pre')!r}), of which only "
+                f"{self.path} has a tokenizer of the kind {text.get('model')!r} ({text.get('pre')!r}), of "
+                "which only "
                 f"{', '.join(_CUTS)} can be made from it: put the model's tokenizer.json beside it"
             )
         merges = [tuple(merge.split(" ", 1)) for merge in text.get("merges") or []]

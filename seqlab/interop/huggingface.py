@@ -1,8 +1,9 @@
-"""Loading and saving of published models: folders with config.json and safetensors, as Hugging Face writes them.
+"""Loading and saving of published models: folders with config.json and safetensors, as Hugging Face writes
+them.
 
 `seqlab.load` reads such a folder (or fetches it by its hub id) into a model like any other: it streams with
-any cache, trains and satisfies the same contract. `save_pretrained` writes one that transformers reads. Options
-of a config that seqlab does not implement are refused before any weight is read.
+any cache, trains and satisfies the same contract. `save_pretrained` writes one that transformers reads.
+Options of a config that seqlab does not implement are refused before any weight is read.
 """
 
 import hashlib
@@ -52,8 +53,8 @@ def tokenizer_of(folder: str | os.PathLike[str]) -> Tokenizer | None:
     """The tokenizer of a published folder; None where there is no tokenizer.json.
 
     What goes in front of a text is what the tokenizer's own files say (its post-processor, `add_bos_token` in
-    tokenizer_config.json), as in transformers; `bos_token_id` only begins an empty text. A text ends with any token
-    that generation_config.json names, else config.json, else tokenizer_config.json.
+    tokenizer_config.json), as in transformers; `bos_token_id` only begins an empty text. A text ends with any
+    token that generation_config.json names, else config.json, else tokenizer_config.json.
 
     Raises:
       PretrainedError: files that cannot be read, or the optional package `tokenizers` is missing.
@@ -94,7 +95,8 @@ def _ids(described: Mapping[str, Any], key: str, source: Folder) -> tuple[int, .
 
 
 def _template(source: Folder, settings: Mapping[str, Any]) -> str | None:
-    """The chat template: of its own file, or of tokenizer_config.json (there one text, or several with names)."""
+    """The chat template: of its own file, or of tokenizer_config.json (there one text, or several with
+    names)."""
     given = source.text("chat_template.jinja") or source.json("chat_template.json").get("chat_template")
     given = given or settings.get("chat_template")
     if isinstance(given, list):
@@ -128,8 +130,8 @@ def fetch(name: str) -> pathlib.Path:
 class Origin:
     """What a published folder holds besides its weights: saving the model again writes it again.
 
-    A loaded model carries it, and so do its copies with another cache or other parameters. Two are equal if their
-    contents are.
+    A loaded model carries it, and so do its copies with another cache or other parameters. Two are equal if
+    their contents are.
 
     `ids`: the numbers of tokens that config.json names. `files`: the tokenizer's files by name.
     """
@@ -166,8 +168,8 @@ def load_pretrained(
     """The model of a folder with its weights, and the config that builds it.
 
     Args:
-      dtype: what the model computes in, "float32" (default), "bfloat16" or "float64". Parameters are float32, whatever
-        they were saved in; float64 for float64.
+      dtype: what the model computes in, "float32" (default), "bfloat16" or "float64". Parameters are float32,
+        whatever they were saved in; float64 for float64.
 
     Raises:
       PretrainedError: not a folder of a published model, or of one that is not supported.
@@ -243,9 +245,9 @@ def save_pretrained(
     dtype: str = "float32",
     shard_bytes: int = 5_000_000_000,
 ) -> list[pathlib.Path]:
-    """Write `model` as a published model: config.json and safetensors in parts of at most `shard_bytes`, and of a model
-    that was loaded from such a folder the tokenizer's files, the ends of a text and the chat template. Returns the
-    files.
+    """Write `model` as a published model: config.json and safetensors in parts of at most `shard_bytes`, and
+    of a model that was loaded from such a folder the tokenizer's files, the ends of a text and the chat
+    template. Returns the files.
 
     Args:
       dtype: what the weights are stored in, "float32", "bfloat16" or "float16".

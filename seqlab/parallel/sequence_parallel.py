@@ -1,5 +1,5 @@
-"""Time split over the devices of the mesh axis `sequence` (clause C5 of the streaming contract): the same function, 1/N of
-the memory a device.
+"""Time split over the devices of the mesh axis `sequence` (clause C5 of the streaming contract): the same
+function, 1/N of the memory a device.
 
 Models know nothing of it. Under `jax.set_mesh(make_mesh(sequence=8))` arrays [b, t, ...] are global as ever
 and lie on the devices in equal stretches of time; XLA places what acts on single steps, and the operations

@@ -138,11 +138,12 @@ def plan(
     """What is to be measured of the run in `workdir`: the caches named,
     "full(2048),sinks(4)+window(252)+int4", or a choice of them.
 
-    `trust` and `dtype` as in `runs.load`. `duo(s)` streams the share s of all heads by the gates that were fitted (`seqlab.studies.gates`).
-    Nothing is written.
+    `trust` and `dtype` as in `runs.load`. `duo(s)` streams the share s of all heads by the gates that were
+    fitted (`seqlab.studies.gates`). Nothing is written.
 
-    A published model is measured on `text`, files and folders, or on held-out sources of the Python standard library;
-    by default in one stream of four times the length that it was made for, or as much as the text has.
+    A published model is measured on `text`, files and folders, or on held-out sources of the Python standard
+    library; by default in one stream of four times the length that it was made for, or as much as the text
+    has.
 
     Raises:
       BenchError, ValueError: a cache that cannot be read, does not fit the heads or ends before the streams

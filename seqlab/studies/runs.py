@@ -27,9 +27,9 @@ class Run(NamedTuple):
     """A trained model: `config` is the Fiddle config that built it, `step` the checkpoint that its parameters
     are from.
 
-    `model` is a `Model` for type checkers; that of a run on images has no state. Of a published model `config` is
-    that of the model alone and `step` is 0. `tokenizer` is None where the model's inputs are not tokens, and
-    where a published model came without tokenizer.json.
+    `model` is a `Model` for type checkers; that of a run on images has no state. Of a published model
+    `config` is that of the model alone and `step` is 0. `tokenizer` is None where the model's inputs are not
+    tokens, and where a published model came without tokenizer.json.
     """
 
     model: Model
@@ -38,7 +38,8 @@ class Run(NamedTuple):
     step: int
 
     def chat(self, messages: Sequence[Mapping[str, Any]], *, answer: bool = True, **variables: Any) -> Any:
-        """A conversation as tokens [t] int32, by the model's own chat template: a prompt for `stream_generate`.
+        """A conversation as tokens [t] int32, by the model's own chat template: a prompt for
+        `stream_generate`.
 
         Args:
           messages: {"role": "user", "content": "..."} and so on, the oldest first.
@@ -72,14 +73,14 @@ def load(
     """The model of a run folder, from its last good checkpoint or that of `step`; or a published model
     (Llama, Mamba, ...) from its folder, from a GGUF file or, as "organisation/name", from the hub.
 
-    Published models are data alone. The config of a run is executed, so it may only name what seqlab's own configs
-    are made of.
+    Published models are data alone. The config of a run is executed, so it may only name what seqlab's own
+    configs are made of.
 
     Args:
-      trust: also import what the config of a run names outside seqlab, mixers of your own for instance. That runs
-        its code: say so only of runs whose config you know. It changes nothing for published models.
-      dtype: what the model computes in, "float32", "bfloat16" or "float64", instead of what its config says (float32
-        for published models). Parameters stay float32.
+      trust: also import what the config of a run names outside seqlab, mixers of your own for instance. That
+        runs its code: say so only of runs whose config you know. It changes nothing for published models.
+      dtype: what the model computes in, "float32", "bfloat16" or "float64", instead of what its config says
+        (float32 for published models). Parameters stay float32.
 
     Raises:
       RunError: `workdir` is not the folder of a run, or the run has no checkpoint yet.

@@ -1,4 +1,5 @@
-"""Text that a model is measured on which brings no data of its own: a published model, or any model on other text."""
+"""Text that a model is measured on which brings no data of its own: a published model, or any model on other
+text."""
 
 import dataclasses
 import os
@@ -73,7 +74,8 @@ def trained_length(run: runs.Run) -> int:
 def experiment_of(
     run: runs.Run, text: Sequence[str | os.PathLike[str]] = (), length: int | None = None
 ) -> Experiment:
-    """What `run` is evaluated on: its own experiment; for a published model, or where `text` is named, that text.
+    """What `run` is evaluated on: its own experiment; for a published model, or where `text` is named, that
+    text.
 
     Args:
       text: files and folders.

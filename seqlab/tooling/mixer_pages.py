@@ -85,7 +85,8 @@ def prose(text: str, heading: str = "**{}**") -> str:
 
 
 def wrapped(text: str) -> str:
-    """Markdown with the prose lines of more than 110 columns wrapped; code, tables and headings as they are."""
+    """Markdown with the prose lines of more than 110 columns wrapped; code, tables and headings as they
+    are."""
     parts = re.split(r"(?ms)(^```.*?^```$)", text)
     return "".join(
         part if part.startswith("```") else "\n".join(map(_wrapped_line, part.split("\n"))) for part in parts
@@ -136,7 +137,8 @@ def _contract(mixer: Any) -> str:
     )
     exact = "" if mixer.exact else ", approximate when streamed"
     contract = (
-        "It satisfies the streaming contract: chunks, padding, resets and other rows do not affect the result."
+        "It satisfies the streaming contract: chunks, padding, resets and other rows do not affect the "
+        "result."
         if mixer.causal
         else ""
     )

@@ -182,7 +182,8 @@ def rows_of_whole(subject: Subject) -> list[Check]:
 
 
 def hidden_state(subject: Subject) -> list[Check]:
-    """C7: two equal calls are the same function of the same arrays, and a fresh state is memory of its own."""
+    """C7: two equal calls are the same function of the same arrays, and a fresh state is memory of its
+    own."""
     because = "state is kept on the module: make it an argument and a result"
     what = "a call changes nothing on the module"
     mixer, x = subject.mixer(), subject.inputs

@@ -1,5 +1,5 @@
-"""Checks of clause C5 of the streaming contract: a sequence split over devices equals one device, for any mixer or model, a
-user's own included.
+"""Checks of clause C5 of the streaming contract: a sequence split over devices equals one device, for any
+mixer or model, a user's own included.
 
 print(seqlab.verify_devices(MyMixer(64, rngs=nnx.Rngs(0)), devices=8))
 

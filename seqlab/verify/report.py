@@ -78,7 +78,8 @@ class Report:
 
 
 def relative_error(actual: Any, expected: Any) -> tuple[float, str]:
-    """The largest error over the leaves, each relative to its own scale, and its leaf; integers must be equal."""
+    """The largest error over the leaves, each relative to its own scale, and its leaf; integers must be
+    equal."""
     worst, where = 0.0, ""
     pairs = zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(actual), strict=True)
     for (path, e), a in pairs:

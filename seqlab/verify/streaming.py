@@ -5,7 +5,8 @@ user's own included.
 
 C1 chunk invariance     outputs, final state and gradients do not depend on how a sequence is split
 C2 padding invariance   a step with valid=False does nothing, whatever it holds, NaN included, and outputs 0
-C3 reset                reset=True starts a fresh sequence, whatever was before, NaN included: packed documents
+C3 reset                reset=True starts a fresh sequence, whatever was before, NaN included: packed
+documents
                         = separate documents
 C4 constant state       the state's shapes do not depend on what it has seen
 C5 device invariance    a sequence split over devices equals one device

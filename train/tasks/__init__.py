@@ -1,13 +1,12 @@
-"""Synthetic tasks that show what a sequence model can remember: recall, copying, pass keys, nested
-arithmetic, and one small set of images.
+"""Synthetic tasks that test the memory of sequence models: recall, copying, passkeys, nested arithmetic, and
+a small set of images.
 
-Every task is a value for `train.experiment.Experiment`: `train(seed)` and `validation()` are windows by
-number, the latter the same for
-every seed. The functions behind them draw what the originals draw: number for number where NumPy or Python
-fixes the stream of random numbers, and from the same distribution where the original asks another library.
+Every task is a data source for `train.experiment.Experiment`: `train(seed)` and `validation()` are indexable
+windows, the latter the same for every seed. The generators reproduce the originals: exactly where NumPy or
+Python fixes the random stream, and in distribution where the original uses another library.
 
-Labels stand where they are to be predicted: `targets[t]` is the answer at step t, `valid[t]` says whether
-step t is scored.
+Labels are aligned with predictions: `targets[t]` is the answer at step t, and `valid[t]` whether step t is
+scored.
 """
 
 from seqlab.train.tasks.copying import Copying, copying

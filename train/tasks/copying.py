@@ -1,7 +1,7 @@
 """Copying and selective copying (as in S4, arXiv 2111.00396, and Mamba, arXiv 2312.00752): repeat the data,
-leave out the noise.
+ignore the noise.
 
-Where the data stand at the beginning, a convolution of fixed length solves it; where they stand anywhere, the
+With the data at the beginning, a convolution of fixed length solves the task; with data at random steps, the
 model has to select.
 """
 
@@ -16,13 +16,13 @@ from seqlab.train.tasks.examples import VALIDATION, Examples, Symbols, answers_a
 
 @dataclasses.dataclass(frozen=True)
 class Copying:
-    """`data` tokens among noise, then as many markers, at which they are to be given back in order; `length`
-    steps in all.
+    """`data` tokens among noise, then as many markers, at which they must be repeated in order; `length`
+    steps in total.
 
     Args:
       length: steps of an example, the markers included; the original's L is `length - 2 * data`.
-      alphabet: noise is token 0, the marker `alphabet - 1`, data are what lies between.
-      selective: the data stand anywhere; otherwise in the first steps.
+      alphabet: noise is token 0, the marker `alphabet - 1`, data tokens are those between.
+      selective: data are at random steps; otherwise at the first ones.
     """
 
     length: int = 64

@@ -1,5 +1,5 @@
-"""Handwritten digits as sequences: the 8 x 8 images of scikit-learn, one grey value a step (the small kin of
-sequential MNIST)."""
+"""Handwritten digits as sequences: the 8 x 8 images of scikit-learn, one grey value per step (a small version
+of sequential MNIST)."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from seqlab.checks import UserError, check_at_least
 from seqlab.train.tasks.examples import Examples, answers_at_the_end
 
-_SPLIT = 0  # the seed of what is held out
+_SPLIT = 0  # the seed of the held-out split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,13 +19,13 @@ class Digits:
     Args:
       held_out: images to validate on, the same for every seed.
     Raises:
-      ModuleNotFoundError: without scikit-learn, whose images they are (`pip install scikit-learn`); only once
-        data are asked for.
+      ModuleNotFoundError: without scikit-learn, which has the images (`pip install scikit-learn`); raised
+        when data are read.
     """
 
     held_out: int = 360
 
-    length, tokenizer = 64, None  # of what is no field: numbers are no symbols
+    length, tokenizer = 64, None  # not fields; inputs are numbers, not symbols
 
     def __post_init__(self) -> None:
         check_at_least("held_out", self.held_out, 1)
@@ -47,12 +47,12 @@ class Digits:
 
 
 def digit_arrays(held_out: int, *, train: bool) -> tuple[Float[np.ndarray, "n 8 8"], Int[np.ndarray, " n"]]:
-    """The images, values in [0, 1], and their digits: all but the first `held_out` of one fixed order to
-    train on, or these."""
+    """The images, values in [0, 1], and their digits: all but the first `held_out` in a fixed order for
+    training, or these."""
     from sklearn.datasets import load_digits
 
     images = load_digits()
-    # Raw bits are the only random numbers that numpy promises to keep from version to version.
+    # NumPy guarantees only raw bits to be the same in all versions.
     order = np.argsort(np.random.PCG64(_SPLIT).random_raw(len(images.target)), kind="stable")
     order = order[held_out:] if train else order[:held_out]
     return images.images[order] / 16.0, images.target[order]

@@ -1,4 +1,4 @@
-"""What all tasks share: examples by number, and names for their tokens."""
+"""Shared parts of tasks: indexable examples, and names of tokens."""
 
 import functools
 import hashlib
@@ -11,8 +11,8 @@ from jaxtyping import Int, Num
 from seqlab.checks import UserError
 from seqlab.train.packing import Item
 
-IGNORE = -100  # the label of a step that is not scored: the published generators' own sign
-VALIDATION = 2**31  # seeds of what is held out begin here: no run trains on them
+IGNORE = -100  # the label of a step that is not scored, as in the published generators
+VALIDATION = 2**31  # held-out seeds start here: no run trains on them
 
 
 class Examples:
@@ -62,7 +62,7 @@ def answers_at_the_end(inputs: Num[np.ndarray, "n t *c"], answers: Int[np.ndarra
 
 
 def _compact(values: Num[np.ndarray, "..."]) -> Num[np.ndarray, "..."]:
-    """A read-only copy in as few bytes as its values need."""
+    """A read-only copy in the smallest sufficient dtype."""
     if np.issubdtype(values.dtype, np.integer):
         small = values.size == 0 or (values.min() >= -(2**15) and values.max() < 2**15)
         values = values.astype(np.int16 if small else np.int32)
@@ -74,9 +74,9 @@ def _compact(values: Num[np.ndarray, "..."]) -> Num[np.ndarray, "..."]:
 
 
 class Symbols:
-    """A tokenizer of words: token i is called `names[i]`, and text is names with blanks between them."""
+    """A tokenizer of words: token i has the name `names[i]`, and text is names separated by blanks."""
 
-    bos = None  # an example of a task is a whole: nothing is put in front of it
+    bos = None  # an example is complete and has no prefix
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
@@ -84,7 +84,7 @@ class Symbols:
         self.vocab_size = len(self.names)
 
     def encode(self, text: str | bytes) -> Int[np.ndarray, " t"]:
-        """The tokens of names with blanks between them. Raises ValueError for a name that no token has."""
+        """The tokens of names separated by blanks. Raises ValueError for an unknown name."""
         words = (text.decode() if isinstance(text, bytes) else text).split()
         unknown = [word for word in words if word not in self._ids]
         if unknown:
@@ -95,7 +95,7 @@ class Symbols:
         return np.array([self._ids[word] for word in words], np.int32)
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Names with a blank behind each."""
+        """Names, each followed by a blank."""
         return "".join(map(self.push, tokens))
 
     def decoder(self) -> "Symbols":
@@ -109,10 +109,10 @@ class Symbols:
         return f"{self.names[int(token)]} "
 
     def finish(self) -> str:
-        """Nothing is ever left over."""
+        """Always empty."""
         return ""
 
 
 def numbers(vocab_size: int) -> Symbols:
-    """Tokens that are called by their number."""
+    """Tokens named by their numbers."""
     return Symbols([str(i) for i in range(vocab_size)])

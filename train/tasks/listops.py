@@ -1,5 +1,5 @@
-"""ListOps as in the Long Range Arena (arXiv 1804.06028, 2011.04006): nested MIN, MAX, MED and SM of digits;
-what is the value?"""
+"""ListOps as in the Long Range Arena (arXiv 1804.06028, 2011.04006): the value of nested MIN, MAX, MED and SM
+of digits."""
 
 import dataclasses
 import random
@@ -26,8 +26,8 @@ class Tree(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ListOps:
-    """Expressions of more than `shortest` and fewer than `length` tokens, padded behind; at the last token
-    the value, as a digit's token.
+    """Expressions of more than `shortest` and fewer than `length` tokens, padded on the right; the target at
+    the last token is the value, as a digit's token.
 
     The published task has length 2000, shortest 500, depth 10, arguments 10 and 96 000 examples.
     """
@@ -84,7 +84,7 @@ def listops(
     """Different trees of more than `shortest` and fewer than `longest` tokens, in the order of the original's
     draws, none of them `known`.
 
-    Raises ValueError where 20 000 draws in a row give nothing new.
+    Raises ValueError after 20 000 draws in a row without a new one.
     """
     seen, last = set(known), 0
     while last < 20_000:
@@ -103,7 +103,7 @@ def listops(
 
 def draw(rng: random.Random, depth: int, arguments: int, level: int = 1) -> Tree:
     """One tree: a digit or an operator of 2 to `arguments` trees; at level `depth` digits only. The operator
-    is drawn behind its trees."""
+    is drawn after its trees."""
     if level == depth or rng.random() > _LEAF:
         digit = rng.randint(0, 9)
         return Tree((1 + digit,), digit)
@@ -122,7 +122,7 @@ def apply(operator: str, values: Sequence[int]) -> int:
 
 
 def evaluate(tokens: Sequence[int]) -> int:
-    """The value of an expression given as tokens; padding is passed over.
+    """The value of an expression given as tokens; padding is skipped.
 
     Raises:
       ValueError: the tokens are not exactly one expression.
@@ -146,7 +146,7 @@ def evaluate(tokens: Sequence[int]) -> int:
 
 
 def bracketed(tokens: Sequence[int]) -> str:
-    """The original's text: every list as a binary tree, with parentheses that its pipeline deletes again."""
+    """The original's text: every list as a binary tree, with parentheses that its pipeline removes."""
     stack: list[str] = []
     for token in (int(token) for token in tokens):
         if 10 < token < CLOSE:

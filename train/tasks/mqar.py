@@ -16,11 +16,11 @@ class MQAR:
     values.
 
     Args:
-      power: where the queries stand: the chance of slot s behind the pairs is as s^(power - 1). 0.01 puts
-        most of them close, 1 anywhere.
-      fill: what stands between the queries: random tokens (as published since), or the token 0 (as in the
-        paper's figure).
-      examples, held_out: how many there are to train and to validate on.
+      power: the positions of queries: slot s after the pairs has probability proportional to s^(power - 1).
+        0.01 puts most of them close, 1 is uniform.
+      fill: the filler between queries: random tokens (as published since), or the token 0 (as in the paper's
+        figure).
+      examples, held_out: numbers of training and validation examples.
     """
 
     vocab_size: int = 64
@@ -80,10 +80,10 @@ def mqar(
     power: float = 0.01,
     fill: bool = False,
 ) -> tuple[Int[np.ndarray, "n t"], Int[np.ndarray, "n t"], Int[np.ndarray, "n k"]]:
-    """Inputs, labels, and the slot of each pair's query: the numbers of the original under
+    """Inputs, labels, and the slot of each pair's query: as drawn by the original under
     `np.random.seed(seed)`.
 
-    Only what fills the gaps comes from a generator of ours; the original draws it with torch.
+    Only the filler comes from another generator; the original draws it with torch.
     """
     rng = np.random.RandomState(seed)  # the legacy generator, whose stream is frozen
     low, high = np.arange(1, vocab_size // 2), np.arange(vocab_size // 2, vocab_size)
@@ -104,10 +104,9 @@ def assemble(
     length: int,
     noise: Int[np.ndarray, "n t"] | None = None,
 ) -> tuple[Int[np.ndarray, "n t"], Int[np.ndarray, "n t"]]:
-    """Inputs and labels of drawn numbers: k1 v1 k2 v2 ..., then key i at step 2k + 2 gap_i, whose label,
-    there, is value i.
+    """Inputs and labels from draws: k1 v1 k2 v2 ..., then key i at step 2k + 2 gap_i with label value i.
 
-    `noise` stands where neither a pair nor a query does; without it, 0.
+    `noise` fills all other steps; 0 without it.
     """
     count, pairs = keys.shape
     inputs = np.zeros((count, length), np.int64)

@@ -1,11 +1,10 @@
-"""Pass keys in text: names with numbers, hidden in a haystack of bytes, each number to be given back when its
-name is asked for.
+"""Passkey retrieval: named numbers hidden in a text of bytes, each to be repeated when its name is queried.
 
     ...the haystack <X4071> goes on...<X4071>           context, then a question "<X" with the answer "4071"
 
-As in the needle tests of long-context models: one key at a chosen depth is pass-key retrieval, several with a
-question each the shared context of SCBench (arXiv 2412.10319), whose questions go to one cache in turn or
-each to a copy of it.
+As in the needle tests of long-context models: one key at a chosen depth is passkey retrieval; several keys
+with one question each are the shared context of SCBench (arXiv 2412.10319), whose questions go to one cache
+in turn or each to a copy of it.
 """
 
 import dataclasses
@@ -21,15 +20,15 @@ from seqlab.train.tasks.examples import IGNORE, VALIDATION, Examples
 
 OPEN, CLOSE = b"<>"
 NAMES = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-DIGITS = 4  # of a number
+DIGITS = 4  # per number
 FRAME = 3  # bytes of a key that are not its number: "<", a name, ">"
 
 
 class Quiz(NamedTuple):
     """Contexts of one length, and for each the same number of turns.
 
-    A question ends where its answer begins, and an answer's last byte closes it: joined behind the context
-    they are a conversation.
+    A question ends where its answer begins, and an answer ends with a closing byte: appended to the context
+    they form a conversation.
     """
 
     context: Int[np.ndarray, "n c"]
@@ -50,12 +49,12 @@ def quiz(
     digits: int = DIGITS,
     depth: float | None = None,
 ) -> Quiz:
-    """`keys` names and numbers put into every haystack in place of its last bytes, and asked for in an order
-    of their own.
+    """`keys` names and numbers inserted into every haystack, replacing its last bytes, and queried in a
+    random order.
 
     Args:
-      haystacks: bytes; the first one stays first.
-      depth: where the keys stand: 0 behind the first byte, 1 at the end; None for anywhere.
+      haystacks: bytes; the first byte is kept.
+      depth: the position of the keys: 0 after the first byte, 1 at the end; None for random.
     Raises:
       ValueError: a haystack too short for its keys, more keys than names, or a depth outside 0..1.
     """
@@ -89,17 +88,16 @@ def quiz(
 
 @dataclasses.dataclass(frozen=True)
 class Passkeys:
-    """`keys` numbers hidden in text and asked for behind it; the digits of the answers are scored.
+    """`keys` numbers hidden in text and queried after it; the digits of the answers are scored.
 
     Args:
       length: steps of an example, questions and answers included.
-      paths: where the text comes from, as in `Text`: files and folders, or nothing for the sources of the
-        Python standard library.
-      keys: numbers a context; several, for as many contexts of each: where there is little text between them
-        finding is learnt sooner.
-      digits: of a number. One is the hardest to find: the first digits of longer ones nearly give away the
-        rest.
-      examples, held_out: how many there are to train and to validate on.
+      paths: sources of the text, as in `Text`: files and folders, or none for the sources of the Python
+        standard library.
+      keys: numbers per context; with several values, equally many contexts of each: retrieval is learned
+        sooner with little text between keys.
+      digits: per number. One is the hardest: the first digits of longer numbers nearly determine the rest.
+      examples, held_out: numbers of training and validation examples.
     """
 
     length: int = 256
@@ -165,18 +163,18 @@ class Passkeys:
 
 
 def digits_of(data: object) -> int:
-    """How many digits the numbers have that a run with this `data` can be asked for: those it was trained on,
-    if it was."""
+    """The digits per number for probing a run with this `data`: as in its training, if it was trained on
+    passkeys."""
     return data.digits if isinstance(data, Passkeys) else DIGITS
 
 
 def haystacks(
     rng: np.random.Generator, count: int, length: int, paths: tuple[str, ...] = (), split: str = "train"
 ) -> UInt8[np.ndarray, "n c"]:
-    """`count` pieces of text of one length, each behind the byte that begins documents; as many documents are
-    read as that takes.
+    """`count` pieces of text of one length, each preceded by the byte that begins documents; reads as many
+    documents as needed.
 
-    In small letters: capitals name keys, and nothing else.
+    In lower case, since capitals are names of keys.
     """
     source, bos = FileSource(paths or None, split), ByteTokenizer.bos
     texts, read = [], 0
@@ -193,7 +191,7 @@ def haystacks(
 
 
 def _names(rng: np.random.Generator, hay: bytes, count: int) -> list[int]:
-    """Different names that the haystack does not ask for itself."""
+    """Distinct names that do not occur as queries in the haystack."""
     free = [name for name in NAMES if bytes([OPEN, name]) not in hay]
     if count > len(free):
         raise UserError(f"keys must not exceed the {len(free)} names that the text leaves, got {count}")

@@ -1,5 +1,5 @@
-"""Induction heads and associative recall (Hungry Hungry Hippos, arXiv 2212.14052): what followed the sign the
-last time?
+"""Induction heads and associative recall (Hungry Hungry Hippos, arXiv 2212.14052): which token followed the
+trigger last time?
 
 Tokens are numbered as in the original, whose vocabulary is a sorted list of strings: "." first, then "0",
 "1", "10", ..., and "=>" last.
@@ -44,14 +44,14 @@ class _Recall:
 
 @dataclasses.dataclass(frozen=True)
 class Induction(_Recall):
-    """Random tokens with "=>" somewhere and again at the end, where what followed it the first time is to be
-    repeated.
+    """Random tokens with the trigger "=>" in the middle and at the end, where the tokens that first followed
+    it must be repeated.
 
     Args:
-      length: steps of an example; the last sign stands `copied` steps before its end.
-      copied: how many tokens are to be repeated.
-      triggers: how often the sign may stand in the middle (in half of the examples it stands there once).
-      everywhere: score every next token, as the original's training does, not only what is to be repeated.
+      length: steps of an example; the last trigger is `copied` steps before its end.
+      copied: number of tokens to repeat.
+      triggers: the maximal number of triggers in the middle (half of the examples have one).
+      everywhere: score every next token, as in the original's training, not only the repeated ones.
     """
 
     copied: int = 1
@@ -82,13 +82,12 @@ class Induction(_Recall):
 
 @dataclasses.dataclass(frozen=True)
 class AssociativeRecall(_Recall):
-    """Keys with their values in turn, "=>", a key: its value is to be given, or "." where the key has not
-    been seen.
+    """Keys and values alternating, "=>", a key: its value is the target, or "." if the key has not occurred.
 
     Args:
-      length: steps of an example, the sign and the key behind it included: a multiple of `keys + 1`.
-      keys: tokens a key.
-      allow_dot: whether a key may be asked for that has not been seen.
+      length: steps of an example, including the trigger and the key after it: a multiple of `keys + 1`.
+      keys: tokens per key.
+      allow_dot: whether keys that have not occurred may be queried.
     """
 
     keys: int = 1
@@ -121,8 +120,8 @@ def vocabulary(vocab_size: int) -> list[str]:
 def induction(
     rng: np.random.Generator, count: int, *, vocab_size: int, length: int, copied: int = 1, triggers: int = 1
 ) -> Int[np.ndarray, "n t"]:
-    """`count` sequences of `length` random tokens, the sign and the `copied` answers, drawn from `rng` as the
-    original draws them."""
+    """`count` sequences of `length` random tokens, the trigger and the `copied` answers, drawn from `rng`
+    like the original."""
     names = vocabulary(vocab_size)
     sign = names.index(SIGN)
     chance = np.array([0.0 if name in (DOT, SIGN) else 1 / (vocab_size - 2) for name in names])
@@ -150,12 +149,11 @@ def associative_recall(
     keys: int = 1,
     allow_dot: bool = True,
 ) -> Int[np.ndarray, "n t"]:
-    """`count` sequences of `length` tokens of pairs (a rest that is no pair left out), the sign, a key and
-    its value.
+    """`count` sequences of `length` tokens of pairs (without an incomplete pair), the trigger, a key and its
+    value.
 
-    Drawn from `rng` as the original draws them.
-    The map from keys to values is drawn anew for every sequence. Half of the numbers, in the order of
-    strings, are keys, half values.
+    Drawn from `rng` like the original, with a new map from keys to values for every sequence. Half of the
+    numbers, in string order, are keys, half values.
     """
     names = vocabulary(vocab_size)
     plain = [i for i, name in enumerate(names) if name not in (DOT, SIGN)]
@@ -186,7 +184,7 @@ def next_tokens(sequences: Int[np.ndarray, "n t"], scored: int | None) -> Exampl
 def distinct(draw: Callable[[int], Int[np.ndarray, "n t"]], count: int) -> Int[np.ndarray, "n t"]:
     """`count` sequences without repetitions, in the order in which they were first drawn by `draw(n)`.
 
-    Raises ValueError where there are not enough of them to be found.
+    Raises ValueError if there are not enough.
     """
     found: dict[bytes, np.ndarray] = {}
     in_vain = 0  # drawn since the last new one

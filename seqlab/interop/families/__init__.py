@@ -1,4 +1,5 @@
-"""Families of published models, one file each: how a config.json describes one, and which of our models computes it.
+"""Families of published models, one file each: how a config.json describes one, and which of our models
+computes it.
 
 A file of this folder that has a MODEL_TYPE is a family:
 

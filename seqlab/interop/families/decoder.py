@@ -28,8 +28,8 @@ def language_model(
 
     Args:
       keys: of the config.json; what the families have in common is read here.
-      defaults: what transformers takes for vocab_size, intermediate_size, num_key_value_heads (0: as many as there
-        are heads) and max_position_embeddings where they are missing.
+      defaults: what transformers takes for vocab_size, intermediate_size, num_key_value_heads (0: as many as
+        there are heads) and max_position_embeddings where they are missing.
       windows: of every layer, None for the whole past.
       bias, out_bias: of the maps to queries, keys and values, and of that to the output.
       head_dim: where it is missing; None for hidden_size / num_attention_heads.
@@ -83,7 +83,8 @@ def depth_of(keys: Keys) -> int:
 
 
 def layer_types(keys: Keys, default: Sequence[str]) -> list[str]:
-    """ "full_attention" or "sliding_attention" for every layer; `default` where the key is missing or null."""
+    """ "full_attention" or "sliding_attention" for every layer; `default` where the key is missing or
+    null."""
     found = keys.get("layer_types") or list(default)
     kinds = ("full_attention", "sliding_attention")
     if not isinstance(found, list) or len(found) != len(default):
@@ -150,7 +151,8 @@ def _rotary(keys: Keys, longest: int) -> tuple[float, fdl.Config | None]:
 
 
 def windows_of(model: LanguageModel) -> list[int | None]:
-    """The window of every layer of `model`, None for the whole past. Raises PretrainedError for other caches."""
+    """The window of every layer of `model`, None for the whole past. Raises PretrainedError for other
+    caches."""
     mixers = [block.mixer for block in model.backbone.blocks]
     for mixer in mixers:
         if type(mixer.cache) not in (Full, Window) or getattr(mixer.cache, "sinks", 0):
@@ -181,7 +183,8 @@ def described(model: LanguageModel, qk_norm: bool = False) -> dict[str, Any]:
             raise PretrainedError(f"{name}: no published family has {getattr(first, name)!r}")
     if first.rotary_width != first.head_dim:
         raise PretrainedError(
-            f"rotary_width: published families turn the whole head, got {first.rotary_width} of {first.head_dim}"
+            f"rotary_width: published families turn the whole head, got {first.rotary_width} of "
+            f"{first.head_dim}"
         )
     windows_of(model)
     if (first.q_norm is not None) != qk_norm:

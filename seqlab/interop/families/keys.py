@@ -1,7 +1,7 @@
 """The keys of a published config.json: each is used, known to be without influence, or refused by name.
 
-A key that is passed over in silence gives a model that computes something else, so a family reads every key through
-`Keys`, with the default that transformers has for it, and ends with `done`.
+A key that is passed over in silence gives a model that computes something else, so a family reads every key
+through `Keys`, with the default that transformers has for it, and ends with `done`.
 """
 
 import math
@@ -103,7 +103,8 @@ class Keys:
         _check_plain_weights(self.get("quantization_config"))
         if self.has("auto_map"):
             raise PretrainedError(
-                "auto_map: the model has code of its own, which is not run; where it computes what the family does, "
+                "auto_map: the model has code of its own, which is not run; where it computes what the "
+                "family does, "
                 "remove this key"
             )
         named = self._given.get("architectures")
@@ -114,7 +115,8 @@ class Keys:
         if left:
             known = sorted(set(self._given) - set(left))
             raise PretrainedError(
-                f"{left[0]}: got {self._given[left[0]]!r}, and no {self._given.get('model_type')} has this key here: "
+                f"{left[0]}: got {self._given[left[0]]!r}, and no {self._given.get('model_type')} has this "
+                "key here: "
                 "where it changes nothing, remove it"
                 + nearest(left[0], known).partition(" Valid")[0].rstrip(".")
             )
@@ -139,12 +141,14 @@ class Keys:
 
 
 def _check_plain_weights(quantization: Any) -> None:
-    """Refuse weights that are quantized. What transformers says of a GGUF file is of where the weights came from."""
+    """Refuse weights that are quantized. What transformers says of a GGUF file is of where the weights came
+    from."""
     if quantization is None:
         return
     method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
     if method != "gguf":
         raise PretrainedError(
-            f"quantization_config: the weights are quantized ({method!r}), which is not supported: save them in "
+            f"quantization_config: the weights are quantized ({method!r}), which is not supported: save "
+            "them in "
             "float32, bfloat16 or float16"
         )

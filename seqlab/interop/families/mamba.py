@@ -50,7 +50,8 @@ def to_config(model: LanguageModel) -> dict[str, Any]:
 def language_model(
     keys: Keys, mixer: fdl.Config, *, vocab_size: int, dim: int, depth: int, tied: bool
 ) -> fdl.Config:
-    """The config of a model of Mamba or Mamba-2 around its mixers; the rest is what missing keys stand for."""
+    """The config of a model of Mamba or Mamba-2 around its mixers; the rest is what missing keys stand
+    for."""
     keys.expect("hidden_act", "silu", "swish")
     keys.expect("rms_norm", True)
     keys.expect("ssm_cfg", {})

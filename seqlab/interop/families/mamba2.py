@@ -23,7 +23,8 @@ def from_config(keys: Keys) -> fdl.Config:
     dim, heads, width = keys.size("hidden_size", 4096), keys.size("num_heads", 128), keys.size("head_dim", 64)
     if keys.has("expand") and keys.size("expand") * dim != heads * width:
         raise PretrainedError(
-            f"expand: got {keys.get('expand')}, expected num_heads * head_dim / hidden_size = {heads * width / dim:g}"
+            f"expand: got {keys.get('expand')}, expected num_heads * head_dim / hidden_size = "
+            f"{heads * width / dim:g}"
         )
     keys.expect("intermediate_size", heads * width)
     mixer = fdl.Partial(
