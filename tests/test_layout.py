@@ -92,9 +92,10 @@ def test_functions_keep_their_budget():
     assert not long, long
 
 
-def test_the_package_list_is_the_folders():
-    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
-    assert listed == {module_name(path) for path in sources(*FOLDERS) if path.name == "__init__.py"}
+def test_every_folder_of_sources_is_a_package_that_a_wheel_takes():
+    packaged = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert packaged["packages"] == {"find": {"include": ["seqlab*"]}}
+    assert [path for path in sources(*FOLDERS) if not (path.parent / "__init__.py").is_file()] == []
 
 
 def test_top_level_folders_are_those_of_the_house():
