@@ -115,7 +115,8 @@ def test_the_hybrids_of_the_first_paper(kinds, norm, tmp_path):
     assert set(mids) <= case.compared
 
 
-@pytest.mark.parametrize("dim", [20, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [20, 64])
 def test_attention_whose_heads_share_all_channels(dim, tmp_path):
     """20 channels are one head of 20, whose logits are divided by the root of 32 nevertheless."""
     rng = np.random.default_rng(dim)

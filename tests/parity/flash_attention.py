@@ -18,6 +18,8 @@ def check(case):
         "sinks": meta.get("sink_tokens") or 0,
         "softcap": meta.get("softcap") or None,
     }
+    if isinstance(meta.get("softmax_scale"), int | float):  # else in words: that of the width
+        options["scale"] = float(meta["softmax_scale"])
     t, s = meta["Sq"], meta["Sk"]
     rows, keys = np.ones((meta["B"], t), bool), np.ones((meta["B"], s), bool)
     if "q_len" in case.inputs:  # aligned at the end of every row

@@ -17,8 +17,10 @@ def check(case):
     if "x" in case.inputs:
         _check_layer(case)
         return
+    scale = case.meta.get("scale")  # a number, or in words that of the width
+    options = {"scale": float(scale)} if isinstance(scale, int | float) else {}
     for implementation in ("reference", "xla"):
-        call = functools.partial(linear_attention, implementation=implementation)
+        call = functools.partial(linear_attention, implementation=implementation, **options)
         if any(name.startswith("grad_") for name in case.outs):
             _check_gradients(case, call)
         else:

@@ -126,6 +126,32 @@ class _Masked:
         return y * self.keep, state
 
 
+def _map(x, u, begin, end):
+    """An input or output map [b, t, n]; [b, t, e, n] of one that is constant (E, N) or that groups of
+    channels have, (b, G, N, L)."""
+    if x.ndim == 3:
+        return x.swapaxes(1, 2)[:, begin:end]
+    if x.ndim == 2:
+        return jnp.broadcast_to(x, (*u.shape[:2], *x.shape))
+    return jnp.repeat(x.transpose(0, 3, 1, 2)[:, begin:end], u.shape[2] // x.shape[1], axis=2)
+
+
+def _scanned(scan, arrays, state):
+    return scan(*arrays, initial_state=state)
+
+
+def _by_columns(scan, arrays, state):
+    """The scan whose maps belong to each channel: one of every column of A, whose input is u B."""
+    u, delta, A, B, C = arrays
+    B, C = (x if x.ndim == 4 else x[:, :, None] for x in (B, C))
+    one, total, states = jnp.ones((*u.shape[:2], 1), u.dtype), 0.0, []
+    for n in range(A.shape[1]):
+        start = None if state is None else state[..., n : n + 1]
+        h, last = scan(u * B[..., n], delta, A[:, n : n + 1], one, one, initial_state=start)
+        total, states = total + C[..., n] * h, [*states, last]
+    return total, jnp.concatenate(states, axis=2)
+
+
 def _check_scan(case, scan):
     names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
     floats = {name: case.array(name) for name in names if name in case.inputs}
@@ -134,9 +160,12 @@ def _check_scan(case, scan):
     def run(floats, begin=0, end=None, state=None):
         """The original's call around our scan; its arrays are [batch, channel, time]."""
         f = dict(floats)
-        u, delta, B, C = (f[name].swapaxes(1, 2)[:, begin:end] for name in ("u", "delta", "B", "C"))
+        u, delta = (f[name].swapaxes(1, 2)[:, begin:end] for name in ("u", "delta"))
+        B, C = (_map(f[name], u, begin, end) for name in ("B", "C"))
         delta = delta + f.get("delta_bias", 0.0)
-        y, state = scan(u, jax.nn.softplus(delta) if softplus else delta, f["A"], B, C, initial_state=state)
+        delta = jax.nn.softplus(delta) if softplus else delta
+        wide = B.ndim + C.ndim > 6
+        y, state = (_by_columns if wide else _scanned)(scan, (u, delta, f["A"], B, C), state)
         y = y + f["D"] * u if "D" in f else y
         y = y.swapaxes(1, 2)
         return (y * jax.nn.silu(f["z"][:, :, begin:end]) if "z" in f else y), state
