@@ -4,8 +4,8 @@ The streaming contract: a mixer is a function of a chunk of any length and of a 
 
     y, state = mixer(x, state, reset=None, valid=None)
 
-and the whole sequence, any split of it into chunks, and one step at a time are the same function.
-`verify_streaming` checks it on any mixer or model; `stream_generate` relies on it.
+and the whole sequence, any split of it into chunks, and single steps give the same result. `verify_streaming`
+checks it on any mixer or model; `stream_generate` relies on it.
 
 Importing seqlab imports neither JAX nor any of the heavier libraries: every public name is loaded when it is
 first used.

@@ -1,4 +1,4 @@
-"""Modules that moved are found under their old names for one minor version, with a DeprecationWarning."""
+"""Old names of moved modules, importable for one minor version with a DeprecationWarning."""
 
 import importlib
 import importlib.machinery
@@ -35,13 +35,13 @@ MOVED = {
 
 
 class Finder:
-    """A finder and loader (`sys.meta_path`) that answers an old name with the module of the new one."""
+    """A finder and loader (`sys.meta_path`) that maps an old name to the new module."""
 
     @staticmethod
     def find_spec(
         name: str, path: object = None, target: object = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """The spec of a module that moved; None for every other name."""
+        """The spec of a moved module; None for other names."""
         known = name in MOVED or name == "seqlab.verify_devices"
         return importlib.machinery.ModuleSpec(name, Finder) if known else None
 
@@ -51,9 +51,9 @@ class Finder:
 
     @staticmethod
     def exec_module(module: object) -> None:
-        """Put the module of today in the place of the one that is being imported."""
+        """Replace the imported module by the new one."""
         name = module.__name__
-        if name == "seqlab.verify_devices":  # the function of that name is public, and must stay what it is
+        if name == "seqlab.verify_devices":  # the public function has this name
             sys.modules[name] = importlib.import_module("seqlab.verify").verify_devices
             return
         warnings.warn(f"{name} is now {MOVED[name]}", DeprecationWarning, stacklevel=2)

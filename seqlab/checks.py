@@ -1,5 +1,5 @@
-"""Checks of arguments. Every refusal names the argument, the value, what was expected and, of names, the
-nearest."""
+"""Checks of arguments. Errors name the argument, the value, what was expected and, for names, the nearest
+valid one."""
 
 import difflib
 import numbers
@@ -9,12 +9,12 @@ from collections.abc import Iterable, Sequence
 
 
 class UserError(ValueError):
-    """What a user can put right: the message says what and how. The command line prints it in one line, exit
+    """An error that the user can fix; the message says how. The command line prints it in one line, with exit
     code 2."""
 
 
 def check_choice(value: str, valid: Sequence[str], what: str) -> None:
-    """Refuse a name that is not among `valid`, naming the nearest."""
+    """Refuse a name that is not in `valid`, with the nearest valid one."""
     if value not in valid:
         near = difflib.get_close_matches(str(value), valid, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -38,7 +38,7 @@ def check_divides(name: str, value: int | None, whole_name: str, whole: int) -> 
 
 
 def check_at_least(name: str, value: int, least: int, why: str = "") -> None:
-    """Refuse what is not an integer of at least `least`; `why` says where that bound comes from."""
+    """Refuse a value that is not an integer of at least `least`; `why` explains the bound."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         reason = f" ({why})" if why else ""
         raise UserError(f"{name} must be an integer of at least {least}{reason}, got {value!r}")
@@ -50,7 +50,7 @@ def shown(value: object, most: int = 80) -> str:
 
 
 def expanded(name: str, path: str | os.PathLike[str]) -> pathlib.Path:
-    """The path that is meant, with the home folder in place of `~`."""
+    """The path, with `~` expanded."""
     text = os.fspath(path)
     if "\0" in text:
         raise UserError(f"{name}: got {text!r}, and no path holds a null character")

@@ -1,10 +1,8 @@
-"""Mixers: the published protocol, defaults for everything else that code may ask of one, and mixers of
-mixers.
+"""Mixers: the public protocol, defaults for everything else, and composite mixers.
 
-`Mixer` is what a class must offer. `MixerBase` adds what it may offer besides, each with the answer of a
-mixer that does not have it: no bound on the length, no way back. `Composite` derives these from its
-`children`, so a mixer made of mixers keeps every bound of theirs. Code asks through `as_mixer`, which gives
-the same answers for a class that has the members of the protocol alone.
+`Mixer` is the required protocol. `MixerBase` adds optional members with defaults: no bound on the length, no
+rewinding. `Composite` derives these from its `children`, so a mixer made of mixers keeps all their bounds.
+Code uses `as_mixer`, which supplies the same defaults for a class that has only the members of the protocol.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,18 +21,18 @@ State = Any  # a pytree of arrays, by convention a NamedTuple
 
 
 class CannotRewind(NotImplementedError):
-    """A mixer keeps a summary of its past and not the steps: none can be taken back."""
+    """A mixer keeps a summary of its past instead of the steps, and cannot be rewound."""
 
 
 @runtime_checkable
 class Mixer(Protocol):
     """The members of every token mixer, channel mixer and model.
 
-    `causal`, `lookahead` and `exact` say which clauses of the contract can be asked of it: a mixer with
-    `lookahead = n` gives in streaming the output of the full pass n steps late; one with `exact = False`
-    approximates and says why in its docstring. They are read only, so attributes, class attributes and
-    properties all do. The protocol is for type checkers and `isinstance`; to inherit, there is `MixerBase`,
-    which has defaults for what a mixer may offer besides.
+    `causal`, `lookahead` and `exact` declare which clauses of the contract apply: with `lookahead = n` the
+    streamed outputs are those of the full pass, n steps late; with `exact = False` streaming approximates,
+    for a reason given in the docstring. They are only read, so attributes, class attributes and properties
+    all work. The protocol is for type checkers and `isinstance`; inherit `MixerBase`, which has defaults for
+    optional members.
     """
 
     @property
@@ -56,16 +54,16 @@ class Mixer(Protocol):
         reset: Steps | None = None,
         valid: Steps | None = None,
     ) -> tuple[Activations, State | None]:
-        """Mix a chunk of any length. With `state=None` the sequence starts fresh and None is handed back: the
+        """Mix a chunk of any length. With `state=None` the sequence starts fresh and None is returned: the
         training form."""
 
 
 class MixerBase:
-    """Defaults for everything that code may ask of a mixer besides the protocol; inherit it to change one.
+    """Defaults for the optional members of mixers; inherit it and override.
 
     `dim`, `inputs`, `vocab_size`: width of the activations, channels of a model of numbers, tokens of a
-    language model; None where a mixer has none. `dtype`: the compute dtype of a model. `capacity`: the
-    longest sequence in steps that the state can hold; None for no bound.
+    language model; None if not applicable. `dtype`: the compute dtype of a model. `capacity`: the longest
+    sequence in steps that the state can hold; None for no bound.
     """
 
     causal: bool = True
@@ -78,11 +76,11 @@ class MixerBase:
     capacity: int | None = None
 
     def children(self) -> Sequence[Any]:
-        """The mixers that this one is made of, in the order in which they run."""
+        """The parts of this mixer, in the order in which they run."""
         return ()
 
     def with_room(self, state: State, steps: int) -> State:
-        """`state` with room for sequences of `steps` steps, where it grows; itself otherwise."""
+        """`state` with room for sequences of `steps` steps if it grows; itself otherwise."""
         return state
 
     def make_room(self, state: State, steps: int | Int[Array, " b"]) -> State:
@@ -91,30 +89,30 @@ class MixerBase:
         return state
 
     def compact(self, state: State, steps: int) -> State:
-        """The state of sequences of at most `steps` steps with no more room than these need; itself where a
-        state has one size."""
+        """`state` of sequences of at most `steps` steps, reduced to the room these need; itself if a state
+        has one size."""
         return state
 
     def adopt(self, state: State) -> State:
-        """A state that enters from outside, as this mixer continues it; ValueError where its numbers say that
-        another mixer made it. Looks at the numbers: not for jitted code."""
+        """A state from outside, adapted to this mixer; ValueError if its values show that another mixer made
+        it. It inspects values: not for jitted code."""
         return state
 
     def rewind(self, state: State, steps: Int[Array, " b"]) -> State:
-        """The state `steps` [b] steps ago; CannotRewind where the mixer does not keep the steps."""
+        """The state `steps` [b] steps ago; CannotRewind if the mixer does not keep the steps."""
         raise CannotRewind(
             f"{type(self).__name__} keeps a summary of all steps, from which none can be taken back"
         )
 
     def unrolled(self) -> Any:
-        """The same function in the form that decodes best; its states may have another structure."""
+        """The same function in the best form for decoding; its states may have another structure."""
         return self
 
 
 class Composite(MixerBase):
-    """A mixer made of mixers: its bounds are those of its children.
+    """A mixer made of mixers, with the bounds of its children.
 
-    A subclass defines `children`, and `map_states` where its state is other than a tuple of theirs.
+    A subclass defines `children`, and `map_states` unless its state is a tuple of theirs.
     """
 
     causal = property(lambda self: all(as_mixer(child).causal for child in self.children()))
@@ -123,12 +121,12 @@ class Composite(MixerBase):
 
     @property
     def capacity(self) -> int | None:
-        """The longest sequence that every child can hold; None where none sets a bound."""
+        """The longest sequence that every child can hold; None without a bound."""
         bounds = [as_mixer(child).capacity for child in self.children()]
         return min((bound for bound in bounds if bound is not None), default=None)
 
     def map_states(self, state: State, function: Callable[[Any, State], State]) -> State:
-        """`state` with `function(child, its state)` in place of each child's state."""
+        """`state` with each child's state replaced by `function(child, its state)`."""
         return tuple(function(child, own) for child, own in zip(self.children(), state, strict=True))
 
     def with_room(self, state: State, steps: int) -> State:
@@ -144,12 +142,12 @@ class Composite(MixerBase):
         return self.map_states(state, lambda child, own: as_mixer(child).adopt(own))
 
     def rewind(self, state: State, steps: int | Int[Array, " b"]) -> State:
-        """The state `steps` steps ago, row by row: going on from it is never having seen them. Looks at the
-        numbers: not for jitted code.
+        """The state `steps` steps ago, per row, as if these steps had not been seen. It inspects values: not
+        for jitted code.
 
         Raises:
-          ValueError: a cache no longer has what was visible there. CannotRewind: a mixer keeps a summary of
-            its past and not the steps.
+          ValueError: a cache no longer has the keys visible then. CannotRewind: a mixer keeps a summary of
+            its past.
         """
 
         def back(child: Any, own: State) -> State:
@@ -161,7 +159,7 @@ class Composite(MixerBase):
 
 
 class _Adapted:
-    """A mixer of the protocol alone, with the defaults of `MixerBase` for what it lacks."""
+    """A wrapper of a mixer with only the protocol, with the defaults of `MixerBase`."""
 
     def __init__(self, mixer: Any):
         self._mixer = mixer
@@ -175,13 +173,13 @@ class _Adapted:
 
 
 def as_mixer(mixer: Mixer) -> Any:
-    """`mixer` with an answer to everything that `MixerBase` has; itself where it inherits that."""
+    """`mixer` with all members of `MixerBase`; itself if it inherits them."""
     return mixer if isinstance(mixer, MixerBase) else _Adapted(mixer)
 
 
 def width_of(mixer: Any) -> int:
-    """The width of the activations that `mixer` takes: its `inputs` or `dim`, or, where it has neither, the
-    size of an axis of its parameters at which it maps [b, t, d] to [b, t, d].
+    """The input width of `mixer`: its `inputs` or `dim`, or else a size of its parameters with which it maps
+    [b, t, d] to [b, t, d].
 
     Raises:
       ValueError: no width is known and none of those sizes works.
@@ -194,7 +192,7 @@ def width_of(mixer: Any) -> int:
         shape = jax.ShapeDtypeStruct((2, 3, size), jnp.float32)
         try:
             y, _ = jax.eval_shape(lambda x: mixer(x), shape)
-        except (TypeError, ValueError):  # how JAX says that shapes do not fit
+        except (TypeError, ValueError):  # JAX's errors for mismatched shapes
             continue
         if y.shape == shape.shape:
             return size

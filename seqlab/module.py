@@ -1,11 +1,10 @@
 """Modules: parameters with names, and nothing else.
 
 A `Module` holds `nnx.Param`s and hyper-parameters. State and caches are arguments and results, never
-attributes. At the edge of a program `split` takes a model apart into a hashable description and one flat
-dictionary of arrays, `{"backbone.blocks.0.mixer.q.weight": array}`; everything that is jitted, sharded,
-optimised or saved works on that dictionary, and `merge` puts the model together inside the jitted function.
-(Handing modules to `nnx.jit` instead costs 10 to 70 times more per decode step: it walks the objects in
-Python.)
+attributes. At the edge of a program `split` separates a model into a hashable description and one flat
+dictionary of arrays, `{"backbone.blocks.0.mixer.q.weight": array}`; jitting, sharding, optimisation and
+saving work on that dictionary, and `merge` rebuilds the model inside the jitted function. (Passing modules to
+`nnx.jit` instead costs 10 to 70 times more per decode step: it traverses the objects in Python.)
 """
 
 import functools
@@ -24,9 +23,8 @@ M = TypeVar("M", bound=nnx.Module)
 class Module(nnx.Module):
     """Base of every seqlab module: an `nnx.Module` that shows the signature of its constructor.
 
-    NNX hides it behind `(*args, **kwargs)`, so a configuration system accepts misspelt arguments without a
-    word. Constructors take
-    `rngs: nnx.Rngs` by keyword.
+    NNX hides it behind `(*args, **kwargs)`, so that a configuration system would accept misspelt arguments.
+    Constructors take `rngs: nnx.Rngs` by keyword.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -36,8 +34,7 @@ class Module(nnx.Module):
 
 
 class Static(NamedTuple):
-    """What remains of a model without its arrays: hashable, so that it can be a static argument of
-    `jax.jit`.
+    """A model without its arrays: hashable, so that it can be a static argument of `jax.jit`.
 
     `graph`, `tree`: as NNX and JAX describe it. `names`: of the arrays, in the order of `tree`. `learnt`:
     which of them are parameters (`nnx.Param`). `keys`: the PRNG of each array that is a typed key, None for
@@ -52,10 +49,10 @@ class Static(NamedTuple):
 
 
 def split(model: nnx.Module) -> tuple[Static, Params]:
-    """Take `model` apart into a hashable `Static` and a flat dictionary from name to array.
+    """Split `model` into a hashable `Static` and a flat dictionary from name to array.
 
     The dictionary holds every array of the model: the parameters, and the statistics (`statistics_of`), such
-    as the key and the count of an `nnx.Dropout`. Typed keys are there as their raw numbers.
+    as the key and the count of an `nnx.Dropout`. Typed keys are stored as raw numbers.
     """
     static, leaves = _described(model)
     raw = (leaf if kind is None else _raw(leaf) for leaf, kind in zip(leaves, static.keys, strict=True))
@@ -82,9 +79,10 @@ def merge(static: Static, params: Params) -> Any:
 
 
 def in_evaluation(model: M) -> M:
-    """A copy of `model` that shares its arrays and is in evaluation mode: nothing is drawn or measured.
+    """A copy of `model` in evaluation mode that shares its arrays: without random draws and statistics
+    updates.
 
-    NNX's own dropout is born in training mode, so whatever streams, verifies or evaluates a model takes this.
+    NNX's own dropout starts in training mode, so streaming, verification and evaluation use this.
     """
     static, params = split(model)
     copy = merge(static, params)
@@ -93,8 +91,8 @@ def in_evaluation(model: M) -> M:
 
 
 def statistics_of(static: Static) -> frozenset[str]:
-    """The names of what no gradient reaches: everything that is not an `nnx.Param`. Training measures it
-    (running means and variances), uses it up (keys of dropout) or leaves it as it is (constants)."""
+    """The names of all arrays that are not an `nnx.Param` and have no gradient: running statistics, keys of
+    dropout, constants."""
     return frozenset(static.names) - static.learnt
 
 
@@ -106,8 +104,8 @@ def statistics(module: nnx.Module) -> dict[str, Any]:
 
 
 def moved_statistics(module: nnx.Module, before: dict[str, Any]) -> Params:
-    """What calls have changed in `module` since `statistics` gave `before`, by name and as `split` shows it:
-    of a pure function a result like any other. In evaluation nothing."""
+    """Statistics of `module` changed by calls since `before` was returned by `statistics`, by name and as in
+    `split`; none in evaluation."""
     return {
         name: leaf if _key_kind(leaf) is None else _raw(leaf)
         for name, leaf in statistics(module).items()
@@ -116,7 +114,7 @@ def moved_statistics(module: nnx.Module, before: dict[str, Any]) -> Params:
 
 
 def put_statistics(module: nnx.Module, statistics: Params) -> None:
-    """Write back into `module` what `moved_statistics` found in a copy of it."""
+    """Write the result of `moved_statistics` on a copy back into `module`."""
     if statistics:
         static, old = split(module)
         nnx.update(module, nnx.state(merge(static, old | statistics)))
@@ -134,8 +132,8 @@ def params_of(model: nnx.Module) -> Params:
 
 
 def count_params(model_or_params: nnx.Module | Params) -> int:
-    """How many numbers are learnt; abstract models (`nnx.eval_shape`) count too. In a dictionary every array
-    counts."""
+    """The number of trained parameters, also of abstract models (`nnx.eval_shape`). In a dictionary every
+    array counts."""
     if isinstance(model_or_params, dict):
         params = model_or_params
     else:
@@ -160,14 +158,14 @@ def _described(model: nnx.Module) -> tuple[Static, list[Any]]:
 
 
 def _variables(tree: jax.tree_util.PyTreeDef, names: tuple[str, ...]) -> list[Any]:
-    """The variable around each leaf; a leaf that is an attribute of its own comes as its name."""
+    """The variable of each leaf; its name for a leaf that is a plain attribute."""
     return jax.tree.leaves(
         jax.tree.unflatten(tree, names), is_leaf=lambda part: isinstance(part, nnx.Variable)
     )
 
 
 def _key_kind(leaf: Any) -> str | None:
-    """The PRNG of a typed key, abstract ones included; None for every other array."""
+    """The PRNG of a typed key, also an abstract one; None for other arrays."""
     dtype = getattr(leaf, "dtype", None)
     return dtype._impl.name if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) else None
 

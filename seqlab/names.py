@@ -1,8 +1,8 @@
-"""Code that text names: `module:Name` in configs, on the command line and in cache words.
+"""Names of code in text: `module:Name` in configs, on the command line and in cache strings.
 
-A name that a user types is imported like any other. A name in a file is a stranger's until the user says
-otherwise: inside `restricted()` only the parts that configs are made of can be named (`PARTS`), each where it
-is defined, and everything else is refused with its name, before it is imported.
+A name typed by the user is imported. A name in a file is untrusted unless the user says otherwise: inside
+`restricted()` only the parts of configs (`PARTS`) can be named, each where it is defined, and every other
+name is refused before it is imported.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from typing import Any
 
 from seqlab.checks import UserError
 
-# What configs are made of. Modules that import by name, start processes, or write files are not among them.
+# The parts of configs. Modules that import by name, start processes, or write files are excluded.
 PARTS = (
     "seqlab.models",
     "seqlab.parallel.sharding",
@@ -36,13 +36,12 @@ _allowed: contextvars.ContextVar[frozenset[str] | None] = contextvars.ContextVar
 
 
 class UntrustedNameError(UserError):
-    """A file names code that is no part of seqlab's configs, and the user has not said that it may run."""
+    """A file names code outside seqlab's configs that the user has not allowed."""
 
 
 @contextlib.contextmanager
 def restricted(more: Collection[str] = ()) -> Iterator[None]:
-    """Within this block `imported` refuses what is neither a part of seqlab's configs nor one of the names
-    `more`."""
+    """Within this block `imported` refuses names that are neither parts of seqlab's configs nor in `more`."""
     token = _allowed.set(frozenset(more))
     try:
         yield
@@ -51,11 +50,11 @@ def restricted(more: Collection[str] = ()) -> Iterator[None]:
 
 
 def imported(name: str) -> Any:
-    """What "module:Name" stands for.
+    """The object named "module:Name".
 
     Raises:
-      UntrustedNameError: within `restricted`, for a name that is not allowed there; nothing has been imported
-        for it.
+      UntrustedNameError: within `restricted`, for a name that is not allowed there; nothing has been
+        imported.
       ImportError, AttributeError: there is no such module, or no such name in it.
     """
     module, _, attribute = name.partition(":")
@@ -72,8 +71,7 @@ def imported(name: str) -> Any:
 
 
 def search_current_folder() -> None:
-    """Let names that the user typed be found in the folder one works in, after everything that is
-    installed."""
+    """Search the current folder, after everything installed, for names that the user typed."""
     here = os.getcwd()
     if here not in sys.path:
         sys.path.append(here)

@@ -1,4 +1,4 @@
-"""Resets that forget everything, NaN and infinity included."""
+"""Resets that forget everything, including NaN and infinity."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -14,9 +14,9 @@ from seqlab.state import State, by_row, mask_steps, segments, select_rows
 
 
 class Broken(NamedTuple):
-    """Which results are NaN because their sequence has had a step that is not finite, at them or before.
+    """Masks of results that are NaN because their sequence had a non-finite step, at them or before.
 
-    `steps` [b, t]: outputs. `last` [b]: the state, where that is of such a sequence.
+    `steps` [b, t]: outputs. `last` [b]: the state, if it belongs to such a sequence.
     """
 
     steps: Bool[Array, "b t"]
@@ -24,10 +24,10 @@ class Broken(NamedTuple):
 
 
 def broken(bad: Steps, start: Bool[Array, " b"] | None, reset: Steps, valid: Steps | None) -> Broken:
-    """Where sequences are broken by `bad` steps, or by a state that was broken at the `start`.
+    """Masks of sequences with `bad` steps, or with a non-finite state at the `start`.
 
-    A reset is to forget NaN and infinity, too, but steps before and after it share sums and products, where
-    0 * NaN is NaN. So what is not finite is masked before anything reads it, and put back by this.
+    A reset must also forget NaN and infinity, but steps before and after it share sums and products, where 0
+    * NaN is NaN. Non-finite values are therefore masked before they are read, and restored by these masks.
     """
     where = segments(reset.shape, 0, reset, valid)
     there = where.ids > 0
@@ -37,7 +37,7 @@ def broken(bad: Steps, start: Bool[Array, " b"] | None, reset: Steps, valid: Ste
     steps = count > before
     if start is not None:
         steps = steps | (start[:, None] & (where.ids == 1))
-    # Padding may stand last: of the last sequence the last valid step tells.
+    # Padding may be last, so use the last valid step of the last sequence.
     last = jnp.any(steps & there & (where.ids == where.last[:, None]), axis=1)
     last = last if start is None else last | (start & (where.last == 1))
     return Broken(steps & there, last)
@@ -50,12 +50,11 @@ def sealed(
     reset: Steps,
     valid: Steps | None,
 ) -> tuple[Any, State | None]:
-    """`outputs, state = call(arrays, state)` of a chunk with resets, in which a sequence leaves nothing to
-    the next one.
+    """`outputs, state = call(arrays, state)` of a chunk with resets, in which a sequence has no effect on the
+    next one.
 
-    `call` gets `arrays` [b, t, ...] and `state` without what is not finite. That is NaN in the outputs
-    [b, t, ...] of its own sequence from there on, and in the new state if that sequence is the one that is
-    carried on.
+    `call` gets `arrays` [b, t, ...] and `state` without non-finite values. These become NaN in the outputs
+    [b, t, ...] of their own sequence from there on, and in the new state if that sequence is carried on.
     """
     bad = ~functools.reduce(jnp.logical_and, [jnp.isfinite(x).all(tuple(range(2, x.ndim))) for x in arrays])
     clean = tuple(mask_steps(x, ~bad) for x in arrays)
@@ -76,7 +75,7 @@ def _nan_steps(outputs: Any, steps: Array) -> Any:
 
 
 def _ill_rows(state: State, batch: int) -> Bool[Array, " b"]:
-    """Which rows of a state hold anything that is not finite."""
+    """The rows of a state with non-finite values."""
 
     def ill(x: Array, axis: int) -> Array:
         if not jnp.issubdtype(x.dtype, jnp.floating):

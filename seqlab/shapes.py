@@ -1,4 +1,4 @@
-"""The axes of seqlab: one letter an axis, the same in signatures, einsums and comments.
+"""The axes of seqlab: one letter per axis, the same in signatures, einsums and comments.
 
     b  batch (rows)            t  time, or the length of a chunk        c  the length of an inner chunk
     d  model width             h  heads                                 g  groups that share something
@@ -8,9 +8,9 @@
     p  past steps that are kept, one less than taps
 
 Layout is always `[b, t, h, d]`; images are NHWC. Masks say True = keep. Segment ids count from 1, 0 is
-padding. Positions count from 0 within a segment. A window W holds the query and the W-1 keys before it.
+padding. Positions count from 0 within a segment. A window W is the query and the W-1 keys before it.
 
-Accumulators (recurrent states, decays, log-sum-exp) are float32, or float64 where the inputs are float64: see
+Accumulators (recurrent states, decays, log-sum-exp) are float32, or float64 for float64 inputs: see
 `accumulator`.
 """
 
@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 Activations = Float[Array, "b t d"]
 Tokens = Int[Array, "b t"]
-Steps = Bool[Array, "b t"]  # one flag a step: `reset` or `valid`
+Steps = Bool[Array, "b t"]  # one flag per step: `reset` or `valid`
 Queries = Float[Array, "b t h k"]
 Keys = Float[Array, "b s g k"]
 Values = Float[Array, "b s g v"]
@@ -28,5 +28,5 @@ LogSumExp = Float[Array, "b t h"]
 
 
 def accumulator(dtype: jax.typing.DTypeLike) -> jnp.dtype:
-    """The dtype in which sums over `dtype` are kept: float32 at least."""
+    """The dtype of accumulators for `dtype`: float32 at least."""
     return jnp.promote_types(dtype, jnp.float32)

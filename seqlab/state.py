@@ -1,7 +1,7 @@
-"""State: what can be done with the state of any mixer.
+"""Operations on the states of mixers.
 
-A state is a pytree of arrays made by `mixer.init_state`; batch is the first axis of every leaf, except inside
-`Stacked`, where layers come first. Since a state is a plain value, saving, forking and moving rows are
+A state is a pytree of arrays created by `mixer.init_state`; batch is the first axis of every leaf, except
+inside `Stacked`, where layers come first. Since a state is a plain value, saving, forking and moving rows are
 operations on pytrees and need nothing from the mixer.
 """
 
@@ -25,16 +25,16 @@ T = TypeVar("T")
 
 
 class Stacked(NamedTuple):
-    """The states of layers that are run by one scan: every leaf has the layers first and the batch second."""
+    """The states of layers run by one scan: every leaf has the layers first and the batch second."""
 
     layers: State
 
 
 class Segments(NamedTuple):
-    """Where the steps of a chunk stand in their sequences.
+    """The segments and positions of the steps of a chunk.
 
-    `ids` [b, t]: 1 for the sequence that the state carries, counting up at every reset, 0 for invalid steps.
-    `positions` [b, t]: place within the sequence. `length` [b]: how many steps the last sequence has seen.
+    `ids` [b, t]: 1 for the sequence carried by the state, incremented at every reset, 0 for invalid steps.
+    `positions` [b, t]: position within the sequence. `length` [b]: the number of steps of the last sequence.
     `last` [b]: its id.
     """
 
@@ -47,7 +47,7 @@ class Segments(NamedTuple):
 def segments(
     shape: tuple[int, int], start: Int[Array, " b"] | int, reset: Steps | None, valid: Steps | None
 ) -> Segments:
-    """Number the steps of a chunk of `shape` (b, t) whose carried sequence has seen `start` steps. Resets at
+    """Number the steps of a chunk of `shape` (b, t) whose carried sequence has `start` steps. Resets at
     invalid steps are ignored."""
     batch, time = shape
     start = jnp.broadcast_to(jnp.asarray(start, jnp.int32), (batch,))
@@ -66,8 +66,7 @@ def segments(
 
 
 def mask_steps(x: T, valid: Steps | None) -> T:
-    """`x` [b, t, ...] with exact zeros at invalid steps, whatever they held: neither values nor gradients
-    pass."""
+    """`x` [b, t, ...] with exact zeros at invalid steps, whatever they hold, without gradients there."""
     if valid is None:
         return x
     return jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
@@ -80,19 +79,19 @@ def state_bytes(mixer: Mixer, batch: int = 1, dtype: jax.typing.DTypeLike = jnp.
 
 
 def take_rows(state: T, rows: Sequence[int] | Int[Array, " r"]) -> T:
-    """The state of the named rows, as a new batch in that order. A row named twice is a fork.
+    """The state of the given rows, as a new batch in that order. Repeating a row forks it.
 
-    Raises ValueError for rows that the state does not have; traced rows are not looked at.
+    Raises ValueError for rows that the state does not have; traced rows are not checked.
     """
     index = _row_index(rows, _batch_of(state))
     return by_row(lambda leaf, axis: jnp.take(leaf, index, axis=axis), state)
 
 
 def put_rows(state: T, rows: Sequence[int] | Int[Array, " r"], values: T) -> T:
-    """`state` with the named rows replaced by those of `values`; the other rows stay bit-identical.
+    """`state` with the given rows replaced by those of `values`; the other rows stay bit-identical.
 
-    Raises ValueError for rows that the state does not have or that are named twice, and for values that do
-    not fit the state or have another number of rows.
+    Raises ValueError for missing or repeated rows, and for values that do not fit the state or have another
+    number of rows.
     """
     check_state(values, state, "values")
     index = _row_index(rows, _batch_of(state), once=True)
@@ -102,8 +101,8 @@ def put_rows(state: T, rows: Sequence[int] | Int[Array, " r"], values: T) -> T:
 
 
 def check_state(state: State, like: State, name: str = "state") -> None:
-    """Refuse a state that is not of the kind of `like`, a state or a `jax.eval_shape` of one: the structure,
-    the dtypes and the shapes must agree, except for the number of rows.
+    """Refuse a state unlike `like`, a state or a `jax.eval_shape` of one: structure, dtypes and shapes must
+    agree, except for the number of rows.
 
     Raises:
       ValueError: names the argument and the first leaf that does not fit, with both shapes.
@@ -145,7 +144,7 @@ def _batch_of(state: State, name: str = "state") -> int | None:
 
 
 def _row_index(rows: Any, batch: int | None, once: bool = False) -> Int[Array, " r"]:
-    """Rows as an array: integers from 0 up to `batch`, each named once where `once`."""
+    """Rows as an array: integers from 0 up to `batch`, without repetition if `once`."""
     if isinstance(rows, jax.core.Tracer):
         return rows.astype(jnp.int32)
     index = np.asarray(rows)
@@ -160,7 +159,7 @@ def _row_index(rows: Any, batch: int | None, once: bool = False) -> Int[Array, "
 
 
 def select_rows(keep: Array, new: T, old: T) -> T:
-    """Row by row `new` where `keep` [b], else `old`."""
+    """Per row: `new` where `keep` [b], else `old`."""
 
     def choose(leaf: Array, axis: int, other: Array) -> Array:
         return jnp.where(keep.reshape((1,) * axis + (-1,) + (1,) * (leaf.ndim - axis - 1)), leaf, other)
@@ -169,7 +168,7 @@ def select_rows(keep: Array, new: T, old: T) -> T:
 
 
 def by_row(function: Any, state: T, *others: T) -> T:
-    """`state` with `function(leaf, axis of its rows, leaves of others)` in place of every leaf."""
+    """`state` with every leaf replaced by `function(leaf, axis of its rows, leaves of others)`."""
 
     def visit(axis: int) -> Any:
         def leaf(x: Any, *rest: Any) -> Any:
@@ -185,8 +184,7 @@ def by_row(function: Any, state: T, *others: T) -> T:
 def save_state(state: State, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Write a state to `path` in the safetensors format.
 
-    Raises FileExistsError where the file exists; with `overwrite` it is replaced, once the new one is
-    complete.
+    Raises FileExistsError if the file exists; with `overwrite` it is replaced once the new one is complete.
     """
     from safetensors.numpy import save_file
 
@@ -203,7 +201,7 @@ def load_state(path: str | os.PathLike[str], like: T) -> T:
     """Read a state saved by `save_state` into the structure of `like`, a state of the same model or
     `jax.eval_shape` of one.
 
-    The number of rows may differ. Raises ValueError if a leaf is missing, left over, or has another shape or
+    The number of rows may differ. Raises ValueError if a leaf is missing, unknown, or has another shape or
     dtype.
     """
     from safetensors import safe_open

@@ -1,9 +1,7 @@
-"""Tokens: text in, integers out, and text back one token at a time.
+"""Tokenizers: from text to integers, and back one token at a time.
 
-A tokenizer is anything that satisfies `Tokenizer`; `ByteTokenizer` is the one that needs no files. Text that
-is streamed must go
-through a decoder, never through `decode` of single tokens: a character may need several tokens, and half a
-character is not text.
+A tokenizer is anything that satisfies `Tokenizer`; `ByteTokenizer` needs no files. Streamed text must use a
+decoder, never `decode` of single tokens: a character may need several tokens.
 """
 
 import codecs
@@ -21,20 +19,19 @@ from seqlab.checks import UserError
 
 @runtime_checkable
 class TextDecoder(Protocol):
-    """Turns a stream of tokens into text, piece by piece: the pieces joined are `decode` of all the
-    tokens."""
+    """A decoder of a stream of tokens: its pieces joined are `decode` of all tokens."""
 
     def push(self, token: int) -> str:
         """The text that `token` completes; often empty."""
 
     def finish(self) -> str:
-        """The text of what was left incomplete; the decoder is as new afterwards."""
+        """The text of an incomplete rest; resets the decoder."""
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What generation and training ask of a tokenizer. `bos` begins every document and so also tells where
-    one ends.
+    """The protocol of tokenizers for generation and training. `bos` begins every document and thereby marks
+    the end of the previous one.
 
     A tokenizer may have an `eos` too, or several `ends`: a row of a stream ends after such a token.
     """
@@ -53,13 +50,13 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """Every byte of UTF-8 is a token. Byte 0, which text does not use, begins documents."""
+    """The bytes of UTF-8 as tokens. Byte 0, which text does not use, begins documents."""
 
     vocab_size = 256
     bos = 0
 
     def encode(self, text: str | bytes) -> Int[np.ndarray, " t"]:
-        """`text` as int32 tokens; bytes are taken as they are, valid UTF-8 or not."""
+        """`text` as int32 tokens; bytes are used unchanged, valid UTF-8 or not."""
         data = text.encode("utf-8") if isinstance(text, str) else bytes(text)
         return np.frombuffer(data, np.uint8).astype(np.int32)
 
@@ -75,7 +72,7 @@ class ByteTokenizer:
 
 
 class ByteDecoder:
-    """Holds back the bytes of a character until it is complete; bytes that cannot become one turn into
+    """A decoder that holds back the bytes of a character until it is complete; invalid bytes become
     U+FFFD."""
 
     def __init__(self) -> None:
@@ -94,7 +91,7 @@ class ByteDecoder:
         return self._utf8.decode(self.raw(token))
 
     def finish(self) -> str:
-        """U+FFFD if the stream broke off inside a character, else ""; the decoder is as new afterwards."""
+        """U+FFFD if the stream ended inside a character, else ""; resets the decoder."""
         rest = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return rest
@@ -102,20 +99,20 @@ class ByteDecoder:
 
 class FileTokenizer:
     """The tokenizer of a tokenizer.json, as the `tokenizers` library writes it (an optional package, imported
-    here). Files are read as data; no code of a model's own is run for its tokens.
+    here). Files are read as data; no code of the model is run.
 
     Args:
       path: the file.
-      bos: a token that goes in front of every text, whatever the file says; None for what the file says.
+      bos: a token that precedes every text, regardless of the file; None: as in the file.
       eos: the token, or tokens, that end a text; None for none.
-      settings: what tokenizer_config.json says: `add_bos_token`, `add_eos_token`, the names of the special
-        tokens, and tokens that tokenizer.json lacks.
+      settings: the contents of tokenizer_config.json: `add_bos_token`, `add_eos_token`, the names of the
+        special tokens, and tokens that tokenizer.json lacks.
       template: the chat template, Jinja's text.
       content: the content of a tokenizer.json, in place of the file's.
-      start: the token that an empty text begins with where the files put none in front.
+      start: the first token of an empty text if the files define no prefix.
 
-    `bos` is None where nothing goes in front of a text, `eos` the first of the tokens that end one and `ends`
-    all of them; `special` has the text of every special token by its number.
+    `bos` is None if texts have no prefix, `eos` is the first end token and `ends` are all of them; `special`
+    has the text of every special token by its number.
 
     Raises:
       ImportError: `tokenizers` is not installed.
@@ -160,12 +157,12 @@ class FileTokenizer:
         self.eos, self.ends = (ends[0] if ends else None), frozenset(ends)
 
     def encode(self, text: str | bytes) -> Int[np.ndarray, " t"]:
-        """`text` as int32 tokens, without any special ones around it."""
+        """`text` as int32 tokens, without special ones around it."""
         return np.asarray(self._tokenizer.encode(_as_text(text), add_special_tokens=False).ids, np.int32)
 
     def begin(self, text: str | bytes) -> Int[np.ndarray, " t"]:
-        """`text` as int32 tokens with those that the tokenizer's files put around a text: its post-processor,
-        and `add_bos_token` and `add_eos_token` of the settings where they are there."""
+        """`text` as int32 tokens with the special tokens around a text defined by the tokenizer's files: its
+        post-processor, and `add_bos_token` and `add_eos_token` of the settings."""
         text = _as_text(text)
         ids = self._tokenizer.encode(text, add_special_tokens=True).ids
         plain = self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -181,12 +178,12 @@ class FileTokenizer:
         return np.asarray(ids, np.int32)
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of `tokens`; special ones have none. Bytes that are no UTF-8 turn into U+FFFD."""
+        """The text of `tokens`; special ones have none. Invalid UTF-8 becomes U+FFFD."""
         decoder = self.decoder()
         return "".join(map(decoder.push, tokens)) + decoder.finish()
 
     def number(self, token: str) -> int | None:
-        """The number of the token that is written so, None where there is none."""
+        """The id of the token with this text; None if there is none."""
         return self._tokenizer.token_to_id(token)
 
     def decoder(self) -> "FileDecoder":
@@ -194,11 +191,11 @@ class FileTokenizer:
         return FileDecoder(self._tokenizer)
 
     def as_json(self) -> str:
-        """The text of a tokenizer.json that encodes and decodes as this one does."""
+        """The text of a tokenizer.json equivalent to this tokenizer."""
         return self._tokenizer.to_str()
 
     def _around(self) -> tuple[list[int], list[int]]:
-        """What goes in front of a text, and behind it."""
+        """The special tokens before and after a text."""
         for text in ("a", "0", "the"):
             plain, whole = self.encode(text).tolist(), self.begin(text).tolist()
             for place in range(len(whole) - len(plain) + 1):
@@ -208,14 +205,14 @@ class FileTokenizer:
 
 
 class FileDecoder:
-    """The text of a stream of tokens of a tokenizer.json, with a bounded memory of what came before.
+    """The text of a stream of tokens of a tokenizer.json, with bounded memory.
 
-    Tokens of bytes (byte-level BPE, byte fallback) give their bytes, and a character comes out with its last
-    one. The text of other tokens is what they add to that of the few tokens before them, so that it has the
+    Byte tokens (byte-level BPE, byte fallback) give their bytes, and a character is emitted with its last
+    one. The text of other tokens is what they add to the text of a few previous tokens, so that it has the
     blanks of a continuation.
     """
 
-    _CONTEXT = 4  # tokens before: decoders of tokenizer.json look at one at most
+    _CONTEXT = 4  # previous tokens; decoders of tokenizer.json depend on one at most
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -257,21 +254,21 @@ class FileDecoder:
         return added.encode("utf-8", errors="replace")
 
     def push(self, token: int) -> str:
-        """The text that `token` completes, "" inside a character. Of bytes that are no character the last
-        three are given with what follows them."""
+        """The text that `token` completes, "" inside a character. Of invalid bytes the last three are emitted
+        with the following text."""
         text = self._broken + self._utf8.decode(self.raw(token))
         whole = text.rstrip("\ufffd")
         self._broken = text[max(len(whole), len(text) - 3) :]
         return text[: len(text) - len(self._broken)]
 
     def finish(self) -> str:
-        """The text of what was held back; the decoder is as new afterwards."""
+        """The text that was held back; resets the decoder."""
         rest = self._broken + self._utf8.decode(self._rest(), final=True)
         self._begin()
         return rest
 
     def _rest(self) -> bytes:
-        """The bytes of the tokens that are held back, which then are no longer."""
+        """The bytes of the held-back tokens, which are cleared."""
         if not self._held:
             return b""
         added = self._added(self._held)
@@ -289,7 +286,7 @@ class FileDecoder:
 
 
 def _decoder_kinds(tokenizer: Any) -> set[str]:
-    """The types of the decoder's parts, as tokenizer.json names them."""
+    """The types of the decoder's parts, by their names in tokenizer.json."""
     if tokenizer.decoder is None:
         return set()
     described = json.loads(tokenizer.decoder.__getstate__())
@@ -298,8 +295,8 @@ def _decoder_kinds(tokenizer: Any) -> set[str]:
 
 
 def _byte_letters() -> dict[str, int]:
-    """The letters that byte-level BPE writes bytes as: printable bytes as themselves, the others from U+0100
-    on, in order (Radford et al. 2019)."""
+    """The characters that represent bytes in byte-level BPE: printable bytes as themselves, the others from
+    U+0100 on, in order (Radford et al. 2019)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -310,8 +307,8 @@ _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 def begin(tokenizer: Tokenizer, text: str | bytes) -> Int[np.ndarray, " t"]:
-    """`text` at the start of a stream, as tokens: with what the tokenizer's files put around it where it has
-    any, else behind its `bos`."""
+    """`text` at the start of a stream, as tokens: with the tokenizer's special tokens if it has any, else
+    preceded by its `bos`."""
     if isinstance(tokenizer, FileTokenizer):
         return tokenizer.begin(text)
     ids = np.asarray(tokenizer.encode(text), np.int32)
@@ -332,7 +329,7 @@ def _as_text(text: str | bytes) -> str:
 
 
 def _read(path: str | os.PathLike[str], content: str | None = None) -> Any:
-    """The library's tokenizer of a file, which neither cuts nor pads."""
+    """The library's tokenizer of a file, without truncation and padding."""
     try:
         import tokenizers
     except ImportError as error:
@@ -352,7 +349,7 @@ def _read(path: str | os.PathLike[str], content: str | None = None) -> Any:
 
 
 def _content(token: Any) -> str | None:
-    """The text of a token as tokenizer_config.json writes one: itself, or an object with its options."""
+    """The text of a token in tokenizer_config.json: a string, or an object with options."""
     found = token.get("content") if isinstance(token, Mapping) else token
     return found if isinstance(found, str) else None
 
@@ -365,7 +362,7 @@ def _special_names(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _add_tokens(tokenizer: Any, settings: Mapping[str, Any], names: Mapping[str, str], path: Any) -> None:
-    """Add what tokenizer_config.json has and tokenizer.json lacks, and mark special tokens as such."""
+    """Add the tokens of tokenizer_config.json that tokenizer.json lacks, and mark special tokens."""
     from tokenizers import AddedToken
 
     extra = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []

@@ -114,7 +114,7 @@ def test_figures_are_those_of_the_whole_sequence_at_once(capsys, monkeypatch):
     [
         (["--caches", "windo(8)"], "did you mean 'window'"),
         (["--caches", "full(63)"], "cache full(63) ends after 63 steps, and the longest stream has 64"),
-        (["--caches", "full(64),full(64)"], "caches: one is there twice"),
+        (["--caches", "full(64),full(64)"], "caches: duplicate entry"),
         (["--caches", "full(64)+int4"], "group must divide the 8 channels"),
         (["--caches", "duo(0.5)"], "needs gates, and none were fitted"),
         (["--caches", "duo(half)"], "must be duo(s)"),

@@ -120,7 +120,7 @@ def test_a_model_of_numbers_is_measured_step_by_step(capsys):
             ["mqar", "induction"],
             "mqar and induction cannot be compared, since not only their models differ:\n  data: ",
         ),
-        (["mqar", "mqar"], "'mqar' is there twice"),
+        (["mqar", "mqar"], "duplicate candidate 'mqar'"),
         (["mqar", "--mixers", "mambo"], "'mambo' is no module of seqlab.models; did you mean 'Mamba'"),
         (["mqar", "--mixers", "mamba,,attention"], "mixers: expected names with commas between them"),
         (["mqar", "--mixers", "mamba", "--steps", "0"], "steps must be a positive integer, got 0"),

@@ -26,8 +26,8 @@ class Mamba2State(NamedTuple):
 
 
 class GatedRMSNorm(Module):
-    """RMS norm of y * silu(z), or with `gate_first=False` RMS norm of y, times silu(z); computed separately over
-    `groups` equal parts of the channels."""
+    """RMS norm of y * silu(z), or with `gate_first=False` RMS norm of y, times silu(z); computed separately
+    over `groups` equal parts of the channels."""
 
     def __init__(
         self,

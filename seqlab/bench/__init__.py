@@ -1,9 +1,9 @@
-"""How fast the ops are on this machine, once they are known to be right: `seqlab bench`.
+"""Benchmarks of the ops on this machine, after verification: `seqlab bench`.
 
-Of every case first the parity: values and gradients against the definition in float64, of the very numbers
-that are timed. What is wrong gets no time. Then contestants take turns, a time is that of the device, and
-beside it stands what share it is of a large copy and of a large product of matrices, measured in the same
-run. `timing` has the clock, `cases` the calls, `peers` who else computes the same.
+Each case is first verified on the inputs that are timed: values and gradients against the definition in
+float64. Incorrect implementations are not timed. The contestants are then timed in turn; times are device
+times, also given as shares of a large copy and a large matrix product measured in the same run. `timing`
+measures, `cases` has the calls, `peers` the alternatives.
 """
 
 import contextlib
@@ -27,12 +27,11 @@ _ROUGH = 0.05  # a peer that differs by more computes something else
 
 
 class BenchError(UserError):
-    """Something that the user can put right."""
+    """A user error."""
 
 
 class Plan(NamedTuple):
-    """The cases, and the implementations that compete in each, the first of which the others are compared
-    with."""
+    """The cases, and the implementations to compare in each; the first is the baseline."""
 
     cases: list[Case]
     contestants: list[list[str]]
@@ -41,8 +40,8 @@ class Plan(NamedTuple):
 
 
 class Result(NamedTuple):
-    """One contestant in one case. Without `seconds` it is wrong, or interpreted; a peer has no error of its
-    own."""
+    """One contestant in one case. Without `seconds` it is incorrect or interpreted; a peer has no error
+    bound."""
 
     name: str
     error: float | None
@@ -69,16 +68,16 @@ def plan(
     backward: bool = False,
     interpret: bool = False,
 ) -> Plan:
-    """What would be timed. Raises BenchError or ValueError for what cannot be, before anything is computed.
+    """The plan of a benchmark. Raises BenchError or ValueError for an invalid one, before anything is
+    computed.
 
     Args:
       op: a name of `seqlab.kernels`.
-      implementations: by name; by default all that run here, and `reference` on a CPU alone.
+      implementations: by name; by default all that run here, and `reference` only on a CPU.
       shape: names of the op's `specs`, and changes of their fields such as "t=512".
       dtype: of the arrays; by default that of the shape.
       backward: gradients too.
-      interpret: simulate the kernels for TPUs on this machine, which shows whether they are right and nothing
-        of their speed.
+      interpret: simulate the TPU kernels on this machine, to verify them without times.
     """
     chosen = cases.op_named(op)
     for name in implementations:
@@ -95,7 +94,7 @@ def plan(
         found = [_contestants(case, list(implementations), interpret) for case in made]
     except (BenchError, OSError):
         raise
-    except Exception as error:  # whatever JAX or NumPy say of sizes that do not go together
+    except Exception as error:  # JAX or NumPy reject sizes in different ways
         changes = [word for word in shape if "=" in word]
         if not changes:
             raise
@@ -110,7 +109,7 @@ def plan(
 
 
 def _contestants(case: Case, named: list[str], interpret: bool) -> tuple[list[str], dict[str, str]]:
-    """Who competes, and why others of the op do not."""
+    """The contestants, and why other implementations are excluded."""
     found, absent = [], {}
     for name in named or _by_default(case, interpret):
         with _interpreted(interpret and name == "pallas_tpu"):
@@ -194,10 +193,10 @@ def _compare(
 
 
 def _peer(case: Case, make: peers.Peer, cotangents: Any, expected: Any) -> timing.Program | str:
-    """The program of a peer, or why it does not take part."""
+    """The program of a peer, or the reason why it is excluded."""
     try:
         program = make(case, cotangents)
-    except Exception as error:  # a peer that is not there, or not for this case, is no reason to stop
+    except Exception as error:  # a missing or unsuitable peer must not stop the benchmark
         return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     ours, theirs = (np.asarray(jax.tree.leaves(x)[0], np.float64) for x in (expected, program.result))
     error = distance(theirs, ours) if ours.shape == theirs.shape else np.inf
@@ -205,8 +204,8 @@ def _peer(case: Case, make: peers.Peer, cotangents: Any, expected: Any) -> timin
 
 
 def truth(case: Case) -> tuple[str, Any]:
-    """The same from the same numbers in float64: by the definition, or where that needs too much memory by
-    the chunks of `xla`, which the tests hold to the definition."""
+    """The expected results in float64 from the same inputs: by the definition, or, if that needs too much
+    memory, by `xla`, which the tests compare with the definition."""
     name = "reference" if case.dense else "xla"
 
     def wide(x):
@@ -219,8 +218,8 @@ def truth(case: Case) -> tuple[str, Any]:
 
 
 def parity(case: Case, found: Any, expected: Any) -> tuple[float, str]:
-    """The largest error of values and gradients, relative to the largest number of each array; and where it
-    is more than it may be."""
+    """The largest error of values and gradients, relative to the largest entry of each array; and the
+    location of an error above the bound."""
     worst, wrong = 0.0, ""
     parts = (
         zip(case.allowed, found, expected, strict=True)
@@ -238,8 +237,8 @@ def parity(case: Case, found: Any, expected: Any) -> tuple[float, str]:
 
 
 def distance(a: np.ndarray, e: np.ndarray) -> float:
-    """The largest error of `a`, relative to the largest number of what was expected; infinite where other
-    numbers are finite."""
+    """The largest error of `a`, relative to the largest expected entry; infinite if other entries are
+    finite."""
     finite = np.isfinite(e)
     if not np.array_equal(finite, np.isfinite(a)):
         return np.inf
@@ -248,8 +247,8 @@ def distance(a: np.ndarray, e: np.ndarray) -> float:
 
 
 def record(outcome: Outcome) -> dict[str, Any]:
-    """An outcome as plain data. Shares are of the ceilings, `ratio` is how many times as long the contestant
-    takes as the first one."""
+    """An outcome as plain data. Shares are of the ceilings, `ratio` is the time relative to the first
+    contestant."""
     case, most = outcome.case, outcome.ceilings
     first = outcome.results[0].seconds
     rows = []
@@ -279,7 +278,7 @@ def record(outcome: Outcome) -> dict[str, Any]:
 
 
 def about() -> dict[str, str]:
-    """What figures depend on besides the code."""
+    """The environment of a measurement."""
     return {
         "device": device(),
         "platform": jax.default_backend(),
@@ -289,7 +288,7 @@ def about() -> dict[str, str]:
 
 
 def write(file: pathlib.Path, content: dict[str, Any]) -> None:
-    """The content as JSON, which has no number for infinity: that of an error is null."""
+    """The content as JSON; an infinite error becomes null."""
     report.write(file, json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
 
 

@@ -1,5 +1,4 @@
-"""What is timed: calls of the ops at the shapes of their `specs`, what they must at least move and compute,
-and how exact they can be."""
+"""Benchmark cases: op calls at the shapes of their `specs`, with FLOP and byte counts and error bounds."""
 
 import dataclasses
 import importlib
@@ -18,7 +17,7 @@ from seqlab.checks import UserError, check_choice
 from seqlab.kernels.dispatch import Op
 
 _UNIT = 2.0**-20  # float32: products are made of three in TF32 on GPUs, exponentials are the hardware's
-_BFLOAT16 = 2.0**-8  # of what is rounded to 8 bits
+_BFLOAT16 = 2.0**-8  # of numbers rounded to 8 bits
 _DENSE = 2**31  # bytes that a reference in float64 may take
 
 
@@ -42,22 +41,22 @@ class Case:
 
     @property
     def flops(self) -> float:
-        """A gradient computes at least twice as much again."""
+        """A gradient adds at least twice the operations."""
         return _specs(self.op.name).FACTS.flops(self.spec) * (3.0 if self.gradients else 1.0)
 
     @property
     def bytes(self) -> float:
-        """Every argument is read and every result written once; for gradients a second time, and the
-        cotangents are read."""
+        """Every argument is read and every result written once; with gradients twice, and the cotangents are
+        read."""
         results = jax.eval_shape(self.call("xla"), self.arguments)
         once = _bytes(self.arguments) + _bytes(results)
         return once + _bytes(self.arguments) + 2 * _bytes(results) if self.gradients else once
 
     @property
     def allowed(self) -> tuple[float, float]:
-        """The error that values and gradients may have, relative to their largest. Rounding errors of a sum
-        grow with the root of its length. In bfloat16 the factors of products are rounded, too, before each
-        sum, of which a gradient has up to four in a row."""
+        """The error bounds of values and gradients, relative to their largest entry. Rounding errors of a sum
+        grow with the square root of its length. In bfloat16 the factors are also rounded before each sum, of
+        which a gradient has up to four in sequence."""
         values, gradients = (_UNIT * max(n, 1) ** 0.5 for n in _specs(self.op.name).FACTS.sums(self.spec))
         rough = _BFLOAT16 if any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(self.arguments)) else 0.0
         return values + 2 * rough, 4 * (max(values, gradients) + rough)
@@ -73,15 +72,15 @@ class Case:
         return lambda arguments: function(**arguments, **self.options, implementation=implementation)
 
     def cotangents(self) -> Any:
-        """A fixed random gradient by every value."""
+        """A fixed random cotangent for every value."""
         shapes, random = jax.eval_shape(self.call("xla"), self.arguments), np.random.default_rng(7)
         return jax.tree.map(
             lambda x: jnp.asarray(random.standard_normal(x.shape, np.float32), x.dtype), shapes
         )
 
     def timed(self, implementation: str) -> Callable[[Any], Any]:
-        """What is timed, of `(arguments, cotangents)`: the values, or the values and the gradients by all
-        floating-point arguments."""
+        """The timed function of `(arguments, cotangents)`: the values, or the values and the gradients with
+        respect to all floating-point arguments."""
         return (
             with_gradients(self.call(implementation))
             if self.gradients
@@ -110,7 +109,7 @@ def _bytes(tree: Any) -> float:
 
 
 def op_named(name: str) -> Op:
-    """The op of that name; raises ValueError with the nearest one."""
+    """The op of that name; raises ValueError with the nearest name."""
     check_choice(name, kernels.__all__, "op")
     return importlib.import_module(f"seqlab.kernels.{name}")._op
 
@@ -121,8 +120,8 @@ def has_gradients(op: str) -> bool:
 
 
 def make(op: Op, name: str, spec: Any, dtype: str | None = None, gradients: bool = False) -> Case:
-    """The case of a spec. A sequence begins afresh, as in training; a single step goes on from a state, as in
-    decoding."""
+    """The case of a spec. A sequence starts fresh, as in training; a single step continues from a state, as
+    in decoding."""
     module = _specs(op.name)
     if hasattr(spec, "dtype"):
         fields = {field: dtype for field in ("dtype", "wide") if hasattr(spec, field)} if dtype else {}
@@ -151,15 +150,15 @@ def shapes(op: Op) -> dict[str, Any]:
 
 
 def default_shapes(op: Op, large: bool | None = None) -> dict[str, Any]:
-    """What is timed where nothing is asked for: something `large` on an accelerator."""
+    """The default shapes: `large` ones on an accelerator."""
     module = _specs(op.name)
     large = jax.default_backend() != "cpu" if large is None else large
     return getattr(module, "LARGE", module.BENCHMARKS) if large else module.BENCHMARKS
 
 
 def chosen_shapes(op: Op, words: list[str]) -> dict[str, Any]:
-    """The shapes that words ask for: names, and changes such as t=512 of all of them (of the first one where
-    there is no name)."""
+    """The shapes selected by names and changed by words such as t=512 (of the first one if there is no
+    name)."""
     known, names = shapes(op), [word for word in words if "=" not in word]
     for name in names:
         check_choice(name, tuple(known), f"shape of {op.name}")
@@ -188,7 +187,7 @@ def _changed(op: Op, spec: Any, field: str, text: str) -> Any:
 
 
 def _read(text: str, kind: Any) -> Any:
-    """`text` as a `kind`, or this function itself if it is none."""
+    """`text` converted to `kind`, or this function itself if it cannot be."""
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if text.lower() == "none" and type(None) in kinds:
         return None
@@ -205,7 +204,7 @@ def _read(text: str, kind: Any) -> Any:
 
 
 def describe(spec: Any) -> str:
-    """The fields of a spec that differ from their defaults, and those without one; its dtype is said
+    """The fields of a spec that differ from their defaults, and those without one; its dtype is reported
     elsewhere."""
     if dataclasses.is_dataclass(spec):
         values = {

@@ -1,8 +1,7 @@
-"""Others who compute the same, where they can be imported: JAX's own operations, and kernels that PyTorch
-brings or that go with it.
+"""Alternative implementations, where they can be imported: JAX's own operations, and kernels of PyTorch and
+its packages.
 
-A peer is asked for a case and answers with what is to be timed, or raises: NotImplementedError for a case
-that it does not take.
+A peer returns the function to time for a case, or raises NotImplementedError for an unsupported one.
 """
 
 import importlib
@@ -41,8 +40,8 @@ def _in_jax(function: Callable[[dict[str, Any]], Any]) -> Peer:
 
 
 def _plain(case: Case) -> bool:
-    """Whether attention is dense, or over all of a cache: what everybody has. Returns what `causal` then
-    comes to."""
+    """Check that attention is dense, or over a whole cache, which all peers support. Returns the effective
+    `causal`."""
     spec = case.spec
     special = (
         (spec.window, spec.softcap, spec.scale) != (None,) * 3 or spec.sink_logits or spec.places != "default"
@@ -82,7 +81,8 @@ def _jax_conv(case: Case, cotangents: Any) -> Program:
 
 
 def _numbers(case: Case, cotangents: Any) -> Program:
-    """The same op over a cache of numbers in the dtype of the query, by the best implementation that runs."""
+    """The same op over an unquantized cache in the dtype of the query, by the best available
+    implementation."""
     from seqlab.kernels import decode_attention
     from seqlab.kernels.decode_attention.reference import of_numbers
 
@@ -105,9 +105,8 @@ def _in_torch(
     names: tuple[str, ...],
     package: str,
 ) -> Peer:
-    """`prepare` gives, for a case and its arguments of these names as tensors, a function and the tensors
-    that it takes; it returns the output in our layout. `package` is imported first, and what is not there
-    says so."""
+    """`prepare` maps a case and its named arguments as tensors to a function and its tensors; the function
+    returns the output in our layout. `package` is imported first."""
 
     def make(case: Case, cotangents: Any) -> Program:
         importlib.import_module(package)
@@ -154,7 +153,7 @@ def _settle(torch: Any) -> None:
 
 
 def _torch_seconds(torch: Any, step: Callable[[], Any], calls: int) -> float:
-    """Seconds of so many calls: of the GPU between two events, or of the host that computes itself."""
+    """Seconds of a number of calls: between two events on a GPU, or of the host."""
     if jax.default_backend() != "gpu":
         begin = time.perf_counter()
         for _ in range(calls):
@@ -229,7 +228,7 @@ _FLA = {
     ("head", "head"): ("gated_delta_rule", "chunk_gated_delta_rule", _QKV | {"decay": "g", "beta": "beta"}),
     ("channel", "head"): ("kda", "chunk_kda", _QKV | {"decay": "g", "beta": "beta"}),
 }
-OTHER_BYTES = ("a cache of numbers",)  # peers that move more than the case, of which they have no share then
+OTHER_BYTES = ("a cache of numbers",)  # peers that move more bytes than the case and get no share
 _EVERYWHERE = {
     "attention": {
         "jax.nn.dot_product_attention": _jax_attention("xla"),

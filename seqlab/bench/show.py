@@ -1,4 +1,4 @@
-"""What a bench prints: a table a case, and what it must not be taken for."""
+"""Benchmark reports: one table per case, with caveats."""
 
 import pathlib
 
@@ -10,8 +10,8 @@ from seqlab.studies import report
 
 
 def show(planned: bench.Plan, rounds: int, file: pathlib.Path | None) -> int:
-    """Run and print a plan, and write all of it as JSON into `file`; returns the number of implementations
-    that are wrong."""
+    """Run and print a plan, and write the results as JSON into `file`; returns the number of incorrect
+    implementations."""
     about, outcomes = bench.about(), []
     print(f"{about['device']}, JAX {about['jax']} on {about['platform']}, seqlab {about['seqlab']}")
     for outcome in bench.run(planned, rounds):
@@ -23,7 +23,7 @@ def show(planned: bench.Plan, rounds: int, file: pathlib.Path | None) -> int:
 
 
 def show_tuning(planned: bench.Plan, rounds: int, file: pathlib.Path) -> None:
-    """Tune, print what is found, and write it into `file`, which `seqlab.use_blocks` reads."""
+    """Tune, print the results, and write them into `file` for `seqlab.use_blocks`."""
     about, found = bench.about(), []
     print(f"{about['device']}, JAX {about['jax']} on {about['platform']}, seqlab {about['seqlab']}")
     for each in tune.tune(planned, rounds):
@@ -43,7 +43,8 @@ def show_tuning(planned: bench.Plan, rounds: int, file: pathlib.Path) -> None:
 
 
 def as_text(outcome: bench.Outcome) -> str:
-    """One case: what is wrong, the times of what is right beside the ceilings, and who did not take part."""
+    """One case: incorrect implementations, times with shares of the ceilings, and excluded
+    implementations."""
     case, most = outcome.case, outcome.ceilings
     lines = [
         case.title,

@@ -1,5 +1,4 @@
-"""Time on the device: loops of calls inside of one program, contestants in turn, and what this machine can do
-at most."""
+"""Device times: loops of calls inside one program, contestants in turn, and the machine's ceilings."""
 
 import math
 import statistics
@@ -10,14 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-LEAST = 0.1  # seconds of one measurement: asking for a program takes less than a thousandth of it
-LONG = 1.0  # seconds from which on a call is timed alone
-CALLS = 3, 1000  # of one measurement, at least and at most
+LEAST = 0.1  # seconds per measurement: dispatching a program takes less than a thousandth of it
+LONG = 1.0  # calls longer than this are timed singly
+CALLS = 3, 1000  # per measurement, minimum and maximum
 
 
 class Program(NamedTuple):
-    """A compiled call: what it returned, how long compiling took, and what measures the seconds of one
-    call."""
+    """A compiled call: its result, its compile time, and a function that measures the seconds of one call."""
 
     program: Callable[[Any], Any]
     result: Any
@@ -26,8 +24,8 @@ class Program(NamedTuple):
 
 
 class Ceilings(NamedTuple):
-    """What this machine has reached: bytes a second of a copy, operations a second of a product of
-    matrices."""
+    """Measured ceilings of this machine: bytes per second of a copy, operations per second of a matrix
+    product."""
 
     bytes: float
     flops: float
@@ -44,11 +42,11 @@ def compiled(function: Callable[[Any], Any], arguments: Any) -> Program:
 
 
 def repeated(function: Callable[[Any], Any], arguments: Any) -> Program:
-    """The same for calls that take little time: the seconds are those of one of many.
+    """The same for short calls: seconds per call of many.
 
-    They are the less of two upper bounds. Calls in a loop of one program leave Python out, but what XLA moves
-    out of a loop it has to keep in memory, which can cost more than it saves. Calls that are asked for one
-    after another cost the host's time, if that is more.
+    This is the smaller of two upper bounds. Calls in a loop of one program exclude Python, but values that
+    XLA moves out of the loop must be kept in memory, which can cost more than it saves. Calls dispatched one
+    after another include the host's time, if that is longer.
     """
     once = compiled(function, arguments)
     seconds = min(once.measure() for _ in range(2))
@@ -70,19 +68,18 @@ def repeated(function: Callable[[Any], Any], arguments: Any) -> Program:
 
 
 def calls_of(seconds: float) -> int:
-    """How many calls of so many seconds make a measurement."""
+    """The number of calls of this duration per measurement."""
     return min(max(CALLS[0], math.ceil(LEAST / seconds)), CALLS[1])
 
 
 def _looped(
     function: Callable[[Any], Any] | None, arguments: Any, results: Any, calls: int
 ) -> Callable[[Any], Any]:
-    """A program of so many calls, each after the one before; with None what that costs beside the calls.
+    """A program of a number of dependent calls; with None, only its overhead.
 
-    What stays the same in a loop XLA computes before it, behind an optimization barrier too. So the first
-    number of every argument is
-    written anew before every call, plus a 0 that is made of a number of the last results: in a loop of its
-    own, since what is written there is written in place, and fused with nothing.
+    XLA computes loop-invariant values before the loop, even behind an optimization barrier. Therefore the
+    first entry of every argument is rewritten before every call, plus a 0 computed from the last results;
+    this is done in a separate loop, so that it is written in place and not fused.
     """
 
     def corner(x):
@@ -123,13 +120,13 @@ def _seconds(program: Callable[[Any], Any], arguments: Any) -> float:
 
 
 def race(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """Median seconds of each; they take turns, so that what else the machine does meets all of them."""
+    """Median seconds of each; they alternate, so that other load on the machine affects all of them."""
     times = [{name: measure() for name, measure in contestants.items()} for _ in range(rounds)]
     return {name: statistics.median(t[name] for t in times) for name in contestants}
 
 
 def ceilings(dtype: Any, rounds: int) -> Ceilings:
-    """Of a large copy, and of a large product of matrices of `dtype`, float32 with all its digits."""
+    """The ceilings: a large copy, and a large matrix product of `dtype`, float32 at full precision."""
     cells, size = (2**25, 2048) if jax.default_backend() == "cpu" else (2**27, 8192)
     x, a = jnp.zeros((cells,), jnp.float32), jnp.ones((size, size), dtype)
     with jax.default_matmul_precision("highest"):

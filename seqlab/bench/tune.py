@@ -1,8 +1,8 @@
 """Faster block sizes for this device, by trial: `seqlab bench OP --tune FILE`.
 
-From the blocks that a case takes now one size after another is halved and doubled, as long as something
-gains. A candidate counts if it compiles, if its results pass the same parity as in every bench, and if it is
-faster than the best so far in the same race.
+Starting from the current blocks of a case, each size is halved and doubled while that is faster. A candidate
+is accepted if it compiles, passes verification as in every benchmark, and is faster than the best so far in
+the same comparison.
 """
 
 from collections.abc import Iterator
@@ -12,8 +12,8 @@ from seqlab.bench import BenchError, Plan, cases, parity, timing, truth
 from seqlab.bench.cases import Case
 from seqlab.kernels.blocks import Row, asked_by, use_blocks
 
-GAIN = 0.02  # of the time; less is noise
-# Bounds of sizes by name; what is not here, such as a precision, stays. `stages` go one by one.
+GAIN = 0.02  # relative; smaller gains are noise
+# Bounds of sizes by name; other fields, such as a precision, are fixed. `stages` change by one.
 BOUNDS = {
     "channels": (8, 4096),
     "chunk": (8, 512),
@@ -29,7 +29,8 @@ BOUNDS = {
 
 
 class Trial(NamedTuple):
-    """A candidate: its time and that of the best before it in the same race, or why it has none."""
+    """A candidate: its time and that of the previous best in the same comparison, or the reason why it has
+    none."""
 
     row: Row
     seconds: float | None
@@ -38,8 +39,8 @@ class Trial(NamedTuple):
 
 
 class Tuned(NamedTuple):
-    """What a case has found: the best row of a kernel, the time of the case with it, and with the blocks that
-    it took before."""
+    """The result for a case: the best row of a kernel, and the times of the case with it and with the
+    previous blocks."""
 
     case: Case
     implementation: str
@@ -50,8 +51,8 @@ class Tuned(NamedTuple):
 
 
 def tune(planned: Plan, rounds: int = 5) -> Iterator[Tuned]:
-    """Kernel after kernel of every case, by its first implementation. Where several cases share a row the
-    first one decides."""
+    """Tune each kernel of every case, with its first implementation. If several cases share a row, the first
+    decides."""
     if planned.interpret:
         raise BenchError("--tune needs times, and --interpret has none")
     rows: dict[tuple[str, int, int], Row] = {}

@@ -1,1 +1,1 @@
-"""Weights and models in and out: published folders, names of weights, exported bundles."""
+"""Loading, saving and exporting models: published folders, names of weights, bundles."""

@@ -1,7 +1,7 @@
 """Chat templates: conversations as the text that a published model was trained on.
 
-A template is a program of Jinja's language that a stranger wrote. It runs in Jinja's sandbox, without access
-to attributes that lead out of it, with immutable values, and with the few functions that templates expect.
+A template is an untrusted Jinja program. It runs in Jinja's sandbox, without access to unsafe attributes,
+with immutable values, and with the few functions that templates expect.
 """
 
 import datetime
@@ -16,7 +16,7 @@ Message = Mapping[str, Any]
 
 
 class ChatError(UserError):
-    """A conversation that cannot be written by the template, or a model without one; the message says
+    """A conversation that the template cannot render, or a model without a template; the message says
     which."""
 
 
@@ -35,10 +35,10 @@ def render(
       messages: {"role": ..., "content": ...} in turn, the oldest first.
       answer: end where the model's answer begins.
       names: the special tokens by name, such as bos_token.
-      variables: more of what the template asks for, such as tools or enable_thinking.
+      variables: further variables of the template, such as tools or enable_thinking.
 
     Raises:
-      ChatError: messages of another form; the template refuses them, or is no template; jinja2 is missing.
+      ChatError: invalid messages; the template refuses them or is invalid; jinja2 is missing.
     """
     for i, message in enumerate(_listed(messages)):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
@@ -81,7 +81,7 @@ def _compiled(template: str) -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(jinja2.ext.Extension):
-        """{% generation %} marks what an assistant says, for training; here it is its content."""
+        """{% generation %} marks the assistant's text for training; here it renders its content."""
 
         tags = frozenset(("generation",))
 

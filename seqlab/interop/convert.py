@@ -1,18 +1,16 @@
-"""Weights under their published names: `convert(model, tensors)` puts a PyTorch state dict into a model,
-`published(model)` gives one.
+"""Weights under their published names: `convert(model, tensors)` loads a PyTorch state dict into a model,
+`published(model)` returns one.
 
-A module says what its parts are called elsewhere, in attributes that only need to name what differs:
+A module declares the published names of its parts, where they differ, in these attributes:
 
-    torch_names: dict[str, str | tuple[str, ...] | list[str]]   our attribute -> the published one ("" = at
-      this level, a tuple = joined
-                                                    outputs, a list = a name for each item of ours)
-    torch_layout: dict[str, str]                    our parameter -> the layout that PyTorch keeps it in, a
-      key of LAYOUTS
-    torch_sizes: dict[str, tuple[int, ...]]         (of the object) our attribute -> outputs of each joined
-      map, where they differ
+    torch_names     attribute -> published name; "" = same level, a tuple = concatenated outputs, a list = one
+                    name per item: dict[str, str | tuple[str, ...] | list[str]]
+    torch_layout    parameter -> PyTorch's layout, a key of LAYOUTS: dict[str, str]
+    torch_sizes     (of the object) attribute -> outputs of each concatenated map, if they differ:
+                    dict[str, tuple[int, ...]]
 
-Names of a whole architecture (how a language model calls its layers) are tables of the same kind by class
-name, in ARCHITECTURES.
+Names of whole architectures (for example a language model's layers) are such tables by class name, in
+ARCHITECTURES.
 """
 
 import difflib
@@ -77,8 +75,7 @@ _LMUFORMER: dict[str, Names] = {
     "Block": {"mixer": "attn", "channel_mixer": "mlp"},
 }
 
-# The image models of the two MetaFormer papers number the parts of the network one after the other, or by
-# stage.
+# The image models of the two MetaFormer papers number the parts of the network consecutively, or by stage.
 _METABLOCK: dict[str, Names] = {
     "ImageClassifier": {"backbone": ""},
     "Stage": {"blocks": ""},
@@ -87,8 +84,8 @@ _METABLOCK: dict[str, Names] = {
 
 
 def _poolformer(positions: tuple[int, ...] = ()) -> dict[str, Names]:
-    """PoolFormer's names; the stages of `positions` have an embedding of places in front of them, which takes
-    a number too."""
+    """PoolFormer's names; a stage in `positions` is preceded by a position embedding, which has its own
+    number."""
     stages, downs, embeddings, number = [], ["patch_embed"], [], 0
     for i in range(4):
         if i in positions:
@@ -147,9 +144,9 @@ IGNORED = (r".*\.num_batches_tracked", r".*rotary.*inv_freq", r".*\.lmu\.[ABH]",
 
 
 class MissingTensorError(UserError, KeyError):
-    """A parameter whose published tensor is not among those given."""
+    """A parameter whose published tensor is missing."""
 
-    __str__ = ValueError.__str__  # a KeyError would put the message into quotes
+    __str__ = ValueError.__str__  # KeyError would quote the message
 
 
 def convert(
@@ -160,18 +157,17 @@ def convert(
     prefix: str = "",
     ignore: tuple[str, ...] = IGNORED,
 ) -> M:
-    """A copy of `model` with the published weights `tensors` (anything that NumPy can read, by their original
-    names).
+    """A copy of `model` with the published weights `tensors` (anything convertible to NumPy, by their
+    original names).
 
     Args:
-      architecture: how whole models are named, a key of ARCHITECTURES; modules on their own need none.
-      prefix: what the names of this model's tensors begin with; others are left alone.
+      architecture: the naming scheme of a whole model, a key of ARCHITECTURES; single modules need none.
+      prefix: the prefix of this model's tensors; others are ignored.
       ignore: regular expressions of names that may remain unused.
 
     Raises:
-      MissingTensorError (a KeyError and a ValueError): a tensor is missing (with the nearest name there is).
-      ValueError: a tensor has another shape than the parameter that it fills, or none of the model's
-        parameters uses it.
+      MissingTensorError (a KeyError and a ValueError): a tensor is missing (with the nearest name).
+      ValueError: a tensor has another shape than its parameter, or is not used by any parameter.
     """
     if architecture is not None:
         check_choice(architecture, tuple(ARCHITECTURES), "architecture")
@@ -184,7 +180,7 @@ def convert(
     sources = {ours: (theirs, layout) for ours, theirs, layout, _ in _walk(model, "", ("",), tables)}
     used, new = set(), {}
     for name, old in params.items():
-        if name not in sources:  # nothing that anybody publishes
+        if name not in sources:  # not a published weight
             new[name] = old
             continue
         theirs, layout = sources[name]
@@ -211,8 +207,8 @@ def convert(
 
 
 def published(model: nnx.Module, architecture: str | None = None) -> dict[str, np.ndarray]:
-    """The weights of `model` under their published names and in PyTorch's layouts: what `convert` takes. A
-    tied head is there once."""
+    """The weights of `model` under their published names and in PyTorch's layouts, the input of `convert`. A
+    tied head occurs once."""
     if architecture is not None:
         check_choice(architecture, tuple(ARCHITECTURES), "architecture")
     _, params = split(model)
@@ -228,7 +224,7 @@ def published(model: nnx.Module, architecture: str | None = None) -> dict[str, n
 
 
 def published_names(model: nnx.Module, architecture: str | None = None) -> dict[str, tuple[str, ...]]:
-    """Our parameter name -> the published name, or names where one of our parameters joins several."""
+    """Our parameter name -> the published name, or names if our parameter concatenates several."""
     return {
         ours: theirs
         for ours, theirs, _, _ in _walk(model, "", ("",), ARCHITECTURES[architecture] if architecture else {})
@@ -244,8 +240,8 @@ def _walk(
 ) -> Iterator[tuple[str, tuple[str, ...], str | None, tuple[int, ...] | None]]:
     """(our name, published names, layout, sizes) of every parameter.
 
-    There are several names where outputs of several published maps are joined; `sizes` says how many are of
-    each, None where all have as many (a module's `torch_sizes` names the others by attribute).
+    There are several names if outputs of several published maps are concatenated; `sizes` are their outputs,
+    None if equal (see a module's `torch_sizes`).
     """
     cls = type(module)
     names = {**getattr(cls, "torch_names", {}), **tables.get(cls.__name__, {})}

@@ -61,14 +61,14 @@ def bundle(
 
     Args:
       chunk: steps that `prefill` takes at once.
-      platforms: what the functions can run on.
-      about: more entries for the manifest.
+      platforms: platforms of the functions.
+      about: further entries of the manifest.
       tokenizer_file: a tokenizer.json for texts, if it is not that of `tokenizer`.
-      tokenizer: what texts are read and written with, that of a `Run`; bytes where neither is given and the
-        vocabulary has a token for each.
+      tokenizer: the tokenizer of texts, as of a `Run`; bytes if neither is given and the vocabulary has 256
+        tokens.
 
     Raises:
-      ExportError: the model has no streaming form, or a part of it cannot be exported for any number of rows.
+      ExportError: the model has no streaming form, or a part cannot be exported for any number of rows.
       FileExistsError: the folder exists.
     """
     folder = pathlib.Path(folder)
@@ -106,7 +106,7 @@ def bundle(
 
 
 def _text(model: Model, tokenizer: Tokenizer | None) -> tuple[dict[str, Any] | None, str | None]:
-    """What the manifest says of texts, and the content of tokenizer.json. None where there is none.
+    """The manifest's entry for texts, and the content of tokenizer.json; None without a tokenizer.
 
     `tokens` is "bytes" or "tokenizer.json"; `prefix` and `suffix` go around a prompt's tokens, `ends` end an
     answer.
@@ -128,8 +128,8 @@ def _text(model: Model, tokenizer: Tokenizer | None) -> tuple[dict[str, Any] | N
 def streaming_functions(
     model: Model, chunk: int = 64, platforms: Sequence[str] = PLATFORMS
 ) -> tuple[dict[str, jax_export.Exported], dict[str, Any]]:
-    """`init_state`, `prefill` and `step` of a model, exported for any number of rows, and what the manifest
-    says of them.
+    """`init_state`, `prefill` and `step` of a model, exported for any number of rows, and their manifest
+    entries.
 
     Raises:
       ExportError: see `bundle`.

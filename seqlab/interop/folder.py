@@ -1,7 +1,7 @@
 """Files of published models, read as data and only inside their folder.
 
-A published folder is a stranger's: its index, its links and its headers may say anything. What lies outside
-the folder is not read, and what is damaged is refused in one line that names the file.
+A published folder is untrusted: its index, links and headers may contain anything. Nothing outside the folder
+is read, and damaged files are refused in one line that names them.
 """
 
 import json
@@ -28,8 +28,7 @@ _OTHER_FORMS = {
 
 
 class PretrainedError(UserError):
-    """A folder that holds no published model, or one of a kind that is not supported; the message says which
-    part."""
+    """A folder without a published model, or with an unsupported one; the message names the cause."""
 
 
 class Folder:
@@ -47,10 +46,10 @@ class Folder:
             self._roots.append(root.parent.parent / "blobs")
 
     def file(self, name: str) -> pathlib.Path | None:
-        """The file of that name, None where there is none.
+        """The file of that name; None if missing.
 
         Raises:
-          PretrainedError: `name` is a path, or the file is a link that leads out of the folder.
+          PretrainedError: `name` is a path, or the file is a link out of the folder.
         """
         if name != os.path.basename(name) or "\\" in name or "\0" in name or name in ("", ".", ".."):
             raise PretrainedError(
@@ -65,7 +64,7 @@ class Folder:
         return path
 
     def text(self, name: str) -> str | None:
-        """The text of a file, None where there is none. Raises PretrainedError where it cannot be read."""
+        """The text of a file; None if missing. Raises PretrainedError if it cannot be read."""
         path = self.file(name)
         if path is None:
             return None
@@ -76,7 +75,7 @@ class Folder:
 
     def json(self, name: str) -> dict[str, Any]:
         """The object in a JSON file, with numbers that JSON lacks as transformers writes them
-        ({"__float__": "Infinity"}); empty where there is no such file. Raises PretrainedError for anything
+        ({"__float__": "Infinity"}); empty if the file is missing. Raises PretrainedError for anything
         else."""
         text = self.text(name)
         if text is None:
@@ -90,7 +89,7 @@ class Folder:
         return found
 
     def tensors(self) -> "Tensors":
-        """The weights. Raises PretrainedError where a file is missing or damaged."""
+        """The weights. Raises PretrainedError if a file is missing or damaged."""
         return Tensors(self._shards())
 
     def _shards(self) -> list[pathlib.Path]:
@@ -116,12 +115,11 @@ class Folder:
 
 
 class Tensors(Mapping[str, np.ndarray]):
-    """The tensors of safetensors files by name. Each is read when it is asked for; the those of 16 bits come
-    as float32, exactly.
+    """The tensors of safetensors files by name. Each is read on demand; 16-bit tensors are converted to
+    float32, exactly.
 
     Raises:
-      PretrainedError: a header that is damaged, a tensor that is there twice or is of another kind than
-        floats.
+      PretrainedError: a damaged header, a duplicate tensor, or one that is not floating point.
     """
 
     def __init__(self, files: list[pathlib.Path]):
@@ -164,12 +162,12 @@ class Tensors(Mapping[str, np.ndarray]):
         return len(self._files)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, from the header alone."""
+        """The shape of a tensor, from the header."""
         return tuple(self._files[name].get_slice(name).get_shape())
 
 
 def _number(found: dict[str, Any]) -> Any:
-    """Infinity and the like, which transformers writes as {"__float__": "Infinity"}."""
+    """Non-finite numbers, which transformers writes as {"__float__": "Infinity"}."""
     if found.keys() == {"__float__"} and found["__float__"] in ("Infinity", "-Infinity", "NaN"):
         return float(found["__float__"].replace("Infinity", "inf"))
     return found

@@ -1,9 +1,7 @@
-"""GGUF files, as llama.cpp reads them: one file with the description, the weights and the tokenizer of a
-model.
+"""GGUF files (llama.cpp): the configuration, the weights and the tokenizer of a model in one file.
 
-The optional package `gguf` reads the format and turns its quantized blocks into numbers. What the file says
-of the model is put into the words of a config.json and goes the same way as one; what it says beyond that is
-refused.
+The optional package `gguf` reads the format and dequantizes its blocks. The file's metadata are translated to
+a config.json and handled like one; unknown metadata are refused.
 """
 
 import os
@@ -18,9 +16,9 @@ from seqlab.checks import UserError
 from seqlab.interop.folder import Folder, PretrainedError
 from seqlab.tokenizers import FileTokenizer
 
-# An architecture of GGUF -> the family whose config.json says the same.
+# GGUF architecture -> equivalent family.
 _FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-_KEYS = {  # without the architecture in front
+_KEYS = {  # without the architecture prefix
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
@@ -52,7 +50,7 @@ _NAMES = {
 }
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# How a text is cut before its pieces are looked up, by the name that GGUF has for it; None: as GPT-2 does.
+# Pre-tokenizers by their GGUF names; None: GPT-2's.
 _CUTS = {
     "gpt-2": None,
     "smollm": "digits",
@@ -60,12 +58,12 @@ _CUTS = {
     "qwen2": _CONTRACTIONS + r"\p{N}" + _REST,
 }
 _CONTROL, _USER = 3, 4  # kinds of tokens
-_PREFIXED = ("llama-bpe",)  # where nothing is said, a text begins behind bos
+_PREFIXED = ("llama-bpe",)  # texts begin with bos by default
 
 
 class GGUF(Mapping[str, np.ndarray]):
-    """A GGUF file: `described` in the words of a config.json, and its tensors in float32 by their published
-    names, each read when it is asked for.
+    """A GGUF file: `described` as a config.json, and its tensors in float32 by their published names, read on
+    demand.
 
     Raises:
       PretrainedError: the package gguf is missing; the file is damaged, or of an architecture or with options
@@ -83,7 +81,7 @@ class GGUF(Mapping[str, np.ndarray]):
             reader = gguf.GGUFReader(self.path)
             self.fields = {name: field.contents() for name, field in reader.fields.items()}
             tensors = {tensor.name: tensor for tensor in reader.tensors}
-        except Exception as error:  # whatever a damaged file makes of the reader
+        except Exception as error:  # the reader fails in any way on a damaged file
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise PretrainedError(f"{self.path} is damaged or no GGUF file: {reason}") from error
         self.architecture = self.fields.get("general.architecture")
@@ -148,11 +146,11 @@ class GGUF(Mapping[str, np.ndarray]):
         return len(self._tensors)
 
     def tokenizer(self) -> FileTokenizer:
-        """The tokenizer: of a tokenizer.json beside the file, else of the file's own tokens where it says how
-        a text is cut.
+        """The tokenizer: from a tokenizer.json next to the file, else from the file's own tokens if its
+        pre-tokenizer is known.
 
         Raises:
-          PretrainedError: there is neither.
+          PretrainedError: neither is available.
         """
         text = {name.removeprefix("tokenizer."): value for name, value in self.fields.items()}
         text = {name.removeprefix("ggml."): value for name, value in text.items()}
@@ -185,7 +183,7 @@ class GGUF(Mapping[str, np.ndarray]):
             raise PretrainedError(str(error)) from error
 
     def _own(self, text: Mapping[str, Any], tokens: list[str]) -> str:
-        """The content of a tokenizer.json that the file's own tokens make."""
+        """The content of a tokenizer.json built from the file's own tokens."""
         from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
         if text.get("model") != "gpt2" or text.get("pre") not in _CUTS:

@@ -28,7 +28,7 @@ from seqlab.models.model import check_dtype
 from seqlab.tokenizers import FileTokenizer, Tokenizer
 
 _WEIGHTS = ("config.json", "model*.safetensors", INDEX)
-_TEXTS = (  # what goes with the weights: the tokenizer, the ends of a text, the chat template
+_TEXTS = (  # files kept with the weights: tokenizer, end tokens, chat template
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("chat_template.jinja", "chat_template.json"),
 )
@@ -37,7 +37,7 @@ _TEXTS = (  # what goes with the weights: the tokenizer, the ends of a text, the
 def is_pretrained(folder: pathlib.Path) -> bool:
     """Whether config.json in `folder` describes a published model (those of runs describe an experiment)."""
     source = Folder(folder)
-    source.file("config.json")  # a link that leads elsewhere is refused, whatever it leads to
+    source.file("config.json")  # links out of the folder are refused
     try:
         return "model_type" in source.json("config.json")
     except PretrainedError:
@@ -45,16 +45,16 @@ def is_pretrained(folder: pathlib.Path) -> bool:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` has the form organisation/model, as ids of the hub do."""
+    """Whether `name` has the form organisation/model of hub ids."""
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None
 
 
 def tokenizer_of(folder: str | os.PathLike[str]) -> Tokenizer | None:
-    """The tokenizer of a published folder; None where there is no tokenizer.json.
+    """The tokenizer of a published folder; None without a tokenizer.json.
 
-    What goes in front of a text is what the tokenizer's own files say (its post-processor, `add_bos_token` in
-    tokenizer_config.json), as in transformers; `bos_token_id` only begins an empty text. A text ends with any
-    token that generation_config.json names, else config.json, else tokenizer_config.json.
+    The prefix of a text is determined by the tokenizer's own files (its post-processor, `add_bos_token` in
+    tokenizer_config.json), as in transformers; `bos_token_id` only begins an empty text. End tokens are those
+    of generation_config.json, else of config.json, else of tokenizer_config.json.
 
     Raises:
       PretrainedError: files that cannot be read, or the optional package `tokenizers` is missing.
@@ -106,34 +106,35 @@ def _template(source: Folder, settings: Mapping[str, Any]) -> str | None:
 
 
 def fetch(name: str) -> pathlib.Path:
-    """The folder of the hub's model `name`, "organisation/model", from the local cache where it is there.
+    """The folder of the hub's model `name`, "organisation/model", from the local cache if it is there.
 
     Raises:
-      PretrainedError: the optional package huggingface_hub is missing, or the model is neither cached nor to
-        be had.
+      PretrainedError: the optional package huggingface_hub is missing, or the model is neither cached nor
+        available.
     """
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise PretrainedError(
-            f"{name} is no folder here; for models of the hub: pip install huggingface_hub"
+            f"{name} is not a local folder; for models on the hub: pip install huggingface_hub"
         ) from error
     try:
         return pathlib.Path(snapshot_download(name, allow_patterns=[*_WEIGHTS, *_TEXTS]))
-    except Exception as error:  # whatever the network layer of the day raises
+    except Exception as error:  # the network layer may raise anything
         raise PretrainedError(
-            f"{name} is no folder here and cannot be had from the hub "
+            f"{name} is not a local folder and could not be downloaded from the hub "
             f"({type(error).__name__}: {str(error).partition(chr(10))[0]})"
         ) from error
 
 
 class Origin:
-    """What a published folder holds besides its weights: saving the model again writes it again.
+    """The contents of a published folder besides its weights, which are written again when the model is
+    saved.
 
-    A loaded model carries it, and so do its copies with another cache or other parameters. Two are equal if
-    their contents are.
+    A loaded model has it, and so do its copies with another cache or other parameters. Two are equal if their
+    contents are.
 
-    `ids`: the numbers of tokens that config.json names. `files`: the tokenizer's files by name.
+    `ids`: the token ids in config.json. `files`: the tokenizer's files by name.
     """
 
     def __init__(self, ids: Mapping[str, Any], files: Mapping[str, bytes]):
@@ -165,15 +166,15 @@ class Origin:
 def load_pretrained(
     folder: str | os.PathLike[str], *, dtype: str | None = None
 ) -> tuple[LanguageModel, fdl.Config]:
-    """The model of a folder with its weights, and the config that builds it.
+    """The model of a folder with its weights, and its config.
 
     Args:
-      dtype: what the model computes in, "float32" (default), "bfloat16" or "float64". Parameters are float32,
-        whatever they were saved in; float64 for float64.
+      dtype: the compute dtype, "float32" (default), "bfloat16" or "float64". Parameters are float32, whatever
+        their stored dtype; float64 for float64.
 
     Raises:
-      PretrainedError: not a folder of a published model, or of one that is not supported.
-      KeyError, ValueError: weights that do not fit what config.json says, by name.
+      PretrainedError: not a folder of a published model, or an unsupported model.
+      KeyError, ValueError: weights that do not match config.json, by name.
     """
     source = Folder(folder)
     described = source.json("config.json")
@@ -187,7 +188,7 @@ def load_pretrained(
 def load_gguf(
     path: str | os.PathLike[str], *, dtype: str | None = None
 ) -> tuple[LanguageModel, fdl.Config, Tokenizer]:
-    """The model of a GGUF file with its weights in float32, the config that builds it, and its tokenizer.
+    """The model of a GGUF file with its weights in float32, its config, and its tokenizer.
 
     Args:
       dtype: as for `load_pretrained`.
@@ -195,7 +196,7 @@ def load_gguf(
     Raises:
       PretrainedError: the package gguf is missing, the file is damaged, or a model or tokenizer that is not
         supported.
-      MissingTensorError, UserError: weights that do not fit what the file says.
+      MissingTensorError, UserError: weights that do not match the file's metadata.
     """
     file = GGUF(path)
     model, cfg = _filled(file.described, lambda: file, file.path, file.path, dtype)
@@ -220,7 +221,7 @@ def _filled(
     where: pathlib.Path,
     dtype: str | None,
 ) -> tuple[LanguageModel, fdl.Config]:
-    """The model of a description, filled with the tensors that are read once it is accepted."""
+    """The model of a config.json with its tensors, which are read once the config is accepted."""
     try:
         cfg = model_config(described)
         if dtype is not None:
@@ -245,15 +246,15 @@ def save_pretrained(
     dtype: str = "float32",
     shard_bytes: int = 5_000_000_000,
 ) -> list[pathlib.Path]:
-    """Write `model` as a published model: config.json and safetensors in parts of at most `shard_bytes`, and
-    of a model that was loaded from such a folder the tokenizer's files, the ends of a text and the chat
-    template. Returns the files.
+    """Write `model` as a published model: config.json, safetensors in parts of at most `shard_bytes`, and,
+    for a model loaded from such a folder, the tokenizer's files, end tokens and chat template. Returns the
+    files.
 
     Args:
-      dtype: what the weights are stored in, "float32", "bfloat16" or "float16".
+      dtype: the dtype of the stored weights, "float32", "bfloat16" or "float16".
 
     Raises:
-      PretrainedError: no published family computes what this model does, with the reason.
+      PretrainedError: no published family can represent the model, with the reason.
       FileExistsError: the folder holds a model already.
     """
     check_choice(dtype, ("float32", "bfloat16", "float16"), "dtype")
@@ -295,8 +296,7 @@ def save_pretrained(
 
 
 def _shards(tensors: Mapping[str, Any], limit: int) -> list[dict[str, Any]]:
-    """The tensors in their order, in parts of at most `limit` bytes (a larger tensor is a part of its
-    own)."""
+    """The tensors in their order, in parts of at most `limit` bytes (a larger tensor is a separate part)."""
     shards: list[dict[str, Any]] = [{}]
     size = 0
     for name, value in tensors.items():

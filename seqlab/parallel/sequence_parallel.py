@@ -1,18 +1,17 @@
 """Time split over the devices of the mesh axis `sequence` (clause C5 of the streaming contract): the same
-function, 1/N of the memory a device.
+function, with 1/N of the memory per device.
 
-Models know nothing of it. Under `jax.set_mesh(make_mesh(sequence=8))` arrays [b, t, ...] are global as ever
-and lie on the devices in equal stretches of time; XLA places what acts on single steps, and the operations
-that mix steps, which are the kernels, take their
-stretches by hand: each calls `split` with what one device does. A stretch of a linear recurrence is an affine
-map of its state
+Models need no extra code. Under `jax.set_mesh(make_mesh(sequence=8))` arrays [b, t, ...] are global and
+stored on the devices in equal segments of time. XLA places pointwise operations; operations that mix steps,
+the kernels, call `split` with the work of one device. A segment of a linear recurrence is an affine map of
+its state
 
     S -> M S + N            (M2, N2) after (M1, N1) = (M2 M1, M2 N1 + N2)
 
-so the state that enters every stretch comes from all before it in log2 N rounds of neighbours' messages, each
-of the size of a state (`carried`; LASP, arXiv 2404.02882, sends it from device to device). A recurrence that
-is not linear has no such map: there the devices work one after the other (`relay`), and only memory is saved.
-Softmax attention sends its keys around a ring: see `kernels.attention`.
+so the incoming state of every segment is computed from all earlier ones in log2 N rounds of messages, each of
+the size of a state (`carried`; LASP, arXiv 2404.02882, sends it from device to device). A nonlinear
+recurrence has no such map: the devices work one after the other (`relay`), which saves only memory. Softmax
+attention sends its keys around a ring: see `kernels.attention`.
 """
 
 import contextlib
@@ -27,12 +26,12 @@ from jaxtyping import Array, Bool
 
 AXIS = "sequence"
 
-_within_steps = jax.make_user_context(default_value=False)  # jax.jit takes it into the keys of its caches
+_within_steps = jax.make_user_context(default_value=False)  # part of jax.jit's cache keys
 
 
 def parts(time: int) -> int:
-    """In how many stretches `time` steps lie here: 1 outside a mesh with the axis, inside `split`, and for
-    fewer steps than devices."""
+    """The number of segments of `time` steps: 1 outside a mesh with the axis, inside `split`, and for fewer
+    steps than devices."""
     mesh = jax.sharding.get_abstract_mesh()
     if (
         _within_steps.value
@@ -55,12 +54,11 @@ def within_steps() -> Iterator[None]:
 def split(
     function: Callable[[Any, Any], tuple[Any, Any]], timed: Any, whole: Any, multiple: int = 1
 ) -> tuple[Any, Any]:
-    """`function(timed, whole)` -> (timed, whole) on every device, with its own stretch of what is timed, [b,
-    t, ...], and all of the rest.
+    """`function(timed, whole)` -> (timed, whole) on every device, with its own segment of the timed arrays
+    [b, t, ...] and all of the others.
 
-    Stretches are of one length, a multiple of `multiple`; what is missing at the end is filled with zeros
-    (False: see `all_valid`), and
-    cut off from the results. Results that are whole must be the same on all devices: see `of_last`.
+    Segments have one length, a multiple of `multiple`; the end is padded with zeros (False: see `all_valid`),
+    which are cropped from the results. Results in `whole` must be equal on all devices: see `of_last`.
     """
     time = jax.tree.leaves(timed)[0].shape[1]
     unit = parts(time) * multiple
@@ -78,8 +76,7 @@ def split(
 def all_valid(
     valid: Bool[Array, "b t"] | None, shape: tuple[int, ...], multiple: int = 1
 ) -> Bool[Array, "b t"] | None:
-    """`valid`, or flags that tell the steps [b, t] from those by which `split` fills them up, where it has
-    to."""
+    """`valid`, or flags that distinguish the steps [b, t] from the padding of `split`, if there is any."""
     return jnp.ones(shape[:2], bool) if valid is None and shape[1] % (parts(shape[1]) * multiple) else valid
 
 
@@ -87,26 +84,25 @@ def all_valid(
 
 
 def place() -> Array:
-    """Which stretch this is."""
+    """The index of this segment."""
     return jax.lax.axis_index(AXIS)
 
 
 def count() -> int:
-    """How many there are."""
+    """The number of segments."""
     return jax.lax.axis_size(AXIS)
 
 
 def shift(x: Any, by: int = 1, around: bool = False) -> Any:
-    """What the device `by` stretches before this one has; zeros where there is none, unless it goes
-    `around`."""
+    """The value of the device `by` segments earlier; zeros if there is none, unless `around`."""
     n = count()
     pairs = [(i, (i + by) % n) for i in range(n) if around or 0 <= i + by < n]
     return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, AXIS, pairs), x)
 
 
 def before(x: Any, after: Callable[[Any, Any], Any]) -> Any:
-    """All stretches before this one in one, by an associative `after(later, earlier)`, in log2 N rounds;
-    zeros on the first device."""
+    """The exclusive scan over segments with an associative `after(later, earlier)`, in log2 N rounds; zeros
+    on the first device."""
     distance = 1
     while distance < count() - 1:
         joined, enough = after(x, shift(x, distance)), place() >= distance
@@ -116,21 +112,21 @@ def before(x: Any, after: Callable[[Any, Any], Any]) -> Any:
 
 
 def of_last(x: Any) -> Any:
-    """What the last device has, on all of them."""
+    """The value of the last device, on all devices."""
     last = place() == count() - 1
     return jax.tree.map(lambda leaf: jax.lax.psum(jnp.where(last, leaf, jnp.zeros((), leaf.dtype)), AXIS), x)
 
 
 def continues(reset: Bool[Array, "b t"] | None, valid: Bool[Array, "b t"] | None) -> Bool[Array, " b"] | None:
-    """Whether the sequence that enters a stretch also leaves it; None where nothing could end it."""
+    """Whether the sequence that enters a segment continues beyond it; None if nothing could end it."""
     if reset is None:
         return None
     return ~jnp.any(reset if valid is None else reset & valid, axis=1)
 
 
 class Stretch(NamedTuple):
-    """The affine map of a stretch of time: the state behind it if it begins with none, its `map` M, and where
-    it has one [b]."""
+    """The affine map of a segment of time: its final state from zero, its `map` M, and where it has one
+    [b]."""
 
     end: Array
     map: Any
@@ -143,14 +139,14 @@ def carried(
     act: Callable[[Any, Array], Array] = jnp.multiply,
     compose: Callable[[Any, Any], Any] | None = None,
 ) -> Array:
-    """The state [b, ...] that enters this stretch, `initial` (none by default) entering the first.
+    """The incoming state [b, ...] of this segment, with `initial` (default: zeros) for the first.
 
-    `act(M, state)` applies a map, `compose(M2, M1)` is one after another, `act` itself by default. A stretch
-    whose map is None forgets.
+    `act(M, state)` applies a map, `compose(M2, M1)` composes two, `act` itself by default. A segment with map
+    None forgets.
     """
 
     def kept(stretch: Stretch, state: Array) -> Array:
-        if stretch.goes_on is not None:  # before the product: what is forgotten may be NaN
+        if stretch.goes_on is not None:  # before the product, since a forgotten state may be NaN
             state = jnp.where(stretch.goes_on.reshape(-1, *(1,) * (state.ndim - 1)), state, 0)
         return act(stretch.map, state)
 
@@ -175,11 +171,11 @@ def carried(
 def relay(
     run: Callable[[Any, Any, Any], tuple[Any, Any]], state: Any, floats: Any, rest: Any
 ) -> tuple[Any, Any]:
-    """`run(state, floats, rest)` -> (outputs, state) on one device after the other, each from the state that
-    the one before it ends in.
+    """`run(state, floats, rest)` -> (outputs, state) on one device after the other, each from the final state
+    of the previous one.
 
-    Floats and states are differentiated, the rest is not. Returns the outputs of every stretch and the state
-    behind the last.
+    Floats and states are differentiated, `rest` is not. Returns the outputs of every segment and the state
+    after the last.
     """
     state, floats = _varying((state, floats))
     outputs, end = _relay(run, state, floats, rest)
@@ -192,9 +188,9 @@ def _relay(run, state, floats, rest):
 
 
 def _relay_forward(run, state, floats, rest):
-    # The rounds are written out: where several loops sent messages, jaxlib 0.10 on a CPU gave wrong numbers
-    # or failed a check in rendezvous.h. Such loops may run side by side, and all messages have one channel:
-    # those of one seem to be taken for another's.
+    # The rounds are unrolled: with several loops that send messages, jaxlib 0.10 on a CPU gave wrong numbers
+    # or failed a check in rendezvous.h. Such loops may run concurrently, and all messages have one channel,
+    # so they seem to be mixed up.
     here, start = place(), state
 
     def outcome(start, *_):
@@ -233,8 +229,8 @@ _relay.defvjp(_relay_forward, _relay_backward)
 
 
 def _varying(tree: Any) -> Any:
-    """As something of which each device has its own, which is how loops over stretches must begin and what
-    their gradients are."""
+    """Mark a tree as varying over devices, as required for the carries of loops over segments and for their
+    gradients."""
     zero = 0 * place()
     return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), tree)
 
@@ -252,7 +248,7 @@ def running_sum(x: Array) -> Array:
 
 
 def running_max(x: Array) -> Array:
-    """The greatest of x [b, t] so far."""
+    """The running maximum of x [b, t]."""
     return _running(functools.partial(jax.lax.cummax, axis=1), jnp.maximum, x)
 
 

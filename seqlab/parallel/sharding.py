@@ -1,11 +1,11 @@
-"""Where arrays live: a mesh of four axes, and rules from parameter names to placements. On one device all of
-it is a no-op.
+"""Shardings: a mesh of four axes, and rules from parameter names to placements. On one device everything is a
+no-op.
 
-    data      rows of the batch                     fsdp      rows of the batch too, with the parameters split
-    tensor    heads and hidden channels             sequence  time
+    data      rows of the batch                     fsdp      rows of the batch, and split parameters tensor
+    heads and hidden channels             sequence  time
 
-Rules are plain data: the first regular expression that matches a parameter's name says how its axes are
-split. Axes are `Auto`, so XLA propagates placements through everything that no rule names.
+Rules are plain data: the first regular expression that matches a parameter's name determines the split of its
+axes. Axes are `Auto`, so XLA propagates placements to everything else.
 """
 
 import dataclasses
@@ -38,13 +38,13 @@ RULES: Rules = (
 
 @dataclasses.dataclass(frozen=True)
 class MeshSizes:
-    """Over which devices a run is spread: the size of every mesh axis, -1 for all devices that are left.
+    """The device mesh of a run: the size of every axis, -1 for all remaining devices.
 
     Args:
       data, fsdp: rows of the batch; `fsdp` splits the parameters too.
       tensor: heads and hidden channels.
       sequence: time.
-      layout: how attention deals positions out over `sequence`: "contiguous", or "zigzag" or "striped" for
+      layout: how attention distributes positions over `sequence`: "contiguous", or "zigzag" or "striped" for
         equal work under a causal mask.
     Raises:
       ValueError: a size that is neither positive nor -1.
@@ -63,8 +63,7 @@ class MeshSizes:
                 raise UserError(f"{name} must be positive, or -1 for what is left, got {size!r}")
 
     def make(self) -> Mesh | None:
-        """The mesh; None for one device. In a program of one process the devices that are not needed stay
-        idle."""
+        """The mesh; None for one device. In a single process, unneeded devices stay idle."""
         sizes = {name: getattr(self, name) for name in AXES}
         devices, known = jax.devices(), math.prod(size for size in sizes.values() if size != -1)
         if -1 not in sizes.values() and jax.process_count() == 1:
@@ -81,8 +80,7 @@ class MeshSizes:
 def make_mesh(
     *, data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh | None:
-    """A mesh of these sizes; one of them may be -1, for all the devices that are left. None where there is
-    one device: nothing to do.
+    """A mesh of these sizes; one of them may be -1, for all remaining devices. None for a single device.
 
     Raises:
       ValueError: if the sizes do not multiply to the number of devices.
@@ -109,11 +107,10 @@ def make_mesh(
 
 
 def compiler_options(mesh: Mesh | None) -> dict[str, bool] | None:
-    """What `jax.jit` and `compile` have to be told of a program on `mesh`.
+    """Compiler options of `jax.jit` and `compile` for a program on `mesh`.
 
-    On a CPU XLA may run loops side by side that do not need each other, and seems to take the messages of one
-    for another's where both send some (jaxlib 0.10: wrong numbers, or a failed check of `rendezvous.h`). So
-    they are asked to run in order.
+    On a CPU XLA may run independent loops concurrently, and seems to mix up their messages if both send some
+    (jaxlib 0.10: wrong numbers, or a failed check of `rendezvous.h`). The options make them run in order.
     """
     if mesh is None or mesh.devices.flat[0].platform != "cpu":
         return None
@@ -123,10 +120,10 @@ def compiler_options(mesh: Mesh | None) -> dict[str, bool] | None:
 def param_shardings(
     params: Params, mesh: Mesh | None, rules: Rules = RULES
 ) -> dict[str, NamedSharding] | None:
-    """The placement of every parameter, by the first rule that matches its name; replicated where none does
-    or a size does not divide.
+    """The placement of every parameter, by the first rule that matches its name; replicated if none does or a
+    size is not divisible.
 
-    `params` may be abstract. None where there is no mesh.
+    `params` may be abstract. None without a mesh.
     """
     if mesh is None:
         return None
@@ -148,7 +145,7 @@ def _spec(name: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> Partit
 
 
 def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
-    """Ask XLA to place `x` so: one mesh axis, several or None per axis of the array. Outside a mesh
+    """Constrain the placement of `x`: one mesh axis, several or None per axis of the array. Outside a mesh
     (`jax.set_mesh`) it does nothing."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not set(AXES) >= set(mesh.axis_names):
@@ -157,16 +154,16 @@ def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
 
 
 def along_time(x: Array) -> Array:
-    """Ask XLA to place activations [b, t, ...] as everything that acts on steps wants them: rows over the
-    batch axes, time over `sequence`.
+    """Constrain the placement of activations [b, t, ...]: rows over the batch axes, time over `sequence`.
 
-    It does nothing where time is not split.
+    It does nothing if time is not split.
     """
     return x if parts(x.shape[1]) == 1 else along_batch(x)
 
 
 def along_batch(x: Array) -> Array:
-    """The same of any batch [b, ...] or [b, t, ...], and of shorter times. It does nothing outside a mesh."""
+    """The same for any batch [b, ...] or [b, t, ...], and for shorter times. It does nothing outside a
+    mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     rows = tuple(name for name in BATCH if name in mesh.axis_names)
     time = (AXIS,) if x.ndim > 1 and parts(x.shape[1]) > 1 else ()

@@ -1,1 +1,1 @@
-"""Runs as values, and studies over them: comparisons, caches, gates, pictures."""
+"""Loading of runs, and studies of them: comparisons, caches, gates, pictures."""

@@ -1,13 +1,12 @@
-"""What a trained model is worth with other memories: quality against bytes of state and speed, policy by
-policy.
+"""Comparison of cache policies on a trained model: quality, bytes of state and speed.
 
-Perplexity by position on held-out streams, pass keys at several depths, and questions to one shared context,
-each to a copy of the cache (multi-request) or one after the other to the same one (multi-turn), as SCBench
-asks them (arXiv 2412.10319). An answer counts if the
-likeliest byte is the right one at each of its digits: exactly when greedy decoding writes it.
+Measured are perplexity by position on held-out streams, passkey retrieval at several depths, and questions to
+a shared context, each to a copy of the cache (multi-request) or one after the other to the same one
+(multi-turn), as in SCBench (arXiv 2412.10319). An answer is correct if each of its digits is the likeliest
+byte, as in greedy decoding.
 
-Every policy's figures lie in a file of their own below the folder, so an interrupted bench goes on where it
-stopped; cache_bench.json, cache_bench.md and cache_bench.png are written anew by every call.
+Each policy has its own results file, so an interrupted comparison resumes; cache_bench.json, cache_bench.md
+and cache_bench.png are rewritten by every call.
 """
 
 import json
@@ -54,11 +53,11 @@ _CHUNK = 256
 
 
 class BenchError(UserError):
-    """What cannot be measured, noticed before any work."""
+    """An invalid request, found before any work."""
 
 
 class Settings(NamedTuple):
-    """What is measured, the same for all policies of a folder.
+    """The settings of a comparison, the same for all policies of a folder.
 
     `rows` held-out streams of `length` steps, of a model trained on `trained`; contexts of `context` steps:
     `items` for every depth and
@@ -75,10 +74,10 @@ class Settings(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A policy's figures.
+    """The results of a policy.
 
     `nats`, `targets`: mean cross entropy and number of targets by bucket of positions, see `edges`. Shares of
-    right answers: `passkey` by depth, `requests` and `turns` by turn; None where the model does not read
+    correct answers: `passkey` by depth, `requests` and `turns` by turn; None if the model does not read
     bytes. `tokens_per_second`: decoding, one stream.
     """
 
@@ -92,7 +91,7 @@ class Row(NamedTuple):
     turns: list[float] | None
 
     def perplexity(self, buckets: Sequence[bool]) -> float | None:
-        """Over the buckets named, None where they are empty."""
+        """The mean over some buckets; None if they are empty."""
         chosen = [
             (nats, count)
             for nats, count, take in zip(self.nats, self.targets, buckets, strict=True)
@@ -111,7 +110,7 @@ class Bench(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Everything that could be refused has been: what `run` goes through."""
+    """A checked plan for `run`."""
 
     trained: runs.Run
     experiment: Experiment
@@ -135,20 +134,19 @@ def plan(
     dtype: str | None = None,
     text: Sequence[str | os.PathLike[str]] = (),
 ) -> Plan:
-    """What is to be measured of the run in `workdir`: the caches named,
-    "full(2048),sinks(4)+window(252)+int4", or a choice of them.
+    """The plan for the run in `workdir`: the given caches, "full(2048),sinks(4)+window(252)+int4", or a
+    default choice.
 
-    `trust` and `dtype` as in `runs.load`. `duo(s)` streams the share s of all heads by the gates that were
-    fitted (`seqlab.studies.gates`). Nothing is written.
+    `trust` and `dtype` as in `runs.load`. `duo(s)` makes the share s of all heads streaming heads by the
+    fitted gates (`seqlab.studies.gates`). Nothing is written.
 
     A published model is measured on `text`, files and folders, or on held-out sources of the Python standard
-    library; by default in one stream of four times the length that it was made for, or as much as the text
-    has.
+    library; by default in one stream of four times its training length, or as much as the text has.
 
     Raises:
-      BenchError, ValueError: a cache that cannot be read, does not fit the heads or ends before the streams
-        do; a model without attention or of other than tokens; too little held-out data; a folder with figures
-        of other settings.
+      BenchError, ValueError: a cache that is invalid, does not fit the heads or is shorter than the streams;
+        a model without attention or without tokens; too little held-out data; a folder with results of other
+        settings.
     """
     trained = runs.load(workdir, step, trust=trust, dtype=dtype)
     model = as_mixer(trained.model).unrolled()
@@ -177,7 +175,7 @@ def plan(
         else defaults(layers[0], window, most, fitted is not None)
     )
     if len(set(map(report.file_name, names))) < len(names):
-        raise BenchError(f"caches: one is there twice in {caches}")
+        raise BenchError(f"caches: duplicate entry in {caches}")
     policies = {name: _policy(name, model, fitted, most) for name in names}
     home = pathlib.Path(workdir)
     folder = pathlib.Path(out or (home.parent if home.is_file() else home) / "cache_bench")
@@ -186,8 +184,8 @@ def plan(
 
 
 def defaults(layer: Attention, trained: int, most: int, duo: bool) -> list[str]:
-    """Everything, its codings, windows of half the trained length (or of the model's own), and DuoAttention
-    where gates were fitted."""
+    """The default caches: full, quantized, windows of half the trained length (or the model's own), and
+    DuoAttention if gates were fitted."""
     window = layer.cache.window if isinstance(layer.cache, Window) else max(8, trained // 2)
     group = next((g for g in (32, 16, 8, 4) if layer.head_dim % g == 0), layer.head_dim)
     residual = max(group, min(128, trained // 4) // group * group)
@@ -204,7 +202,7 @@ def defaults(layer: Attention, trained: int, most: int, duo: bool) -> list[str]:
 
 
 def run(planned: Plan) -> Bench:
-    """Measure what has not been measured, and write the table, the figure and all figures as JSON."""
+    """Measure the missing policies, and write the table, the plot and all results as JSON."""
     settings, folder = planned.settings, planned.folder
     (folder / "caches").mkdir(parents=True, exist_ok=True)
     report.write(folder / "settings.json", as_json(settings._asdict(), indent=1) + "\n")
@@ -234,7 +232,7 @@ def run(planned: Plan) -> Bench:
 def measure(
     name: str, policy: Any, planned: Plan, bounds: Sequence[int], quizzes: Sequence[Quiz] | None
 ) -> Row:
-    """All figures of the model under one policy."""
+    """All results of the model under one policy."""
     model = with_cache(planned.trained.model, policy)
     read = _reader(model)
     streams = planned.streams
@@ -255,10 +253,10 @@ def measure(
 
 
 def answered(read: Callable[..., Any], model: Module, asked: Quiz, copies: bool) -> list[float]:
-    """The share of right answers by turn: every question to a copy of the state behind the context, or to the
-    state behind the last answer.
+    """The share of correct answers by turn: each question to a copy of the state after the context, or to the
+    state after the last answer.
 
-    Later questions stand behind the right answers to those before them, as in SCBench.
+    Later questions follow the correct answers to earlier ones, as in SCBench.
     """
     state = read(_fresh(model, *asked.joined().shape), asked.context)[2]
     shares = []
@@ -282,7 +280,7 @@ def edges(settings: Settings) -> list[int]:
 
 def as_table(bench: Bench) -> list[list[str]]:
     """Header and rows as text: bits over all positions, perplexities up to the trained length and beyond,
-    shares of right answers."""
+    shares of correct answers."""
     ends = bench.edges[1:]
     near = [end <= bench.settings.trained for end in ends]
     header = [column.format(n=f"{bench.settings.trained:,}") for column in COLUMNS]
@@ -308,7 +306,7 @@ def as_table(bench: Bench) -> list[list[str]]:
 
 
 def draw(bench: Bench, path: pathlib.Path) -> None:
-    """One figure: perplexity by position, and what is still found for the bytes of the state."""
+    """The plot: perplexity by position, and retrieval against bytes of state."""
     with report.figure(path, columns=2) as (by_place, by_bytes):
         curves(by_place, bench)
         # Without any retrieval scores, plot bits per token.
@@ -331,8 +329,8 @@ def draw(bench: Bench, path: pathlib.Path) -> None:
 
 
 def curves(ax: Any, bench: Bench, rows: Sequence[Row] | None = None) -> None:
-    """Perplexity by position, both axes in octaves, and where training ended; of `rows`, which may end
-    earlier, in place of the bench's."""
+    """Perplexity by position, on logarithmic axes, with the training length marked; for `rows` instead of the
+    plan's."""
     middle = [
         (begin * end) ** 0.5 if begin else end / 2
         for begin, end in zip(bench.edges[:-1], bench.edges[1:], strict=True)
@@ -347,14 +345,14 @@ def curves(ax: Any, bench: Bench, rows: Sequence[Row] | None = None) -> None:
 
 
 def _fresh(model: Module, batch: int, steps: int) -> State:
-    """The state of fresh streams; of a cache that grows with room for so many steps."""
+    """The state of fresh streams, with room for `steps` steps if the cache grows."""
     state = model.init_state(batch)
     return as_mixer(model).with_room(state, steps)
 
 
 def _reader(model: Module) -> Callable[..., tuple[Float[np.ndarray, "b t"], Bool[np.ndarray, "b t"], State]]:
     """read(state, tokens, targets) -> cross entropies, whether the likeliest token is the target, the state
-    behind."""
+    after them."""
     static, params = split(in_evaluation(model))
 
     @jax.jit
@@ -383,7 +381,7 @@ def _reader(model: Module) -> Callable[..., tuple[Float[np.ndarray, "b t"], Bool
 
 
 def _chunks(*arrays: Int[np.ndarray, "b t"]) -> Iterator[tuple[np.ndarray, ...]]:
-    """Pieces of one size, small for what is short, and which steps of each are real."""
+    """Chunks of one size, smaller for short inputs, with masks of real steps."""
     time = arrays[0].shape[1]
     size = _CHUNK if time > _CHUNK // 8 else _CHUNK // 8
     for begin in range(0, time, size):
@@ -396,11 +394,11 @@ def _chunks(*arrays: Int[np.ndarray, "b t"]) -> Iterator[tuple[np.ndarray, ...]]
 def _held_out(
     experiment: Experiment, length: int | None, rows: int | None, trained: int | None = None
 ) -> tuple[dict[str, np.ndarray], int]:
-    """Streams [b, t] of held-out tokens with their targets and which of these count, and the length of
-    training, `trained` where the windows do not tell.
+    """Streams [b, t] of held-out tokens with their targets and which of these count, and the training length,
+    `trained` if the windows do not have it.
 
-    Text goes on from document to document as one stream, which begins as streams do in generation; the
-    examples of a task are streams of their own.
+    Text continues from document to document as one stream, which begins as in generation; each example of a
+    task is a separate stream.
     """
     windows = experiment.data.validation()
     first = windows[0]["inputs"]
@@ -415,7 +413,7 @@ def _held_out(
                 f"{rows} streams of {length:,} steps are more than the {len(windows.stream):,} tokens held "
                 "out"
             )
-        count = length + (bos is None)  # a stream begins behind the token that begins texts, if there is one
+        count = length + (bos is None)  # a stream begins with the token that begins texts, if there is one
         text = np.stack([windows.stream[i * stride : i * stride + count] for i in range(rows)]).astype(
             np.int32
         )
@@ -432,7 +430,7 @@ def _held_out(
 
 
 def _policy(name: str, model: Module, fitted: gates.Gates | None, most: int) -> Any:
-    """A policy, or one a layer; refused here if it cannot serve the model or the streams."""
+    """A policy, or one per layer; refused if it does not fit the model or the streams."""
     policy = gates.policies(name, fitted, capacity=most) if name.startswith("duo") else parse_cache(name)
     served = with_cache(model, policy)
     jax.eval_shape(lambda: served.init_state(1))
@@ -462,7 +460,7 @@ def _check_folder(folder: pathlib.Path, settings: Settings) -> None:
 
 
 def _quizzes(planned: Plan) -> list[Quiz] | None:
-    """A context with one key for every depth, and contexts with several; None where tokens are not bytes. The
+    """A context with one key for every depth, and contexts with several; None if tokens are not bytes. The
     same for all policies."""
     if (
         not isinstance(planned.trained.tokenizer, ByteTokenizer)

@@ -1,9 +1,9 @@
-"""Models side by side on one task and one budget: trained one after the other, then one table and one figure.
+"""Comparison of models on one task and one budget: trained one after the other, then one table and one
+figure.
 
-Every candidate is an ordinary run in its own folder below `workdir`, so what holds for runs holds here: an
-interrupted comparison goes on where it stopped, finished runs are left alone, and any of them can be
-streamed, evaluated or trained from its folder. Beside the runs lie compare.json, compare.md and compare.png,
-written anew by every call from what the runs have left.
+Every candidate is an ordinary run in its own folder below `workdir`, so an interrupted comparison resumes,
+finished runs are kept, and each can be streamed, evaluated or trained from its folder. compare.json,
+compare.md and compare.png are in `workdir` and rewritten by every call from the results of the runs.
 """
 
 import functools
@@ -36,14 +36,14 @@ from seqlab.train.trial import check_fits
 
 COLUMNS = ("name", "parameters", "state bytes", "train tokens/s", "stream tokens/s")
 _MAY_DIFFER = ("model", "optimizer", "accumulate", "log_every", "validate_every", "checkpoint_every", "keep")
-_STREAMED = 256  # steps by which the speed of streaming is measured
+_STREAMED = 256  # steps for measuring the speed of streaming
 
 
 class Row(NamedTuple):
-    """A trained candidate: sizes, speeds (compilation apart), and what it is worth at `step`.
+    """A trained candidate: sizes, speeds (without compilation), and its metric at `step`.
 
-    `state_bytes` and `stream_tokens_per_second` are of one stream, None for a model that cannot stream. A run
-    that diverged has neither speeds nor quality, and `diverged` says what became of it.
+    `state_bytes` and `stream_tokens_per_second` are of one stream, None for a model that cannot stream. A
+    diverged run has neither speeds nor a metric; `diverged` has the reason.
     """
 
     name: str
@@ -58,8 +58,7 @@ class Row(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """What was compared: `status` is "finished" or the signal that ended it; `rows` are those of the runs
-    that are finished."""
+    """The result: `status` is "finished" or the interrupting signal; `rows` are those of finished runs."""
 
     status: str
     quality: Quality
@@ -77,8 +76,8 @@ def plan(
     rest is applied to all of them.
 
     Raises:
-      ConfigError: anything that `seqlab train` would refuse; two candidates of one name; data, steps or
-        another part of the budget that are not the same for all.
+      ConfigError: anything that `seqlab train` would refuse; duplicate names; data, steps or another part of
+        the budget that differ.
     """
     found: dict[str, fdl.Config] = {}
     specs = [None] if mixers is None else _specs(mixers)
@@ -91,9 +90,7 @@ def plan(
             cfg = functools.reduce(config.override, given, cfg)
             title = stem if spec is None else spec if len(names) == 1 else f"{stem} {spec}"
             if report.file_name(title) in map(report.file_name, found):
-                raise config.ConfigError(
-                    f"{title!r} is there twice: every candidate has a folder of its own name"
-                )
+                raise config.ConfigError(f"duplicate candidate {title!r}: each has a folder of its name")
             found[title] = cfg
     first, *others = found
     for other in others:
@@ -110,14 +107,14 @@ def plan(
 
 
 def compare(candidates: dict[str, fdl.Config], workdir: str | os.PathLike[str]) -> Comparison:
-    """Train what is not trained yet, one run after the other, measure all, and write compare.json, compare.md
-    and compare.png.
+    """Train the remaining candidates one after the other, measure all, and write compare.json, compare.md and
+    compare.png.
 
-    A run that diverges is a row that says so; the others are trained all the same.
+    A diverged run is reported in its row; the others are still trained.
 
     Raises:
-      ConfigError, ValueError, OSError: as training would; before anything is trained or made if it is about a
-        config, the data or a folder that belongs to another config.
+      ConfigError, ValueError, OSError: as in training; errors in a config, the data or a folder of another
+        config are raised before anything is trained or created.
     """
     workdir = pathlib.Path(workdir)
     experiments = {name: config.build(cfg) for name, cfg in candidates.items()}
@@ -131,7 +128,7 @@ def compare(candidates: dict[str, fdl.Config], workdir: str | os.PathLike[str]) 
             raise config.ConfigError(f"{name}: {error}") from error
     folders = {name: workdir / report.file_name(name) for name in candidates}
     fingerprint = getattr(first.data.train(first.seed), "fingerprint", None)
-    for name, cfg in candidates.items():  # first what could be refused
+    for name, cfg in candidates.items():  # checks first
         config.differences(cfg, folders[name], fingerprint=fingerprint)
     rows, quality = [], quality_of(first.metric)
     for name, experiment in experiments.items():
@@ -149,7 +146,8 @@ def compare(candidates: dict[str, fdl.Config], workdir: str | os.PathLike[str]) 
 
 
 def measure(name: str, workdir: pathlib.Path, experiment: Any) -> Row:
-    """The figures of a finished run. Those of training are what it wrote down; streaming is measured now."""
+    """The results of a finished run. Those of training are read from its folder; streaming is measured
+    now."""
     trained = runs.load(workdir, trust=True)  # the config that was just trained
     logged, key = read_rows(workdir / "metrics.jsonl"), f"validation_{quality_of(experiment.metric).name}"
     worth = {row["step"]: row[key] for row in logged if key in row}
@@ -175,14 +173,14 @@ def measure(name: str, workdir: pathlib.Path, experiment: Any) -> Row:
 
 
 def _diverged(name: str, workdir: pathlib.Path, experiment: Any, error: str) -> Row:
-    """What can be said of a run without a model: how large it is, and how far it got."""
+    """The row of a diverged run: its size and last step."""
     logged = [row["step"] for row in read_rows(workdir / "metrics.jsonl")]
     model = nnx.eval_shape(lambda: experiment.model(rngs=nnx.Rngs(0)))
     return Row(name, str(workdir), max(logged, default=0), count_params(model), None, None, None, None, error)
 
 
 def stream_speed(trained: runs.Run) -> float:
-    """Steps a second of one stream, one step after the other, without compilation."""
+    """Steps per second of one stream, single steps, without compilation."""
     model, capacity = trained.model, as_mixer(trained.model).capacity
     steps = _STREAMED if capacity is None else max(1, min(_STREAMED, capacity - 1))
     if trained.tokenizer is not None and as_mixer(model).vocab_size is not None:
@@ -197,7 +195,7 @@ def stream_speed(trained: runs.Run) -> float:
 
 
 def _step_speed(model: Module, steps: int) -> float:
-    """The same of a model of numbers: a compiled loop over single steps."""
+    """The same for a model of numbers: a compiled loop over single steps."""
     static, params = split(in_evaluation(model))
 
     @jax.jit
@@ -266,7 +264,7 @@ def _write(comparison: Comparison, experiment: Any, workdir: pathlib.Path) -> No
 
 
 def draw(comparison: Comparison, path: pathlib.Path) -> None:
-    """One figure: what each is worth over the bytes of its state, and how each learnt."""
+    """The figure: metric against bytes of state, and training curves."""
     with report.figure(path, columns=2) as (worth, learning):
         for row in comparison.rows:
             points = [

@@ -1,4 +1,4 @@
-"""A conversation with a model that has a chat template: one stream, which goes on from turn to turn."""
+"""A conversation with a model that has a chat template: one stream, continued from turn to turn."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,18 +8,18 @@ from seqlab.studies.runs import Run
 
 
 class Conversation:
-    """Messages and the state behind them.
+    """Messages and the state after them.
 
         talk = Conversation(seqlab.load("folder"), temperature=0)
         for token in talk.say("What is gravity?"):
             print(token.text, end="")
 
-    A turn reads only what is new, as long as the template writes the old turns as they were read.
+    A turn processes only new tokens, as long as the template renders earlier turns unchanged.
 
     Args:
       run: a loaded model whose tokenizer has a chat template.
       system: a message to begin with, from the "system".
-      options: of every turn, as `stream_generate` takes them.
+      options: options of `stream_generate` for every turn.
 
     Raises:
       ChatError: by `say`: the model has no chat template, or it refuses the messages.
@@ -35,7 +35,7 @@ class Conversation:
         self._read: list[int] = []
 
     def say(self, text: str) -> Iterator[Token]:
-        """Say `text` as the user; yields the tokens of the answer, which then is a message too."""
+        """Send `text` as the user; yields the tokens of the answer, which becomes a message."""
         self.messages.append({"role": "user", "content": text})
         tokens = self._run.chat(self.messages).tolist()
         known = self._read

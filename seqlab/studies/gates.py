@@ -1,5 +1,5 @@
-"""DuoAttention for a run: gates fitted to its model on pass keys, kept in its folder, and the caches that
-they stand for."""
+"""DuoAttention for a run: gates fitted to its model on passkeys, saved in its folder, and the resulting
+caches."""
 
 import json
 import os
@@ -45,17 +45,17 @@ def fit(
     batch: int = 8,
     trust: bool = False,
 ) -> Gates:
-    """Fit gates to the run in `workdir` by distillation on pass keys in its training text, and keep them as
+    """Fit gates to the run in `workdir` by distillation on passkeys in its training text, and save them as
     gates.json.
 
-    Gates that are there already are handed back if they were fitted alike.
+    Existing gates are returned if they were fitted with the same settings.
 
     Args:
-      window: what a streaming head sees besides the sinks; an eighth of the trained length by default.
+      window: the window of a streaming head, besides the sinks; an eighth of the trained length by default.
       trust: as in `runs.load`.
     Raises:
-      ValueError: a model of other than bytes, or with other mixers than attention; gates fitted otherwise are
-        in the folder.
+      ValueError: a model that does not read bytes, or with mixers other than attention; existing gates with
+        other settings.
     """
     for name, value in {"steps": steps, "keys": keys, "batch": batch}.items():
         check_positive(f"gates: {name}", value)
@@ -98,14 +98,15 @@ def fit(
 
 
 def load(workdir: str | os.PathLike[str], step: int) -> Gates | None:
-    """The gates of the run in `workdir`; None where there are none, or they are another checkpoint's."""
+    """The gates of the run in `workdir`; None if missing or of another checkpoint."""
     file = pathlib.Path(workdir) / FILE
     found = Gates(**json.loads(file.read_text())) if file.exists() else None
     return found if found is not None and found.step == step else None
 
 
 def policies(spec: str, fitted: Gates | None, capacity: int) -> list[Any]:
-    """`duo(0.75)`: a cache for every layer, the share 0.75 of all heads with the smallest gates streaming.
+    """`duo(0.75)`: one cache per layer, in which the share 0.75 of all heads, those with the smallest gates,
+    are streaming heads.
 
     Raises:
       ValueError: a spec of another form, or no gates.

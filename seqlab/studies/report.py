@@ -1,5 +1,4 @@
-"""What comparisons leave behind: a table for the terminal and for a page, a figure, files that are replaced
-whole or not at all."""
+"""Output of comparisons: tables for terminal and Markdown, a figure, atomically replaced files."""
 
 import contextlib
 import os
@@ -12,7 +11,7 @@ Cells = Sequence[Sequence[str]]  # a header and rows
 
 
 def as_text(cells: Cells) -> str:
-    """A table for a terminal: the first column to the left, the others to the right."""
+    """A table for a terminal: the first column left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join(
@@ -24,7 +23,7 @@ def as_text(cells: Cells) -> str:
 
 
 def as_markdown(cells: Cells) -> str:
-    """The same for a page."""
+    """The same as Markdown."""
     header, *rows = cells
     return "".join(
         f"| {' | '.join(line)} |\n" for line in [header, ["---", *["---:"] * (len(header) - 1)], *rows]
@@ -32,7 +31,7 @@ def as_markdown(cells: Cells) -> str:
 
 
 def write(path: pathlib.Path, text: str) -> None:
-    """Replace a file by `text` at once: whoever reads it sees the old one or the new one."""
+    """Replace a file by `text` atomically."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
@@ -40,12 +39,12 @@ def write(path: pathlib.Path, text: str) -> None:
 
 @contextlib.contextmanager
 def figure(path: pathlib.Path, columns: int, height: float = 4.0) -> Iterator[Sequence[Any]]:
-    """Axes side by side, drawn into `path`, whose name says in which format, once the block is done."""
+    """Axes side by side, saved to `path` at the end of the block; its suffix determines the format."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with rc_context({"svg.hashsalt": "seqlab"}):  # the same numbers give the same file
+    with rc_context({"svg.hashsalt": "seqlab"}):  # reproducible files
         drawing = Figure(figsize=(5 * columns, height), layout="constrained")
         FigureCanvasAgg(drawing)
         axes = drawing.subplots(1, columns, squeeze=False)[0]
@@ -58,10 +57,10 @@ def figure(path: pathlib.Path, columns: int, height: float = 4.0) -> Iterator[Se
 
 
 def split_specs(text: str) -> list[str]:
-    """The items of "a,b(x=1, y=2)": split at the commas outside parentheses; an item may come out empty."""
+    """The items of "a,b(x=1, y=2)": split at the commas outside parentheses; items may be empty."""
     return [item.strip() for item in re.split(r",(?![^(]*\))", text)]
 
 
 def file_name(title: str) -> str:
-    """`title` with what file systems may not like replaced."""
+    """`title` with characters replaced that file systems may not allow."""
     return re.sub(r"[^\w.=-]+", "_", title).strip("_")

@@ -1,4 +1,4 @@
-"""Runs as values: the model of a run folder, ready to stream or to evaluate."""
+"""Loading of runs: the model of a run folder, ready to stream or to evaluate."""
 
 import contextlib
 import functools
@@ -20,16 +20,15 @@ from seqlab.train.quality import Quality, quality_of
 
 
 class RunError(UserError):
-    """A folder that is no run, or a run that cannot be used yet; the message says what is missing."""
+    """A folder that is not a run, or a run that cannot be used yet; the message says what is missing."""
 
 
 class Run(NamedTuple):
-    """A trained model: `config` is the Fiddle config that built it, `step` the checkpoint that its parameters
-    are from.
+    """A trained model: `config` is its Fiddle config, `step` the checkpoint of its parameters.
 
-    `model` is a `Model` for type checkers; that of a run on images has no state. Of a published model
-    `config` is that of the model alone and `step` is 0. `tokenizer` is None where the model's inputs are not
-    tokens, and where a published model came without tokenizer.json.
+    `model` is a `Model` for type checkers; that of a run on images has no state. For a published model
+    `config` is that of the model and `step` is 0. `tokenizer` is None if the inputs are not tokens, and for a
+    published model without tokenizer.json.
     """
 
     model: Model
@@ -44,7 +43,7 @@ class Run(NamedTuple):
         Args:
           messages: {"role": "user", "content": "..."} and so on, the oldest first.
           answer: end where the model's answer begins.
-          variables: more of what the template asks for, such as tools or enable_thinking.
+          variables: further variables of the template, such as tools or enable_thinking.
 
         Raises:
           ChatError: the model has no chat template, it refuses the messages, or the optional package jinja2
@@ -60,7 +59,7 @@ class Run(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """`value` of the task's `quality` (bits a token, accuracy, ...) over `targets`."""
+    """`value` of the task's metric (bits per token, accuracy, ...) over `targets`."""
 
     quality: Quality
     value: float
@@ -73,19 +72,19 @@ def load(
     """The model of a run folder, from its last good checkpoint or that of `step`; or a published model
     (Llama, Mamba, ...) from its folder, from a GGUF file or, as "organisation/name", from the hub.
 
-    Published models are data alone. The config of a run is executed, so it may only name what seqlab's own
-    configs are made of.
+    Published models are only data. The config of a run is executed, so it may only name parts of seqlab's own
+    configs.
 
     Args:
-      trust: also import what the config of a run names outside seqlab, mixers of your own for instance. That
-        runs its code: say so only of runs whose config you know. It changes nothing for published models.
-      dtype: what the model computes in, "float32", "bfloat16" or "float64", instead of what its config says
-        (float32 for published models). Parameters stay float32.
+      trust: also import names outside seqlab in the config of a run, for instance your own mixers. This runs
+        their code: use it only for configs you know. It has no effect on published models.
+      dtype: the compute dtype, "float32", "bfloat16" or "float64", instead of that of its config (float32 for
+        published models). Parameters stay float32.
 
     Raises:
       RunError: `workdir` is not the folder of a run, or the run has no checkpoint yet.
-      PretrainedError: a published model that cannot be had or is not supported, with the reason.
-      ConfigError: its config names something that is not there (any more), or that is not trusted.
+      PretrainedError: a published model that is unavailable or not supported, with the reason.
+      ConfigError: a name in its config does not exist (any more) or is not trusted.
       CheckpointError: `step` does not exist or is damaged, or no checkpoint is good, with the reasons.
     """
     from seqlab.interop import huggingface as pretrained
@@ -143,7 +142,7 @@ def _load_run(workdir: pathlib.Path, step: int | None, trust: bool, dtype: str |
 
 
 def _no_run(workdir: pathlib.Path) -> str:
-    """Why `workdir` is not the folder of a run, and which runs there are beside it."""
+    """Why `workdir` is not a run folder, and which runs are next to it."""
     if workdir.is_dir():
         gguf = ": name the GGUF file in it" if any(workdir.glob("*.gguf")) else ""
         return f"{workdir} is not the folder of a run: it holds no config.json{gguf}"
@@ -155,14 +154,13 @@ def _no_run(workdir: pathlib.Path) -> str:
 
 
 def _check_no_run(workdir: pathlib.Path) -> None:
-    """Refuse a misspelt run: where its parent holds runs, no hub is asked."""
+    """Refuse a misspelt run: if its parent folder holds runs, the hub is not asked."""
     if any(workdir.parent.glob("*/config.json")):
         raise RunError(_no_run(workdir))
 
 
 def evaluate(model: Module, experiment: Any) -> Evaluation:
-    """The metric of `experiment` for `model` on its held-out windows, the same that its training validates
-    on."""
+    """The metric of `experiment` for `model` on its held-out windows, the same as in its training."""
     from seqlab.train.loop import held_out_batches, validate
     from seqlab.train.step import evaluate_step
     from seqlab.train.trial import check_sums

@@ -1,5 +1,5 @@
-"""What a trained model of images says of pictures it never saw, and what its stages see: `seqlab show
-WORKDIR` draws it."""
+"""Visualisation of a trained image model: its predictions for held-out pictures and its feature maps
+(`seqlab show WORKDIR`)."""
 
 import os
 import pathlib
@@ -14,8 +14,8 @@ from seqlab.studies.runs import RunError, load
 
 
 class Views(NamedTuple):
-    """Held-out pictures [n, h, w, c], what they should be, what the model says (logits, or pictures), and the
-    maps behind its stages."""
+    """Held-out pictures [n, h, w, c], their targets, the model's outputs (logits or pictures), and the output
+    maps of its stages."""
 
     inputs: Float[np.ndarray, "n h w c"]
     targets: Num[np.ndarray, "n *t"]
@@ -50,8 +50,8 @@ def show(
     """Draw `count` held-out pictures with the model's answers and feature maps; returns where, `path` or
     WORKDIR/show.png.
 
-    Of a map [i, j, d] the three directions in which it varies most, over all pictures drawn, are its red,
-    green and blue. `trust` as in `runs.load`.
+    The first three principal components of a map [i, j, d], over all pictures drawn, are shown as red, green
+    and blue. `trust` as in `runs.load`.
 
     Raises:
       RunError: as `runs.load`, or the model is not one of images.
@@ -95,7 +95,7 @@ def show(
 
 
 def captions(seen: Views) -> list[tuple[str, bool]]:
-    """Of every picture of a class what the model says, how surely, and whether it is right."""
+    """For classification: the prediction per picture, its probability, and whether it is correct."""
     found = []
     for share, true in zip(
         np.asarray(jax.nn.softmax(seen.outputs, axis=-1)), seen.targets.tolist(), strict=True
@@ -108,7 +108,7 @@ def captions(seen: Views) -> list[tuple[str, bool]]:
 
 
 def _answers(seen: Views) -> list[tuple[str, list[Array]]]:
-    """Columns of what answers at every place: classes in colours, or pictures."""
+    """Columns for dense outputs: classes in colours, or pictures."""
     if seen.targets.ndim == 1:
         return []
     if np.issubdtype(seen.targets.dtype, np.integer):
@@ -126,8 +126,8 @@ def _as_picture(x: Float[np.ndarray, "h w c"]) -> Float[np.ndarray, "h w *c"]:
 
 
 def _colours(y: Float[np.ndarray, "n i j d"]) -> Float[np.ndarray, "n i j 3"]:
-    """Every map as a picture: its three principal components, each scaled to [0, 1] between the outermost
-    hundredths of what was seen."""
+    """Every map as a picture: its three principal components, each scaled to [0, 1] between its 1st and 99th
+    percentiles."""
     flat = y.reshape(-1, y.shape[-1]).astype(np.float64)
     flat = flat - flat.mean(axis=0)
     _, _, directions = np.linalg.svd(flat, full_matrices=False)

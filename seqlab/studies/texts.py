@@ -1,5 +1,4 @@
-"""Text that a model is measured on which brings no data of its own: a published model, or any model on other
-text."""
+"""Evaluation text for published models, which have no data of their own, or for any model on other text."""
 
 import dataclasses
 import os
@@ -17,19 +16,19 @@ from seqlab.train import config
 from seqlab.train.data import FileSource, Windows
 from seqlab.train.experiment import Experiment
 
-_LONGEST = 1024  # steps a window, where the model was trained on more
-_STATE_SPACES = 2048  # the length that models without a bound are taken to be trained on
+_LONGEST = 1024  # maximal steps per window
+_STATE_SPACES = 2048  # the assumed training length of models without a bound
 _DEFAULT_WINDOWS = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldOutText:
-    """Files as a model reads them, all of them held out: every document begins as texts do for its tokenizer.
+    """Tokenized files, all held out; each document begins like a text of the tokenizer.
 
     Args:
       tokenizer: of the model.
       paths: files and folders; none for the share of the Python standard library that seqlab's runs hold out.
-      length: tokens a window.
+      length: tokens per window.
     """
 
     tokenizer: Tokenizer
@@ -37,7 +36,7 @@ class HeldOutText:
     length: int = _LONGEST
 
     def train(self, seed: int) -> Windows:
-        """Refused: nothing is trained on what is held out."""
+        """Refused: held-out text is not trained on."""
         raise UserError("text that is held out is not trained on")
 
     def validation(self) -> Windows:
@@ -59,7 +58,7 @@ class HeldOutText:
 
 
 def is_published(run: runs.Run) -> bool:
-    """Whether `run` is a published model, which has no data of its own."""
+    """Whether `run` is a published model, without its own data."""
     return isinstance(run.config, fdl.Partial)
 
 
@@ -74,8 +73,7 @@ def trained_length(run: runs.Run) -> int:
 def experiment_of(
     run: runs.Run, text: Sequence[str | os.PathLike[str]] = (), length: int | None = None
 ) -> Experiment:
-    """What `run` is evaluated on: its own experiment; for a published model, or where `text` is named, that
-    text.
+    """The experiment to evaluate `run` on: its own; for a published model, or if `text` is given, that text.
 
     Args:
       text: files and folders.

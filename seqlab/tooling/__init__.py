@@ -1,1 +1,1 @@
-"""What tells about the library: the catalog, the doctor, and the pages that are written from the code."""
+"""Tools that describe the library: the catalog, the doctor, and generated documentation pages."""

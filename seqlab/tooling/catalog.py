@@ -1,4 +1,4 @@
-"""What there is: mixers with their contract, configs, fiddlers. `seqlab list` prints it."""
+"""The catalog: mixers with their contract, configs, fiddlers. `seqlab list` prints it."""
 
 import ast
 import importlib
@@ -22,7 +22,7 @@ def catalog() -> dict[str, list[dict[str, Any]]]:
 
 
 def mixers() -> list[type]:
-    """The classes of `seqlab.models` that mix: the protocol of `seqlab.Mixer` with a width as first
+    """The mixer classes of `seqlab.models`: the protocol of `seqlab.Mixer`, with a width as first
     argument."""
     models = importlib.import_module("seqlab.models")
     classes = [getattr(models, name) for name in models.__all__]
@@ -56,7 +56,7 @@ def _mixes(value: Any) -> bool:
 def _mixer(cls: type) -> dict[str, Any]:
     try:
         mixer: Any = nnx.eval_shape(lambda: cls(DIM, rngs=nnx.Rngs(0)))
-    except TypeError:  # it needs more than a width, and its size depends on that
+    except TypeError:  # it has further required arguments, on which its size depends
         mixer, size = cls, {"state_bytes": None, "parameters": None}
     else:
         size = {
@@ -77,7 +77,7 @@ def _mixer(cls: type) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> bool | int | None:
-    return value if isinstance(value, bool | int) else None  # a property of the class says nothing yet
+    return value if isinstance(value, bool | int) else None  # a property has no value on the class
 
 
 def _configs() -> list[dict[str, Any]]:

@@ -1,5 +1,5 @@
-"""What this machine offers: versions, devices, and which kernels run here, tried on small inputs against the
-reference."""
+"""Report on this machine: versions, devices, and which kernels run here, compared with the reference on small
+inputs."""
 
 import importlib
 import importlib.metadata
@@ -54,7 +54,7 @@ def report(compile_cache: pathlib.Path) -> dict[str, Any]:
 
 
 def as_text(content: dict[str, Any]) -> str:
-    """The report as one reads it."""
+    """The report as text."""
     devices, cache, disk = content["devices"], content["compile_cache"], content["free_disk"]
     lines = [
         f"seqlab {content['seqlab']}, Python {content['python']} ({content['executable']}), "
@@ -108,7 +108,7 @@ def _devices() -> dict[str, Any]:
 
 
 def _kernels() -> dict[str, dict[str, Any]]:
-    tried = [op for op in ops() if op.name in _samples(op)]  # one without a sample is a part of another
+    tried = [op for op in ops() if op.name in _samples(op)]  # an op without a sample is internal to another
     return {op.name: {name: _try(op, name) for name in op.implementations} for op in tried}
 
 
@@ -117,7 +117,7 @@ def _samples(op: Op) -> dict[str, Callable[[], Sample]]:
 
 
 def _try(op: Op, implementation: str) -> dict[str, Any]:
-    """Whether `implementation` runs here, how far from the reference it is, or why it does not run."""
+    """Whether `implementation` runs here, its error against the reference, or why it does not run."""
     if op.name not in _samples(op):
         return {"runs": None, "reason": "no sample to try it on", "chosen": False}
     function = getattr(importlib.import_module(op.package), op.name)
@@ -126,7 +126,7 @@ def _try(op: Op, implementation: str) -> dict[str, Any]:
         actual = jax.jit(lambda *a: function(*a, implementation=implementation, **kwargs))(*args)
         expected = jax.jit(lambda *a: function(*a, implementation="reference", **kwargs))(*args)
         error = max(map(_error, jax.tree.leaves(actual), jax.tree.leaves(expected)))
-    except Exception as reason:  # whatever it is that keeps it from running is what one wants to know
+    except Exception as reason:  # the reason is reported, whatever it is
         return {"runs": False, "reason": _line(reason), "chosen": False}
     chosen = explain(lambda *a: function(*a, **kwargs), *args)[0].implementation
     return {"runs": True, "error": error, "chosen": chosen == implementation}

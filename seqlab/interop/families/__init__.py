@@ -1,16 +1,15 @@
-"""Families of published models, one file each: how a config.json describes one, and which of our models
-computes it.
+"""Families of published models, one file each: the meaning of their config.json, and the equivalent model.
 
 A file of this folder that has a MODEL_TYPE is a family:
 
-    MODEL_TYPE                what config.json calls it
-    CLASS                     the class of transformers that computes it
-    WEIGHTS                   how its weights are named, a key of `seqlab.interop.convert.ARCHITECTURES`
+    MODEL_TYPE                its name in config.json
+    CLASS                     its class in transformers
+    WEIGHTS                   its naming scheme of weights, a key of `seqlab.interop.convert.ARCHITECTURES`
     MIXER                     the class name of its mixers
-    from_config(keys)         the config of `LanguageModel` that a description stands for
-    to_config(model)          the other way; raises PretrainedError with the reason where the family cannot
+    from_config(keys)         the config of `LanguageModel` for a config.json
+    to_config(model)          the inverse; raises PretrainedError with the reason if the family cannot
 
-What a description asks for and seqlab does not compute is refused (`seqlab.interop.families.keys`).
+Unsupported options are refused (`seqlab.interop.families.keys`).
 """
 
 import difflib
@@ -30,7 +29,7 @@ from seqlab.models import LanguageModel, RMSNorm
 
 @functools.cache
 def families() -> dict[str, ModuleType]:
-    """Every family by its model_type, those of one mixer side by side."""
+    """All families by model_type, grouped by mixer."""
     modules = [
         importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)
     ]
@@ -54,8 +53,8 @@ def model_config(described: Mapping[str, Any]) -> fdl.Config:
     """The config of `LanguageModel` that a published config.json describes.
 
     Raises:
-      PretrainedError: another family, or an option of it that is not supported; any key that is neither used
-        nor known to change nothing.
+      PretrainedError: another family, or an option of it that is not supported; a key that is neither used
+        nor known to have no effect.
     """
     family = family_of(described)
     keys = Keys(described, getattr(family, "IRRELEVANT", ()))
@@ -65,7 +64,7 @@ def model_config(described: Mapping[str, Any]) -> fdl.Config:
 
 
 def published_config(model: LanguageModel) -> dict[str, Any]:
-    """The config.json of the published family that computes what `model` does.
+    """The config.json of the published family equivalent to `model`.
 
     Raises:
       PretrainedError: there is none, with the reason.

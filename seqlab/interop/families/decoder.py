@@ -1,4 +1,4 @@
-"""What Llama, Mistral and Qwen share: attention with rotary positions and SwiGLU, between RMS norms."""
+"""Shared parts of Llama, Mistral and Qwen: attention with rotary positions and SwiGLU, with RMS norms."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from seqlab.models import Attention, Full, LanguageModel, RMSNorm, SwiGLU, Windo
 from seqlab.models.layers import RotaryScaling
 
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-_DEPTH = 10_000  # layers at most: a description of more is no model
+_DEPTH = 10_000  # maximal number of layers
 
 
 def language_model(
@@ -27,13 +27,13 @@ def language_model(
     """The config of a model of this kind.
 
     Args:
-      keys: of the config.json; what the families have in common is read here.
-      defaults: what transformers takes for vocab_size, intermediate_size, num_key_value_heads (0: as many as
-        there are heads) and max_position_embeddings where they are missing.
+      keys: the keys of config.json; the common ones are read here.
+      defaults: transformers' defaults of vocab_size, intermediate_size, num_key_value_heads (0: the number of
+        heads) and max_position_embeddings.
       windows: of every layer, None for the whole past.
-      bias, out_bias: of the maps to queries, keys and values, and of that to the output.
-      head_dim: where it is missing; None for hidden_size / num_attention_heads.
-      qk_norm: whether queries and keys are normed.
+      bias, out_bias: biases of the query, key and value projections, and of the output projection.
+      head_dim: its default; None for hidden_size / num_attention_heads.
+      qk_norm: whether queries and keys are normalised.
     """
     keys.expect("hidden_act", "silu", "swish")
     keys.expect("mlp_bias", False)
@@ -78,13 +78,12 @@ def language_model(
 
 
 def depth_of(keys: Keys) -> int:
-    """How many layers there are."""
+    """The number of layers."""
     return keys.size("num_hidden_layers", 32, _DEPTH)
 
 
 def layer_types(keys: Keys, default: Sequence[str]) -> list[str]:
-    """ "full_attention" or "sliding_attention" for every layer; `default` where the key is missing or
-    null."""
+    """ "full_attention" or "sliding_attention" for every layer; `default` if the key is missing or null."""
     found = keys.get("layer_types") or list(default)
     kinds = ("full_attention", "sliding_attention")
     if not isinstance(found, list) or len(found) != len(default):
@@ -98,7 +97,7 @@ def layer_types(keys: Keys, default: Sequence[str]) -> list[str]:
 
 
 def qwen_windows(keys: Keys) -> list[int | None]:
-    """The windows of Qwen's layers: from the layer max_window_layers on, where use_sliding_window says so."""
+    """The windows of Qwen's layers: from layer max_window_layers on, if use_sliding_window is set."""
     depth, used = depth_of(keys), keys.flag("use_sliding_window", False)
     window = keys.size("sliding_window", 4096) if keys.get("sliding_window", 0) is not None else None
     first = keys.get("max_window_layers", 28)
@@ -117,7 +116,7 @@ def qwen_windows(keys: Keys) -> list[int | None]:
 def _rotary(keys: Keys, longest: int) -> tuple[float, fdl.Config | None]:
     """Base and scaling of the rotary frequencies, in the form of any version of config.json.
 
-    `rope_scaling`, where it is there, stands for all of `rope_parameters`, as in transformers.
+    `rope_scaling`, if present, replaces `rope_parameters`, as in transformers.
     """
     parameters, scaling = keys.get("rope_parameters"), keys.get("rope_scaling")
     rope = scaling or parameters or {}
@@ -138,7 +137,7 @@ def _rotary(keys: Keys, longest: int) -> tuple[float, fdl.Config | None]:
             read = {key: inner.number(key) for key in _LLAMA3[:3]} | {_LLAMA3[3]: original}
         elif kind != "default":
             raise PretrainedError(f"rope_type: got {kind!r}, expected 'default', 'linear' or 'llama3'")
-        for key in _LLAMA3:  # of the other kinds: transformers does not read them either
+        for key in _LLAMA3:  # of other kinds, which transformers does not read either
             inner.get(key)
         unknown = inner.unread()
     except PretrainedError as error:
@@ -166,13 +165,13 @@ def windows_of(model: LanguageModel) -> list[int | None]:
 
 
 def biases_of(model: LanguageModel) -> tuple[bool, bool]:
-    """Whether the maps to queries, keys and values have a bias, and that to the output."""
+    """Whether the query, key and value projections have a bias, and the output projection."""
     first = model.backbone.blocks[0].mixer
     return first.qkv.bias is not None, first.out.bias is not None
 
 
 def described(model: LanguageModel, qk_norm: bool = False) -> dict[str, Any]:
-    """The keys that the families have in common. Raises PretrainedError for what none of them computes."""
+    """The common keys of the families. Raises PretrainedError for a model that none of them supports."""
     blocks = list(model.backbone.blocks)
     mixers = [block.mixer for block in blocks]
     first = mixers[0]

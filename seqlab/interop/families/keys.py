@@ -1,7 +1,7 @@
-"""The keys of a published config.json: each is used, known to be without influence, or refused by name.
+"""The keys of a published config.json: each is used, known to have no effect, or refused by name.
 
-A key that is passed over in silence gives a model that computes something else, so a family reads every key
-through `Keys`, with the default that transformers has for it, and ends with `done`.
+Silently ignoring a key could change the model, so a family reads every key through `Keys`, with transformers'
+default, and ends with `done`.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Any
 from seqlab.checks import nearest
 from seqlab.interop.folder import PretrainedError
 
-# Of no influence on the logits: texts and their ends, training, formats, generation, where it came from.
+# Without effect on the logits: tokens of texts, training, formats, generation, origin.
 _WITHOUT_INFLUENCE = """
     model_type architectures dtype torch_dtype transformers_version name_or_path license tags language
     bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id tokenizer_class prefix
@@ -28,7 +28,7 @@ _WITHOUT_INFLUENCE = """
 """
 _ANY = frozenset(_WITHOUT_INFLUENCE.split())
 _ANY_PREFIXES = ("_", "unsloth", "transformers.")
-# What every family expects where it is said at all, since transformers' classes compute that or nothing.
+# Values that all families require if given, since transformers' classes support no others.
 _PLAIN: dict[str, Any] = {
     "is_causal": True,
     "is_decoder": None,
@@ -44,13 +44,13 @@ _REQUIRED = object()
 
 
 class Keys:
-    """Reads a config.json key by key.
+    """Reader of a config.json, key by key.
 
     Args:
       described: the content of config.json.
-      irrelevant: more keys without influence, of this family.
+      irrelevant: further keys without effect, of this family.
 
-    Every reading method raises PretrainedError that names the key, what it holds and what was expected.
+    Every reading method raises PretrainedError with the key, its value and what was expected.
     """
 
     def __init__(self, described: Mapping[str, Any], irrelevant: Sequence[str] = ()):
@@ -58,12 +58,12 @@ class Keys:
         self._left = set(described) - _ANY - set(irrelevant)
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The value as it is, `default` where the key is missing."""
+        """The value, or `default` if the key is missing."""
         self._left.discard(name)
         return self._given.get(name, default)
 
     def has(self, name: str) -> bool:
-        """Whether the key is there and not null."""
+        """Whether the key is present and not null."""
         return self._given.get(name) is not None
 
     def size(self, name: str, default: Any = _REQUIRED, most: int = 2**31 - 1) -> int:
@@ -94,7 +94,7 @@ class Keys:
             raise PretrainedError(f"{name}: got {value!r}, expected {values[0]!r}: nothing else is supported")
 
     def done(self, architecture: str) -> None:
-        """Refuse what no one has read. `architecture` is the class that computes what the family does."""
+        """Refuse unread keys. `architecture` is the family's class in transformers."""
         for name, value in _PLAIN.items():
             if value is None:
                 self.get(name)
@@ -122,7 +122,7 @@ class Keys:
             )
 
     def unread(self) -> list[str]:
-        """The keys that no one has read and that may have an influence; one that is null has none."""
+        """Unread keys that may have an effect; null values have none."""
         return sorted(
             name
             for name in self._left
@@ -141,8 +141,8 @@ class Keys:
 
 
 def _check_plain_weights(quantization: Any) -> None:
-    """Refuse weights that are quantized. What transformers says of a GGUF file is of where the weights came
-    from."""
+    """Refuse quantized weights. An entry of transformers about a GGUF file only describes the origin of the
+    weights."""
     if quantization is None:
         return
     method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization

@@ -1,4 +1,4 @@
-"""Llama, 1 to 3, and what has its form: TinyLlama, SmolLM, DeepSeek's distillates."""
+"""Llama, 1 to 3, and models of the same form: TinyLlama, SmolLM, DeepSeek's distilled models."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ DEFAULTS = {
 
 
 def from_config(keys: Keys) -> fdl.Config:
-    """The config of the model that a description stands for."""
+    """The config of the model for a config.json."""
     depth, bias = decoder.depth_of(keys), keys.flag("attention_bias", False)
     if "sliding_attention" in decoder.layer_types(keys, ["full_attention"] * depth):
         raise PretrainedError("layer_types: a llama has full_attention alone, got 'sliding_attention'")
@@ -31,7 +31,7 @@ def from_config(keys: Keys) -> fdl.Config:
 
 
 def to_config(model: LanguageModel) -> dict[str, Any]:
-    """The description of a model; raises PretrainedError with the reason where it is none of this family."""
+    """The config.json of a model; raises PretrainedError with the reason if it is not of this family."""
     found, biases, windows = decoder.described(model), decoder.biases_of(model), decoder.windows_of(model)
     if biases[0] != biases[1] or set(windows) != {None}:
         raise PretrainedError(

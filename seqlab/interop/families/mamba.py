@@ -12,7 +12,7 @@ MODEL_TYPE = "mamba"
 CLASS = "MambaForCausalLM"
 WEIGHTS = "mamba"
 MIXER = "Mamba"
-IRRELEVANT = (  # beginnings of training, how it is computed, and what conversions left behind
+IRRELEVANT = (  # initialisation, implementation options, and leftovers of conversions
     *("time_step_scale", "time_step_min", "time_step_max", "time_step_init_scheme", "time_step_floor"),
     *("rescale_prenorm_residual", "residual_in_fp32", "use_mambapy", "use_associative_scan", "chunk_size"),
     *("fused_add_norm", "pad_vocab_size_multiple", "d_inner", "d_model", "n_layer", "norm_before_gate"),
@@ -20,7 +20,7 @@ IRRELEVANT = (  # beginnings of training, how it is computed, and what conversio
 
 
 def from_config(keys: Keys) -> fdl.Config:
-    """The config of the model that a description stands for."""
+    """The config of the model for a config.json."""
     dim = keys.size("hidden_size", 768)
     inner = keys.size("intermediate_size", keys.size("expand", 2) * dim)
     rank = keys.get("time_step_rank", "auto")
@@ -37,7 +37,7 @@ def from_config(keys: Keys) -> fdl.Config:
 
 
 def to_config(model: LanguageModel) -> dict[str, Any]:
-    """The description of a model; raises PretrainedError with the reason where it is none of this family."""
+    """The config.json of a model; raises PretrainedError with the reason if it is not of this family."""
     first = model.backbone.blocks[0].mixer
     return common(model) | {
         "intermediate_size": first.inner,
@@ -70,7 +70,7 @@ def language_model(
 
 
 def common(model: LanguageModel) -> dict[str, Any]:
-    """The keys that Mamba and Mamba-2 share."""
+    """The common keys of Mamba and Mamba-2."""
     blocks = list(model.backbone.blocks)
     first = blocks[0].mixer
     if any(block.channel_mixer is not None for block in blocks):
@@ -84,7 +84,7 @@ def common(model: LanguageModel) -> dict[str, Any]:
 
 
 def whole(name: str, inner: int, dim: int) -> int:
-    """How many times the width of the model the inner width is."""
+    """The inner width relative to the width of the model."""
     if inner % dim:
         raise PretrainedError(f"{name}: got {inner}, expected a multiple of hidden_size={dim}")
     return inner // dim

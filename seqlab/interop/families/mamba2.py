@@ -15,11 +15,11 @@ MODEL_TYPE = "mamba2"
 CLASS = "Mamba2ForCausalLM"
 WEIGHTS = "mamba2"
 MIXER = "Mamba2"
-IRRELEVANT = (*mamba.IRRELEVANT, "time_step_rank")  # Mamba-2 has no rank: a step of its own for each head
+IRRELEVANT = (*mamba.IRRELEVANT, "time_step_rank")  # Mamba-2 has no rank, but one step size per head
 
 
 def from_config(keys: Keys) -> fdl.Config:
-    """The config of the model that a description stands for."""
+    """The config of the model for a config.json."""
     dim, heads, width = keys.size("hidden_size", 4096), keys.size("num_heads", 128), keys.size("head_dim", 64)
     if keys.has("expand") and keys.size("expand") * dim != heads * width:
         raise PretrainedError(
@@ -43,7 +43,7 @@ def from_config(keys: Keys) -> fdl.Config:
 
 
 def to_config(model: LanguageModel) -> dict[str, Any]:
-    """The description of a model; raises PretrainedError with the reason where it is none of this family."""
+    """The config.json of a model; raises PretrainedError with the reason if it is not of this family."""
     first = model.backbone.blocks[0].mixer
     for block in model.backbone.blocks:
         _check_published(block.mixer)
@@ -73,7 +73,7 @@ def _check_published(mixer: Mamba2) -> None:
 
 
 def _limit(given: Any) -> tuple[float, float]:
-    """The least and the largest step."""
+    """The smallest and the largest step."""
     given = (0.0, math.inf) if given is None else given
     fine = isinstance(given, list | tuple) and len(given) == 2
     if not fine or not all(isinstance(value, numbers.Real) for value in given) or not given[0] <= given[1]:

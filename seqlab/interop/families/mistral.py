@@ -22,9 +22,9 @@ DEFAULTS = {
 
 
 def from_config(keys: Keys) -> fdl.Config:
-    """The config of the model that a description stands for."""
+    """The config of the model for a config.json."""
     keys.expect("attention_bias", False)
-    given = keys.get("sliding_window", 4096)  # a window where the key is missing, none where it is null
+    given = keys.get("sliding_window", 4096)  # missing: the default window; null: none
     window = None if given is None else keys.size("sliding_window", 4096)
     depth = decoder.depth_of(keys)
     kind = "full_attention" if window is None else "sliding_attention"
@@ -38,7 +38,7 @@ def from_config(keys: Keys) -> fdl.Config:
 
 
 def to_config(model: LanguageModel) -> dict[str, Any]:
-    """The description of a model; raises PretrainedError with the reason where it is none of this family."""
+    """The config.json of a model; raises PretrainedError with the reason if it is not of this family."""
     windows = set(decoder.windows_of(model))
     if len(windows) > 1 or any(decoder.biases_of(model)):
         raise PretrainedError("a mistral has one window in all layers, and no biases")

@@ -22,7 +22,7 @@ DEFAULTS = {
 
 
 def from_config(keys: Keys) -> fdl.Config:
-    """The config of the model that a description stands for."""
+    """The config of the model for a config.json."""
     keys.expect("attention_bias", True)
     keys.expect("use_mrope", False)
     windows = decoder.qwen_windows(keys)
@@ -30,7 +30,7 @@ def from_config(keys: Keys) -> fdl.Config:
 
 
 def to_config(model: LanguageModel) -> dict[str, Any]:
-    """The description of a model; raises PretrainedError with the reason where it is none of this family."""
+    """The config.json of a model; raises PretrainedError with the reason if it is not of this family."""
     if decoder.biases_of(model) != (True, False):
         raise PretrainedError("a qwen2 has biases of queries, keys and values alone")
     return decoder.qwen_described(model, qk_norm=False)

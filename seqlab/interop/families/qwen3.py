@@ -1,4 +1,4 @@
-"""Qwen3: normed queries and keys, heads of a width of their own, and windows in the upper layers."""
+"""Qwen3: normalised queries and keys, an independent head width, and windows in the upper layers."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ MIXER = "Attention"
 
 
 def from_config(keys: Keys) -> fdl.Config:
-    """The config of the model that a description stands for."""
+    """The config of the model for a config.json."""
     bias, windows = keys.flag("attention_bias", False), decoder.qwen_windows(keys)
     return decoder.language_model(
         keys, defaults=DEFAULTS, windows=windows, bias=bias, out_bias=bias, head_dim=128, qk_norm=True
@@ -25,7 +25,7 @@ def from_config(keys: Keys) -> fdl.Config:
 
 
 def to_config(model: LanguageModel) -> dict[str, Any]:
-    """The description of a model; raises PretrainedError with the reason where it is none of this family."""
+    """The config.json of a model; raises PretrainedError with the reason if it is not of this family."""
     biases = decoder.biases_of(model)
     if biases[0] != biases[1]:
         raise PretrainedError(f"a qwen3 has all biases or none, got {biases} of qkv and out")
