@@ -32,9 +32,9 @@ def _mask(side, sinks, window):
 
 
 def _model(case):
-    return convert(
-        streamingllm.llama({"rope_theta": 10000.0, **case.meta}, Full(64)), case.params, architecture="llama"
-    )
+    options, steps = {"rope_theta": 10000.0, **case.meta}, case.inputs["input_ids"].shape[1]
+    model = streamingllm.llama(options, Full(steps), case.params)
+    return convert(model, case.params, architecture="llama")
 
 
 def _check_training(case):
@@ -64,8 +64,9 @@ def _check_deployment(case):
     """The original lets streaming heads see all of a call, and lists full heads before streaming ones."""
     sinks, recent = case.meta["sink_size"], case.meta["recent_size"]
     kept = case.inputs["full_head_mask"] > 0.5
-    caches = [duo(row, capacity=64, sinks=sinks, window=recent + 1, edge="call") for row in kept]
-    model, tokens = with_cache(_model(case), caches), case.array("input_ids")
+    tokens = case.array("input_ids")
+    options = {"capacity": tokens.shape[1], "sinks": sinks, "window": recent + 1, "edge": "call"}
+    model = with_cache(_model(case), [duo(row, **options) for row in kept])
 
     def call(tokens, state):
         x, state = model.features(tokens, state)

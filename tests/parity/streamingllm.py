@@ -39,11 +39,17 @@ def _check_video(case):
     case.check("delta", positions.max(axis=(1, 2))[:, None] + 1 - tokens.shape[1], exact=True)
 
 
-def llama(options, cache):
+def llama(options, cache, params):
+    def held(end):
+        return any(name.endswith(end) for name in params)
+
     attention = functools.partial(
         Attention,
         heads=options["heads"],
         kv_heads=options["kv_heads"],
+        head_dim=options.get("head_dim"),
+        bias=held("q_proj.bias"),
+        out_bias=held("o_proj.bias"),
         cache=cache,
         rotary_base=options["rope_theta"],
     )
@@ -54,7 +60,7 @@ def llama(options, cache):
         attention,
         channel_mixer=functools.partial(SwiGLU, hidden=options["intermediate"]),
         norm=functools.partial(RMSNorm, eps=options["eps"]),
-        tie_embeddings=False,
+        tie_embeddings=not held("lm_head.weight"),
         rngs=nnx.Rngs(0),
     )
 
@@ -85,7 +91,7 @@ def _built(case, cache):
     if neox:
         model = convert(*_neox(case.options, cache, case.params), architecture="neox")
     else:
-        model = convert(llama(case.options, cache), case.params, architecture="llama")
+        model = convert(llama(case.options, cache, case.params), case.params, architecture="llama")
     return model, jax.jit(functools.partial(_step, model, neox))
 
 
