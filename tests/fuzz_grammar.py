@@ -205,7 +205,7 @@ class Grammar:
     """Command lines, drawn with a generator of random numbers."""
 
     def __init__(self, rng: random.Random):
-        from seqlab.bench import cases
+        from seqlab import kernels
         from seqlab.train import config
 
         def specs(op: str):
@@ -215,7 +215,7 @@ class Grammar:
         self.mild = False
         self.shapes = {
             op: [*typing.get_type_hints(type(next(iter(specs(op).BENCHMARKS.values()))))]
-            for op in cases.FACTS
+            for op in kernels.__all__
         }
         self.fields = {
             name: sorted(config._leaves(config.tree(config.load(name), defaults=True)))

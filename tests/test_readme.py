@@ -70,6 +70,7 @@ def trained(tmp_path_factory):
     folder, cfg = tmp_path_factory.mktemp("trained") / "demo", config.fiddle(config.load("demo"), "tiny")
     for assignment in ("model.dim=64", "steps=2", "checkpoint_every=1", "model.mixers[1].cache.window=64"):
         cfg = config.override(cfg, assignment)
+    cfg = config.override(cfg, "data.length=128")  # pages stream as far
     config.prepare(cfg, folder)
     loop.run(config.build(cfg), folder)
     return folder
