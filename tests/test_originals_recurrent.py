@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from test_originals import case_of, grouped
+from test_originals import case_of, grouped, softmax
 
 # --- LMUFormer's attention between spikes
 
@@ -381,4 +381,74 @@ def test_scans_with_maps_of_every_kind(kinds, tmp_path):
     meta = {"delta_softplus": True, "cut": 9, "tolerance": "rtol 1e-5, atol 2e-5"}
     case = case_of(tmp_path, meta, **grouped("in", f), **grouped("out", expected))
     mamba.check(case)
+    case.finish()
+
+
+# --- feature maps of linear attention
+
+
+def features(kind, x, weights, prefix):
+    w = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    if kind in ("t2r", "relu"):
+        return np.maximum(x @ w["layer.weight"].T if kind == "t2r" else x, 0)
+    if kind == "hedgehog":
+        y = x @ w["layer.weight"].T + w["layer.bias"]
+        return softmax(np.concatenate([2 * y, -2 * y], -1))
+    if kind == "dpfp":
+        r = np.concatenate([np.maximum(x, 0), -np.maximum(x, 0)], -1)
+        return np.concatenate([r * np.roll(r, j, -1) for j in range(1, 5)], -1)
+    return x
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("t2r", {"tie_feature_map_qk": True, "norm_k": True}),
+        ("hedgehog", {"do_feature_map_norm": True, "num_kv_heads": 1}),
+        ("dpfp", {"expand_v": 2.0}),
+        ("relu", {"norm_q": True, "norm_k": True, "do_feature_map_norm": True}),
+        ("identity", {"output_norm": "identity"}),
+    ],
+)
+def test_linear_attention_with_every_feature_map(kind, options, tmp_path):
+    from parity import linear_attention
+
+    rng, dim, heads, time = np.random.default_rng(len(kind)), 16, 2, 11
+    kv, values = options.get("num_kv_heads", heads), int(dim // heads * options.get("expand_v", 1))
+    width = dim // heads
+    sizes = {"q_proj.weight": (heads * width, dim), "k_proj.weight": (kv * width, dim)}
+    sizes |= {"v_proj.weight": (kv * values, dim), "o_proj.weight": (dim, heads * values)}
+    sizes |= {} if "output_norm" in options else {"norm.weight": (values,)}
+    for letter in "q" if options.get("tie_feature_map_qk") else "qk":
+        if kind in ("t2r", "hedgehog"):
+            sizes[f"feature_map_{letter}.layer.weight"] = (width, width)
+        if kind == "hedgehog":
+            sizes[f"feature_map_{letter}.layer.bias"] = (width,)
+    w = {name: rng.normal(size=shape) / np.sqrt(shape[-1]) for name, shape in sizes.items()}
+    x = rng.normal(size=(2, time, dim))
+    q, k, v = ((x @ w[f"{n}_proj.weight"].T).reshape(2, time, heads if n == "q" else kv, -1) for n in "qkv")
+    q = features(kind, q, w, "feature_map_q.")
+    k = features(kind, k, w, f"feature_map_{'q' if options.get('tie_feature_map_qk') else 'k'}.")
+    q = q / (q.sum(-1, keepdims=True) + 1e-4) if options.get("norm_q") else q
+    k = k / (k.sum(-1, keepdims=True) + 1e-4) if options.get("norm_k") else k
+    k, v = (y.repeat(heads // kv, 2) for y in (k, v))
+    scale, state, total, outputs = q.shape[-1] ** -0.5, 0.0, 0.0, []
+    for t in range(time):
+        state = state + k[:, t, :, :, None] * v[:, t, :, None]
+        total = total + k[:, t]
+        o = scale * np.einsum("bhk,bhkv->bhv", q[:, t], state)
+        if options.get("do_feature_map_norm"):
+            o = o / (scale * np.sum(q[:, t] * total, -1, keepdims=True) + 1e-10)
+        outputs.append(o)
+    o = np.stack(outputs, 1)
+    if "norm.weight" in w:
+        o = o / np.sqrt(np.mean(o**2, -1, keepdims=True) + 1e-5) * w["norm.weight"]
+    expected = {"y": o.reshape(2, time, -1) @ w["o_proj.weight"].T, "final_state": state}
+    if options.get("do_feature_map_norm"):
+        expected["final_z"] = total[:, None]
+    config = {"hidden_size": dim, "num_heads": heads, "feature_map": kind} | options
+    meta = {"config": config, "cls": "fla.layers.LinearAttention", "tolerance": "rtol 2e-4, atol 5e-5"}
+    case = case_of(tmp_path, meta, **grouped("param", w), **grouped("out", expected), in__x=x)
+    linear_attention.check(case)
     case.finish()
