@@ -13,7 +13,7 @@ from helpers import assert_close, assert_identical, random
 from seqlab import explain, state_bytes, stream_generate, use_implementation
 from seqlab.models import Attention, Full, LanguageModel, Window
 from seqlab.models.attention import bytes_per_step, with_cache
-from seqlab.models.cache import Heads, MoBA, Quantized, duo, parse_cache
+from seqlab.models.cache import Blocks, Cache, Heads, Ints, MoBA, Quantized, duo, parse_cache
 from seqlab.models.cache.quantize import dequantize, quantize
 from seqlab.models.duo import duo_loss, fit_gates, retrieval_heads
 from seqlab.module import params_of
@@ -311,6 +311,7 @@ def test_impossible_codings_are_refused(options, words):
         ("full(4096) + moba(512, 3)", MoBA(512, 3)),
         ("full(512)+grows", Full(512, grows=True)),
         ("moba(64, 2)+window(256)", MoBA(64, 2, None, stored=4)),
+        ("moba(4, 2)+window(8)+int4+sinks(2)", Cache(Window(8, 2), Ints(4), Blocks(4, 2))),
     ],
 )
 def test_caches_are_words(spec, policy):
@@ -336,10 +337,10 @@ def test_caches_are_words(spec, policy):
         ("full(64)+moba(8)", r"moba takes two numbers, moba\(block, top_k\)"),
         ("moba(8, 2)", "must hold one of full.n. and window.n."),
         ("window(20)+moba(8, 2)", r"window must hold whole blocks of moba\(8, 2\), got window\(20\)"),
-        ("sinks(2)+window(16)+moba(8, 2)", "sinks and moba do not go together"),
-        ("full(16)+moba(8, 2)+int4", "int4 and moba do not go together"),
-        ("window(16)+moba(8, 2)+in_place", "in_place, edge, turn and moba do not go together"),
-        ("window(16, turn=4)+moba(8, 2)", "in_place, edge, turn and moba do not go together"),
+        ("sinks(2)+full(16)+moba(8, 2)", r"capacity - 2 sinks must hold whole blocks of moba\(8, 2\)"),
+        ("full(16)+moba(8, 2)+moba(8, 2)", "moba is given twice"),
+        ("window(16, edge=call)+moba(8, 2)", r"window\(16, edge=call\) and moba\(8, 2\) do not go together"),
+        ("window(16, turn=4)+moba(8, 2)", r"window\(16, turn=4\) and moba\(8, 2\) do not go together"),
         ("window(16, turn=4)+int4", "turn and int4 do not go together in 'window.16, turn=4.*'"),
         ("window(16, turn=0)", "turn must be a positive integer, got 0"),
         ("window(8)+grows", "grows and window do not go together"),

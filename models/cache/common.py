@@ -2,7 +2,7 @@
 what is new."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from seqlab import kernels
 from seqlab.checks import UserError
-from seqlab.shapes import Keys, Steps, Values
+from seqlab.shapes import Keys, Queries, Steps, Values
 from seqlab.state import Segments
 
 Rotary = Callable[[Array, Array], Array]
@@ -37,8 +37,8 @@ NEVER = jnp.iinfo(jnp.int32).max  # the position of an empty slot: later than ev
 
 
 class CacheState(NamedTuple):
-    """`k`, `v` [b, g, s, k]: rotated keys and values by slot; `positions` [b, s]: whose they are; `length`
-    [b]: steps seen.
+    """`k`, `v` [b, g, s, k]: rotated keys and values by slot, or what a storage keeps of them, arrays [b, g, s,
+    .]; `positions` [b, s]: whose they are; `length` [b]: steps seen.
 
     Heads stand before slots, other than everywhere else: a decode step then reads the cache as it lies, two
     to three times as fast.
@@ -80,15 +80,23 @@ def empty(
     )
 
 
+def _as_is(x: Any) -> Any:
+    return x
+
+
 def new_span(k: Keys, v: Values, where: Segments) -> Span:
     """The keys of a chunk, already rotated."""
     return Span(k, v, where.positions, where.ids)
 
 
-def stored_span(state: CacheState, slots: slice = slice(None)) -> Span:
+def stored_span(
+    state: CacheState, slots: slice = slice(None), decode: Callable[[Any], Array] = _as_is
+) -> Span:
     """What is stored in `slots`, a view of it once compiled; before a chunk is stored it is of segment 1, the
-    sequence that is carried."""
-    k, v = (x[:, :, slots].swapaxes(1, 2) for x in (state.k, state.v))
+    sequence that is carried. `decode`: of a storage that keeps no plain numbers."""
+    k, v = (
+        decode(jax.tree.map(lambda leaf: leaf[:, :, slots], x)).swapaxes(1, 2) for x in (state.k, state.v)
+    )
     positions = state.positions[:, slots]
     return Span(k, v, positions, (positions != NEVER).astype(jnp.int32))
 
@@ -110,36 +118,45 @@ def attend(
 
 def store(
     state: CacheState,
-    k: Keys,
-    v: Values,
+    k: Any,
+    v: Any,
     where: Segments,
     slots: Int[Array, "b t"],
     keep: Array,
     reset: Steps | None,
 ) -> CacheState:
     """`state` with the steps of a chunk in their slots where `keep` [b, t], those of the sequence that is
-    carried on alone."""
+    carried on alone. `k`, `v`: arrays [b, t, g, .], as many as the state has."""
     if (
         reset is not None
     ):  # a sequence that has ended leaves nothing behind: the state is that of the last sequence alone
         carried = (where.last == 1)[:, None]
         state = state._replace(
-            k=jnp.where(carried[..., None, None], state.k, 0),
-            v=jnp.where(carried[..., None, None], state.v, 0),
+            k=_where(carried[..., None, None], state.k),
+            v=_where(carried[..., None, None], state.v),
             positions=jnp.where(carried, state.positions, NEVER),
         )
     keep = keep & (where.ids == where.last[:, None])
     slots = jnp.where(
         keep, slots, state.positions.shape[1]
     )  # a slot out of range: the scatter drops the write
-    rows = jnp.arange(k.shape[0])[:, None]
-    index = (rows[:, None], jnp.arange(k.shape[2])[:, None], slots[:, None])  # [b, g, t]
+    rows = jnp.arange(slots.shape[0])[:, None]
+
+    def put(x: Array, new: Array) -> Array:
+        index = (rows[:, None], jnp.arange(x.shape[1])[:, None], slots[:, None])  # [b, g, t]
+        return x.at[index].set(new.swapaxes(1, 2).astype(x.dtype), mode="drop")
+
     return CacheState(
-        state.k.at[index].set(k.swapaxes(1, 2).astype(state.k.dtype), mode="drop"),
-        state.v.at[index].set(v.swapaxes(1, 2).astype(state.v.dtype), mode="drop"),
+        jax.tree.map(put, state.k, k),
+        jax.tree.map(put, state.v, v),
         state.positions.at[rows, slots].set(where.positions, mode="drop"),
         where.length,
     )
+
+
+def _where(keep: Array, x: Any) -> Any:
+    """The leaves of x, 0 where not `keep`."""
+    return jax.tree.map(lambda leaf: jnp.where(keep, leaf, jnp.zeros((), leaf.dtype)), x)
 
 
 def only_valid(out: Array, where: Segments) -> Array:
@@ -150,7 +167,7 @@ def only_valid(out: Array, where: Segments) -> Array:
 def forget_from(state: CacheState, length: Int[Array, " b"]) -> CacheState:
     """`state` without the steps from `length` on."""
     later = state.positions >= length[:, None]
-    kept = jnp.where(later[:, None, :, None], 0, state.k), jnp.where(later[:, None, :, None], 0, state.v)
+    kept = (_where(~later[:, None, :, None], x) for x in (state.k, state.v))
     return CacheState(*kept, jnp.where(later, NEVER, state.positions), length)
 
 
@@ -166,8 +183,37 @@ def resized(x: Array, size: int, axis: int, fill: float = 0) -> Array:
 
 def with_slots(state: CacheState, slots: int) -> CacheState:
     """`state` with `slots` slots: its first ones, or its own with empty ones behind them."""
-    k, v = resized(state.k, slots, 2), resized(state.v, slots, 2)
+    k, v = (jax.tree.map(lambda leaf: resized(leaf, slots, 2), x) for x in (state.k, state.v))
     return CacheState(k, v, resized(state.positions, slots, 1, NEVER), state.length)
+
+
+def place_in_cache(
+    positions: Int[Array, "b t"], ids: Int[Array, "b t"], start: Int[Array, " b"], sinks: int, first: Array
+) -> Int[Array, "b t"]:
+    """The place of each query among the sinks and the steps behind them that it sees, counted from 0.
+
+    `start` [b]: the first position behind the sinks that the state holds, of the sequence with id 1; a fresh one
+    begins behind its sinks. `first` [b, t]: the first position behind the sinks that each query may see.
+    """
+    first = jnp.maximum(jnp.where(ids == 1, start[:, None], sinks), first)
+    return jnp.where(positions < sinks, positions, sinks + positions - first)
+
+
+def attend_sinks(
+    q: Queries,
+    where: Segments,
+    scores: Scores,
+    sinks: int,
+    stored: Span | None,
+    chunk: Span | None,
+) -> tuple[Array, Array]:
+    """Attention over the sinks alone of queries that are turned as they see them: those that are `stored`, and
+    those of the `chunk` that is not yet."""
+    if chunk is None:
+        return attend(q, where.positions, where, stored._replace(segments=None), scores)
+    span = chunk if stored is None else joined(stored, chunk)
+    span = span._replace(positions=jnp.where(span.positions < sinks, span.positions, NEVER))
+    return attend(q, where.positions, where, span, scores)
 
 
 def beyond_is_nan(out: Array, lse: Array, beyond: Array) -> tuple[Array, Array]:
@@ -175,7 +221,7 @@ def beyond_is_nan(out: Array, lse: Array, beyond: Array) -> tuple[Array, Array]:
     return jnp.where(beyond[:, :, None, None], jnp.nan, out), jnp.where(beyond[:, :, None], jnp.nan, lse)
 
 
-def check_layout(policy: object, state: CacheState, places: Int[Array, "b s"], newest: bool = True) -> None:
+def check_layout(policy: str, state: CacheState, places: Int[Array, "b s"], newest: bool = True) -> None:
     """Refuse a state whose steps do not lie where `policy` puts them: step `places` in each slot, or none; the
     `newest` is always kept, unless the policy may drop it. Looks at the numbers: not for jitted code."""
     here = state.positions != NEVER

@@ -5,36 +5,17 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from seqlab.checks import UserError, check_at_least, check_choice, check_positive
-from seqlab.kernels.attention import merge
-from seqlab.models.cache.common import (
-    NEVER,
-    CacheState,
-    Scores,
-    Span,
-    attend,
-    beyond_is_nan,
-    check_layout,
-    earlier,
-    empty,
-    forget_from,
-    joined,
-    new_span,
-    only_valid,
-    store,
-    stored_span,
-    with_slots,
-)
-from seqlab.models.cache.full import parallel
-from seqlab.models.cache.policy import Policy, slots_for
-from seqlab.shapes import Keys, LogSumExp, Queries, Steps, Values
-from seqlab.state import Segments, segments
+from seqlab.models.cache.common import NEVER, CacheState
+from seqlab.models.cache.exact import without_oldest
+from seqlab.models.cache.parts import Term, Word
+from seqlab.models.cache.product import Retention
 
 
 @dataclasses.dataclass(frozen=True)
-class Window(Policy):
+class Window(Retention):
     """The first `sinks` keys of the sequence and the last `window`, the query's own included, in a ring
     buffer.
 
@@ -64,7 +45,7 @@ class Window(Policy):
     positions: str = "cache"
     edge: str = "step"
     turn: int | None = None
-    state_type: ClassVar[type] = CacheState
+    words: ClassVar = {"window": Word("window(n)", ("edge", "turn"))}
 
     def __post_init__(self):
         check_positive("window", self.window)
@@ -84,147 +65,42 @@ class Window(Policy):
         return cls(recent + 1, sinks)
 
     @property
-    def exact(self) -> bool:
-        return self.edge == "step"
-
-    def __str__(self) -> str:
-        sinks = f"sinks({self.sinks})+" if self.sinks else ""
-        edge = ", edge=call" if self.edge == "call" else ""
-        option = edge if self.turn is None else f", turn={self.turn}"
-        return f"{sinks}window({self.window}{option})" + ("+absolute" if self.positions == "absolute" else "")
-
-    @property
-    def span(self) -> int:
-        return self.sinks + self.ring
-
-    @property
     def ring(self) -> int:
         """Slots behind the sinks: of the window, or of a turn that is longer."""
         return max(self.window, self.turn or 0)
 
     @property
-    def reach(self) -> int | None:
-        return None if self.positions == "absolute" else self.span
+    def visible(self) -> int:
+        return self.window
 
-    def init_state(
-        self,
-        batch: int,
-        kv_heads: int,
-        width: int,
-        dtype: jax.typing.DTypeLike,
-        v_width: int | None = None,
-    ) -> CacheState:
-        return empty(batch, self.span, kv_heads, width, dtype, v_width)
+    @classmethod
+    def of_words(cls, name: str, term: Term, modifiers: dict[str, Term]) -> "Window":
+        if "grows" in modifiers:
+            raise UserError("cache: grows and window do not go together: a window has no end")
+        if "absolute" in modifiers and "in_place" in modifiers:
+            raise UserError(
+                "cache: words ask for absolute positions and for those in the cache at once: absolute or in_place"
+            )
+        if "absolute" in modifiers and "sinks" not in modifiers:
+            raise UserError(
+                f"cache: absolute changes nothing in 'window({term.numbers[0]})+absolute', which has no sinks"
+            )
+        sinks = modifiers["sinks"].numbers[0] if "sinks" in modifiers else 0
+        positions = "absolute" if "absolute" in modifiers else "cache"
+        return cls(term.numbers[0], sinks, positions=positions, **term.options)
 
-    def __call__(
-        self,
-        q: Queries,
-        k: Keys,
-        v: Values,
-        state: CacheState | None,
-        reset: Steps | None,
-        valid: Steps | None,
-        scores: Scores,
-    ) -> tuple[Float[Array, "b t h v"], LogSumExp, CacheState | None]:
-        if state is None:
-            return (*self._whole(q, k, v, reset, valid, scores), None)
-        where = segments(q.shape[:2], state.length, reset, valid)
-        k = scores.rotary(k, where.positions)
-        new = self._stored(state, k, v, where, reset)
-        # The ring after the store holds exactly what the one query sees: no copy of the cache is needed.
-        if q.shape[1] == 1:
-            span = stored_span(new)._replace(segments=None)
-        else:
-            old = state if self.edge == "step" else _without_oldest(state, self.ring - 1, self.sinks)
-            span = joined(stored_span(old), new_span(k, v, where))
-        if self._in_place:
-            # Without a reset all the sinks that a query may see lie, once the chunk is stored, in their slots.
-            first = stored_span(new, slice(0, self.sinks))._replace(segments=None) if reset is None else None
-            start = _ring_start(state, self.sinks)
-            out, lse = self._with_sinks_in_place(q, scores, where, start, span, first)
-        else:
-            q = scores.rotary(q, where.positions)
-            out, lse = attend(q, where.positions, where, span, scores, **self._limits())
-        out = only_valid(out, where)
-        if self.held(state) < self.span:  # a state that was made for fewer steps ends with these
-            out, lse = beyond_is_nan(out, lse, where.positions >= self.held(state))
-        return out, lse, new
+    def text(self) -> str:
+        sinks = f"sinks({self.sinks})+" if self.sinks else ""
+        edge = ", edge=call" if self.edge == "call" else ""
+        return f"{sinks}window({self.window}{edge if self.turn is None else f', turn={self.turn}'})"
 
-    def _whole(
-        self, q: Queries, k: Keys, v: Values, reset: Steps | None, valid: Steps | None, scores: Scores
-    ) -> tuple[Float[Array, "b t h v"], LogSumExp]:
-        """The parallel form."""
-        if not self._in_place:
-            return parallel(q, k, v, reset, valid, scores, **self._limits())
-        where = segments(q.shape[:2], 0, reset, valid)
-        span = new_span(scores.rotary(k, where.positions), v, where)
-        start = jnp.full(q.shape[:1], self.sinks)
-        simple = reset is None and valid is None
-        first = Span(*(x[:, : self.sinks] for x in span[:3]), None) if simple else None
-        return self._with_sinks_in_place(q, scores, where, start, span, first)
-
-    @property
-    def _in_place(self) -> bool:
-        """Whether sinks are read from another place than the window."""
-        return self.positions == "cache" and self.sinks > 0
-
-    def _limits(self) -> dict:
-        """The bounds that `kernels.attention` is told; under "call" what is stored is what is seen."""
-        return {"window": self.window, "sinks": self.sinks} if self.edge == "step" else {}
-
-    def _with_sinks_in_place(
-        self,
-        q: Queries,
-        scores: Scores,
-        where: Segments,
-        start: Int[Array, " b"],
-        span: Span,
-        first: Span | None,
-    ) -> tuple[Float[Array, "b t h v"], LogSumExp]:
-        """Attention over the ring at absolute distances, merged with attention over the sinks from the
-        query's place in the cache.
-
-        `start` [b]: the first position behind the sinks that the state still holds; a fresh sequence starts
-        behind its sinks. `first`: the sinks, where they lie by themselves; else they are among `span`.
-        """
-        p = where.positions
-        place = place_in_cache(p, where.ids, start, self.sinks, self.window if self.edge == "step" else None)
-        ring = span._replace(positions=jnp.where(span.positions >= self.sinks, span.positions, NEVER))
-        if first is None:
-            first = span._replace(positions=jnp.where(span.positions < self.sinks, span.positions, NEVER))
-        window = {"window": self.window} if self.edge == "step" else {}
-        near = attend(scores.rotary(q, p), p, where, ring, scores, **window)
-        return merge(*near, *attend(scores.rotary(q, place), p, where, first, scores))
-
-    def _stored(self, state: CacheState, k, v, where: Segments, reset: Steps | None) -> CacheState:
-        ring = self.sinks + (where.positions - self.sinks) % self.ring
-        slots = jnp.where(where.positions < self.sinks, where.positions, ring)
-        # Of a chunk longer than the ring only the steps that survive it are stored: two writes to one slot
-        # would race.
-        survives = (where.positions < self.sinks) | (where.positions >= where.length[:, None] - self.ring)
-        return store(state, k, v, where, slots, survives, reset)
-
-    def held(self, state: CacheState) -> int:
-        return state.positions.shape[1]
-
-    def slots_for(self, steps: int) -> int:
-        return slots_for(steps, self.span)
-
-    def resize(self, state: CacheState, slots: int) -> CacheState:
-        return with_slots(state, slots)
-
-    def adopt(self, state: CacheState) -> CacheState:
-        self.check(state)
-        slot = jnp.arange(self.held(state))[None]
-        last = state.length[:, None] - 1  # the newest step of each slot of the ring
-        ring = last - (last - slot) % self.ring  # slot - sinks = (position - sinks) % ring
-        check_layout(self, state, jnp.where(slot < self.sinks, slot, ring), newest=self.turn is None)
-        return state
+    def endings(self) -> tuple[str, ...]:
+        return ("absolute",) if self.positions == "absolute" else ()
 
     def evict(self, state: CacheState, recent: int) -> CacheState:
         """`state` with the sinks and the last `recent` keys alone: room for what is to come, as StreamingLLM
         makes it before a turn."""
-        return _without_oldest(state, recent, self.sinks)
+        return without_oldest(state, recent, self.sinks)
 
     def make_room(self, state: CacheState, steps: Int[Array, " b"] | int) -> CacheState:
         """`state` with room for a turn of `steps` steps per row, where there is a `turn`: keys behind the sinks
@@ -241,51 +117,6 @@ class Window(Policy):
                 "window(..., turn=) as many as a prompt and its answer may have"
             )
         held = jnp.sum(state.positions != NEVER, axis=1)
-        dropped = _without_oldest(state, jnp.maximum(self.window - steps, 0), self.sinks)
+        dropped = without_oldest(state, jnp.maximum(self.window - steps, 0), self.sinks)
         full = held + steps > self.sinks + self.window
         return state._replace(positions=jnp.where(full[:, None], dropped.positions, state.positions))
-
-    def rewind(self, state: CacheState, steps: Int[Array, " b"]) -> CacheState:
-        """The state `steps` steps ago; ValueError where the ring has overwritten what a query would see
-        there. What `make_room` has dropped stays dropped."""
-        length = earlier(state, steps)
-        if self.turn is None:
-            needed = jnp.maximum(length - self.window + 1, self.sinks)
-            gone = (state.length - self.window > needed) & (length > self.sinks)
-        else:  # as many as the ring holds: it may have had more
-            gone = (state.length - _ring_start(state, self.sinks) >= self.ring) & (length < state.length)
-        if bool(jnp.any(gone)):
-            raise UserError(
-                f"steps={jnp.asarray(steps).tolist()} cannot be taken back: {self} has overwritten the keys "
-                "before them"
-            )
-        return forget_from(state, length)
-
-
-def place_in_cache(
-    positions: Int[Array, "b t"],
-    ids: Int[Array, "b t"],
-    start: Int[Array, " b"],
-    sinks: int,
-    window: int | None,
-) -> Int[Array, "b t"]:
-    """The place of each query among the sinks and the ring that it sees, counted from 0.
-
-    `start` [b]: the first position behind the sinks that the state holds, of the sequence with id 1; the ring
-    of a fresh one begins behind its sinks. `window`: how many keys of the ring a query sees, None for all.
-    """
-    first = jnp.where(ids == 1, start[:, None], sinks)
-    first = first if window is None else jnp.maximum(first, positions - window + 1)
-    return jnp.where(positions < sinks, positions, sinks + positions - first)
-
-
-def _without_oldest(state: CacheState, recent: Int[Array, " b"] | int, sinks: int) -> CacheState:
-    """`state` without what is neither a sink nor one of the last `recent` steps."""
-    gone = (state.positions >= sinks) & (state.positions < (state.length - recent)[:, None])
-    return state._replace(positions=jnp.where(gone, NEVER, state.positions))
-
-
-def _ring_start(state: CacheState, sinks: int) -> Int[Array, " b"]:
-    """The first position behind the sinks that is stored; the next to come where none is."""
-    behind = jnp.where(state.positions >= sinks, state.positions, NEVER).min(axis=1)
-    return jnp.maximum(sinks, jnp.minimum(behind, state.length))

@@ -25,7 +25,20 @@ from seqlab import cli
 from seqlab.kernels import dispatch
 from seqlab.models import Attention
 from seqlab.models.attention import bytes_per_step
-from seqlab.models.cache import duo, parse_cache
+from seqlab.models.cache import (
+    All,
+    Blocks,
+    Cache,
+    Exact,
+    Full,
+    Heads,
+    Ints,
+    MoBA,
+    Quantized,
+    Window,
+    duo,
+    parse_cache,
+)
 from seqlab.state import state_bytes
 from seqlab.tooling import catalog, doctor
 from seqlab.tooling.mixer_pages import prose, wrapped
@@ -47,6 +60,7 @@ _CACHES = (
         "moba(64, 4)+full(4096)",
     ),
     "moba(64, 4)+window(1024)",
+    "sinks(4)+window(1024)+int4+moba(64, 4)",
 )
 
 
@@ -259,7 +273,7 @@ def caches() -> str:
             "## Policies",
             *(
                 _entry(cls, f"seqlab.models.cache.{cls.__name__}")
-                for cls in dict.fromkeys(type(policy) for _, policy in named)
+                for cls in (Cache, Full, Window, Exact, Ints, All, Blocks, Heads, Quantized, MoBA)
             ),
             _entry(duo, "seqlab.models.cache.duo"),
         ]

@@ -1,6 +1,6 @@
 """The parts of a quantized cache: its state, what is recent, and attention over that."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from seqlab.kernels.decode_attention import Coded
 from seqlab.models.cache.common import Scores
 from seqlab.models.cache.quantize import Groups
-from seqlab.shapes import LogSumExp, Queries, accumulator
+from seqlab.shapes import Keys, LogSumExp, Queries, Values, accumulator
 from seqlab.state import Segments
 
 Partial = tuple[Float[Array, "b t h v"], LogSumExp]  # an attention over some of the keys, to be merged
@@ -47,26 +47,23 @@ class Recent(NamedTuple):
 
 
 def attend_recent(
+    rule: Any,
     q: Queries,
     place: Int[Array, "b t"],
     where: Segments,
     recent: Recent,
     whole: Array,
     scores: Scores,
-    *,
-    residual: int,
-    window: int | None,
+    picked: Any = None,
 ) -> Partial:
     """Dense attention over the residual and the chunk, each key and value as the query sees it, or exactly
-    in the rows where `whole` [b, 1, 1]."""
-    b, t, h, width = q.shape
-    g, acc = recent.v.shape[2], accumulator(q.dtype)
+    in the rows where `whole` [b, 1, 1]. `rule` says what that is, `picked` which blocks each query reads."""
+    (b, t, h, width), g = q.shape, recent.v.shape[2]
+    acc, residual = accumulator(q.dtype), rule.residual
     queries = q.reshape(b, t, g, h // g, width)
     place, u = place[:, :, None], recent.places[:, None, :]
     see = (recent.segments[:, None, :] == where.ids[:, :, None]) & (where.ids > 0)[:, :, None]
-    see = see & (u >= 0) & (u <= place)
-    if window is not None:
-        see = see & (place - u < window)
+    see = see & (u >= 0) & (u <= place) & rule.retention.sees(place, u)
     exact_k = whole | (u >= place // residual * residual)
     exact_v = whole | (u >= place - residual)
     x = jnp.where(
@@ -74,20 +71,37 @@ def attend_recent(
         _logits(queries, recent.k, scores, acc),
         _logits(queries, recent.coded_k, scores, acc),
     )
-    x = jnp.where(see[:, None, None], x, -jnp.inf)
-    row_max = jax.lax.stop_gradient(jnp.maximum(x.max(-1, keepdims=True), jnp.finfo(acc).min))
-    p = jnp.exp(x - row_max)
-    row_sum = p.sum(-1, keepdims=True)
-    safe_sum = jnp.where(row_sum == 0, 1, row_sum)
+    see = see[:, :, None] if picked is None else see[:, :, None] & picked.sees(recent.places)
+    p, lse = _weights(x, see)
     # 0 * NaN is NaN: padding must hold numbers.
     here = (recent.segments > 0)[:, :, None, None]
     v, coded_v = (jnp.where(here, x, 0).astype(acc) for x in (recent.v, recent.coded_v))
-    out = jnp.einsum("bgrts,bsgv->btgrv", p / safe_sum, coded_v)
-    near = jnp.where(exact_v[:, None, None], p / safe_sum, 0)
+    out = jnp.einsum("bgrts,bsgv->btgrv", p, coded_v)
+    near = jnp.where(exact_v[:, None, None], p, 0)
     out = out + jnp.einsum("bgrts,bsgv->btgrv", near, v - coded_v)
-    lse = jnp.where(row_sum == 0, -jnp.inf, row_max + jnp.log(safe_sum))
-    lse = jnp.moveaxis(lse[..., 0], 3, 1).reshape(b, t, h)
     return out.reshape(b, t, h, -1).astype(q.dtype), lse
+
+
+def attend_masked(q: Queries, k: Keys, v: Values, see: Bool[Array, "b t h s"], scores: Scores) -> Partial:
+    """Dense attention over the keys that each query head sees; `see` may have one head for all."""
+    (b, t, h, width), g, acc = q.shape, k.shape[2], accumulator(q.dtype)
+    x = _logits(q.reshape(b, t, g, h // g, width), k, scores, acc)
+    p, lse = _weights(x, see)
+    v = jnp.where(see.any((1, 2))[:, :, None, None], v, 0).astype(acc)
+    return jnp.einsum("bgrts,bsgv->btgrv", p, v).reshape(b, t, h, -1).astype(q.dtype), lse
+
+
+def _weights(x: Array, see: Bool[Array, "b t h s"]) -> tuple[Array, LogSumExp]:
+    """The weights [b, g, r, t, s] of logits of the same shape where `see`, and their log-sum-exp [b, t, h]."""
+    b, g, r, t, s = x.shape
+    heads = (g, r) if see.shape[2] > 1 else (1, 1)
+    x = jnp.where(see.swapaxes(1, 2).reshape(b, *heads, t, s), x, -jnp.inf)
+    row_max = jax.lax.stop_gradient(jnp.maximum(x.max(-1, keepdims=True), jnp.finfo(x.dtype).min))
+    p = jnp.exp(x - row_max)
+    row_sum = p.sum(-1, keepdims=True)
+    safe_sum = jnp.where(row_sum == 0, 1, row_sum)
+    lse = jnp.where(row_sum == 0, -jnp.inf, row_max + jnp.log(safe_sum))
+    return p / safe_sum, jnp.moveaxis(lse[..., 0], 3, 1).reshape(b, t, g * r)
 
 
 def _logits(q: Array, k: Array, scores: Scores, acc: jax.typing.DTypeLike) -> Array:
