@@ -27,7 +27,7 @@ def picture(shown: list[str]) -> str:
     """The lines as an SVG."""
     width, height = round(COLUMNS * WIDTH + 32), round(len(shown) * HEIGHT + 52)
     rows = (
-        f'<text x="16" y="{48 + i * HEIGHT:g}" fill="{"#7ee787" if line.startswith("$ ") else "#d1d7e0"}">{html.escape(line)}</text>'
+        f'<text x="16" y="{48 + i * HEIGHT:g}" fill="{_colour(line)}">{html.escape(line)}</text>'
         for i, line in enumerate(shown)
     )
     dots = "".join(
@@ -36,13 +36,19 @@ def picture(shown: list[str]) -> str:
     )
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">',
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+            f'width="{width}" height="{height}">',
             f'<rect width="{width}" height="{height}" rx="8" fill="#22272e"/>{dots}',
-            '<g font-family="ui-monospace, SFMono-Regular, Menlo, Consolas, monospace" font-size="14" xml:space="preserve">',
+            '<g font-family="ui-monospace, SFMono-Regular, Menlo, Consolas, monospace" font-size="14" '
+            'xml:space="preserve">',
             *rows,
             "</g>\n</svg>\n",
         ]
     )
+
+
+def _colour(line: str) -> str:
+    return "#7ee787" if line.startswith("$ ") else "#d1d7e0"
 
 
 def record(commands: list[str]) -> list[str]:

@@ -132,7 +132,8 @@ class Claim(NamedTuple):
         return self.found >= self.wanted
 
     def __str__(self) -> str:
-        return f"{'holds' if self.held else 'FAILS'}: {self.case}: {self.what} {self.found:.2f}, claimed {self.wanted}"
+        verdict = "holds" if self.held else "FAILS"
+        return f"{verdict}: {self.case}: {self.what} {self.found:.2f}, claimed {self.wanted}"
 
 
 def claims(record: dict[str, Any]) -> list[Claim]:

@@ -60,9 +60,11 @@ class ConvBlock(nn.Module):
     def __init__(self, d):
         super().__init__()
         self.norm1, self.norm2 = Slim(d), Slim(d)
-        self.up, self.act1, self.down = nn.Linear(d, 2 * d, bias=False), StarReLU(), nn.Linear(2 * d, d, bias=False)
+        self.up, self.act1 = nn.Linear(d, 2 * d, bias=False), StarReLU()
+        self.down = nn.Linear(2 * d, d, bias=False)
         self.dw = nn.Conv2d(2 * d, 2 * d, 7, padding=3, groups=2 * d, bias=False)
-        self.fc1, self.act2, self.fc2 = nn.Linear(d, 4 * d, bias=False), StarReLU(), nn.Linear(4 * d, d, bias=False)
+        self.fc1, self.act2 = nn.Linear(d, 4 * d, bias=False), StarReLU()
+        self.fc2 = nn.Linear(4 * d, d, bias=False)
     def forward(self, x):
         y = self.act1(self.up(self.norm1(x))).permute(0, 3, 1, 2)
         x = x + self.down(self.dw(y).permute(0, 2, 3, 1))
@@ -82,7 +84,7 @@ def pyramid(block, widths, depths, conv, first):
     return nn.Sequential(*parts)
 
 def haar(x):
-    """As the originals' library does it: a strided grouped convolution along the width, then one along the height."""
+    """As in the original library: a strided grouped convolution along the width, then along the height."""
     s, c = 0.5 ** 0.5, x.shape[1]
     lo, hi = torch.tensor([s, s]), torch.tensor([s, -s])
     filters = torch.stack([lo, hi]).repeat(c, 1)
@@ -95,8 +97,9 @@ class WaveBlock(nn.Module):
     def __init__(self, d):
         super().__init__()
         self.reduction = nn.Conv2d(d, d // 4, 1)
-        self.feedforward = nn.Sequential(nn.Conv2d(d, 2 * d, 1), nn.GELU(), nn.Dropout(0.5), nn.Conv2d(2 * d, d, 1),
-                                         nn.ConvTranspose2d(d, d, 4, 2, 1), nn.BatchNorm2d(d))
+        self.feedforward = nn.Sequential(
+            nn.Conv2d(d, 2 * d, 1), nn.GELU(), nn.Dropout(0.5), nn.Conv2d(2 * d, d, 1),
+            nn.ConvTranspose2d(d, d, 4, 2, 1), nn.BatchNorm2d(d))
     def forward(self, x):
         return x + self.feedforward(haar(self.reduction(x)))
 
@@ -106,8 +109,10 @@ class FourScans(nn.Module):
         e, self.r, self.n = 2 * d, -(-d // 16), n
         self.inp, self.dw = nn.Linear(d, 2 * e, bias=False), nn.Conv2d(e, e, 3, padding=1, groups=e)
         self.xp = nn.Parameter(torch.randn(4, self.r + 2 * n, e) * e ** -0.5)
-        self.dtw, self.dtb = nn.Parameter(torch.randn(4, e, self.r) * self.r ** -0.5), nn.Parameter(torch.full((4, e), -4.0))
-        self.A_log, self.D = nn.Parameter(torch.log(torch.arange(1.0, n + 1)).repeat(4, e, 1)), nn.Parameter(torch.ones(4, e))
+        self.dtw = nn.Parameter(torch.randn(4, e, self.r) * self.r ** -0.5)
+        self.dtb = nn.Parameter(torch.full((4, e), -4.0))
+        self.A_log = nn.Parameter(torch.log(torch.arange(1.0, n + 1)).repeat(4, e, 1))
+        self.D = nn.Parameter(torch.ones(4, e))
         self.out = nn.Linear(e, d, bias=False)
     def forward(self, x):
         b, h, w, _ = x.shape
@@ -130,7 +135,8 @@ class FourScans(nn.Module):
 class Residual(nn.Module):
     def __init__(self, d):
         super().__init__(); self.norm, self.mixer = nn.LayerNorm(d), FourScans(d)
-        self.norm2, self.mlp = nn.LayerNorm(d), nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
+        self.norm2 = nn.LayerNorm(d)
+        self.mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
     def forward(self, x):
         x = x + self.mixer(self.norm(x))
         return x + self.mlp(self.norm2(x))
@@ -143,13 +149,17 @@ class Mean(nn.Module):
 
 small = (64, 128, 320, 512)
 model = {
-    "poolformer": lambda: nn.Sequential(pyramid(PoolBlock, small, (2, 2, 6, 2), nn.Conv2d, None), nn.GroupNorm(1, 512), Mean((2, 3)),
-                                        nn.Linear(512, 1000)),
-    "convformer": lambda: nn.Sequential(pyramid(ConvBlock, small, (3, 3, 9, 3), Last, None), Mean((1, 2)), nn.LayerNorm(512),
-                                        nn.Linear(512, 1000)),
-    "wavemix": lambda: nn.Sequential(nn.Conv2d(3, 72, 3, padding=1), nn.Conv2d(72, 144, 3, padding=1), *(WaveBlock(144) for _ in range(7)),
-                                     Mean((2, 3)), nn.Linear(144, 10)),
-    "vim2": lambda: nn.Sequential(Last(3, 32, 4, 4, 0), *(Residual(32) for _ in range(2)), Mean((1, 2)), nn.Linear(32, 10)),
+    "poolformer": lambda: nn.Sequential(
+        pyramid(PoolBlock, small, (2, 2, 6, 2), nn.Conv2d, None), nn.GroupNorm(1, 512), Mean((2, 3)),
+        nn.Linear(512, 1000)),
+    "convformer": lambda: nn.Sequential(
+        pyramid(ConvBlock, small, (3, 3, 9, 3), Last, None), Mean((1, 2)), nn.LayerNorm(512),
+        nn.Linear(512, 1000)),
+    "wavemix": lambda: nn.Sequential(
+        nn.Conv2d(3, 72, 3, padding=1), nn.Conv2d(72, 144, 3, padding=1),
+        *(WaveBlock(144) for _ in range(7)), Mean((2, 3)), nn.Linear(144, 10)),
+    "vim2": lambda: nn.Sequential(
+        Last(3, 32, 4, 4, 0), *(Residual(32) for _ in range(2)), Mean((1, 2)), nn.Linear(32, 10)),
 }[kind]()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 images = torch.randn(batch, 3, side, side)

@@ -27,7 +27,8 @@ if kind == "mamba":
     config = transformers.MambaConfig(vocab_size=256, hidden_size=width, num_hidden_layers=layers)
     model = transformers.MambaForCausalLM(config).eval()
 else:
-    config = transformers.LlamaConfig(vocab_size=256, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64,
+    config = transformers.LlamaConfig(
+        vocab_size=256, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64,
         intermediate_size=-(-8 * width // 192) * 64, tie_word_embeddings=True, max_position_embeddings=4096)
     model = transformers.LlamaForCausalLM(config).eval()
 prompt = torch.arange(16)[None]

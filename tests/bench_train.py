@@ -51,9 +51,11 @@ class Mamba(nn.Module):
     def __init__(self, d, scan):
         super().__init__()
         e, self.r, self.n, self.scan = 2 * d, -(-d // 16), 16, scan
-        self.inp, self.xp, self.dt = nn.Linear(d, 2 * e, bias=False), nn.Linear(e, self.r + 32, bias=False), nn.Linear(self.r, e)
+        self.inp, self.xp = nn.Linear(d, 2 * e, bias=False), nn.Linear(e, self.r + 32, bias=False)
+        self.dt = nn.Linear(self.r, e)
         self.conv, self.out = nn.Conv1d(e, e, 4, groups=e, padding=3), nn.Linear(e, d, bias=False)
-        self.A_log, self.D = nn.Parameter(torch.log(torch.arange(1., 17)).repeat(e, 1)), nn.Parameter(torch.ones(e))
+        self.A_log = nn.Parameter(torch.log(torch.arange(1., 17)).repeat(e, 1))
+        self.D = nn.Parameter(torch.ones(e))
     def forward(self, x):
         a, z = self.inp(x).chunk(2, -1)
         c = F.silu(self.conv(a.mT)[..., :x.shape[1]].mT)
@@ -72,7 +74,8 @@ def delta_steps(q, k, v, g, beta):
 
 def delta_chunks(q, k, v, g, beta, size=64):
     """The triangular system of each chunk inverted row by row, states from chunk to chunk."""
-    q, k, v, g, beta = (y.transpose(1, 2).unflatten(2, (-1, size)) for y in (q, k, v, g[..., None], beta[..., None]))
+    several = (q, k, v, g[..., None], beta[..., None])
+    q, k, v, g, beta = (y.transpose(1, 2).unflatten(2, (-1, size)) for y in several)
     b = g.cumsum(-2)
     G = torch.exp(torch.where(torch.tril(torch.ones(size, size, dtype=torch.bool)), b - b.mT, -torch.inf))
     A = -torch.tril(beta * (k @ k.mT) * G, -1)
@@ -95,7 +98,8 @@ class GatedDelta(nn.Module):
         self.h, self.rule = heads, rule
         n = heads * 48
         self.split = [n, n, 2 * n]
-        self.qkv, self.conv = nn.Linear(d, 4 * n, bias=False), nn.Conv1d(4 * n, 4 * n, 4, groups=4 * n, padding=3, bias=False)
+        self.qkv = nn.Linear(d, 4 * n, bias=False)
+        self.conv = nn.Conv1d(4 * n, 4 * n, 4, groups=4 * n, padding=3, bias=False)
         self.a, self.b, self.g = (nn.Linear(d, width, bias=False) for width in (heads, heads, 2 * n))
         self.A_log, self.dt = nn.Parameter(torch.zeros(heads)), nn.Parameter(torch.zeros(heads))
         self.norm, self.out = RMSNorm(96), nn.Linear(2 * n, d, bias=False)
@@ -115,8 +119,11 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(b, t, 3, d // 64, 64).permute(2, 0, 3, 1, 4)
         angle = torch.arange(t)[:, None] * 10000.0 ** (-torch.arange(0, 64, 2) / 64)
         cos, sin = angle.cos(), angle.sin()
-        turn = lambda y: torch.cat([y[..., :32] * cos - y[..., 32:] * sin, y[..., 32:] * cos + y[..., :32] * sin], -1)
-        return self.out(F.scaled_dot_product_attention(turn(q), turn(k), v, is_causal=True).transpose(1, 2).reshape(b, t, d))
+        def turn(y):
+            a, b = y[..., :32], y[..., 32:]
+            return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+        y = F.scaled_dot_product_attention(turn(q), turn(k), v, is_causal=True)
+        return self.out(y.transpose(1, 2).reshape(b, t, d))
 
 class SwiGLU(nn.Module):
     def __init__(self, d):
@@ -127,15 +134,19 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(g) * u)
 
 make = {
-    "steps": lambda: Mamba(width, scan_steps), "chunks": lambda: Mamba(width, scan_chunks), "attention": lambda: Attention(width),
-    "delta steps": lambda: GatedDelta(width, delta_steps), "delta chunks": lambda: GatedDelta(width, delta_chunks),
+    "steps": lambda: Mamba(width, scan_steps),
+    "chunks": lambda: Mamba(width, scan_chunks),
+    "attention": lambda: Attention(width),
+    "delta steps": lambda: GatedDelta(width, delta_steps),
+    "delta chunks": lambda: GatedDelta(width, delta_chunks),
 }[kind]
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed, self.norm = nn.Embedding(256, width), RMSNorm(width)
         bare = kind in ("steps", "chunks")
-        self.blocks = nn.ModuleList(m for _ in range(layers) for m in ([make()] if bare else [make(), SwiGLU(width)]))
+        block = lambda: [make()] if bare else [make(), SwiGLU(width)]
+        self.blocks = nn.ModuleList(m for _ in range(layers) for m in block())
         self.norms = nn.ModuleList(RMSNorm(width) for _ in self.blocks)
     def forward(self, x):
         x = self.embed(x)

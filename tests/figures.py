@@ -1,11 +1,10 @@
-"""What the slow tests of claims measured, kept for docs/science.md.
+"""Results of the slow tests of claims, saved for docs/science.md.
 
-    SEQLAB_FIGURES=docs/figures pytest -m slow tests/test_science_recall.py     measures, asserts and keeps
-    python tests/figures.py                                                     writes the page again from
-    what is kept
+    SEQLAB_FIGURES=docs/figures pytest -m slow tests/test_science_recall.py     measure, assert and save
+    python tests/figures.py                                                     rewrite the page
 
-A figure is a JSON file (title, claim, table) and, where there is something to draw, a picture of the same
-name. Without SEQLAB_FIGURES the tests assert and keep nothing.
+A result is a JSON file (title, claim, table) and, if something is drawn, a picture of the same name. Without
+SEQLAB_FIGURES the tests assert and save nothing.
 """
 
 import json
@@ -13,6 +12,8 @@ import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from seqlab.tooling.mixer_pages import wrapped
 
 DOCS = pathlib.Path(__file__).resolve().parent.parent / "docs"
 # As on the page; others follow by name.
@@ -27,7 +28,7 @@ def keep(
     rows: Sequence[Sequence[Any]],
     draw: Callable[[Any], None] | None = None,
 ) -> None:
-    """Write `name`.json and, drawn on a matplotlib axis by `draw`, `name`.png; the page is written again."""
+    """Write `name`.json and, drawn on a matplotlib axis by `draw`, `name`.png; rewrite the page."""
     if not (folder := os.environ.get("SEQLAB_FIGURES")):
         return
     folder = pathlib.Path(folder)
@@ -57,12 +58,12 @@ def keep(
 
 
 def page(folder: pathlib.Path = DOCS / "figures") -> str:
-    """The page of all that is kept."""
+    """The page of all saved results."""
     records = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
     known = [name for name in ORDER if name in records]
     parts = [
-        "# Claims, measured\n\nEach is a test: its command trains the models, asserts the claim, and with "
-        "`SEQLAB_FIGURES=docs/figures` writes the table and the figure below."
+        "# Measured claims\n\nEach claim is a test: its command trains the models, asserts the claim, and "
+        "with `SEQLAB_FIGURES=docs/figures` writes the table and the figure below."
     ]
     for name in known + sorted(set(records) - set(known)):
         record = records[name]
@@ -70,7 +71,7 @@ def page(folder: pathlib.Path = DOCS / "figures") -> str:
         parts += [f"## {record['title']}", record["claim"], "    " + record["command"]]
         parts += [f"![{record['title']}](figures/{name}.png)"] * record["picture"]
         parts += ["\n".join(f"| {' | '.join(map(str, line))} |" for line in table)]
-    return "\n\n".join(parts) + "\n"
+    return wrapped("\n\n".join(parts) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Command lines and options of streams at random: what a user can get wrong is one line, and nothing else happens.
+"""Command lines and options of streams at random: what a user can get wrong is one line, and nothing else
+happens.
 
     python tests/fuzz.py --commands 1000 --streams 1000 [--seed 0]
 

@@ -1,4 +1,5 @@
-"""A grammar of command lines: all commands, options, configs and fields, and the mistakes that people make."""
+"""A grammar of command lines: all commands, options, configs and fields, and the mistakes that people
+make."""
 
 import importlib
 import random

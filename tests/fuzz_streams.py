@@ -1,4 +1,5 @@
-"""Options of streams at random, right and wrong: a refusal names the option, and what begins keeps its promises."""
+"""Options of streams at random, right and wrong: a refusal names the option, and what begins keeps its
+promises."""
 
 import contextlib
 import itertools

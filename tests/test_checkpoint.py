@@ -544,7 +544,8 @@ mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
 def state(seed):
     whole = np.arange(6, dtype=np.float32).reshape(2, 3) + seed
-    spread = jax.make_array_from_callback((2, 3), NamedSharding(mesh, PartitionSpec("data")), lambda index: whole[index])
+    spec = NamedSharding(mesh, PartitionSpec("data"))
+    spread = jax.make_array_from_callback((2, 3), spec, lambda index: whole[index])
     return {"spread": spread, "same": np.float32(seed), "step": seed}
 
 def assert_state(actual, seed):

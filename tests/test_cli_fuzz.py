@@ -1,4 +1,5 @@
-"""What a user gets wrong is one line and exit code 2, whatever it is: `python tests/fuzz.py` draws a thousand."""
+"""What a user gets wrong is one line and exit code 2, whatever it is: `python tests/fuzz.py` draws a
+thousand."""
 
 import gc
 

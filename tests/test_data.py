@@ -526,7 +526,8 @@ def test_validation_refuses(windows):
 
 
 def test_importing_it_imports_none_of_the_heavy_packages():
-    code = "import sys, seqlab.train.data; print({'grain', 'tensorflow_datasets', 'orbax', 'tensorflow'} & {*sys.modules})"
+    heavy = {"grain", "tensorflow_datasets", "orbax", "tensorflow"}
+    code = f"import sys, seqlab.train.data; print({heavy} & {{*sys.modules}})"
     assert (
         subprocess.run(
             [sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True

@@ -29,7 +29,8 @@ def double(tmp_path, monkeypatch):
         "__init__": "",
         "reference": "def double(x):\n    return 2 * x + 1000",
         "xla": "def double(x):\n    return 2 * x",
-        "fast": "def double(x):\n    if x.shape[0] > 2:\n        raise NotImplementedError('more than 2 rows')\n    return 2 * x + 10",
+        "fast": "def double(x):\n    if x.shape[0] > 2:\n        raise "
+        "NotImplementedError('more than 2 rows')\n    return 2 * x + 10",
         "broken": "def double(x):\n    raise RuntimeError('a bug')",
     }
     for name, body in bodies.items():

@@ -174,6 +174,9 @@ def test_every_mixer_that_keeps_the_width_exports():
         model = LanguageModel(31, 16, 1, functools.partial(mixer), channel_mixer=None, rngs=nnx.Rngs(0))
         functions, _ = streaming_functions(model, 8)
         rows.append([f"`{name}`", *(f"{len(functions[part].serialize()):,}" for part in ("prefill", "step"))])
-    claim = "Mixers of the test zoo in a model of one layer, exported for cpu, cuda and tpu and any number of rows: bytes of StableHLO."
-    figures.keep("exports", "What exports", claim, ["mixer", "prefill", "step"], rows)
+    claim = (
+        "Mixers of the test zoo in a model of one layer, exported for cpu, cuda and tpu and any number of "
+        "rows: bytes of StableHLO."
+    )
+    figures.keep("exports", "Exported mixers", claim, ["mixer", "prefill", "step"], rows)
     assert len(rows) > 30

@@ -275,7 +275,8 @@ def test_without_the_network_a_hub_id_says_so(monkeypatch):
     monkeypatch.setattr(hub, "snapshot_download", offline)
     with pytest.raises(
         PretrainedError,
-        match=r"nobody/nothing is not a local folder and could not be downloaded from the hub .*no route to host",
+        match=r"nobody/nothing is not a local folder and could not be downloaded from the hub .*no route "
+        "to host",
     ):
         seqlab.load("nobody/nothing")
 

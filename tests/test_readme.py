@@ -222,7 +222,8 @@ def test_a_newcomer_can_follow_a_page(name, workplace, request):
     if name != "tutorial.md" and "runs/demo" in page.read_text():
         shutil.copytree(request.getfixturevalue("trained"), workplace / "runs" / "demo")
     python = shlex.quote(sys.executable)
-    start = f'set -e; python() {{ {python} "$@"; }}; srun() {{ true; }}; seqlab() {{ {python} -m seqlab "$@"; }}\n'
+    start = f'set -e; srun() {{ true; }}; python() {{ {python} "$@"; }}; '
+    start += f'seqlab() {{ {python} -m seqlab "$@"; }}\n'
     environment = {
         **os.environ,
         "PYTHONPATH": f"{ROOT}:{workplace}",

@@ -108,13 +108,11 @@ def test_sinks_keep_a_stream_alive_where_a_window_and_attention_over_everything_
     }
     claim = (
         "A byte model (four layers of width 128, full attention, rotary positions) trained on windows of "
-        "512 bytes of Python source, "
-        f"each begun by the same token, is streamed over four times {STREAM:,} bytes of held-out source. "
-        "Attention over everything "
-        "breaks beyond the trained length; a plain window gets worse once the first token has left it, "
-        "since attention has learnt to "
-        "rest there; four sinks with a window, counted by their place in the cache, go on like a window "
-        "recomputed for every prediction."
+        f"512 bytes of Python source, each begun by the same token, is streamed over four times {STREAM:,} "
+        "bytes of held-out source. Full attention fails beyond the trained length. A plain window "
+        "degrades once the first token has left it, since attention uses that token as a sink. Four sinks "
+        "with a window, at positions counted in the cache, perform like a window recomputed for every "
+        "prediction."
     )
     table = [
         [
@@ -167,17 +165,15 @@ def test_two_bits_hold_nearly_what_sixteen_do(trained, tmp_path):
             [bits, rest or "-", f"{share[name]:.3f}", f"{worth:.4f}", f"{100 * (worth / exact - 1):+.2f} %"]
         )
     claim = (
-        "The model above, read from a cache in few bits: old keys coded per channel, old values per step, "
-        "groups of 32, the newest steps "
-        "exact. Perplexity over 32 held-out windows of 512 bytes; bytes beside float16 with room for 8,192 "
-        "steps, scales and the exact "
-        "rest included."
+        "The model above with a quantized cache: old keys quantized per channel, old values per step, in "
+        "groups of 32, the newest steps exact. Perplexity over 32 held-out windows of 512 bytes; bytes "
+        "relative to float16 with room for 8,192 steps, including scales and exact steps."
     )
     figures.keep(
         "kivi",
-        "A cache in two bits",
+        "A cache quantized to two bits",
         claim,
-        ["bits", "exact rest", "bytes", "perplexity", "against exact"],
+        ["bits", "exact steps", "bytes", "perplexity", "against exact"],
         table,
     )
     two = "full(512)+int2(group=32, residual=128)"
@@ -208,18 +204,17 @@ def test_a_quarter_of_the_heads_finds_what_all_of_them_find(trained, tmp_path):
         [f"`{name}`", f"{share[name]:.3f}", *(f"{value:.3f}" for value in found[name])] for name in caches
     ]
     claim = (
-        "A small attention model (two layers of two heads) is trained to give back digits hidden in source "
-        "code; one gate a head is fitted "
-        "by distillation while its weights stand still, and the share of heads with the smallest gates keeps "
-        f"{fitted.sinks} sinks and a window of {fitted.window} of 128 steps. Pass keys: one digit at five "
-        "depths. Requests: eight "
-        "digits in one context, each asked of a copy of the cache; turns: one after the other of the same."
+        "A small attention model (two layers of two heads) is trained to retrieve digits hidden in source "
+        "code. One gate per head is fitted by distillation with frozen weights, and the heads with the "
+        f"smallest gates keep {fitted.sinks} sinks and a window of {fitted.window} of 128 steps. Passkeys: "
+        "one digit at five depths. Requests: eight digits in one context, each queried on a copy of the "
+        "cache; turns: one after the other on the same cache."
     )
     figures.keep(
         "duoattention",
-        "Heads that retrieve",
+        "Retrieval heads",
         claim,
-        ["cache", "bytes", "pass keys", "requests", "turns"],
+        ["cache", "bytes", "passkeys", "requests", "turns"],
         table,
     )
     print(fitted.alpha, *table, sep="\n")

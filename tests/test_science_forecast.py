@@ -77,10 +77,9 @@ def test_tsm2_beats_the_baselines_on_carbon_dioxide(tmp_path):
     """48 weeks show less than one season, and season and trend bend: the linear forecaster is left behind."""
     train, test = compare("co2", changed(), tmp_path)
     claim = (
-        "Weekly carbon dioxide at Mauna Loa: 48 weeks in, the next 24 out (`seqlab train tsm2`), beside "
-        "the last value repeated and "
-        "the best of eight linear forecasters. Splits in time, as in the TSM2 paper; values standardised "
-        "by the training split."
+        "Weekly carbon dioxide at Mauna Loa: forecasts of 24 weeks from the last 48 (`seqlab train "
+        "tsm2`), compared with the last value repeated and the best of eight linear forecasters. Splits "
+        "in time, as in the TSM2 paper; values standardised by the training split."
     )
     keep("forecasting", "Forecasting carbon dioxide", claim, train, test)
     assert test["TSM2"] < 0.85 * test["linear"] < 0.85 * test["last value"]
@@ -112,7 +111,10 @@ def test_on_el_nino_tsm2_learns_its_few_windows_by_heart(tmp_path):
         "model.reversible=False",
     )
     train, test = compare("elnino", cfg, tmp_path)
-    claim = "Where TSM2 does not win: sea temperatures of El Nino, 24 months in and 12 out, are 477 training windows. It learns them by heart."
+    claim = (
+        "A data set on which TSM2 does not win: sea temperatures of El Nino, forecasts of 12 months from "
+        "24, with only 477 training windows, which it memorises."
+    )
     keep("forecasting_few", "Forecasting from few windows", claim, train, test)
     assert test["TSM2"] < 0.25 * test["last value"]
     assert train["TSM2"] < 0.8 * train["linear"] and test["TSM2"] > test["linear"]

@@ -44,12 +44,12 @@ def test_a_delay_line_gives_back_its_window():
     comes half a step late."""
     inside = {delay: reading_error(delay, 0.5) for delay in range(8, 64, 5)}
     claim = (
-        "Two sinusoids go into a Legendre memory of order 12 with a window of 64 steps; its twelve numbers "
-        "are read back "
-        "as the signal of so many steps ago. Largest error over 400 steps, relative to the signal's size."
+        "Two sinusoids are fed to a Legendre memory of order 12 with a window of 64 steps; earlier inputs "
+        "are reconstructed from its twelve coefficients. Largest error over 400 steps, relative to the "
+        "signal's amplitude."
     )
     rows = [[delay, f"{error:.1e}"] for delay, error in {0: reading_error(0, 0.5), **inside}.items()]
-    figures.keep("delay_line", "An LMU gives back its window", claim, ["steps ago", "error"], rows)
+    figures.keep("delay_line", "Reconstructing the window of an LMU", claim, ["steps ago", "error"], rows)
     assert max(inside.values()) < 3e-3, inside
     assert 0.05 < reading_error(32, 0.0) < 0.12  # without the half step
     # The newest input has the largest error: the polynomials end there.
@@ -118,14 +118,14 @@ def test_the_answer_to_a_digit_grows_better_with_every_row_that_has_arrived():
         ax.set(xlabel="pixels seen, of 64", ylabel="accuracy", ylim=(0, 1))
 
     claim = (
-        "Handwritten digits arrive one pixel at a time at a causal LMUFormer (one block of width 32, eight "
-        "passes over the training "
-        "images); what it says at every step about 360 images that it has not seen."
+        "Handwritten digits are fed one pixel at a time to a causal LMUFormer (one block of width 32, "
+        "eight passes over the training images); accuracy of its prediction at every step on 360 held-out "
+        "images."
     )
     rows = [[n, f"{right[n - 1]:.3f}"] for n in (8, 16, 24, 32, 40, 48, 56, 64)]
     figures.keep(
         "digits_seen",
-        "Answers grow better while a sequence arrives",
+        "Accuracy while a sequence arrives",
         claim,
         ["pixels seen", "accuracy"],
         rows,

@@ -36,11 +36,13 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 def greedy(given, **options):
     out = model.generate(**given, do_sample=False, max_new_tokens=100, **options)[0]
     new = out[given["input_ids"].shape[1] :].tolist()
-    return {"prompt": given["input_ids"][0].tolist(), "tokens": new, "text": tokenizer.decode(new, skip_special_tokens=True)}
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    return {"prompt": given["input_ids"][0].tolist(), "tokens": new, "text": text}
 
 
 text = tokenizer(prompt, return_tensors="pt")
-chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+chat = tokenizer.apply_chat_template(messages, **options)
 found = {"text": greedy(text), "chat": greedy(chat)}
 model.generation_config.eos_token_id = None
 found["hundred"] = greedy(text)

@@ -424,7 +424,8 @@ def test_memory_that_runs_out_says_what_to_change():
     with (
         pytest.raises(
             OutOfMemoryError,
-            match=r"while training \(RESOURCE_EXHAUSTED: .*parameters, .* kB.*batch_size \(now 6\).*accumulate \(now 2\)",
+            match=r"while training \(RESOURCE_EXHAUSTED: .*parameters, .* kB.*batch_size \(now 6\)"
+            r".*accumulate \(now 2\)",
         ),
         explained("training", tried),
     ):

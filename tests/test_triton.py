@@ -86,7 +86,8 @@ def fits(launches):
     -s)."""
     for launch in launches:
         usage = triton_cpu.compiled(launch)
-        what = f"{launch.kernel.__name__} {launch.types} {dict(launch.constants)} warps={launch.warps} stages={launch.stages}"
+        what = f"{launch.kernel.__name__} {launch.types} {dict(launch.constants)} "
+        what += f"warps={launch.warps} stages={launch.stages}"
         print(
             f"{usage.registers} registers, {usage.spills} bytes spilled, {usage.shared} bytes shared: {what}"
         )

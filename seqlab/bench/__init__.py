@@ -232,7 +232,8 @@ def parity(case: Case, found: Any, expected: Any) -> tuple[float, str]:
             error = distance(np.asarray(a, np.float64), e)
             worst = max(worst, error)
             if error > allowed and not wrong:
-                wrong = f"{jax.tree_util.keystr(path) or 'the result'} differs by {error:.1e}, allowed {allowed:.1e}"
+                what = jax.tree_util.keystr(path) or "the result"
+                wrong = f"{what} differs by {error:.1e}, allowed {allowed:.1e}"
     return worst, wrong
 
 

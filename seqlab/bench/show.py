@@ -29,7 +29,8 @@ def show_tuning(planned: bench.Plan, rounds: int, file: pathlib.Path) -> None:
     for each in tune.tune(planned, rounds):
         sizes = " ".join(f"{name}={value}" for name, value in each.row.blocks.items())
         kernel, size, width = each.row.place
-        reach = f"{f'{size} bytes' if size else 'any number'}, {'any width' if width == WIDEST else f'up to {width} wide'}"
+        numbers = f"{size} bytes" if size else "any number"
+        reach = f"{numbers}, {'any width' if width == WIDEST else f'up to {width} wide'}"
         print(f"\n{each.case.title}\n  {kernel} ({reach}): {sizes}")
         times = f"{_time(each.seconds)}, {_time(each.before)} before"
         tried = sum(trial.seconds is not None for trial in each.trials)

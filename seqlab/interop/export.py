@@ -194,8 +194,11 @@ def streaming_functions(
 
 
 _LOADER = '''\
-"""Streams the model of this folder: python run.py 'a prompt' 200. It needs jax, numpy and safetensors, and for a model with a
-tokenizer.json the tokenizers package. It reads the files beside it as data; no code of the folder but this file is run."""
+"""Streams the model of this folder: python run.py 'a prompt' 200.
+
+It needs jax, numpy and safetensors, and for a model with a tokenizer.json the tokenizers package. It reads
+the files of the folder as data and runs no other code of the folder.
+"""
 
 import sys
 
@@ -212,7 +215,10 @@ from safetensors.numpy import load_file
 HERE = pathlib.Path(__file__).resolve().parent
 ABOUT = json.loads((HERE / "manifest.json").read_text())
 PARAMS = load_file(HERE / "weights.safetensors")
-INIT, PREFILL, STEP = (jax.jit(jax.export.deserialize((HERE / f"{n}.bin").read_bytes()).call) for n in ("init_state", "prefill", "step"))
+INIT, PREFILL, STEP = (
+    jax.jit(jax.export.deserialize((HERE / f"{name}.bin").read_bytes()).call)
+    for name in ("init_state", "prefill", "step")
+)
 
 
 def read(rows):
@@ -241,7 +247,8 @@ def main(prompt, count):
     if text is None:
         sys.exit("this model has no tokenizer: import this file and call generate with the numbers of tokens")
     if text["tokens"] == "bytes":
-        encode, decode = lambda text: list(text.encode()), lambda ids: bytes(i for i in ids if i < 256).decode(errors="replace")
+        encode = lambda text: list(text.encode())
+        decode = lambda ids: bytes(i for i in ids if i < 256).decode(errors="replace")
     else:
         from tokenizers import Tokenizer
 

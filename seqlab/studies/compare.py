@@ -101,7 +101,8 @@ def plan(
         ]
         if lines:
             raise config.ConfigError(
-                f"{first} and {other} cannot be compared, since not only their models differ:{config.listed(lines)}"
+                f"{first} and {other} cannot be compared, since not only their models differ:"
+                f"{config.listed(lines)}"
             )
     return found
 

@@ -64,7 +64,10 @@ def padding(subject: Subject, rng: np.random.Generator, gradients: bool) -> list
     x, n = subject.inputs, subject.lookahead
     batch, time = x.shape[:2]
     lengths = np.asarray([time - _cut(time), _cut(time)])[np.arange(batch) % 2]  # ragged rows
-    leak = "steps are multiplied by the mask (0 * NaN is NaN) where jnp.where or seqlab.state.mask_steps is needed"
+    leak = (
+        "steps are multiplied by the mask (0 * NaN is NaN) where jnp.where or seqlab.state.mask_steps is "
+        "needed"
+    )
     moved = "the state decays, shifts or counts at invalid steps"
     checks, silent = [], []
     for side in ("right", "left"):

@@ -36,7 +36,8 @@ class Check:
 
     def __str__(self) -> str:
         mark = {True: "pass", False: "FAIL", None: "-"}[self.passed]
-        line = f"  {self.clause}  {self.what:<52} {mark:<5}{self._figures()}{'  ' + self.note if self.note else ''}"
+        note = f"  {self.note}" if self.note else ""
+        line = f"  {self.clause}  {self.what:<52} {mark:<5}{self._figures()}{note}"
         return line + (
             f"\n        usually because {self.because}" if self.passed is False and self.because else ""
         )

@@ -15,16 +15,18 @@ from seqlab.interop.folder import PretrainedError
 # Without effect on the logits: tokens of texts, training, formats, generation, origin.
 _WITHOUT_INFLUENCE = """
     model_type architectures dtype torch_dtype transformers_version name_or_path license tags language
-    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id tokenizer_class prefix
+    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id tokenizer_class
+    prefix
     initializer_range attention_dropout hidden_dropout resid_pdrop embd_pdrop dropout use_cache pretraining_tp
     gradient_checkpointing return_dict output_hidden_states output_attentions output_router_logits torchscript
     use_bfloat16 attn_implementation tie_encoder_decoder tf_legacy_loss pruned_heads finetuning_task
     id2label label2id num_labels problem_type task_specific_params keys_to_ignore_at_inference
-    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
-    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature
+    top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids
     num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
-    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens max_new_tokens
-    is_llama_config model_max_length
+    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+    max_new_tokens is_llama_config model_max_length
 """
 _ANY = frozenset(_WITHOUT_INFLUENCE.split())
 _ANY_PREFIXES = ("_", "unsloth", "transformers.")
