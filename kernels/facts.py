@@ -1,4 +1,4 @@
-"""What an op says about itself in its `specs`, besides its shapes: what bench, doctor, docs and tests ask."""
+"""Facts about ops declared in their `specs`, for bench, doctor, docs and tests."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -55,7 +55,7 @@ QUICK = {
 
 
 def parity(op: str, names: tuple[str, ...] | None = None) -> list[str]:
-    """What is wrong on the specs of an op, a line each."""
+    """Errors on the specs of an op, one line each."""
     wrong = []
     for name, run, truth in _specs(op):
         if names is not None and name not in names:
@@ -102,8 +102,8 @@ def _specs(op: str) -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]
 
 
 def difference(found: Any, expected: Any) -> str:
-    """Where values or gradients differ by more than they may, relative to the largest magnitude; nothing if
-    nowhere."""
+    """The location where values or gradients differ by more than allowed, relative to the largest magnitude;
+    nothing if nowhere."""
     from seqlab.bench import distance
 
     for tolerance, actual, wanted in zip((VALUES, GRADIENTS), found, expected, strict=True):
@@ -120,7 +120,7 @@ def difference(found: Any, expected: Any) -> str:
 
 
 class Claim(NamedTuple):
-    """What was claimed of a case, what was found, and whether that is enough."""
+    """The claim for a case, the measurement, and whether it holds."""
 
     case: str
     what: str

@@ -60,8 +60,8 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(scope="module", autouse=True)
 def settled():
-    """What a file leaves behind (compiled programs above all) is not looked through for garbage again and
-    again by those after it."""
+    """The objects left by a test file (mostly compiled programs) are not scanned for garbage again and again
+    by those after it."""
     yield
     gc.collect()
     gc.freeze()

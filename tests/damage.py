@@ -56,7 +56,7 @@ def longer(cfg: config.fdl.Config) -> config.fdl.Config:
 
 
 def damages(path: pathlib.Path) -> Iterator[tuple[str, Callable[[pathlib.Path], None]]]:
-    """What is done to a file: bits flipped at four places, cut to half and by a byte, deleted."""
+    """Damage to a file: bits flipped at four places, truncation to half and by a byte, deletion."""
     size = path.stat().st_size
 
     def flip(at: int, bits: int) -> Callable[[pathlib.Path], None]:
@@ -84,7 +84,7 @@ def same(left: object, right: object) -> bool:
 
 
 class Warnings(logging.Handler):
-    """How many steps were passed over."""
+    """The number of skipped steps."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -98,7 +98,7 @@ class Warnings(logging.Handler):
 def outcome(
     folder: pathlib.Path, known: dict[int, object], ends: dict[int, object], warnings: Warnings
 ) -> str:
-    """What loading and resuming a damaged run come to. Raises AssertionError for a number that is wrong."""
+    """The outcome of loading and resuming a damaged run. Raises AssertionError for a wrong number."""
     warnings.count = 0
     try:
         loaded = seqlab.load(folder)

@@ -41,7 +41,7 @@ class Markov(Module):
 
 @functools.cache
 def noise(seed):
-    """What is added to the log-probabilities at each of the first places of a row."""
+    """Additions to the log-probabilities at the first positions of a row."""
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(np.uint32(seed))))(jnp.arange(700))
     return np.asarray(jax.vmap(lambda key: jax.random.gumbel(key, (VOCABULARY,)))(keys))
 

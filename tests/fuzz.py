@@ -40,7 +40,7 @@ class Hang(BaseException):
 
 
 class Begun(BaseException):
-    """What takes minutes has begun: nothing was wrong with the call."""
+    """Raised when expensive work starts: the call was valid."""
 
 
 @dataclasses.dataclass
@@ -252,7 +252,7 @@ def cut(real: int):
 
 
 def run_command(line: list[str], stdin: bytes, root: pathlib.Path, watch: Watch, seconds: float = SECONDS):
-    """How the command line `line` ends, in a word, and what was wrong with that ("" for nothing)."""
+    """The outcome of the command line `line`, in a word, and the fault in it ("" for none)."""
     from seqlab import cli
 
     out, err = Screen(), io.StringIO()

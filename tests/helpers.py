@@ -1,4 +1,4 @@
-"""What several tests need: comparison relative to scale, random splits, chunked runs."""
+"""Shared helpers of tests: comparison relative to scale, random splits, chunked runs."""
 
 from unittest import mock
 

@@ -1,5 +1,4 @@
-"""What a user gets wrong is one line and exit code 2, whatever it is: `python tests/fuzz.py` draws a
-thousand."""
+"""Any user error gives one line and exit code 2: `python tests/fuzz.py` draws a thousand."""
 
 import gc
 

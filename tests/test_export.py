@@ -37,7 +37,7 @@ assert not any(name.partition(".")[0] in ("seqlab", "flax") for name in sys.modu
 
 
 def here(model, rows, chunk):
-    """What `ALONE` computes, by the model itself."""
+    """The result of `ALONE`, computed by the model itself."""
     static, params = split(model)
 
     @jax.jit

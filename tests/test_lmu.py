@@ -174,7 +174,7 @@ def test_the_surrogate_gradient_is_that_of_the_equations(rest, detach_reset, x64
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in zoo.MIXERS if "spiking" in name])
 def test_rounding_decides_no_spike_of_the_contract(name, monkeypatch):
-    """Why the contract's tests of the spiking forms are stable: in none of their runs does a membrane come
+    """The contract's tests of the spiking forms are stable because in none of their runs a membrane comes
     near its threshold. And spikes there are."""
     margins, rates = [], []
 

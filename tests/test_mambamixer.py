@@ -38,8 +38,8 @@ def documents(reset, valid):
 
 
 def alone(run, x, steps):
-    """What `run(x, valid)` makes of one sequence, at the front of a row that is filled up with steps that are
-    not valid (one shape, one compilation; that filling changes nothing is a clause of the contract)."""
+    """The result of `run(x, valid)` for one sequence, at the front of a row padded with steps that are not
+    valid (one shape, one compilation; that filling changes nothing is a clause of the contract)."""
     front = np.full_like(x, np.nan)
     front[: len(steps)] = x[steps]
     y, _ = run(front[None], np.arange(len(x))[None] < len(steps))

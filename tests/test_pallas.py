@@ -381,7 +381,7 @@ def test_vmap_is_a_loop_over_calls(monkeypatch):
 
 @pytest.mark.slow
 def test_the_gradient_of_a_part_of_the_keys(monkeypatch):
-    """What a ring of devices asks for."""
+    """The calls made by a ring of devices."""
     shrink("attention", "", monkeypatch)
     attention_op = importlib.import_module("seqlab.kernels.attention")
     q, k, v, dout = (random(seed, 2, 21, 2, 8) for seed in range(4))

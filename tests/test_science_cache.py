@@ -1,4 +1,4 @@
-"""What bounded caches keep of attention over everything, on models trained here: StreamingLLM, KIVI,
+"""Quality of bounded caches compared with full attention, on models trained here: StreamingLLM, KIVI,
 DuoAttention at a laptop's size.
 
 Each model is trained once for all tests of this file, in the folder SEQLAB_RUNS where it is named: a run that

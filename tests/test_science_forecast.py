@@ -32,7 +32,7 @@ def linear(data):
 
 
 def trained(cfg, workdir):
-    """What the config's run learns, as a function of windows."""
+    """The trained model of the config's run, as a function of windows."""
     experiment = config.build(cfg)
     static, _ = build(experiment)
     params = run(experiment, workdir).state.params

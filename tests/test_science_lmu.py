@@ -1,5 +1,5 @@
-"""What the LMU is for: a memory from which the window can be read back, and answers that grow better while a
-sequence is still arriving."""
+"""The purpose of the LMU: a memory from which the window can be reconstructed, and accuracy that grows while
+a sequence is still arriving."""
 
 import functools
 

@@ -1,5 +1,4 @@
-"""What the field says about recall, shown at the size of a laptop: some memories hold what others of the same
-size lose.
+"""Known results about recall, reproduced at small size: some memories hold what others of the same size lose.
 
 Every test trains a few small models on one task and one budget through `seqlab.studies.compare` and holds
 their accuracies against the claim.

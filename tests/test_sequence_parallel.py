@@ -245,7 +245,7 @@ def compiled_gradient(net, time, devices=8, batch=1, packed=False):
 
 @pytest.mark.parametrize("name, packed", [("attention", True), ("window", False), ("gated_delta", True)])
 def test_stretches_stay_where_they_are(name, packed):
-    """What devices send are permutes of neighbours and sums of gradients: nothing gathers the sequence."""
+    """Devices send only to neighbours and sum gradients: nothing gathers the sequence."""
     text = compiled_gradient(zoo.mixer(name), 64, packed=packed).as_text()
     sent = re.findall(
         r" (all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter)(?:-start)?\(", text

@@ -188,7 +188,7 @@ def test_files_of_every_kind_read_as_one_wherever_they_are_cut(kind, tmp_path):
 
 
 def cut_text(tokenizer, tokens, cuts, stops, withhold):
-    """What `RowText` gives of `tokens`, made anew after each of `cuts` from what a state keeps."""
+    """The text of `RowText` for `tokens`, recreated after each of `cuts` from the contents of a state."""
     pieces, held = [], 0
     for start, end in itertools.pairwise((0, *cuts, len(tokens))):
         row = RowText(tokenizer, stops, (), withhold, (), tokens[:start], held)

@@ -356,7 +356,7 @@ def test_damaged_metrics_are_left_out(tmp_path, damage):
 
 
 def test_points_are_in_the_events_as_soon_as_in_the_metrics(tmp_path):
-    """What a kill finds: not one point of metrics.jsonl is missing."""
+    """After a kill no point of metrics.jsonl is missing."""
     from tensorboardX.proto.event_pb2 import Event
 
     metrics = Metrics(tmp_path, 0, quality_of(next_token_loss))

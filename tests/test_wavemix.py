@@ -53,7 +53,7 @@ def test_the_parameters_of_published_models(millions):
 
 
 def pulled(function, x, weight):
-    """What a function of a map and filters gives, and its gradients for a cotangent that is always the
+    """The value of a function of a map and filters, and its gradients for a cotangent that is always the
     same."""
 
     @jax.jit

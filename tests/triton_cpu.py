@@ -47,7 +47,7 @@ _builder = interpreter.interpreter_builder
 
 
 class Launch(NamedTuple):
-    """What was asked of the compiler and of the grid."""
+    """Arguments of the compiler and of the grid."""
 
     kernel: Any
     types: tuple[str, ...]
@@ -218,8 +218,7 @@ def _generic_scan(self, inputs):
 
 
 class Usage(NamedTuple):
-    """What a kernel needs of a multiprocessor: registers a thread, bytes that do not fit into them, bytes of
-    shared memory."""
+    """Resources of a kernel: registers per thread, spilled bytes, bytes of shared memory."""
 
     registers: int
     spills: int

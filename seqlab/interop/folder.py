@@ -22,7 +22,7 @@ _OTHER_FORMS = {
     "*.bin": "weights of PyTorch's pickle format, which runs code when it is read: save them as safetensors "
     "(transformers' save_pretrained does)",
     "consolidated*.safetensors": "weights under Mistral's own names: use the files that transformers reads",
-    "adapter_model.safetensors": "only a LoRA adapter: merge it into its model first (peft, merge_and_unload)",
+    "adapter_model.safetensors": "a LoRA adapter alone: merge it into its model first (merge_and_unload)",
     "*.gguf": "a GGUF file: pass the file itself instead of its folder",
 }
 

@@ -63,7 +63,7 @@ def is_published(run: runs.Run) -> bool:
 
 
 def trained_length(run: runs.Run) -> int:
-    """How many steps a published model was made for: of its full caches, or a window, or what is usual."""
+    """The training length of a published model: that of its full caches, or a window, or a default."""
     mixers = [block.mixer for block in run.model.unrolled().backbone.blocks]
     caches = [mixer.cache for mixer in mixers if hasattr(mixer, "cache")]
     spans = [cache.window if isinstance(cache, Window) else cache.capacity for cache in caches]

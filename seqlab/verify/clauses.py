@@ -264,7 +264,7 @@ def _splits(length: int, rng: np.random.Generator) -> dict[str, tuple[int, ...]]
 
 
 def _cut(length: int) -> int:
-    """Where a sequence is cut in two; the other checks reuse the two lengths, because every one is a
+    """The length of the first of two parts; other checks reuse the two lengths, since each requires a
     compilation."""
     return length // 2 - 3
 

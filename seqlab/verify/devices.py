@@ -132,7 +132,7 @@ def _compared(
 
 
 def _spread(subject: Subject, mesh: Mesh) -> Check:
-    """Whether a training step, on inputs that lie in stretches, leaves them there."""
+    """Check that a training step on time-sharded inputs does not gather the sequence."""
     x = subject.inputs
     shape = (len(x), x.shape[1] + -x.shape[1] % mesh.size, *x.shape[2:])
     x = jax.ShapeDtypeStruct(shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec(None, "sequence")))

@@ -1,4 +1,4 @@
-"""What the checker reports: one `Check` per comparison, and the `Report` of all."""
+"""Results of the checker: one `Check` per comparison, and a `Report` of all."""
 
 import dataclasses
 from typing import Any
@@ -50,7 +50,7 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What `verify_streaming` found. True where every check passed; prints as a table."""
+    """The result of `verify_streaming`. True if every check passed; prints as a table."""
 
     mixer: str
     dtype: str
