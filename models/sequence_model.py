@@ -55,9 +55,8 @@ class SequenceModel(Model):
             remat=remat,
             rngs=rngs,
         )
-        self.head = Linear(
-            dim, outputs, bias=True, scale=0.1, rngs=rngs
-        )  # small: initial predictions are near uniform
+        # Small: initial predictions are near uniform.
+        self.head = Linear(dim, outputs, bias=True, scale=0.1, rngs=rngs)
 
     def embed(self, inputs: Float[Array, "b t c"], valid: Steps | None = None) -> Activations:
         return self.inlet(mask_steps(inputs, valid).astype(self.dtype))

@@ -291,7 +291,8 @@ def run_command(line: list[str], stdin: bytes, root: pathlib.Path, watch: Watch,
             ),
             None,
         )
-        fault = f"{type(error).__name__}: {str(error)[:300]} (at {place and pathlib.Path(place.filename).name}:{place and place.lineno})"
+        at = f"{pathlib.Path(place.filename).name}:{place.lineno}" if place else "unknown"
+        fault = f"{type(error).__name__}: {str(error)[:300]} (at {at})"
     else:
         said = err.getvalue()
         if code not in CODES:

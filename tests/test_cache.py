@@ -268,7 +268,8 @@ def test_what_is_coded_cannot_be_taken_back():
     y, state = compiled(mixer)(x, mixer.init_state(1))
     with pytest.raises(
         ValueError,
-        match=r"steps=1 cannot be taken back: full\(32\)\+int4\(group=8, residual=8\) has quantized the steps",
+        match=r"steps=1 cannot be taken back: full\(32\)\+int4\(group=8, residual=8\) has quantized the "
+        "steps",
     ):
         mixer.rewind(state, 1)
     assert np.isfinite(np.asarray(y[:, :32])).all() and np.isnan(np.asarray(y[:, 32:])).all(), (

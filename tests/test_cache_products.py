@@ -1,5 +1,5 @@
-"""Every product of a retention, a storage and a selection: its definition written down query by query, and the
-streaming contract."""
+"""Every product of a retention, a storage and a selection: its definition written down query by query, and
+the streaming contract."""
 
 import functools
 import itertools
@@ -37,7 +37,8 @@ ALL = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for
 
 
 def quantized(x, bits):
-    """Numbers [n, ...] that share a scale and a least value along the first axis, as their codes give them back."""
+    """Numbers [n, ...] that share a scale and a least value along the first axis, as their codes give them
+    back."""
     least, scale = x.min(0), (x.max(0) - x.min(0)) / (2**bits - 1)
     scale = np.where(scale > 0, scale, 1)
     return np.round((x - least) / scale) * scale + least

@@ -14,12 +14,8 @@ from helpers import assert_identical
 import seqlab
 from seqlab.streaming.generate import stream_state, warm_up
 
-PROMPTS = [
-    [3, 5, 3],
-    [7],
-    list(range(40)),
-    [5] * 520 + [9] * 100,
-]  # the last is longer than what is penalised
+# The last is longer than what is penalised.
+PROMPTS = [[3, 5, 3], [7], list(range(40)), [5] * 520 + [9] * 100]
 
 
 @functools.cache

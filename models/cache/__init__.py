@@ -10,9 +10,9 @@ and the same call with `state=None` is the parallel form for training. `scores` 
 (rotary positions, soft-cap, scale): that belongs to the model, so choosing a cache never changes it. Partial
 results carry their log-sum-exp, so policies can be built from parts.
 
-Most policies are products, `Cache(retention, storage, selection)`: which steps stay (`Full`, `Window`), how they
-are kept (`Exact`, `Ints`), and which of them a query reads (`All`, `Blocks`). Each part is a file of this folder
-that declares its own words; what is in the folder is found.
+Most policies are products, `Cache(retention, storage, selection)`: which steps stay (`Full`, `Window`), how
+they are kept (`Exact`, `Ints`), and which of them a query reads (`All`, `Blocks`). Each part is a file of
+this folder that declares its own words; what is in the folder is found.
 """
 
 import importlib

@@ -22,8 +22,8 @@ class MoBAState(NamedTuple):
 
 class Candidates(NamedTuple):
     """Blocks that may be chosen: `sums` [b, n, g, k] of the keys, and of which segment and which block of it
-    [b, n] each is; segment 0 is none. `k`, `v` [b, n * block, g, k]: their keys and values, None where these lie
-    elsewhere."""
+    [b, n] each is; segment 0 is none. `k`, `v` [b, n * block, g, k]: their keys and values, None where these
+    lie elsewhere."""
 
     k: Keys | None
     v: Values | None
@@ -43,8 +43,8 @@ def behind_sinks(where: Segments, sinks: int) -> Segments:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """How queries choose: blocks of `block` steps, `top_k` of them, the own one counted; of the last `stored`,
-    None for all. Steps are counted behind the sinks."""
+    """How queries choose: blocks of `block` steps, `top_k` of them, the own one counted; of the last
+    `stored`, None for all. Steps are counted behind the sinks."""
 
     block: int
     top_k: int
@@ -102,8 +102,8 @@ class Choice:
         return sums.at[rows, place].add(k.astype(sums.dtype), mode="drop")
 
     def rewound(self, sums: Array, length: Int[Array, " b"], k: Keys, mine: Bool[Array, "b e"]) -> Array:
-        """The sums after `length` steps, of which those in the open block are the keys k [b, e, g, .] that are
-        `mine`."""
+        """The sums after `length` steps, of which those in the open block are the keys k [b, e, g, .] that
+        are `mine`."""
         at = jnp.arange(length.shape[0]), length // self.block % sums.shape[1]
         sums = jnp.where((self.places(length, sums.shape[1]) >= 0)[..., None, None], sums, 0)
         own = jnp.where(mine[..., None, None], k, 0).astype(sums.dtype).sum(1)

@@ -15,7 +15,8 @@ from seqlab.state import Segments, mask_steps, segments
 
 
 class Picked(NamedTuple):
-    """The blocks that each query reads, its own among them: their numbers `blocks` [b, t, h, c], -1 for none."""
+    """The blocks that each query reads, its own among them: their numbers `blocks` [b, t, h, c], -1 for
+    none."""
 
     blocks: Int[Array, "b t h c"]
     choice: Choice
@@ -28,8 +29,8 @@ class Picked(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class CodedBlocks:
-    """A choice of blocks over steps that `kept` keeps in groups: `kept.attend` is told the blocks that each query
-    reads. Blocks are chosen by the means of their exact keys."""
+    """A choice of blocks over steps that `kept` keeps in groups: `kept.attend` is told the blocks that each
+    query reads. Blocks are chosen by the means of their exact keys."""
 
     kept: Any
     choice: Choice
@@ -109,9 +110,8 @@ class CodedBlocks:
         (b, t), block = k.shape[:2], self.choice.block
         rows, there = jnp.arange(b)[:, None], where.ids > 0
         n = (t - 2) // block + 1 if t > 1 and held is not None else max(t - 1, 0) // block
-        rank = jnp.cumsum(
-            there & (where.positions % block == 0), axis=1, dtype=jnp.int32
-        )  # 0: the block that was open
+        # 0: the block that was open.
+        rank = jnp.cumsum(there & (where.positions % block == 0), axis=1, dtype=jnp.int32)
         ends = there & (where.positions % block == block - 1)
         number = jnp.cumsum(ends, axis=1) - ends
 

@@ -1,4 +1,5 @@
-"""Steps that share scales: codes of old keys per channel and of old values per token, the newest steps exact."""
+"""Steps that share scales: codes of old keys per channel and of old values per token, the newest steps
+exact."""
 
 import dataclasses
 import functools
@@ -127,8 +128,8 @@ class CodedSteps(Layout):
         scores: Scores,
         picked: Any = None,
     ) -> tuple[Float[Array, "b t h v"], LogSumExp, QuantizedState | None]:
-        """Out [b, t, h, v], its log-sum-exp and the new state, see `Policy`. `picked`: the blocks that each query
-        reads, None for all, see `seqlab.models.cache.block_coded.Picked`."""
+        """Out [b, t, h, v], its log-sum-exp and the new state, see `Policy`. `picked`: the blocks that each
+        query reads, None for all, see `seqlab.models.cache.block_coded.Picked`."""
         kept, streaming, unturned = self.retention, state is not None, q
         if not streaming:
             fresh = self.init_state(q.shape[0], k.shape[2], k.shape[3], k.dtype, v.shape[3])
@@ -295,7 +296,8 @@ class CodedSteps(Layout):
 
 
 def _one_head_a_row(q: Queries, k: Array, v: Array, see: Array, scores: Scores) -> Partial:
-    """Attention of one query over keys [b, g, e, k] and values, where each head sees others: `see` [b, h, e]."""
+    """Attention of one query over keys [b, g, e, k] and values, where each head sees others: `see` [b, h,
+    e]."""
     b, h = see.shape[:2]
     k, v = (jnp.repeat(x, h // x.shape[1], axis=1).reshape(b * h, 1, *x.shape[2:]) for x in (k, v))
     rows = q[:, 0].reshape(b * h, 1, -1), see.reshape(b * h, -1)

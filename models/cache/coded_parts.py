@@ -92,7 +92,8 @@ def attend_masked(q: Queries, k: Keys, v: Values, see: Bool[Array, "b t h s"], s
 
 
 def _weights(x: Array, see: Bool[Array, "b t h s"]) -> tuple[Array, LogSumExp]:
-    """The weights [b, g, r, t, s] of logits of the same shape where `see`, and their log-sum-exp [b, t, h]."""
+    """The weights [b, g, r, t, s] of logits of the same shape where `see`, and their log-sum-exp [b, t,
+    h]."""
     b, g, r, t, s = x.shape
     heads = (g, r) if see.shape[2] > 1 else (1, 1)
     x = jnp.where(see.swapaxes(1, 2).reshape(b, *heads, t, s), x, -jnp.inf)
@@ -119,8 +120,8 @@ def put_slot(x: Array, values: Array, slot: Int[Array, " b"], keep: Bool[Array, 
 
 
 def put_slots(x: Array, values: Array, first: Int[Array, " b"], keep: Bool[Array, " b"], axis: int) -> Array:
-    """x [b, g, s, .] (`axis` 2) or [b, g, ., s] (`axis` 3) with values of the same layout in the slots of each
-    row from `first` on, where `keep`."""
+    """x [b, g, s, .] (`axis` 2) or [b, g, ., s] (`axis` 3) with values of the same layout in the slots of
+    each row from `first` on, where `keep`."""
     rows, heads = jnp.arange(x.shape[0])[:, None, None], jnp.arange(x.shape[1])[:, None]
     slots = first[:, None] + jnp.arange(values.shape[axis])
     slots = jnp.where(keep[:, None], slots, x.shape[axis])[:, None]

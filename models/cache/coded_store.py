@@ -80,8 +80,8 @@ def _group_index(rule: Layout, places: Array, ids: Array, coded: Array) -> Array
 
 
 def key_groups(rule: Layout, k: Keys, places: Array, ids: Array, coded: Array, mine: Array) -> Groups:
-    """Scale and least value of the group of each key that is `mine`, [b, e, g, k]. The steps stand at `places`
-    [b, e] of the sequences `ids`; `coded` [b, 1] of the first one are quantized already."""
+    """Scale and least value of the group of each key that is `mine`, [b, e, g, k]. The steps stand at
+    `places` [b, e] of the sequences `ids`; `coded` [b, 1] of the first one are quantized already."""
     index = _group_index(rule, places, ids, coded)
     count = index.shape[1] // rule.group + 3 + index.shape[1]
     index = jnp.where(mine, index, count)  # dropped
@@ -130,9 +130,8 @@ def store_chunk(rule: Layout, state: QuantizedState, recent: Recent, where: Segm
     first = current & (u < 0) & ~old
     slot, ring = u % slots, u % rule.residual
     rest_k = put(state.rest_k, recent.k, ring, key_here & newest_k & ~old)
-    held = (coded + jnp.arange(rule.residual)[None] < seen)[
-        :, None, :, None
-    ]  # what was coded leaves nothing behind
+    # What was coded leaves nothing behind.
+    held = (coded + jnp.arange(rule.residual)[None] < seen)[:, None, :, None]
     k_groups = (put(x, y, slot // rule.group, ends) for x, y in zip(state.k[1:], recent.groups, strict=True))
     v_parts = zip(state.v, (packed(v_codes, rule.v_bits), *v_groups), strict=True)
     return QuantizedState(

@@ -37,8 +37,8 @@ NEVER = jnp.iinfo(jnp.int32).max  # the position of an empty slot: later than ev
 
 
 class CacheState(NamedTuple):
-    """`k`, `v` [b, g, s, k]: rotated keys and values by slot, or what a storage keeps of them, arrays [b, g, s,
-    .]; `positions` [b, s]: whose they are; `length` [b]: steps seen.
+    """`k`, `v` [b, g, s, k]: rotated keys and values by slot, or what a storage keeps of them, arrays [b, g,
+    s, .]; `positions` [b, s]: whose they are; `length` [b]: steps seen.
 
     Heads stand before slots, other than everywhere else: a decode step then reads the cache as it lies, two
     to three times as fast.
@@ -127,9 +127,8 @@ def store(
 ) -> CacheState:
     """`state` with the steps of a chunk in their slots where `keep` [b, t], those of the sequence that is
     carried on alone. `k`, `v`: arrays [b, t, g, .], as many as the state has."""
-    if (
-        reset is not None
-    ):  # a sequence that has ended leaves nothing behind: the state is that of the last sequence alone
+    # A sequence that has ended leaves nothing behind: the state is that of the last sequence alone.
+    if reset is not None:
         carried = (where.last == 1)[:, None]
         state = state._replace(
             k=_where(carried[..., None, None], state.k),
@@ -137,9 +136,8 @@ def store(
             positions=jnp.where(carried, state.positions, NEVER),
         )
     keep = keep & (where.ids == where.last[:, None])
-    slots = jnp.where(
-        keep, slots, state.positions.shape[1]
-    )  # a slot out of range: the scatter drops the write
+    # A slot out of range: the scatter drops the write.
+    slots = jnp.where(keep, slots, state.positions.shape[1])
     rows = jnp.arange(slots.shape[0])[:, None]
 
     def put(x: Array, new: Array) -> Array:
@@ -192,8 +190,8 @@ def place_in_cache(
 ) -> Int[Array, "b t"]:
     """The place of each query among the sinks and the steps behind them that it sees, counted from 0.
 
-    `start` [b]: the first position behind the sinks that the state holds, of the sequence with id 1; a fresh one
-    begins behind its sinks. `first` [b, t]: the first position behind the sinks that each query may see.
+    `start` [b]: the first position behind the sinks that the state holds, of the sequence with id 1; a fresh
+    one begins behind its sinks. `first` [b, t]: the first position behind the sinks that each query may see.
     """
     first = jnp.maximum(jnp.where(ids == 1, start[:, None], sinks), first)
     return jnp.where(positions < sinks, positions, sinks + positions - first)
@@ -207,8 +205,8 @@ def attend_sinks(
     stored: Span | None,
     chunk: Span | None,
 ) -> tuple[Array, Array]:
-    """Attention over the sinks alone of queries that are turned as they see them: those that are `stored`, and
-    those of the `chunk` that is not yet."""
+    """Attention over the sinks alone of queries that are turned as they see them: those that are `stored`,
+    and those of the `chunk` that is not yet."""
     if chunk is None:
         return attend(q, where.positions, where, stored._replace(segments=None), scores)
     span = chunk if stored is None else joined(stored, chunk)
@@ -222,8 +220,8 @@ def beyond_is_nan(out: Array, lse: Array, beyond: Array) -> tuple[Array, Array]:
 
 
 def check_layout(policy: str, state: CacheState, places: Int[Array, "b s"], newest: bool = True) -> None:
-    """Refuse a state whose steps do not lie where `policy` puts them: step `places` in each slot, or none; the
-    `newest` is always kept, unless the policy may drop it. Looks at the numbers: not for jitted code."""
+    """Refuse a state whose steps do not lie where `policy` puts them: step `places` in each slot, or none;
+    the `newest` is always kept, unless the policy may drop it. Looks at the numbers: not for jitted code."""
     here = state.positions != NEVER
     if bool(jnp.any(here & (state.positions != places))):
         raise UserError(f"state holds other steps than {policy} keeps: it was made by another cache")

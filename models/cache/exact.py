@@ -86,8 +86,8 @@ class All(Selection):
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """The steps that a `retention` keeps, each by itself as a `storage` does: the first ones in the first slots,
-    the others in a ring behind them."""
+    """The steps that a `retention` keeps, each by itself as a `storage` does: the first ones in the first
+    slots, the others in a ring behind them."""
 
     retention: Any
     storage: StepStorage
@@ -135,15 +135,16 @@ class Steps:
         k = scores.rotary(k, where.positions)
         new = self.store(state, k, v, where, reset)
         k, v = self.storage.seen(k), self.storage.seen(v)
-        # The slots hold, once the chunk is stored, just what its queries may see if nothing has been overwritten
-        # that one of them may: no copy of the cache is needed.
+        # The slots hold, once the chunk is stored, just what its queries may see if nothing has been
+        # overwritten that one of them may: no copy of the cache is needed.
         if q.shape[1] == 1 or (kept.ends and reset is None):
             span = self.read(new, k)._replace(segments=None)
         else:
             old = state if kept.edge == "step" else without_oldest(state, kept.ring - 1, kept.sinks)
             span = joined(self.read(old, k), new_span(k, v, where))
         if kept.in_cache:
-            # Without a reset all the sinks that a query may see lie, once the chunk is stored, in their slots.
+            # Without a reset all the sinks that a query may see lie, once the chunk is stored, in their
+            # slots.
             first = self.read(new, k, slice(0, kept.sinks)) if reset is None else None
             out, lse = self._with_sinks(q, scores, where, self._ring_start(state), span, first)
         else:
@@ -164,8 +165,8 @@ class Steps:
         kept, place = self.retention, where.positions - self.retention.sinks
         ring = self.held(state) - kept.sinks if kept.ends else kept.ring
         slots = jnp.where(place < 0, where.positions, kept.sinks + place % ring)
-        # Of a chunk longer than the ring only the steps that survive it are stored: two writes to one slot would
-        # race. What ends keeps the first ones.
+        # Of a chunk longer than the ring only the steps that survive it are stored: two writes to one slot
+        # would race. What ends keeps the first ones.
         survives = (place < ring) if kept.ends else where.positions >= where.length[:, None] - ring
         leaf = jax.tree.leaves(state.k)[0]
         k, v = (self.storage.encode(x, leaf.dtype) for x in (k, v))
@@ -224,8 +225,8 @@ class Steps:
         span: Span,
         first: Span | None,
     ) -> tuple[Array, Array]:
-        """Attention over the ring at absolute distances, merged with attention over the sinks from the query's
-        place in the cache.
+        """Attention over the ring at absolute distances, merged with attention over the sinks from the
+        query's place in the cache.
 
         `start` [b]: the first position behind the sinks that the state still holds; a fresh sequence starts
         behind its sinks. `first`: the sinks, where they lie by themselves; else they are among `span`.
@@ -257,14 +258,15 @@ class Steps:
                 gone = (state.length - self._ring_start(state) >= kept.ring) & (length < state.length)
             if bool(jnp.any(gone)):
                 raise UserError(
-                    f"steps={jnp.asarray(steps).tolist()} cannot be taken back: {words} has overwritten the keys "
+                    f"steps={jnp.asarray(steps).tolist()} cannot be taken back: {words} has overwritten "
+                    "the keys "
                     "before them"
                 )
         return forget_from(state, length)
 
     def adopt(self, state: CacheState, words: str) -> CacheState:
-        """A state that enters from outside; that of a smaller cache without end is taken over: what it holds lies
-        where it would lie here. ValueError where it lies elsewhere."""
+        """A state that enters from outside; that of a smaller cache without end is taken over: what it holds
+        lies where it would lie here. ValueError where it lies elsewhere."""
         kept, slot = self.retention, jnp.arange(self.held(state))[None]
         ring = slot
         if not kept.ends:

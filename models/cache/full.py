@@ -16,8 +16,8 @@ class Full(Retention):
     Args:
       capacity: steps of a sequence that are kept.
       softcap: deprecated, give it to `Attention`.
-      grows: whether a stream goes on beyond the capacity: a host that sees the end coming gives the state more
-        slots (`with_room`; `stream_generate` does), so that only memory ends it.
+      grows: whether a stream goes on beyond the capacity: a host that sees the end coming gives the state
+        more slots (`with_room`; `stream_generate` does), so that only memory ends it.
       sinks: of the capacity, first steps that a storage keeps exactly and that every query reads, whatever is
         selected; they mean nothing where all is exact and read.
     """

@@ -40,9 +40,9 @@ from seqlab.state import Segments, mask_steps, segments
 
 @dataclasses.dataclass(frozen=True)
 class Blocks(Selection):
-    """A query at step i behind the sinks, in block β = i // block, reads the sinks, its own block up to itself,
-    and all of the top_k - 1 blocks m < β that are kept with the largest q·mean(k of block m), each query head by
-    itself; all of them where there are fewer. Nothing is differentiated through the choice.
+    """A query at step i behind the sinks, in block β = i // block, reads the sinks, its own block up to
+    itself, and all of the top_k - 1 blocks m < β that are kept with the largest q·mean(k of block m), each
+    query head by itself; all of them where there are fewer. Nothing is differentiated through the choice.
 
     Args:
       block: keys a block.
@@ -64,12 +64,14 @@ class Blocks(Selection):
         retention = kept.retention
         if retention.edge == "call":
             raise UserError(
-                f"cache: {retention.text()} and {self.text()} do not go together: with edge=call or turn all that is "
+                f"cache: {retention.text()} and {self.text()} do not go together: with edge=call or turn "
+                "all that is "
                 "stored is seen, where a query reads the blocks of its choice"
             )
         if retention.apart(jnp.zeros(1, jnp.int32)) is not None:
             raise UserError(
-                f"cache: {retention.text()} and {self.text()} do not go together: both say which earlier blocks a "
+                f"cache: {retention.text()} and {self.text()} do not go together: both say which earlier "
+                "blocks a "
                 "query sees"
             )
         if retention.ring % self.block:
@@ -304,8 +306,8 @@ class StepBlocks:
         scores: Scores,
     ) -> tuple[tuple[Array, LogSumExp], Candidates]:
         """Attention over the query's own block, and the blocks that it may choose from."""
-        # Where nothing is overwritten that a query may see, all of it is in the new state: what is not read is
-        # not copied.
+        # Where nothing is overwritten that a query may see, all of it is in the new state: what is not read
+        # is not copied.
         ends = self.kept.retention.ends
         whole = state is not None and (q.shape[1] == 1 or (ends and reset is None))
         open_part = None
@@ -330,7 +332,8 @@ class StepBlocks:
     def _open_part(
         self, cache: CacheState, seen: Int[Array, " b"], sums: Array, like: Array | None = None
     ) -> Span:
-        """The steps of the block that is not full yet after `seen` steps behind the sinks, in all its slots."""
+        """The steps of the block that is not full yet after `seen` steps behind the sinks, in all its
+        slots."""
         block, like = self.choice.block, sums if like is None else like
         positions = seen[:, None] // block * block + jnp.arange(block)
         place = jnp.arange(seen.shape[0]), slice(None), seen // block % sums.shape[1]
@@ -360,9 +363,8 @@ class StepBlocks:
         ids = where.ids if open_part is None else jnp.concatenate([open_part.segments, where.ids], axis=1)
         place = span.positions % block
         ends = (span.segments > 0) & (place == block - 1)
-        number = (
-            jnp.cumsum(ends, axis=1) - ends
-        )  # of the blocks that ended before; the next one to end is the step's own, or later
+        # Of the blocks that ended before; the next one to end is the step's own, or later.
+        number = jnp.cumsum(ends, axis=1) - ends
 
         def at_ends(values: Array) -> Array:
             return jnp.zeros((b, n), jnp.int32).at[rows, jnp.where(ends, number, n)].set(values, mode="drop")

@@ -10,7 +10,8 @@ from seqlab.checks import UserError
 
 
 class Word(NamedTuple):
-    """How a word is written, `moba(block, top_k)`, and the options that it takes besides: `int4(group=32)`."""
+    """How a word is written, `moba(block, top_k)`, and the options that it takes besides:
+    `int4(group=32)`."""
 
     form: str
     options: tuple[str, ...] = ()

@@ -29,9 +29,9 @@ def slots_for(steps: int, most: int, grows: bool = False) -> int:
 class Policy:
     """Base of all cache policies: frozen dataclasses, since a policy is part of a model's description.
 
-    A subclass defines `span`, `init_state`, the call and `rewind`. One whose state has slots that are filled in
-    order also defines `held`, `slots_for` and `resize`: a stream then holds, and a step reads, no more slots
-    than it needs.
+    A subclass defines `span`, `init_state`, the call and `rewind`. One whose state has slots that are filled
+    in order also defines `held`, `slots_for` and `resize`: a stream then holds, and a step reads, no more
+    slots than it needs.
 
     Attributes:
       exact: whether a stream equals the parallel form.
@@ -52,13 +52,14 @@ class Policy:
 
     @property
     def reach(self) -> int | None:
-        """How many positions rotary phases tell apart at most, as the policy counts them: by default those that it
-        remembers. None where they grow with the stream."""
+        """How many positions rotary phases tell apart at most, as the policy counts them: by default those
+        that it remembers. None where they grow with the stream."""
         return self.span
 
     @property
     def end(self) -> int | None:
-        """Where sequences must end; None for a policy that goes on, in constant memory or because it grows."""
+        """Where sequences must end; None for a policy that goes on, in constant memory or because it
+        grows."""
         return None if self.grows else self.capacity
 
     def init_state(
@@ -77,8 +78,8 @@ class Policy:
         self, q: Any, k: Any, v: Any, state: State | None, reset: Any, valid: Any, scores: Any
     ) -> tuple[Any, Any, State | None]:
         """Attention of a chunk: out [b, t, h, v], lse [b, t, h] and the new state, from unturned queries
-        [b, t, h, k], keys [b, t, g, k] and values [b, t, g, v]. `state=None` is the parallel form. `scores` are
-        the model's (`seqlab.models.cache.Scores`)."""
+        [b, t, h, k], keys [b, t, g, k] and values [b, t, g, v]. `state=None` is the parallel form. `scores`
+        are the model's (`seqlab.models.cache.Scores`)."""
         raise NotImplementedError
 
     def rewind(self, state: State, steps: Int[Array, " b"]) -> State:
@@ -107,7 +108,8 @@ class Policy:
         """Refuse a state that another policy has made, as far as its kind and its slots tell."""
         if self.state_type is not None and not isinstance(state, self.state_type):
             raise UserError(
-                f"state is a {type(state).__name__}, not the {self.state_type.__name__} of {self}: it was made "
+                f"state is a {type(state).__name__}, not the {self.state_type.__name__} of {self}: it was "
+                "made "
                 "by another cache"
             )
         held = self.held(state)

@@ -1,4 +1,5 @@
-"""A cache as the product of its parts: which steps stay, how they are kept, and which of them a query reads."""
+"""A cache as the product of its parts: which steps stay, how they are kept, and which of them a query
+reads."""
 
 import dataclasses
 import functools

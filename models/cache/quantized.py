@@ -1,4 +1,5 @@
-"""A quantized cache: old keys per channel, old values per token, the newest exact (KIVI, arXiv 2402.02750)."""
+"""A quantized cache: old keys per channel, old values per token, the newest exact (KIVI, arXiv
+2402.02750)."""
 
 import dataclasses
 from typing import ClassVar
@@ -16,13 +17,13 @@ _WORD_OPTIONS = ("group", "residual", "values", "half_groups", "edge")
 
 @dataclasses.dataclass(frozen=True)
 class Ints(Storage):
-    """Keys and values as integers of few bits. A query at step t sees the key of step u (both counted behind the
-    sinks) exactly from the last multiple of `residual` up to t on, the value exactly where u >= t - residual,
-    and both quantized otherwise. Sinks are always exact.
+    """Keys and values as integers of few bits. A query at step t sees the key of step u (both counted behind
+    the sinks) exactly from the last multiple of `residual` up to t on, the value exactly where u >= t -
+    residual, and both quantized otherwise. Sinks are always exact.
 
-    Every query sees what it would see step by step, so a prompt may be cut anywhere. A call of one step leaves
-    codes to `kernels.decode_attention`, which dequantizes them as it reads them; longer calls dequantize what
-    is stored once.
+    Every query sees what it would see step by step, so a prompt may be cut anywhere. A call of one step
+    leaves codes to `kernels.decode_attention`, which dequantizes them as it reads them; longer calls
+    dequantize what is stored once.
 
     Args:
       bits: 2, 4 or 8, of keys and values.
@@ -85,7 +86,8 @@ class Ints(Storage):
     def over(self, retention: Retention) -> CodedSteps:
         if retention.turn is not None:
             raise UserError(
-                f"cache: turn and {self.text()} do not go together in '{retention.text()}+{self.text()}': codes "
+                f"cache: turn and {self.text()} do not go together in '{retention.text()}+{self.text()}': "
+                "codes "
                 "stay step by step"
             )
         if retention.edge == "call":

@@ -18,7 +18,8 @@ def parse_cache(spec: str) -> Policy:
 
         full(n)                 every key, up to n steps
         grows                   a full cache gets more slots where a stream goes on: no end, and more memory
-        window(n)               the last n keys, the query's own included; window(n, turn=m) drops none while a
+        window(n)               the last n keys, the query's own included; window(n, turn=m) drops none while
+        a
                                 turn of up to m steps lasts, and makes room before it (StreamingLLM's chat)
         sinks(n)                and the first n, at their places in the cache (StreamingLLM)
         absolute                sinks at their places in the stream: not beyond the length of training
@@ -32,14 +33,14 @@ def parse_cache(spec: str) -> Policy:
         moba(b, k)              of blocks of b keys the query's own and the k - 1 that score highest, and the
                                 sinks; in a window, of the last n / b
 
-    Heads may differ: heads(0 1 | A | B) gives key/value head 0 the cache A and head 1 the cache B (DuoAttention).
-    `module:Name(...)` is a policy of one's own, called with literals; the module is imported.
+    Heads may differ: heads(0 1 | A | B) gives key/value head 0 the cache A and head 1 the cache B
+    (DuoAttention). `module:Name(...)` is a policy of one's own, called with literals; the module is imported.
 
     `parse_cache(str(policy)) == policy` for every policy here. `in_place`, the default today, is accepted.
 
     Raises:
       ValueError: an unknown term (with the nearest one there is), or terms that do not go together, with the
-      reason.
+        reason.
     """
     spec = spec.strip()
     if re.fullmatch(r"[\w.]+:\w+(\(.*\))?", spec, re.DOTALL):

@@ -31,10 +31,10 @@ class Window(Retention):
       edge: "step" hides from every query what is older than its window. "call" reproduces the published code
         of StreamingLLM and DuoAttention: all queries of a call see all that was cached before it, and the
         call; results then depend on how a stream is cut.
-      turn: the most steps of a turn, with which the cache is that of the published chat: nothing is dropped while
-        a turn lasts. `make_room`, which `stream_generate` calls for a state that goes on, drops all but the sinks
-        and the last keys before it, so that these and the turn are sinks + window at most, or the sinks and
-        the turn where it alone is longer than the window. None: keys are dropped step by step.
+      turn: the most steps of a turn, with which the cache is that of the published chat: nothing is dropped
+        while a turn lasts. `make_room`, which `stream_generate` calls for a state that goes on, drops all but
+        the sinks and the last keys before it, so that these and the turn are sinks + window at most, or the
+        sinks and the turn where it alone is longer than the window. None: keys are dropped step by step.
 
     The published window of r keys before the query is W = r + 1: see `published`.
     """
@@ -79,7 +79,8 @@ class Window(Retention):
             raise UserError("cache: grows and window do not go together: a window has no end")
         if "absolute" in modifiers and "in_place" in modifiers:
             raise UserError(
-                "cache: words ask for absolute positions and for those in the cache at once: absolute or in_place"
+                "cache: words ask for absolute positions and for those in the cache at once: absolute or "
+                "in_place"
             )
         if "absolute" in modifiers and "sinks" not in modifiers:
             raise UserError(
@@ -103,8 +104,8 @@ class Window(Retention):
         return without_oldest(state, recent, self.sinks)
 
     def make_room(self, state: CacheState, steps: Int[Array, " b"] | int) -> CacheState:
-        """`state` with room for a turn of `steps` steps per row, where there is a `turn`: keys behind the sinks
-        are dropped, the oldest first, until those that stay and the turn are sinks + window.
+        """`state` with room for a turn of `steps` steps per row, where there is a `turn`: keys behind the
+        sinks are dropped, the oldest first, until those that stay and the turn are sinks + window.
 
         Raises:
           ValueError: the turn is longer than `turn`.
@@ -113,7 +114,8 @@ class Window(Retention):
             return state
         if not isinstance(steps, jax.core.Tracer) and bool(jnp.any(jnp.asarray(steps) > self.turn)):
             raise UserError(
-                f"steps={jnp.asarray(steps).tolist()} are more than the {self.turn} of a turn of {self}: give "
+                f"steps={jnp.asarray(steps).tolist()} are more than the {self.turn} of a turn of {self}: "
+                "give "
                 "window(..., turn=) as many as a prompt and its answer may have"
             )
         held = jnp.sum(state.positions != NEVER, axis=1)

@@ -41,7 +41,7 @@ class LMUMixer(Module):
 
     Pitfalls:
       No norm stands in front of it: build its blocks by `Backbone(norm=Identity)`. BatchNorm means something
-      only after training.
+        only after training.
     """
 
     causal, lookahead, exact = True, 0, True
@@ -150,10 +150,9 @@ class SpikingLMUMixer(Module):
 
     Pitfalls:
       A membrane that ends within rounding of its threshold may fire in one split of a sequence and not in
-      another, and from there on the
-        two differ by whole spikes: no order of float32 sums rules that out.
+        another, and from there on the two differ by whole spikes: no order of float32 sums rules that out.
       The memory never spikes inside its recurrence, only what is read of it; the paper's figure shows another
-      wiring than its code.
+        wiring than its code.
     """
 
     causal, lookahead, exact = True, 0, True

@@ -1,9 +1,8 @@
-"""The command line. It imports nothing heavy before it knows what to do: `seqlab --help` answers at once.
+"""The command line. Heavy imports are deferred: `seqlab --help` is immediate.
 
-Exit codes: 0 done; 2 for what a user can put right (one line on stderr); 3 where training diverged; 4 where
-another process of the run was lost; 129, 130 and 143 after SIGHUP, SIGINT and SIGTERM, with a checkpoint saved
-where training was under way; 1 for a result that `bench` finds wrong, and with a traceback for everything else,
-which is a bug.
+Exit codes: 0 success; 2 user error (one line on stderr); 3 training diverged; 4 another process of the run
+was lost; 129, 130 and 143 after SIGHUP, SIGINT and SIGTERM, with a checkpoint saved during training; 1 if
+`bench` finds incorrect results, and with a traceback for everything else, which is a bug.
 """
 
 import argparse
@@ -16,8 +15,8 @@ from seqlab.checks import UserError
 from seqlab.names import search_current_folder
 
 _EPILOG = """\
-exit codes: 0 done; 1 bench found something wrong; 2 an error of yours, in one line; 3 the training diverged; 129/130/143 interrupted
-(training saves a checkpoint first, and the same command goes on from there)"""
+exit codes: 0 success; 1 bench found incorrect results; 2 user error, in one line; 3 training diverged;
+129/130/143 interrupted (training saves a checkpoint first, and the same command resumes from it)"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,14 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if code is None or args.traceback:
             raise
         print(f"seqlab {args.command}: error: {error}", file=sys.stderr)
-        if getattr(args, "json", None) is True:  # who reads JSON gets JSON
+        if getattr(args, "json", None) is True:  # JSON output for JSON readers
             print(json.dumps({"error": str(error)}))
         return code
 
 
 def _names_code(args: argparse.Namespace) -> bool:
-    """Whether the user typed the name of code (a config file, `module:Name`) or trusts the names of a file: only then
-    may modules lie in the folder one works in."""
+    """Whether the user typed the name of code (a config file, `module:Name`) or trusts a file: only then are
+    modules searched in the current folder."""
     given = (
         getattr(args, name, None)
         for name in ("config", "configs", "fiddler", "set", "mixers", "cache", "caches")

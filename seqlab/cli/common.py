@@ -1,4 +1,4 @@
-"""What commands share: arguments, the compile cache, and how a run or a published model is loaded."""
+"""Shared parts of commands: arguments, the compile cache, and loading of runs and published models."""
 
 import argparse
 import os
@@ -13,16 +13,16 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "workdir",
         type=pathlib.Path,
-        help="the folder of a run or of a published model, or the id of one at the hub",
+        help="folder of a run or of a published model, or its id on the hub",
     )
     parser.add_argument("--step", type=int, help="a checkpoint; default: the last good one")
     parser.add_argument(
-        "--dtype", metavar="NAME", help="compute in float32 or bfloat16, instead of what the config says"
+        "--dtype", metavar="NAME", help="compute dtype, float32 or bfloat16, instead of the config's"
     )
     parser.add_argument(
         "--trust",
         action="store_true",
-        help="import what the run's config names outside seqlab, your own mixers for instance: that runs its code",
+        help="allow names outside seqlab in the run's config, such as your own mixers: this runs their code",
     )
 
 
@@ -33,8 +33,8 @@ def add_text(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="PATH",
-        help="measure on these files and folders; default: what a run holds out, for a published model the held-out "
-        "part of Python's standard library",
+        help="evaluate on these files and folders; default: the held-out data of a run, for a published "
+        "model the held-out part of Python's standard library",
     )
 
 
@@ -59,7 +59,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def load(args: argparse.Namespace) -> Any:
-    """The run or published model that a command names, with what was said of it."""
+    """The run or published model named by a command, with its options."""
     from seqlab.studies import runs
 
     said = {name: getattr(args, name) for name in ("trust", "dtype") if getattr(args, name)}
@@ -67,7 +67,7 @@ def load(args: argparse.Namespace) -> Any:
 
 
 def compile_cache() -> pathlib.Path:
-    """Where compiled programs are kept: where the user says, else below ~/.cache."""
+    """The folder of compiled programs: the user's choice, else below ~/.cache."""
     import jax
 
     chosen = jax.config.jax_compilation_cache_dir
@@ -76,8 +76,8 @@ def compile_cache() -> pathlib.Path:
 
 
 def enable_compile_cache() -> None:
-    """Keep what takes longer than 0.3 s to compile. Only the command line does this: a library leaves JAX's
-    settings alone."""
+    """Cache programs that take longer than 0.3 s to compile. Only the command line does this: the library
+    does not change JAX's settings."""
     import jax
 
     if not jax.config.jax_compilation_cache_dir:

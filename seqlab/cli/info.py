@@ -12,7 +12,7 @@ from seqlab.cli.common import add_json, compile_cache
 
 
 def add_commands(commands: Any) -> None:
-    """The commands that say what there is."""
+    """Add the commands list, doctor and bench."""
     listing = commands.add_parser("list", help="mixers with their contract, configs and fiddlers")
     add_json(listing)
     listing.set_defaults(run=_list)
@@ -23,9 +23,7 @@ def add_commands(commands: Any) -> None:
     add_json(doctor)
     doctor.set_defaults(run=_doctor)
 
-    bench = commands.add_parser(
-        "bench", help="how fast an op is here beside others that compute the same, once it is right"
-    )
+    bench = commands.add_parser("bench", help="verify and time an op against alternative implementations")
     bench.add_argument("op", help=f"one of {', '.join(kernels.__all__)}")
     bench.add_argument(
         "--impl",
@@ -45,16 +43,20 @@ def add_commands(commands: Any) -> None:
     )
     bench.add_argument(
         "--dtype",
-        help="float32, bfloat16 or float16; default: that of the shape, or what the platform is made for",
+        help="float32, bfloat16 or float16; default: that of the shape or of the platform",
     )
-    bench.add_argument("--backward", action="store_true", help="gradients too")
+    bench.add_argument("--backward", action="store_true", help="also gradients")
     bench.add_argument(
-        "--interpret", action="store_true", help="simulate the kernels for TPUs: are they right? No times"
+        "--interpret", action="store_true", help="verify the TPU kernels by simulation, without times"
     )
     bench.add_argument(
-        "--rounds", type=int, default=5, metavar="N", help="times are medians of so many; default %(default)s"
+        "--rounds",
+        type=int,
+        default=5,
+        metavar="N",
+        help="times are medians of N rounds; default %(default)s",
     )
-    bench.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write everything there, too")
+    bench.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write all results to FILE")
     bench.add_argument(
         "--tune",
         type=pathlib.Path,

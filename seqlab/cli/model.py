@@ -20,7 +20,7 @@ from seqlab.cli.common import (
 
 
 def add_commands(commands: Any) -> None:
-    """The commands that do something with a trained model."""
+    """Add the commands that use a trained model."""
     _add_cache_bench(commands)
     _add_stream(commands)
     _add_eval(commands)
@@ -31,7 +31,7 @@ def add_commands(commands: Any) -> None:
 def _add_cache_bench(commands: Any) -> None:
     bench = commands.add_parser(
         "cache-bench",
-        help="what a trained model is worth with other caches, and what they cost; a table and a figure",
+        help="compare cache policies on a trained model, by quality and cost; a table and a figure",
     )
     add_run(bench)
     bench.add_argument(
@@ -41,7 +41,7 @@ def _add_cache_bench(commands: Any) -> None:
         "--length",
         type=int,
         metavar="N",
-        help="steps of the held-out streams; default four times the trained length",
+        help="steps of the held-out streams; default four times the training length",
     )
     bench.add_argument("--rows", type=int, metavar="N", help="held-out streams")
     bench.add_argument(
@@ -49,7 +49,7 @@ def _add_cache_bench(commands: Any) -> None:
         type=int,
         default=16,
         metavar="N",
-        help="contexts with pass keys, for every depth; default %(default)s",
+        help="contexts with passkeys per depth; default %(default)s",
     )
     bench.add_argument(
         "--turns", type=int, default=4, metavar="N", help="questions to a shared context; default %(default)s"
@@ -58,7 +58,7 @@ def _add_cache_bench(commands: Any) -> None:
         "--fit-gates",
         type=int,
         metavar="STEPS",
-        help="first fit DuoAttention's gates, kept in the run's folder",
+        help="first fit DuoAttention's gates, saved in the run's folder",
     )
     bench.add_argument(
         "--out", type=pathlib.Path, metavar="DIR", help="folder of the figures; default WORKDIR/cache_bench"
@@ -69,16 +69,16 @@ def _add_cache_bench(commands: Any) -> None:
 
 
 _PENALTIES = {
-    "repetition": "divide the logits of the last 512 tokens by X where positive, multiply them where negative",
+    "repetition": "divide positive logits of the last 512 tokens by X, multiply negative ones",
     "presence": "subtract X from the logits of the last 512 tokens",
-    "frequency": "subtract X from the logits of the last 512 tokens for every time that they occur",
+    "frequency": "subtract X from the logits of the last 512 tokens per occurrence",
 }
 
 
 def _add_stream(commands: Any) -> None:
-    stream = commands.add_parser("stream", help="generate text with a trained model, live and without end")
+    stream = commands.add_parser("stream", help="generate text with a trained model, indefinitely by default")
     add_run(stream)
-    stream.add_argument("--prompt", default="", metavar="TEXT", help="- reads it from stdin")
+    stream.add_argument("--prompt", default="", metavar="TEXT", help="the prompt; - reads it from stdin")
     stream.add_argument("--max-tokens", type=int, metavar="N", help="default: no end (Ctrl-C stops)")
     stream.add_argument(
         "--temperature",
@@ -87,12 +87,15 @@ def _add_stream(commands: Any) -> None:
         metavar="T",
         help="0 takes the likeliest token; default %(default)s",
     )
-    stream.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    stream.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
     stream.add_argument(
-        "--top-p", type=float, metavar="P", help="draw from the smallest set of probability P"
+        "--top-p", type=float, metavar="P", help="sample from the smallest set of total probability P"
     )
     stream.add_argument(
-        "--min-p", type=float, metavar="P", help="draw from tokens of P times the likeliest one's probability"
+        "--min-p",
+        type=float,
+        metavar="P",
+        help="sample from tokens with at least P times the likeliest one's probability",
     )
     for name, does in _PENALTIES.items():
         stream.add_argument(f"--{name}-penalty", type=float, metavar="X", help=does)
@@ -101,7 +104,7 @@ def _add_stream(commands: Any) -> None:
         action="append",
         default=[],
         metavar="TOKEN=X",
-        help="add X to the logit of a token, by its number; -inf forbids it; may be given several times",
+        help="add X to the logit of a token id; -inf forbids it; may be repeated",
     )
     stream.add_argument("--seed", type=int, default=0)
     stream.add_argument(
@@ -109,50 +112,50 @@ def _add_stream(commands: Any) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="end after this text; may be given several times",
+        help="stop after this text; may be repeated",
     )
     stream.add_argument(
         "--include-stop",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="print the text that ended it, too; default: yes",
+        help="also print the stop text; default: yes",
     )
     stream.add_argument(
         "--top-logprobs",
         type=int,
         default=0,
         metavar="N",
-        help="instead of text a line of JSON per token, with the N likeliest ones and their log-probabilities",
+        help="print one line of JSON per token, with the N likeliest tokens and their log-probabilities",
     )
     stream.add_argument(
         "--cache",
         metavar="SPEC",
-        help="what attention remembers instead of what it was trained with, e.g. sinks(4)+window(1020)+int4",
+        help="cache policy instead of that of training, e.g. sinks(4)+window(1020)+int4",
     )
     stream.add_argument(
         "--chat",
         action="store_true",
-        help="the prompt is a message, written by the model's chat template; without one, talk line by line",
+        help="treat the prompt as a message for the chat template; without one, chat interactively",
     )
-    stream.add_argument("--system", metavar="TEXT", help="with --chat: the message from the system")
+    stream.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
     stream.set_defaults(run=_stream)
 
 
 def _add_eval(commands: Any) -> None:
     evaluate = commands.add_parser(
-        "eval", help="what a trained model is worth on the held-out data, in the figure of its task"
+        "eval", help="evaluate a trained model on held-out data with the task's metric"
     )
     add_run(evaluate)
     add_set(evaluate, "change fields of the data, such as data.length=1024")
     add_text(evaluate)
-    evaluate.add_argument("--length", type=int, metavar="N", help="tokens a window of text")
+    evaluate.add_argument("--length", type=int, metavar="N", help="tokens per window of text")
     add_json(evaluate)
     evaluate.set_defaults(run=_eval)
 
 
 def _add_export(commands: Any) -> None:
     exporting = commands.add_parser(
-        "export", help="a trained model for programs without seqlab: safetensors and StableHLO"
+        "export", help="export a trained model for use without seqlab: safetensors and StableHLO"
     )
     add_run(exporting)
     exporting.add_argument(
@@ -163,23 +166,23 @@ def _add_export(commands: Any) -> None:
         type=int,
         default=64,
         metavar="N",
-        help="steps of a prompt that are read at once; default %(default)s",
+        help="steps of a prompt per call; default %(default)s",
     )
     exporting.add_argument(
-        "--platforms", default="cpu,cuda,tpu", metavar="A,B", help="what it can run on; default %(default)s"
+        "--platforms", default="cpu,cuda,tpu", metavar="A,B", help="target platforms; default %(default)s"
     )
-    exporting.add_argument("--cache", metavar="SPEC", help="what attention remembers, as for stream")
+    exporting.add_argument("--cache", metavar="SPEC", help="cache policy, as for stream")
     exporting.set_defaults(run=_export)
 
 
 def _add_show(commands: Any) -> None:
     showing = commands.add_parser(
-        "show", help="draw what a model of images says of held-out pictures, and its feature maps"
+        "show", help="plot predictions and feature maps of an image model for held-out pictures"
     )
     add_run(showing)
     showing.add_argument("--count", type=int, default=6, metavar="N", help="pictures; default %(default)s")
     showing.add_argument(
-        "--output", type=pathlib.Path, metavar="FILE", help="default: show.png in the folder of the run"
+        "--output", type=pathlib.Path, metavar="FILE", help="default: show.png in the run folder"
     )
     showing.set_defaults(run=_show)
 
@@ -231,7 +234,7 @@ def _stream(args: argparse.Namespace) -> int:
             "bytes a remembered step"
         )
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
+        sys.stdout.reconfigure(errors="replace")  # an unsupported character must not end the stream
     code = 0
     try:
         for tokens in map(talk.say, [prompt] if prompt else _lines()) if talk else [stream]:
@@ -256,7 +259,7 @@ def _stream(args: argparse.Namespace) -> int:
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `stream_generate` is given."""
+    """The options of `stream_generate`."""
     names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "cache", "include_stop")
     options = {name: getattr(args, name) for name in (*names, "top_logprobs")}
     penalties = {f"{name}_penalty": getattr(args, f"{name}_penalty") for name in _PENALTIES}
@@ -277,7 +280,7 @@ def _bias(text: str) -> tuple[int, float]:
 
 
 def _shown(token: Any, top: int) -> str:
-    """What is printed of a token: its text, or all of it as JSON."""
+    """The printed form of a token: its text, or JSON."""
     from seqlab.train.metrics import as_json
 
     if not top:
@@ -296,7 +299,7 @@ def _typed() -> str:
 
 
 def _lines() -> Iterator[str]:
-    """What a person types, line by line, until there is no more."""
+    """Lines typed by the user, until the end of input."""
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
@@ -311,7 +314,7 @@ def _lines() -> Iterator[str]:
 
 
 def _with_other_data(base: Any, assignments: Sequence[str]) -> Any:
-    """A run's config with other data or metric; its model stays what it is."""
+    """A run's config with other data or metric, and the same model."""
     from seqlab.train import config
 
     cfg = base
@@ -319,7 +322,7 @@ def _with_other_data(base: Any, assignments: Sequence[str]) -> Any:
         cfg = config.override(cfg, assignment)
     fixed = [line for line in config.diff(base, cfg) if line.startswith("model")]
     if fixed:
-        raise config.ConfigError(f"the model of a run is what it is, and cannot be set: {fixed[0]}")
+        raise config.ConfigError(f"model.* cannot be overridden when evaluating a trained run: {fixed[0]}")
     return cfg
 
 
@@ -351,7 +354,8 @@ def _eval(args: argparse.Namespace) -> int:
         print(as_json(record))
     else:
         print(
-            f"{args.workdir}, step {run.step}: {quality.sentence(result.value)}{perplexity} over {result.targets:,} "
+            f"{args.workdir}, step {run.step}: {quality.sentence(result.value)}{perplexity} over "
+            f"{result.targets:,} "
             "targets"
         )
     return 0

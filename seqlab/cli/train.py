@@ -14,8 +14,8 @@ from seqlab.cli.common import (
 
 
 def add_commands(commands: Any) -> None:
-    """The commands that train."""
-    train = commands.add_parser("train", help="train a config, or go on with a run")
+    """Add the commands train and compare."""
+    train = commands.add_parser("train", help="train a config, or resume a run")
     train.add_argument(
         "config", help="a name (`seqlab list` shows them) or the path of a Python file with base()"
     )
@@ -24,14 +24,14 @@ def add_commands(commands: Any) -> None:
     train.add_argument(
         "--extend",
         action="store_true",
-        help="go on with a run though steps or the optimizer are not those it began with",
+        help="resume a run with other steps or another optimizer",
     )
     train.add_argument(
         "--distributed",
         nargs="?",
         const="auto",
         metavar="HOST:PORT,COUNT,INDEX",
-        help="as one of several processes; alone where the cluster knows (SLURM, TPU pods)",
+        help="run as one of several processes; without a value on SLURM and TPU pods",
     )
     train.set_defaults(run=_train)
 

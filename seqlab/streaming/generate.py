@@ -3,7 +3,7 @@
 A model is anything that maps tokens and a state to features and logits (`LanguageModel`). Its prompt is read
 in chunks of a few fixed sizes, then tokens are drawn in blocks inside one compiled loop. Whatever the chunks,
 the blocks or the row of the batch, the same prompt and seed give the same tokens, because every one of these
-is a split of one sequence. Settings are arguments of the compiled functions: a new value compiles nothing.
+is a split of one sequence. Settings are arguments of the compiled functions: new values do not recompile.
 """
 
 import functools
@@ -104,42 +104,44 @@ def stream_generate(
             print(token.text, end="", flush=True)
 
     Settings from `max_tokens` to `seed` and from `min_p` to `logit_bias` are one value for all rows or a
-    sequence of one per row; other values compile nothing anew, nor does another number of rows up to the next
-    power of two. Each row gives what it would give alone.
+    sequence of one per row; other values do not recompile, nor does another number of rows up to the next
+    power of two. Each row gives the same tokens as alone.
 
     Args:
       prompt: text, bytes or token ids [t], or a list of prompts of any lengths or an integer array [b, t],
-        one per row. Text at the start of a stream is preceded by the tokenizer's `bos`, or by what a
-        published tokenizer's files say. May be empty where `state` is given.
+        one per row. Text at the start of a stream is preceded by the tokenizer's `bos`, or by the prefix of a
+        published tokenizer. May be empty if `state` is given.
       max_tokens: tokens per row; None for no end, 0 to read the prompt only.
-      temperature: 0 (and less than 1e-6) takes the likeliest token, the lowest among equals.
-      top_k, top_p, min_p: draw among the k likeliest; of these among the fewest of probability p, at least;
-        of these among those with `min_p` times the probability of the likeliest. Among equals the lowest stay.
-      seed: of the draws: equal prompts and seeds give equal rows. None is 0, or what `state` was drawn with.
-      state: continue from `Stream.state`; its rows are the batch. It stays valid. A cache of turns, `window(n,
-        turn=m)`, makes room for the prompt and `max_tokens` before it goes on.
+      temperature: 0 (or less than 1e-6) takes the likeliest token, the lowest among equals.
+      top_k, top_p, min_p: sample among the k likeliest; of these among the fewest with total probability of
+        at least p; of these among those with at least `min_p` times the probability of the likeliest. Among
+        equals the lowest stay.
+      seed: of sampling: equal prompts and seeds give equal rows. None is 0, or the seed of `state`.
+      state: continue from `Stream.state`; its rows are the batch. It stays valid. A cache of turns,
+        `window(n, turn=m)`, makes room for the prompt and `max_tokens` before it goes on.
       stop: a row ends after a token that completes one of these: texts, bytes, tokens or sequences of tokens,
-        of at most 256 bytes or tokens. Text of a stream that `state` continues counts, that of prompts does
+        of at most 256 bytes or tokens. Text of a stream continued by `state` counts, text of prompts does
         not.
-      tokenizer: bytes by default. Tokens that it lacks have no text.
-      cache: what the attention layers remember instead of what they were built with: a policy of
-        `seqlab.models.cache`, one per layer, or words such as "sinks(4)+window(1020)+int4". A `state` that is
-        continued must have been made with the same.
-      block: tokens drawn in one dispatch, at most 128; by default as many as take 30 ms. It changes no token.
-      prefill_chunks: the chunk sizes in which prompts are read: each is compiled once.
+      tokenizer: bytes by default. Tokens unknown to it have no text.
+      cache: the cache policy of the attention layers instead of the model's own: a policy of
+        `seqlab.models.cache`, one per layer, or a string such as "sinks(4)+window(1020)+int4". A continued
+        `state` must have been made with the same policy.
+      block: tokens sampled per dispatch, at most 128; by default as many as take 30 ms. It does not affect
+        the tokens.
+      prefill_chunks: the chunk sizes for reading prompts; each is compiled once.
       repetition_penalty, presence_penalty, frequency_penalty: for the last 512 tokens of a row, its prompt
         included: the first divides their positive logits and multiplies the negative ones, the second is
         subtracted, the third once per occurrence.
-      logit_bias: {token: what is added to its logit}; -inf forbids it.
+      logit_bias: {token: number added to its logit}; -inf forbids it.
       stop_tokens: tokens that end a row, one set for all rows or one per row, besides the tokenizer's `eos`.
       include_stop: False withholds the text of the stop, and text that may become one until it cannot.
-      logits: a function of logits [b, v] and a `LogitsContext` that returns what to draw from instead, -inf
-        at what a grammar forbids. It is compiled into the loop: hand over the same function each time.
-      logits_values: arrays with one row per row of the batch, which `logits` sees as `context.values`.
-      top_logprobs: how many of the likeliest tokens `Token.top` names.
+      logits: a function of logits [b, v] and a `LogitsContext` that returns the logits to sample from, -inf
+        for forbidden tokens. It is compiled into the loop: pass the same function each time.
+      logits_values: arrays with one row per row of the batch, available to `logits` as `context.values`.
+      top_logprobs: the number of likeliest tokens in `Token.top`.
     Raises:
-      ValueError: an option out of range, by its name; a token that the vocabulary lacks, an empty prompt
-        without state, or more tokens than a bounded cache can hold; all before anything is computed.
+      ValueError: an option out of range, by its name; a token outside the vocabulary, an empty prompt without
+        state, or more tokens than a bounded cache can hold; all before anything is computed.
     """
     model = _streamable(model, cache)
     tokenizer = check_tokenizer(ByteTokenizer() if tokenizer is None else tokenizer)
@@ -204,14 +206,14 @@ def warm_up(
     logits: LogitsFunction | None = None,
     logits_values: Any = None,
 ) -> dict[str, float]:
-    """Compile what streams of `model` need, so that the first request waits for nothing.
+    """Compile the programs of streams of `model`, so that the first request does not wait.
 
     Args:
-      rows: how many rows, or several such numbers; they are rounded up to powers of two.
-      steps: the longest prompt with what follows it: caches that grow are compiled in every size up to it.
-      cache, prefill_chunks, top_logprobs, logits, logits_values: as `stream_generate` will get them.
+      rows: the number of rows, or several numbers; rounded up to powers of two.
+      steps: the longest stream, prompt included: growing caches are compiled in every size up to it.
+      cache, prefill_chunks, top_logprobs, logits, logits_values: as in `stream_generate`.
     Returns:
-      `programs`, how many are compiled by now for this model, and `seconds`, what that took.
+      `programs`, the number compiled so far for this model, and `seconds`, the time taken.
     Raises:
       ValueError: an option out of range, by its name.
     """
@@ -239,7 +241,7 @@ def warm_up(
 
 
 def _sizes_of(model: Module, rows: int, steps: int) -> Iterator[StreamState]:
-    """Fresh states in every size that they have on the way to `steps` steps."""
+    """Fresh states in every size up to `steps` steps."""
     seen, reached = set(), 1
     while reached < 2 * steps:
         shapes = jax.eval_shape(functools.partial(with_room_for, model, min(reached, steps), rows))
@@ -255,7 +257,7 @@ def _resized(values: Any, rows: int) -> Any:
 
 
 def _streamable(model: Any, cache: Any) -> Module:
-    """`model` as it decodes, with `cache` where one is given."""
+    """`model` prepared for decoding, with `cache` if given."""
     needed = ("vocab_size", "features", "read_out", "init_state")
     lacking = [name for name in needed if not hasattr(model, name)]
     if lacking or not isinstance(model, Module):
@@ -285,14 +287,15 @@ def _rows_of(state: StreamState, rows: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def _coming(rows: list[np.ndarray], limits: np.ndarray) -> np.ndarray:
-    """The steps of a turn by row: of its prompt, and of its answer where that has a limit."""
+    """The steps of a turn per row: of its prompt, and of its answer if limited."""
     endless = limits == np.iinfo(np.int64).max
     steps = np.asarray([len(row) for row in rows], np.int64) + np.where(endless, 0, limits)
     return np.minimum(steps, _POSITIONS).astype(np.int32)
 
 
 def _room(model: Module, state: StreamState | None, rows: list[np.ndarray], limits: np.ndarray) -> np.ndarray:
-    """How many tokens each row can still hold after its prompt: positions are int32, and caches bounded."""
+    """The number of tokens each row can still hold after its prompt: positions are int32, and caches
+    bounded."""
     used = np.asarray([len(row) for row in rows], np.int64)
     if state is not None:
         used = used + np.asarray(state.length, np.int64)
@@ -318,7 +321,7 @@ def _room(model: Module, state: StreamState | None, rows: list[np.ndarray], limi
 
 
 def _check_values(function: Any, values: Any, rows: int, vocabulary: int) -> Any:
-    """`values` as arrays, and `function` tried on shapes: both refused before any work."""
+    """`values` as arrays, and `function` checked on shapes, before any work."""
     try:
         arrays = jax.tree.map(jnp.asarray, values)
     except Exception as error:  # whatever JAX says of what is no array

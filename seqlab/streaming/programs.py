@@ -1,4 +1,4 @@
-"""The compiled functions of a stream, keyed by the model alone: sampling settings are arguments of them."""
+"""The compiled functions of a stream, keyed by the model only; sampling settings are their arguments."""
 
 import functools
 from collections.abc import Callable
@@ -20,8 +20,8 @@ BLOCK_LIMIT = 128  # tokens in one dispatch at most
 
 
 class Drawn(NamedTuple):
-    """A block of tokens. `count` [b]: how many a row made, up to its limit or the token that ended it.
-    `broken` [b]: the row's logits were not finite after these. `top`: the likeliest tokens and their
+    """A block of tokens. `count` [b]: the number of tokens of a row, up to its limit or its end token.
+    `broken` [b]: the row's logits were non-finite after these. `top`: the likeliest tokens and their
     log-probabilities [b, block, n]."""
 
     count: Int[Array, " b"]
@@ -33,8 +33,8 @@ class Drawn(NamedTuple):
 
 
 class LogitsContext(NamedTuple):
-    """What a `logits` function may look at, one row per stream: the last tokens (newest last), how many of
-    them there are, the tokens read and drawn so far, and the user's own `values`."""
+    """The input of a `logits` function, one row per stream: the last tokens (newest last), their number, the
+    number of tokens so far, and the user's `values`."""
 
     recent: Int[Array, "b r"]
     known: Int[Array, " b"]
@@ -47,8 +47,8 @@ LogitsFunction = Callable[[Float[Array, "b v"], LogitsContext], Float[Array, "b 
 
 class Programs(NamedTuple):
     """`prefill(leaves, state, tokens, valid)`, `decode(leaves, state, limits, sampling, ends, values, top=,
-    function=)`: both take their state over; `copy(state)` is what a state that someone else has goes through
-    before; `rows(state, index)` is `take_rows`. `compiled()` counts the programs of the first two."""
+    function=)`: both consume (donate) their state; `copy(state)` protects a shared state; `rows(state,
+    index)` is `take_rows`. `compiled()` counts the programs of the first two."""
 
     prefill: Callable[..., StreamState]
     decode: Callable[..., tuple[StreamState, Drawn]]
@@ -61,10 +61,10 @@ def rewind_stream(model: Module, state: StreamState, steps: Any, last: Any = Non
     """The stream `steps` tokens ago, one number for all rows or one per row.
 
     Args:
-      last: [b], the token that then was the last one of each row: it is read again for its logits. By default
-        what the state remembers, which are the last 512 tokens.
+      last: [b], the last token of each row at that point, which is read again for its logits. By default
+        taken from the state, which keeps the last 512 tokens.
     Raises:
-      ValueError: a stream would be left without a token, or what `Model.rewind` raises.
+      ValueError: a stream would be left without a token, or as raised by `Model.rewind`.
     """
     model, batch = unrolled(model), state.length.shape[0]
     given, steps = steps, _integers("steps", steps, batch)
@@ -115,7 +115,7 @@ def _integers(name: str, value: Any, batch: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=32)
 def programs(static: Static) -> Programs:
-    """The compiled functions of a model: parameters travel as a flat tuple, the cheapest thing to hand to a
+    """The compiled functions of a model: parameters are passed as a flat tuple, the cheapest argument of a
     jitted function."""
     traced = []
 
@@ -165,7 +165,8 @@ def _decode(
     top: int,
     function: LogitsFunction | None,
 ) -> tuple[StreamState, Drawn]:
-    """Draw up to `limits` [b] tokens per row: each is drawn from the state's logits and read by the model."""
+    """Draw up to `limits` [b] tokens per row: each is sampled from the state's logits and read by the
+    model."""
     batch = limits.shape[0]
     past, length, seed = state.past, state.length, state.seed
     shape, top = (batch, BLOCK_LIMIT), min(top, state.logits.shape[1])
@@ -225,8 +226,8 @@ def _chosen(
     plain: Bool[Array, ""],
     function: LogitsFunction | None,
 ) -> tuple[Int[Array, " b"], Float[Array, " b"], Bool[Array, " b"]]:
-    """The next token of each row, its log-probability where it was drawn, and whether there was anything to
-    draw from: neither NaN nor +inf, and not only -inf. `plain`: every row takes the likeliest."""
+    """The next token of each row, its log-probability if sampled, and whether the logits were valid: neither
+    NaN nor +inf, and not only -inf. `plain`: every row takes the likeliest."""
     sound = jnp.isfinite(jnp.max(raw, axis=1))
 
     def drawn() -> tuple[Array, Array, Array]:

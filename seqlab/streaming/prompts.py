@@ -1,4 +1,4 @@
-"""What goes into a stream, checked before anything is computed: prompts, stops, limits."""
+"""Checks of the inputs of a stream, before anything is computed: prompts, stops, limits."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,12 +12,13 @@ from seqlab.tokenizers import Tokenizer, begin, ends_of
 
 Prompt = str | bytes | Sequence[int] | np.ndarray
 
-_LONGEST_STOP = RECENT // 2  # bytes or tokens: what the state remembers must hold it
+_LONGEST_STOP = RECENT // 2  # bytes or tokens: must fit into the tokens kept by the state
 _PROMPTS = "text, bytes, integer token ids [t], or a sequence of prompts or integer array [b, t], one per row"
 
 
 class Ends(NamedTuple):
-    """What ends rows: `texts` byte strings, `sequences` of several tokens, and `tokens` [b, n], padded by -1."""
+    """The ends of rows: `texts` byte strings, `sequences` of several tokens, and `tokens` [b, n], padded by
+    -1."""
 
     texts: tuple[bytes, ...]
     sequences: tuple[tuple[int, ...], ...]
@@ -103,7 +104,7 @@ def _encoded(text: str | bytes, tokenizer: Tokenizer, row: int, fresh: bool) -> 
 
 
 def read_ends(stop: Any, stop_tokens: Any, tokenizer: Tokenizer, rows: int, vocab_size: int) -> Ends:
-    """What ends the rows: the tokenizer's own `eos`, `stop` and `stop_tokens`."""
+    """The ends of the rows: the tokenizer's own `eos`, `stop` and `stop_tokens`."""
     single = {int(token) for token in ends_of(tokenizer)}
     texts, sequences = [], []
     for one in _stops(stop):
@@ -183,7 +184,7 @@ def _integers_of(name: str, value: Any) -> np.ndarray:
 
 
 def check_limits(max_tokens: Any, rows: int) -> np.ndarray:
-    """The most tokens of each row [b]; without an end as many as int64 holds."""
+    """The most tokens of each row [b]; the largest int64 without a limit."""
     endless = np.iinfo(np.int64).max
     expected = "an integer of at least 0 (0 reads the prompt only), or None"
     limits = per_row("max_tokens", max_tokens, rows, endless, lambda n: is_integer(n) and n >= 0, expected)
@@ -219,7 +220,7 @@ def check_flag(name: str, value: Any) -> bool:
 
 
 def check_tokenizer(tokenizer: Any) -> Tokenizer:
-    """`tokenizer`, refused unless it has what a stream asks of one."""
+    """`tokenizer`, refused unless it has the required methods."""
     lacking = [name for name in ("vocab_size", "bos", "encode", "decoder") if not hasattr(tokenizer, name)]
     if lacking:
         raise UserError(f"tokenizer: {shown(tokenizer, 60)} has no {', '.join(lacking)}")

@@ -1,4 +1,5 @@
-"""Drawing a token from logits. Every setting is an array with one value per row, traced: a new value compiles nothing."""
+"""Sampling of tokens from logits. Every setting is a traced array with one value per row: new values do not
+recompile."""
 
 import math
 import numbers
@@ -19,14 +20,14 @@ _SLOTS = 8  # places for biased tokens and for tokens that end a row; more of th
 
 
 class Sampling(NamedTuple):
-    """How a token is drawn from logits: one value for all rows, or an array [b] of one per row.
+    """Settings of sampling: one value for all rows, or an array [b] with one per row.
 
-    `temperature`: 0 takes the likeliest token. Of the rest, `top_k` likeliest are kept (None or 0: all), of
-    those the fewest whose probability is `top_p` (None: all), of those what has `min_p` times the probability
-    of the likeliest. `repetition_penalty` divides positive and multiplies negative logits of tokens seen
-    lately (arXiv 1909.05858); `presence_penalty` is subtracted from the logits of those, `frequency_penalty`
-    once per occurrence. `bias_tokens`, `bias` [b, n]: what is added to which logits; tokens beyond the
-    vocabulary are none.
+    `temperature`: 0 takes the likeliest token. Otherwise the `top_k` likeliest are kept (None or 0: all), of
+    those the fewest with total probability `top_p` (None: all), of those the ones with at least `min_p` times
+    the probability of the likeliest. `repetition_penalty` divides positive and multiplies negative logits of
+    tokens seen lately (arXiv 1909.05858); `presence_penalty` is subtracted from the logits of those,
+    `frequency_penalty` once per occurrence. `bias_tokens`, `bias` [b, n]: numbers added to logits; tokens
+    beyond the vocabulary are ignored.
     """
 
     temperature: Any = 1.0
@@ -43,16 +44,15 @@ class Sampling(NamedTuple):
 def draw(
     logits: Float[Array, "b v"], seed: UInt32[Array, " b"], index: Int[Array, " b"], sampling: Sampling
 ) -> Int[Array, " b"]:
-    """One token per row. A row's draw depends on its seed and place in the sequence alone, not on the batch
-    or the block."""
+    """One token per row. A row's draw depends only on its seed and position, not on the batch or the
+    block."""
     return sample(logits, seed, index, sampling)[0]
 
 
 def sample(
     logits: Float[Array, "b v"], seed: UInt32[Array, " b"], index: Int[Array, " b"], sampling: Sampling
 ) -> tuple[Int[Array, " b"], Float[Array, " b"]]:
-    """One token per row, and its log-probability under the distribution that it was drawn from: 0 where it is
-    the likeliest by decree."""
+    """One token per row, and its log-probability under the sampling distribution: 0 for greedy rows."""
     temperature = _per_row(sampling.temperature, 1.0, jnp.float32, logits)
     warm = temperature >= COLDEST
     likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -73,7 +73,7 @@ def sample(
 
 
 def filtered(logits: Float[Array, "b v"], sampling: Sampling) -> Float[Array, "b v"]:
-    """`logits` with -inf at tokens that top-k, top-p and min-p leave out; of equal ones the lowest stay."""
+    """`logits` with -inf at tokens excluded by top-k, top-p and min-p; of equal ones the lowest stay."""
     vocabulary = logits.shape[1]
     top_k = _per_row(sampling.top_k, 0, jnp.int32, logits)
     top_k = jnp.where((top_k < 1) | (top_k > vocabulary), vocabulary, top_k)
@@ -84,7 +84,7 @@ def filtered(logits: Float[Array, "b v"], sampling: Sampling) -> Float[Array, "b
         first = min(_CANDIDATES, vocabulary)
         last, enough = _last_kept(*jax.lax.top_k(logits, first), logits, top_k, top_p)
         if first < vocabulary:
-            # Row by row one or the other: what a row keeps never depends on its neighbours.
+            # Selected per row, so that a row does not depend on its neighbours.
             last = jax.lax.cond(
                 jnp.all(enough), lambda: last, lambda: _either(enough, last, _of_all(logits, top_k, top_p))
             )
@@ -102,12 +102,12 @@ def filtered(logits: Float[Array, "b v"], sampling: Sampling) -> Float[Array, "b
 def _last_kept(
     values: Float[Array, "b n"], tokens: Int[Array, "b n"], logits: Array, top_k: Array, top_p: Array
 ) -> tuple[tuple[Array, Array], Bool[Array, " b"]]:
-    """Logit and number of the last token that a row keeps, from its likeliest in order, and whether those are
-    enough to tell."""
+    """Logit and id of the last token kept by a row, from its sorted likeliest tokens, and whether these
+    suffice."""
     size = values.shape[1]
     place = jnp.arange(size)
     among = place < top_k[:, None]
-    # top_p is a share of what top_k left.
+    # top_p is a share of the probability left by top_k.
     weights = jnp.where(among, jnp.exp(values - values[:, :1]), 0.0)
     whole = jnp.where(
         top_k < logits.shape[1],
@@ -167,7 +167,7 @@ def adjusted(
 
 
 def alters(sampling: Sampling) -> Bool[Array, ""]:
-    """Whether any row does other than take its likeliest token."""
+    """Whether any row is not greedy."""
     warm = jnp.any(jnp.asarray(sampling.temperature) >= COLDEST)
     scaled = jnp.any(jnp.asarray(sampling.repetition_penalty) != 1)
     less = jnp.any(
@@ -243,7 +243,8 @@ def per_row(name: str, value: Any, rows: int, default: Any, check: Any, expected
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         if len(value) != rows:
             raise UserError(
-                f"{name}: got {len(value)} values {shown(value)}, expected one value or one for each of {rows} rows"
+                f"{name}: got {len(value)} values {shown(value)}, expected one value or one for each of "
+                f"{rows} rows"
             )
         values = list(value)
     for one in values:

@@ -1,4 +1,4 @@
-"""The state of a stream: made, checked where it enters, and everything that text needs to go on."""
+"""The state of a stream: creation, checks, and the tokens needed to continue its text."""
 
 from typing import Any, NamedTuple
 
@@ -12,15 +12,15 @@ from seqlab.mixer import as_mixer
 from seqlab.module import Module
 from seqlab.state import State, check_state
 
-RECENT = 512  # tokens of each row that its state keeps: of text that goes on, stop texts, and penalties
+RECENT = 512  # tokens per row kept in the state, for continued text, stop texts and penalties
 
 
 class Past(NamedTuple):
     """The last tokens of each row, so that a stream continued from its state reads as one.
 
-    `tokens` [b, 512]: the newest last. `known` [b]: how many of them there are. `spoken` [b]: how many of
-    those were drawn since the prompt, and can be part of a stop text. `held` [b]: bytes of their text that
-    were not handed out, because they may begin a stop text that is withheld; -1: as many as may.
+    `tokens` [b, 512]: the newest last. `known` [b]: their number. `spoken` [b]: the number of those generated
+    since the prompt, which can be part of a stop text. `held` [b]: bytes of their text that were withheld,
+    because they may begin a stop text; -1: as many as possible.
     """
 
     tokens: Int[Array, "b r"]
@@ -30,7 +30,8 @@ class Past(NamedTuple):
 
 
 class StreamState(NamedTuple):
-    """Everything needed to go on: rows can be taken, put, forked and saved as those of any state.
+    """Complete state of a batch of streams. Supports the row operations of `seqlab.state` (take, put, fork,
+    save).
 
     `model`: the model's state after `length` [b] tokens. `logits` [b, v]: of the next one. `seed` [b]: of
     each row's draws. `past`: the last tokens, for text and penalties.
@@ -44,7 +45,7 @@ class StreamState(NamedTuple):
 
 
 def unrolled(model: Module) -> Module:
-    """`model` as it decodes best; its states have another structure where its layers were scanned."""
+    """`model` in its best form for decoding; its states have another structure if its layers were scanned."""
     return as_mixer(model).unrolled()
 
 
@@ -61,7 +62,7 @@ def stream_state(model: Module, batch: int = 1, seed: Any = 0) -> StreamState:
     """The state of `batch` fresh streams.
 
     Args:
-      seed: of the draws: one integer in [0, 2**32) for all rows, or one per row.
+      seed: of sampling: one integer in [0, 2**32) for all rows, or one per row.
     """
     if isinstance(batch, bool) or not isinstance(batch, int | np.integer) or batch < 1:
         raise UserError(f"batch must be a positive integer, got {batch!r}")
@@ -69,7 +70,7 @@ def stream_state(model: Module, batch: int = 1, seed: Any = 0) -> StreamState:
 
 
 def check_seed(seed: Any, rows: int) -> np.ndarray:
-    """`seed` as one number per row [b], ValueError where it is out of range."""
+    """`seed` as one number per row [b], ValueError if it is out of range."""
     try:
         seeds = np.asarray(seed)
     except Exception:  # ragged, or of a library that refuses
@@ -88,8 +89,8 @@ def check_seed(seed: Any, rows: int) -> np.ndarray:
 
 
 def adopted(model: Module, state: Any) -> StreamState:
-    """A state that continues, refused if another model or cache made it; `model` is unrolled. Caches may have
-    any room that streaming gives them."""
+    """A state to continue, refused if another model or cache made it; `model` is unrolled. Caches may have
+    any size that streaming gives them."""
     if not isinstance(state, StreamState):
         raise UserError(f"state must be a StreamState, as Stream.state is, got {type(state).__name__}")
     whole = jax.eval_shape(lambda: fresh_state(model, np.zeros(1, np.uint32)))
@@ -110,7 +111,7 @@ def adopted(model: Module, state: Any) -> StreamState:
 
 
 def with_room_for(model: Module, steps: int | None, rows: int = 1) -> StreamState:
-    """A fresh state with the room that streams of `steps` steps have; None for all."""
+    """A fresh state with room for streams of `steps` steps; None for the maximum."""
     made, mixer = fresh_state(model, np.zeros(rows, np.uint32)), as_mixer(model)
     if steps is None:
         return made

@@ -23,7 +23,7 @@ from seqlab.streaming.text import CONTEXT, RowText
 from seqlab.tokenizers import Tokenizer
 
 _FIRST_BLOCK = 4
-_SHORTEST_BLOCK = 4  # however slow a step is: a dispatch has its price
+_SHORTEST_BLOCK = 4  # even for slow steps, since a dispatch has a cost
 _BLOCK_SECONDS = (
     0.03  # blocks grow until they take this long: text keeps appearing, dispatch is a small share
 )
@@ -31,17 +31,17 @@ _REPLAY = 32  # tokens after which a state is kept from which `Stream.state` can
 
 
 class BeyondTraining(UserWarning):
-    """A stream has reached rotary positions that its model was not trained on: what follows may be worth nothing."""
+    """A stream has reached rotary positions beyond its model's training: later output may be useless."""
 
 
 class Token(NamedTuple):
     """One generated token of a stream.
 
-    `row`: of the batch. `index`: among the row's generated tokens. `text`: what it completes (may be empty:
-    characters are only given whole). `logprob`: log-probability under the model. `finished`: None, or why the
-    row ends: "stop", "length", "capacity" (no further step can be held), "nonfinite" (the model's logits are
-    not finite or forbid every token: nothing was drawn, and `token` is -1). `sampled_logprob`: under the
-    distribution it was drawn from, 0 for the likeliest. `top`: the likeliest tokens and their
+    `row`: of the batch. `index`: among the row's generated tokens. `text`: the text it completes (may be
+    empty: characters are emitted complete). `logprob`: log-probability under the model. `finished`: None, or
+    why the row ends: "stop", "length", "capacity" (no further step can be held), "nonfinite" (the model's
+    logits are non-finite or forbid every token: nothing was sampled, and `token` is -1). `sampled_logprob`:
+    under the sampling distribution, 0 for greedy rows. `top`: the likeliest tokens and their
     log-probabilities under the model, as many as `top_logprobs`.
     """
 
@@ -57,7 +57,7 @@ class Token(NamedTuple):
 
 @dataclasses.dataclass
 class Setup:
-    """Everything a stream is made of, checked. Arrays have one row per row of the batch."""
+    """The checked inputs of a stream. Arrays have one row per row of the batch."""
 
     model: Module  # unrolled
     rows: list[np.ndarray]
@@ -79,8 +79,8 @@ class Setup:
 class Stream(Iterator[Token]):
     """The iterator that `stream_generate` returns: `Token`s, the rows of a batch in turn.
 
-    `state` is the state after exactly the tokens that have been handed out; `held` the text of each row that
-    was not; `stats` says how fast and how large it is.
+    `state` is the state after exactly the tokens that were returned; `held` the withheld text of each row;
+    `stats` reports speed and size.
     """
 
     def __init__(self, setup: Setup, start: Callable[[int], StreamState]):
@@ -93,12 +93,12 @@ class Stream(Iterator[Token]):
         self._clock = {"prefill": _Clock(), "decode": _Clock()}
         self._block = setup.block or _FIRST_BLOCK
         self._begin_text()
-        index = np.pad(np.arange(self._rows), (0, self._padded - self._rows))  # those beyond repeat the first
+        index = np.pad(np.arange(self._rows), (0, self._padded - self._rows))  # padding rows repeat the first
         self._settings = jax.tree.map(
             lambda leaf: jnp.asarray(leaf)[index], (setup.sampling, setup.ends.tokens, setup.values)
         )
         self._end_sets = [set(row.tolist()) - {-1} for row in setup.ends.tokens]
-        # Lists: what happens once per token must be cheap.
+        # Lists, since per-token work must be cheap.
         self._most: list[int] = np.minimum(setup.limits, setup.room).tolist()
         self._done = [most < 1 for most in self._most]
         self._stopped = [False] * self._rows
@@ -108,11 +108,11 @@ class Stream(Iterator[Token]):
         self._after: StreamState | None = self._begin_state(start, index)  # None: lost to an interruption
         self._base: StreamState | None = None
         self._base_made = np.zeros(self._rows, np.int64)  # tokens that led to it; `_after` follows from it
-        self._shared = False  # whether someone else has `_after`, whose memory must then not be reused
+        self._shared = False  # whether `_after` is shared, so that its memory must not be reused
         self._read()
 
     def _begin_text(self) -> None:
-        """The text of each row from where its state left it. A prompt ends what can be part of a stop."""
+        """Continue the text of each row from its state. A prompt ends text that can be part of a stop."""
         setup, past = self._setup, None if self._setup.state is None else self._setup.state.past
         self._texts, self._spoken = [], np.zeros(self._rows, np.int64)  # before the first token
         remembered = None if past is None else [np.asarray(part) for part in past]
@@ -141,7 +141,7 @@ class Stream(Iterator[Token]):
             )
 
     def _begin_state(self, start: Callable[[int], StreamState], index: np.ndarray) -> StreamState:
-        """A state that nobody else has, padded to a number of rows that few programs differ in."""
+        """An unshared state, padded to one of few numbers of rows."""
         setup = self._setup
         if setup.state is None:
             self._length = np.zeros(self._rows, np.int64)  # before the first token
@@ -154,8 +154,8 @@ class Stream(Iterator[Token]):
 
     @property
     def state(self) -> StreamState:
-        """After the prompt and the tokens handed out so far, and no others: a value to save, fork or continue
-        from."""
+        """The state after exactly the prompt and the tokens returned so far: a value to save, fork or
+        continue from."""
         if self._made == self._drawn_until and self._after is not None:
             state = self._after
             self._shared = self._shared or self._padded == self._rows
@@ -169,14 +169,14 @@ class Stream(Iterator[Token]):
 
     @property
     def held(self) -> list[str]:
-        """The text of each row that was not handed out: characters that are not complete, and what may begin
-        a stop text that is withheld. A stream continued from `state` goes on with it."""
+        """The withheld text of each row: incomplete characters, and a possible beginning of a stop text. A
+        stream continued from `state` continues with it."""
         return [text.rest for text in self._texts]
 
     @property
     def stats(self) -> dict[str, float]:
-        """Tokens read and handed out, how fast (compilation apart), bytes of state, compiled programs, tokens
-        a block. `beyond_training`: steps of the longest row at positions that the model was not trained on."""
+        """Tokens read and returned, speeds (without compilation), bytes of state, compiled programs, tokens
+        per block. `beyond_training`: steps of the longest row at positions beyond the model's training."""
         prefill, decode = self._clock["prefill"], self._clock["decode"]
         return {
             "prompt_tokens": sum(map(len, self._setup.rows)),
@@ -207,10 +207,9 @@ class Stream(Iterator[Token]):
             self._generate()
 
     def _token(self, row: int, step: int) -> Token:
-        """Hand out the token of a row's `step` in the current block. A row that has ended hands out no
-        more."""
+        """Return the token of a row's `step` in the current block. A row that has ended returns no more."""
         index = self._made[row]
-        if index == self._drawn_until[row]:  # what would have followed cannot be drawn
+        if index == self._drawn_until[row]:  # the next token cannot be sampled
             self._done[row] = self._stopped[row] = True
             return Token(row, index, -1, self._texts[row].finish(), math.nan, "nonfinite")
         tokens, logprobs, sampled, top = self._drawn
@@ -233,7 +232,7 @@ class Stream(Iterator[Token]):
         return Token(row, index, token, text, logprobs[row][step], finished, sampled[row][step], likeliest)
 
     def _read(self) -> None:
-        """Chunked prefill: ragged rows side by side, right-padded with invalid steps."""
+        """Chunked prefill of ragged rows, right-padded with invalid steps."""
         rows, chunks = self._setup.rows, self._setup.chunks
         start, longest = 0, max(map(len, rows))
         while start < longest:
@@ -253,19 +252,20 @@ class Stream(Iterator[Token]):
         self._watch(self._length, stacklevel=5)
 
     def _watch(self, length: np.ndarray, stacklevel: int) -> None:
-        """Say once that the positions of a row have left what the model was trained on. `length` [b]: of the rows."""
+        """Warn once if a row is beyond the model's training length. `length` [b]: of the rows."""
         if self._trained is None or self._warned or int(length.max()) <= self._trained:
             return
         self._warned = True
         warnings.warn(
-            f"the stream has passed the {self._trained:,} positions that the model was trained on, and its cache counts "
-            'on: what follows may be worthless. A cache such as "sinks(4)+window(1020)" stays within them for ever',
+            f"the stream has passed the {self._trained:,} positions that the model was trained on, and the "
+            "positions of its cache keep growing: later output may be useless. A cache such as "
+            '"sinks(4)+window(1020)" never leaves the trained positions',
             BeyondTraining,
             stacklevel=stacklevel,
         )
 
     def _run(self, program: str, tokens: int, *args: Any, **options: Any) -> Any:
-        """Run a program to its end and book its time; a call that had to compile is booked as compilation."""
+        """Run a program and record its time; a call that compiled is recorded as compilation."""
         known, begin = self._programs.compiled(), time.perf_counter()
         result = jax.block_until_ready(getattr(self._programs, program)(self._leaves, *args, **options))
         self._clock[program].book(time.perf_counter() - begin, tokens, self._programs.compiled() > known)
@@ -279,7 +279,7 @@ class Stream(Iterator[Token]):
         return self._run("decode", 0, state, wide, sampling, ends, values, **options)
 
     def _generate(self) -> None:
-        """Draw a block of tokens, to be handed out one by one."""
+        """Generate a block of tokens, to be returned one by one."""
         if self._made != self._drawn_until or self._after is None:
             self._after, self._shared = self._replayed(), False
         made = np.asarray(self._made, np.int64)
@@ -312,7 +312,7 @@ class Stream(Iterator[Token]):
             self._block = int(np.clip(size, _SHORTEST_BLOCK, BLOCK_LIMIT))
 
     def _replayed(self) -> StreamState:
-        """The state after the tokens handed out, made again from the last one that was kept."""
+        """The state after the returned tokens, recomputed from the last saved one."""
         state, left = self._programs.copy(self._base), np.asarray(self._made, np.int64) - self._base_made
         length = self._length + self._base_made
         while left.any():
@@ -323,24 +323,24 @@ class Stream(Iterator[Token]):
         return state
 
     def _grown(self, state: StreamState, length: np.ndarray) -> StreamState:
-        """`state` with room for `length` [b] steps, where the model's caches grow."""
+        """`state` with room for `length` [b] steps, if the model's caches grow."""
         return state._replace(model=self._with_room(state.model, int(length.max())))
 
 
 def padded(rows: int) -> int:
-    """The rows that a program is compiled for: the next power of two."""
+    """The number of rows a program is compiled for: the next power of two."""
     return 1 << (rows - 1).bit_length()
 
 
 def slots_of(top: int) -> int:
-    """How many likeliest tokens a program reports where `top` are asked for: none, or a power of two of at
-    least 8."""
+    """The number of likeliest tokens reported by a program for `top`: none, or a power of two of at least
+    8."""
     return 0 if top == 0 else max(8, padded(top))
 
 
 @dataclasses.dataclass
 class _Clock:
-    """Seconds at work and at compiling, the tokens of the former, and how the last call went."""
+    """Seconds of execution and compilation, tokens, and the duration of the last call."""
 
     seconds: float = 0.0
     compiling: float = 0.0

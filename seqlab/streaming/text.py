@@ -1,4 +1,5 @@
-"""Text of a stream: characters given whole, stop texts found across every border, and held back where wanted."""
+"""Text of a stream: complete characters, and stop texts found across token boundaries and optionally
+withheld."""
 
 import codecs
 from collections.abc import Iterable, Sequence
@@ -6,22 +7,22 @@ from typing import NamedTuple
 
 from seqlab.tokenizers import Tokenizer
 
-CONTEXT = 32  # tokens before a stream's first that its text may depend on: half a character, a blank
+CONTEXT = 32  # tokens before a stream's first one on which its text may depend
 
 
 class RowText:
-    """The text of one row as its tokens come.
+    """The incremental text of one row.
 
-    Bytes of UTF-8 are what is searched and held back, so that a stop text may begin or end inside a token or
-    a character. A stop text counts only once its last byte is new.
+    UTF-8 bytes are searched and withheld, so that a stop text may begin or end inside a token or a character.
+    A stop text counts only if its last byte is new.
 
     Args:
       texts: byte strings that end the row.
       sequences: so do these sequences of tokens.
-      withhold: hand out neither the text of what ended the row nor what may become one.
+      withhold: withhold the text of the stop, and text that may become one.
       before: the last tokens before those of `spoken`.
       spoken: the tokens of the row that can be part of a stop, oldest first.
-      held: how many bytes of the text of `spoken` were not handed out; -1 for as many as `withhold` asks.
+      held: withheld bytes of the text of `spoken`; -1 for as many as `withhold` implies.
     """
 
     def __init__(
@@ -51,17 +52,17 @@ class RowText:
 
     @property
     def held(self) -> int:
-        """How many bytes may begin a stop text, and were therefore not handed out."""
+        """The number of withheld bytes, which may begin a stop text."""
         return len(self._buffer)
 
     @property
     def rest(self) -> str:
-        """The text of all that was not handed out, of characters that are not complete too."""
+        """All withheld text, including incomplete characters."""
         return (self._utf8.getstate()[0] + self._buffer).decode("utf-8", errors="replace")
 
     def push(self, token: int, ends: bool = False) -> tuple[str, bool]:
-        """The text that `token` completes, and whether the row has ended: because `ends` says so of this
-        token, or because a stop is complete. Then nothing is held back any more."""
+        """The text that `token` completes, and whether the row has ended: by `ends` for this token, or by a
+        complete stop. Then nothing is withheld any more."""
         new = self._raw(token)
         if not (self._texts or self._sequences or ends):
             waiting, self._buffer = self._buffer + new, b""
@@ -83,7 +84,8 @@ class RowText:
         return self._utf8.decode(waiting[: len(waiting) - held]), False
 
     def _found(self, searched: "_Bytes", new: int) -> int:
-        """How many last bytes of text begin with a stop text that ends among the `new` ones; -1 for none."""
+        """The number of trailing bytes from the start of a stop text that ends among the `new` ones; -1 for
+        none."""
         size = len(searched.data)
         starts = [searched.data.find(text, max(0, size - new - len(text) + 1)) for text in self._texts]
         return max((searched.shown(size - start) for start in starts if new and start >= 0), default=-1)
@@ -95,7 +97,7 @@ class RowText:
         return max((sum(size for _, size in last[-n:]) for n in found), default=-1)
 
     def finish(self) -> str:
-        """All that was held back, U+FFFD for a character that is not complete: the row has ended."""
+        """The withheld text at the end of a row, with U+FFFD for an incomplete character."""
         waiting = self._buffer + self._decoder.finish().encode("utf-8", errors="replace")
         self._buffer = b""
         return self._utf8.decode(waiting, final=True)
@@ -110,11 +112,11 @@ class RowText:
             return b""
 
     def _written(self, token: int) -> bytes:
-        """How a special token is written, which has no text: stop texts of chats are, or contain, such ones."""
+        """The written form of a special token, which has no text: stop texts of chats may contain it."""
         return self._special.get(token, "").encode("utf-8", errors="replace")
 
     def _open(self, said: "_Bytes", last: list[tuple[int, int]]) -> int:
-        """How many last bytes of what was said may be the beginning of a stop that is withheld."""
+        """The number of trailing bytes that may be the beginning of a withheld stop."""
         if not self._withhold:
             return 0
         sizes = range(min(len(said.data), self._bytes), 0, -1)
@@ -127,14 +129,14 @@ class RowText:
 
 
 class _Bytes(NamedTuple):
-    """Bytes that stop texts are searched in, and a 1 for each of those that are text."""
+    """Bytes in which stop texts are searched, with a 1 for each that is text."""
 
     data: bytes = b""
     text: bytes = b""
 
     @classmethod
     def of(cls, pieces: Iterable[tuple[bytes, bytes]]) -> "_Bytes":
-        """All pieces, each the text of a token and how it is written if that is none."""
+        """All pieces: the text of a token, or its written form if it has none."""
         made = cls()
         for text, written in pieces:
             made = made.then(text, written)
@@ -150,5 +152,5 @@ class _Bytes(NamedTuple):
         return _Bytes(self.data[start:], self.text[start:])
 
     def shown(self, count: int) -> int:
-        """How many of the last `count` bytes are text."""
+        """The number of text bytes among the last `count`."""
         return sum(self.last(count).text)
