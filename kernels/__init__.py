@@ -57,10 +57,14 @@ class _Kernels(types.ModuleType):
 sys.modules[__name__].__class__ = _Kernels
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; its ops: {', '.join(__all__)}")
-    return getattr(importlib.import_module(f"{__name__}.{name}"), name)
+if not TYPE_CHECKING:  # a checker would take every name for one that is there
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(
+                f"module {__name__!r} has no attribute {name!r}; its ops: {', '.join(__all__)}"
+            )
+        return getattr(importlib.import_module(f"{__name__}.{name}"), name)
 
 
 def __dir__() -> list[str]:

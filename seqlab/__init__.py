@@ -87,12 +87,16 @@ if not (_HERE / "models").is_dir() and (_HERE.parent / "pyproject.toml").is_file
 sys.meta_path.append(Finder)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'seqlab' has no attribute {name!r}; public names: {', '.join(__all__)}")
-    value = getattr(importlib.import_module(_PUBLIC[name]), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a checker would take every name for one that is there
+
+    def __getattr__(name: str) -> Any:
+        if name not in _PUBLIC:
+            raise AttributeError(
+                f"module 'seqlab' has no attribute {name!r}; public names: {', '.join(__all__)}"
+            )
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

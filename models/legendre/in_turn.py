@@ -43,7 +43,7 @@ def in_turn(
     state: State | None = None,
     reset: Steps | None = None,
     valid: Steps | None = None,
-) -> tuple[Activations, State | None]:
+) -> tuple[Float[Array, "b t o"], State | None]:
     """x through all `parts` (mixers); when streaming, delayed by the sum of their look-aheads."""
     if state is None:
         for part in parts:

@@ -109,7 +109,7 @@ class LMU(Module):
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ) -> tuple[Activations, State | None]:
+    ) -> tuple[Float[Array, "b t o"], State | None]:
         x = mask_steps(x, valid)
         m, new = self.memory(jax.nn.relu(self.W_u(x)), state, reset, valid)
         h = jax.nn.relu(self.W_h(jnp.concatenate([m, x], axis=-1)))
@@ -236,7 +236,7 @@ class RecurrentLMU(Module):
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ) -> tuple[Activations, State | None]:
+    ) -> tuple[Float[Array, "b t o"], State | None]:
         wide = accumulator(x.dtype)
         names = ("e_x", "e_h", "e_m", "e_b", "W_m", "W_x", "W_h", "W_b")
         p = {name: getattr(self, name)[...].astype(wide) for name in names if getattr(self, name) is not None}
@@ -282,9 +282,10 @@ class RecurrentLMU(Module):
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def _total(p: dict[str, Array], **inputs: Array) -> Array | float:
+def _total(p: dict[str, Array], **inputs: Array | tuple[()]) -> Array | float:
     """The sum of the inputs through those of the named maps that exist."""
-    return sum(jnp.matmul(x, p[name], precision=_HIGHEST) for name, x in inputs.items() if name in p)
+    products = (jnp.matmul(x, p[name], precision=_HIGHEST) for name, x in inputs.items() if name in p)
+    return sum(products, start=0.0)
 
 
 def _flat(m: Float[Array, "b q d"]) -> Float[Array, "b n"]:

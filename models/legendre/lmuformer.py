@@ -2,7 +2,7 @@
 form (arXiv 2402.04882)."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -123,7 +123,7 @@ class SpikingLMU(Module):
         self.W_h, self.spike_h = uniform_linear(order + dim, dim, std=_STD, rngs=rngs), Spike(dim)
 
     def __call__(
-        self, s: Activations, state: tuple[Any, ...], reset: Steps | None, valid: Steps | None
+        self, s: Activations, state: Sequence[State | None], reset: Steps | None, valid: Steps | None
     ) -> tuple[Activations, tuple[Any, ...]]:
         u, memory, read, hidden = state
         u_spikes, u = self.spike_u(self.W_u(s), u, reset, valid)
@@ -401,7 +401,7 @@ class RunningMean:
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ) -> tuple[Activations, State | None]:
+    ) -> tuple[Float[Array, "b t o"], State | None]:
         y = self.head(mask_steps(x, valid), accumulator(x.dtype))
         total, length = self.init_state(x.shape[0], x.dtype) if state is None else state
         # A sum is the scan whose decay is exp(0): it knows resets and invalid steps, and forgets without

@@ -68,7 +68,7 @@ def lif(
     start = jnp.full_like(x, base, wide, shape=(x.shape[0], x.shape[2])) if v is None else v.astype(wide)
     reset = reset & valid if reset is not None and valid is not None else reset
 
-    def step(old: Array, now: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
+    def step(old: Array, now: tuple[Array | None, ...]) -> tuple[Array, tuple[Array, Array]]:
         x, reset, valid = now
         v = old if reset is None else jnp.where(reset[:, None], base, old)
         v = v + (x - (v - base)) / tau if decay_input else v - (v - base) / tau + x
