@@ -16,7 +16,7 @@ from seqlab.models.cache import Full, Policy, Scores, parse_cache
 from seqlab.models.layers import Linear, RMSNorm, RotaryScaling, ShortConv, rotate
 from seqlab.module import M, Module
 from seqlab.resets import sealed
-from seqlab.shapes import Activations, Keys, LogSumExp, Queries, Steps, Values
+from seqlab.shapes import Activations, Counts, Keys, LogSumExp, Queries, Steps, Values
 from seqlab.state import State, mask_steps, state_bytes
 
 
@@ -194,7 +194,7 @@ class Attention(Module):
             [rotate(turned, positions, self.rotary_base, self.rotary_scaling), rest], axis=-1
         )
 
-    def rewind(self, state: State, steps: Int[Array, " b"]) -> State:
+    def rewind(self, state: State, steps: Counts) -> State:
         """The state `steps` steps ago; ValueError where the cache no longer has it."""
         if self.key_conv is not None:
             raise UserError(
@@ -207,7 +207,7 @@ class Attention(Module):
         """`state` with slots for sequences of `steps` steps, if it has fewer."""
         return self._of_cache(self.cache.with_room, state, steps)
 
-    def make_room(self, state: State, steps: Int[Array, " b"] | int) -> State:
+    def make_room(self, state: State, steps: Counts) -> State:
         """`state` before a turn of `steps` steps, where the cache drops keys for a turn."""
         return self._of_cache(self.cache.make_room, state, steps)
 

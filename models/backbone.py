@@ -19,7 +19,7 @@ from seqlab.models.layers import Factory, RMSNorm, SwiGLU
 from seqlab.models.stochastic import DropPath
 from seqlab.module import Module, merge, moved_statistics, put_statistics, split, statistics
 from seqlab.parallel.sharding import along_time
-from seqlab.shapes import Activations, Steps
+from seqlab.shapes import Activations, Maps, Steps
 from seqlab.state import Stacked, State, mask_steps
 
 
@@ -65,11 +65,11 @@ class Block(Composite, Module):
 
     def __call__(
         self,
-        x: Activations,
+        x: Maps,
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ) -> tuple[Activations, State | None]:
+    ) -> tuple[Maps, State | None]:
         mixed, channel = (None, None) if state is None else state
         y, mixed = self.mixer(normed(self.mixer_norm, x, valid), mixed, reset, valid)
         x = self._sum(x, y, self.residual_scale_1, self.layer_scale_1)
@@ -90,9 +90,7 @@ class Block(Composite, Module):
             () if self.channel_mixer is None else function(self.channel_mixer, channel)
         )
 
-    def _sum(
-        self, x: Activations, y: Activations, stream: nnx.Param | None, branch: nnx.Param | None
-    ) -> Activations:
+    def _sum(self, x: Maps, y: Maps, stream: nnx.Param | None, branch: nnx.Param | None) -> Maps:
         y = y if branch is None else y * branch[...].astype(y.dtype)
         y = y if self.drop_path is None else self.drop_path(y)
         return along_time((x if stream is None else x * stream[...].astype(x.dtype)) + y)
@@ -222,7 +220,7 @@ class Backbone(Composite, Module):
             )
         return tuple(new)
 
-    def _call(self, block: Block, *arguments: Any) -> tuple[Activations, State | None]:
+    def _call(self, block: Block, *arguments: Any) -> tuple[Maps, State | None]:
         if self.remat == "none":
             return block(*arguments)
         static, params = split(block)

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from seqlab.checks import check_positive
 from seqlab.module import Module
-from seqlab.shapes import Steps, accumulator
+from seqlab.shapes import Maps, Steps, accumulator
 from seqlab.state import mask_steps
 
 
@@ -66,6 +66,6 @@ class BatchNorm(Module):
         return mean, var
 
 
-def normed(norm: nnx.Module, x: Float[Array, "b t d"], valid: Steps | None) -> Float[Array, "b t d"]:
+def normed(norm: nnx.Module, x: Maps, valid: Steps | None) -> Maps:
     """norm(x) for norms of any kind; batch statistics exclude invalid steps."""
     return norm(x, valid) if isinstance(norm, BatchNorm) else norm(x)

@@ -19,7 +19,7 @@ from seqlab import kernels
 from seqlab.checks import UserError, check_choice, check_positive
 from seqlab.module import Module
 from seqlab.parallel import sequence_parallel
-from seqlab.shapes import Activations, Steps, Tokens, accumulator
+from seqlab.shapes import Activations, Maps, Steps, Tokens, accumulator
 from seqlab.state import State, mask_steps
 
 Factory = Callable[..., Module]  # called as factory(dim, rngs=rngs)
@@ -232,11 +232,11 @@ class MLP(Module):
 
     def __call__(
         self,
-        x: Activations,
+        x: Maps,
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ) -> tuple[Activations, State | None]:
+    ) -> tuple[Maps, State | None]:
         act = ACTIVATIONS[self.activation] if isinstance(self.activation, str) else self.activation
         return self.down(act(self.up(mask_steps(x, valid)))), state
 
@@ -263,11 +263,11 @@ class SwiGLU(Module):
 
     def __call__(
         self,
-        x: Activations,
+        x: Maps,
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,
-    ) -> tuple[Activations, State | None]:
+    ) -> tuple[Maps, State | None]:
         gate, up = jnp.split(self.gate_up(mask_steps(x, valid)), 2, axis=-1)
         return self.down(jax.nn.silu(gate) * up), state
 

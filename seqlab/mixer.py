@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Int
 
 from seqlab.checks import UserError
-from seqlab.shapes import Activations, Steps
+from seqlab.shapes import Activations, Counts, Steps
 
 State = Any  # a pytree of arrays, by convention a NamedTuple
 
@@ -83,7 +82,7 @@ class MixerBase:
         """`state` with room for sequences of `steps` steps if it grows; itself otherwise."""
         return state
 
-    def make_room(self, state: State, steps: int | Int[Array, " b"]) -> State:
+    def make_room(self, state: State, steps: Counts) -> State:
         """`state` before a turn of `steps` steps (per row), where the mixer drops some of its past for a
         turn; itself otherwise."""
         return state
@@ -98,7 +97,7 @@ class MixerBase:
         it. It inspects values: not for jitted code."""
         return state
 
-    def rewind(self, state: State, steps: Int[Array, " b"]) -> State:
+    def rewind(self, state: State, steps: Counts) -> State:
         """The state `steps` [b] steps ago; CannotRewind if the mixer does not keep the steps."""
         raise CannotRewind(
             f"{type(self).__name__} keeps a summary of all steps, from which none can be taken back"
@@ -132,7 +131,7 @@ class Composite(MixerBase):
     def with_room(self, state: State, steps: int) -> State:
         return self.map_states(state, lambda child, own: as_mixer(child).with_room(own, steps))
 
-    def make_room(self, state: State, steps: int | Int[Array, " b"]) -> State:
+    def make_room(self, state: State, steps: Counts) -> State:
         return self.map_states(state, lambda child, own: as_mixer(child).make_room(own, steps))
 
     def compact(self, state: State, steps: int) -> State:
@@ -141,7 +140,7 @@ class Composite(MixerBase):
     def adopt(self, state: State) -> State:
         return self.map_states(state, lambda child, own: as_mixer(child).adopt(own))
 
-    def rewind(self, state: State, steps: int | Int[Array, " b"]) -> State:
+    def rewind(self, state: State, steps: Counts) -> State:
         """The state `steps` steps ago, per row, as if these steps had not been seen. It inspects values: not
         for jitted code.
 

@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-Params = dict[str, jax.Array]
+Params = dict[
+    str, Any
+]  # arrays by name: JAX's, NumPy's, or of an abstract model (`nnx.eval_shape`) their shapes
 M = TypeVar("M", bound=nnx.Module)
 
 

@@ -16,10 +16,13 @@ Accumulators (recurrent states, decays, log-sum-exp) are float32, or float64 for
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 Activations = Float[Array, "b t d"]
+Maps = Float[Array, "b *t d"]  # over time, over the places of an image or of a video
 Tokens = Int[Array, "b t"]
+Counts = int | Int[Array | np.ndarray, " b"]  # of steps: one for all rows, or one per row
 Steps = Bool[Array, "b t"]  # one flag per step: `reset` or `valid`
 Queries = Float[Array, "b t h k"]
 Keys = Float[Array, "b s g k"]
