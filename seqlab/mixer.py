@@ -49,6 +49,7 @@ class Mixer(Protocol):
     def __call__(
         self,
         x: Activations,
+        /,
         state: State | None = None,
         reset: Steps | None = None,
         valid: Steps | None = None,

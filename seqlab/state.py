@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from seqlab.checks import UserError
-from seqlab.mixer import Mixer, State
+from seqlab.mixer import Mixer
+from seqlab.mixer import State as State  # for mixers, which import what they need of states from here
 from seqlab.parallel.sequence_parallel import running_max, running_sum
 from seqlab.shapes import Steps
 

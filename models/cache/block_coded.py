@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from seqlab.models.cache.block_choice import Candidates, Choice, MoBAState, behind_sinks, resized_sums
 from seqlab.models.cache.common import Scores, earlier
-from seqlab.shapes import Keys, LogSumExp, Queries, Values, accumulator
+from seqlab.shapes import Counts, Keys, LogSumExp, Queries, Values, accumulator
 from seqlab.shapes import Steps as Booleans
 from seqlab.state import Segments, mask_steps, segments
 
@@ -65,7 +65,7 @@ class CodedBlocks:
     def adopt(self, state: MoBAState, words: str) -> MoBAState:
         return MoBAState(self.kept.adopt(state.cache, words), state.sums)
 
-    def rewind(self, state: MoBAState, steps: Int[Array, " b"], words: str) -> MoBAState:
+    def rewind(self, state: MoBAState, steps: Counts, words: str) -> MoBAState:
         sinks = self.kept.retention.sinks
         length = jnp.maximum(earlier(state.cache, steps) - sinks, 0)
         cache = self.kept.rewind(state.cache, steps, words)

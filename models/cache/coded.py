@@ -29,7 +29,7 @@ from seqlab.models.cache.common import (
 )
 from seqlab.models.cache.policy import slots_for
 from seqlab.models.cache.quantize import decode, dequantize, encode, quantize
-from seqlab.shapes import Keys, LogSumExp, Queries, Steps, Values, accumulator
+from seqlab.shapes import Counts, Keys, LogSumExp, Queries, Steps, Values, accumulator
 from seqlab.state import Segments, segments
 
 
@@ -88,7 +88,7 @@ class CodedSteps(Layout):
     def adopt(self, state: QuantizedState, words: str) -> QuantizedState:
         return state
 
-    def rewind(self, state: QuantizedState, steps: Int[Array, " b"], words: str) -> QuantizedState:
+    def rewind(self, state: QuantizedState, steps: Counts, words: str) -> QuantizedState:
         """The state `steps` steps ago; ValueError once steps have been quantized: of the first `residual`
         behind the sinks none is."""
         length = earlier(state, steps)

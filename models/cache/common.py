@@ -2,7 +2,7 @@
 what is new."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from seqlab import kernels
 from seqlab.checks import UserError
-from seqlab.shapes import Keys, Queries, Steps, Values
+from seqlab.shapes import Counts, Keys, Queries, Steps, Values
 from seqlab.state import Segments
 
 Rotary = Callable[[Array, Array], Array]
@@ -231,7 +231,15 @@ def check_layout(policy: str, state: CacheState, places: Int[Array, "b s"], newe
         raise UserError(f"state lacks the newest step, which {policy} keeps: it was made by another cache")
 
 
-def earlier(state: CacheState, steps: Int[Array, " b"]) -> Int[Array, " b"]:
+@runtime_checkable
+class Counted(Protocol):
+    """A state with the number of steps that its sequences have seen."""
+
+    @property
+    def length(self) -> Int[Array, " b"]: ...
+
+
+def earlier(state: Counted, steps: Counts) -> Int[Array, " b"]:
     """The lengths `steps` steps ago; ValueError where a row has not seen as many. Looks at the numbers: not
     for jitted code."""
     length = state.length - jnp.asarray(steps, jnp.int32)

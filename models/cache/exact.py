@@ -32,7 +32,7 @@ from seqlab.models.cache.common import (
 )
 from seqlab.models.cache.parts import Selection, Storage
 from seqlab.models.cache.policy import slots_for
-from seqlab.shapes import Keys, LogSumExp, Queries, Values
+from seqlab.shapes import Counts, Keys, LogSumExp, Queries, Values
 from seqlab.shapes import Steps as Booleans
 from seqlab.state import Segments, segments
 
@@ -246,7 +246,7 @@ class Steps:
         behind = jnp.where(state.positions >= sinks, state.positions, NEVER).min(axis=1)
         return jnp.maximum(sinks, jnp.minimum(behind, state.length))
 
-    def rewind(self, state: CacheState, steps: Int[Array, " b"], words: str) -> CacheState:
+    def rewind(self, state: CacheState, steps: Counts, words: str) -> CacheState:
         """The state `steps` steps ago; ValueError where the ring has overwritten what a query would see
         there. What was dropped for a turn stays dropped."""
         kept, length = self.retention, earlier(state, steps)

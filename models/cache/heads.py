@@ -6,14 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from seqlab.checks import UserError
 from seqlab.models.cache.common import Scores
 from seqlab.models.cache.full import Full
 from seqlab.models.cache.policy import Policy
 from seqlab.models.cache.window import Window
-from seqlab.shapes import Keys, LogSumExp, Queries, Steps, Values
+from seqlab.shapes import Counts, Keys, LogSumExp, Queries, Steps, Values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Heads(Policy):
         pairs = zip(self.policies, state, strict=True)
         return tuple(policy.with_room(own, steps) for policy, own in pairs)
 
-    def make_room(self, state: tuple[Any, ...], steps: Int[Array, " b"] | int) -> tuple[Any, ...]:
+    def make_room(self, state: tuple[Any, ...], steps: Counts) -> tuple[Any, ...]:
         pairs = zip(self.policies, state, strict=True)
         return tuple(policy.make_room(own, steps) for policy, own in pairs)
 
@@ -118,7 +118,7 @@ class Heads(Policy):
         pairs = zip(self.policies, state, strict=True)
         return tuple(policy.compact(own, steps) for policy, own in pairs)
 
-    def rewind(self, state: tuple[Any, ...], steps: Int[Array, " b"]) -> tuple[Any, ...]:
+    def rewind(self, state: tuple[Any, ...], steps: Counts) -> tuple[Any, ...]:
         """The state `steps` steps ago; ValueError where one of the policies no longer has it."""
         return tuple(policy.rewind(own, steps) for policy, own in zip(self.policies, state, strict=True))
 

@@ -33,7 +33,7 @@ from seqlab.models.cache.full import Full
 from seqlab.models.cache.parts import Selection, Word
 from seqlab.models.cache.product import Product, Retention
 from seqlab.models.cache.window import Window
-from seqlab.shapes import Keys, LogSumExp, Queries, Values, accumulator
+from seqlab.shapes import Counts, Keys, LogSumExp, Queries, Values, accumulator
 from seqlab.shapes import Steps as Booleans
 from seqlab.state import Segments, mask_steps, segments
 
@@ -181,7 +181,7 @@ class StepBlocks:
     def adopt(self, state: MoBAState, words: str) -> MoBAState:
         return state
 
-    def rewind(self, state: MoBAState, steps: Int[Array, " b"], words: str) -> MoBAState:
+    def rewind(self, state: MoBAState, steps: Counts, words: str) -> MoBAState:
         length, block = earlier(state.cache, steps), self.choice.block
         seen = jnp.maximum(length - self.sinks, 0)
         if self.choice.stored is not None:

@@ -4,9 +4,9 @@ import math
 from typing import Any, ClassVar
 
 import jax
-from jaxtyping import Array, Int
 
 from seqlab.checks import UserError
+from seqlab.shapes import Counts
 from seqlab.state import State
 
 _LEAST = 256  # slots that a stream begins with; then 1,024, 2,048, 4,096, ...
@@ -82,7 +82,7 @@ class Policy:
         are the model's (`seqlab.models.cache.Scores`)."""
         raise NotImplementedError
 
-    def rewind(self, state: State, steps: Int[Array, " b"]) -> State:
+    def rewind(self, state: State, steps: Counts) -> State:
         """The state `steps` steps ago, row by row; ValueError where the past is gone."""
         raise NotImplementedError
 
@@ -119,7 +119,7 @@ class Policy:
                 "made by another cache"
             )
 
-    def make_room(self, state: State, steps: Int[Array, " b"] | int) -> State:
+    def make_room(self, state: State, steps: Counts) -> State:
         """`state` before a turn of `steps` steps; itself where nothing is dropped for a turn."""
         return state
 

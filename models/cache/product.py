@@ -14,7 +14,7 @@ from seqlab.models.cache.common import Scores
 from seqlab.models.cache.exact import All, Exact
 from seqlab.models.cache.parts import Part, Selection, Storage, Word
 from seqlab.models.cache.policy import Policy
-from seqlab.shapes import Keys, LogSumExp, Queries, Steps, Values
+from seqlab.shapes import Counts, Keys, LogSumExp, Queries, Steps, Values
 from seqlab.state import State
 
 
@@ -111,10 +111,10 @@ class Product(Policy):
     def resize(self, state: State, slots: int) -> State:
         return self.kept.resize(state, slots)
 
-    def rewind(self, state: State, steps: Int[Array, " b"]) -> State:
+    def rewind(self, state: State, steps: Counts) -> State:
         return self.kept.rewind(state, steps, str(self))
 
-    def make_room(self, state: State, steps: Int[Array, " b"] | int) -> State:
+    def make_room(self, state: State, steps: Counts) -> State:
         return state if self.retention is self else self.retention.make_room(state, steps)
 
     def adopt(self, state: State) -> State:

@@ -5,13 +5,13 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
 
 from seqlab.checks import UserError, check_at_least, check_choice, check_positive
 from seqlab.models.cache.common import NEVER, CacheState
 from seqlab.models.cache.exact import without_oldest
 from seqlab.models.cache.parts import Term, Word
 from seqlab.models.cache.product import Retention
+from seqlab.shapes import Counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Window(Retention):
         makes it before a turn."""
         return without_oldest(state, recent, self.sinks)
 
-    def make_room(self, state: CacheState, steps: Int[Array, " b"] | int) -> CacheState:
+    def make_room(self, state: CacheState, steps: Counts) -> CacheState:
         """`state` with room for a turn of `steps` steps per row, where there is a `turn`: keys behind the
         sinks are dropped, the oldest first, until those that stay and the turn are sinks + window.
 

@@ -19,9 +19,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from seqlab.checks import UserError
-from seqlab.mixer import as_mixer
+from seqlab.mixer import Mixer, as_mixer
 from seqlab.parallel.sharding import along_time, compiler_options, make_mesh
-from seqlab.state import Mixer, state_bytes
+from seqlab.state import state_bytes
 from seqlab.verify.report import BOUNDS, GRADIENT_SLACK, Check, Report, compare
 from seqlab.verify.subject import Subject, projected, subject_of
 
