@@ -82,7 +82,7 @@ def attend_recent(
     return out.reshape(b, t, h, -1).astype(q.dtype), lse
 
 
-def attend_masked(q: Queries, k: Keys, v: Values, see: Bool[Array, "b t h s"], scores: Scores) -> Partial:
+def attend_masked(q: Queries, k: Keys, v: Values, see: Bool[Array, "b t _ s"], scores: Scores) -> Partial:
     """Dense attention over the keys that each query head sees; `see` may have one head for all."""
     (b, t, h, width), g, acc = q.shape, k.shape[2], accumulator(q.dtype)
     x = _logits(q.reshape(b, t, g, h // g, width), k, scores, acc)
@@ -91,7 +91,7 @@ def attend_masked(q: Queries, k: Keys, v: Values, see: Bool[Array, "b t h s"], s
     return jnp.einsum("bgrts,bsgv->btgrv", p, v).reshape(b, t, h, -1).astype(q.dtype), lse
 
 
-def _weights(x: Array, see: Bool[Array, "b t h s"]) -> tuple[Array, LogSumExp]:
+def _weights(x: Array, see: Bool[Array, "b t _ s"]) -> tuple[Array, LogSumExp]:
     """The weights [b, g, r, t, s] of logits of the same shape where `see`, and their log-sum-exp [b, t,
     h]."""
     b, g, r, t, s = x.shape
