@@ -169,7 +169,7 @@ def forget_from(state: CacheState, length: Int[Array, " b"]) -> CacheState:
     return CacheState(*kept, jnp.where(later, NEVER, state.positions), length)
 
 
-def resized(x: Array, size: int, axis: int, fill: float = 0) -> Array:
+def resized(x: Array, size: int, axis: int, fill: float | int = 0) -> Array:
     """`x` with `size` entries along `axis`: the first ones, or its own and then `fill`."""
     held = x.shape[axis]
     if size <= held:

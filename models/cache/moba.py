@@ -299,7 +299,7 @@ class StepBlocks:
         k: Keys,
         v: Values,
         behind: Segments,
-        before: Int[Array, " b"],
+        before: Int[Array, "..."],
         state: MoBAState | None,
         new: MoBAState | None,
         reset: Booleans | None,
