@@ -4,6 +4,7 @@
 Mixers are constructor arguments: a hybrid is a tuple of them, and no model needs a copy of this file.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -177,6 +178,12 @@ class Backbone(Composite, Module):
             for state in states
         )
 
+    def state_for(self, batch: int, steps: int, dtype: jax.typing.DTypeLike | None = None) -> State:
+        if self.scan_layers:
+            return super().state_for(batch, steps, dtype)
+        # Layer by layer: the state with all the room that there could be is of one layer at a time.
+        return tuple(block.state_for(batch, steps, dtype) for block in self.blocks)
+
     def __call__(
         self,
         x: Activations,
@@ -221,23 +228,19 @@ class Backbone(Composite, Module):
         return tuple(new)
 
     def _call(self, block: Block, *arguments: Any) -> tuple[Maps, State | None]:
-        if self.remat == "none":
+        x, state = arguments[:2]
+        streamed = state is not None and isinstance(x, jax.core.Tracer)
+        if self.remat == "none" and not streamed:
             return block(*arguments)
         static, params = split(block)
-        x, state, moved = self._run(static)(params, *arguments)
+        run = _traced_once(static) if streamed else self._run(static)
+        x, state, moved = run(params, *arguments)
         put_statistics(block, moved)
         return x, state
 
     def _run(self, static: Any) -> Any:
-        """A block as a pure function of its parameters; statistics updated in training (BatchNorm's,
-        dropout's keys) are a result like its state."""
-
-        def run(params, x, state, reset, valid):
-            block = merge(static, params)
-            before = statistics(block)
-            x, state = block(x, state, reset, valid)
-            return x, state, moved_statistics(block, before)
-
+        """`_pure` of a block, with what `remat` asks for."""
+        run = functools.partial(_pure, static)
         if self.remat == "none":
             return run
         return jax.checkpoint(
@@ -264,6 +267,22 @@ class Backbone(Composite, Module):
         for block, moved in zip(self.blocks, measured, strict=True):
             put_statistics(block, moved)
         return x, (None if state is None else tuple(map(Stacked, states)))
+
+
+def _pure(static: Any, params: Any, x: Maps, state: State | None, reset: Any, valid: Any) -> Any:
+    """A block as a pure function of its parameters; the statistics that it moves in training (BatchNorm's,
+    dropout's keys) are a result like its state."""
+    block = merge(static, params)
+    before = statistics(block)
+    x, state = block(x, state, reset, valid)
+    return x, state, moved_statistics(block, before)
+
+
+@functools.lru_cache(maxsize=64)
+def _traced_once(static: Any) -> Callable[..., Any]:
+    """`_pure` as a function that JAX traces and lowers once for all layers alike, and XLA then inlines: the time until a
+    deep model's first step is that of one layer, and that of XLA."""
+    return jax.jit(functools.partial(_pure, static))
 
 
 def _stack(blocks: list[Block]) -> Block:

@@ -43,6 +43,9 @@ class Model(Composite, Module):
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike | None = None) -> State:
         return self.backbone.init_state(batch, self.dtype if dtype is None else dtype)
 
+    def state_for(self, batch: int, steps: int, dtype: jax.typing.DTypeLike | None = None) -> State:
+        return self.backbone.state_for(batch, steps, self.dtype if dtype is None else dtype)
+
     def __call__(
         self,
         inputs: Num[Array, "b t *c"],

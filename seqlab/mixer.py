@@ -79,6 +79,12 @@ class MixerBase:
         """The parts of this mixer, in the order in which they run."""
         return ()
 
+    def state_for(self, batch: int, steps: int, dtype: jax.typing.DTypeLike | None = None) -> State:
+        """The state of fresh sequences with the room that `steps` steps need; `dtype` None: that of `init_state`."""
+        asked = as_mixer(self)
+        made = self.init_state(batch) if dtype is None else self.init_state(batch, dtype)
+        return asked.with_room(asked.compact(made, steps), steps)
+
     def with_room(self, state: State, steps: int) -> State:
         """`state` with room for sequences of `steps` steps if it grows; itself otherwise."""
         return state

@@ -179,7 +179,8 @@ def convert(
     static, params = split(model)
     sources = {ours: (theirs, layout) for ours, theirs, layout, _ in _walk(model, "", ("",), tables)}
     used, new = set(), {}
-    for name, old in params.items():
+    # The largest first: while it is there twice, little else is.
+    for name, old in sorted(params.items(), key=lambda item: -item[1].size):
         if name not in sources:  # not a published weight
             new[name] = old
             continue

@@ -155,6 +155,9 @@ class Tensors(Mapping[str, np.ndarray]):
             raise PretrainedError(f"{self._paths[name]}: tensor {name} cannot be read: {error}") from error
         return value.astype(np.float32) if value.dtype.itemsize < 4 else value
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._files  # without reading it
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 

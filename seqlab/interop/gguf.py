@@ -1,9 +1,10 @@
 """GGUF files (llama.cpp): the configuration, the weights and the tokenizer of a model in one file.
 
-The optional package `gguf` reads the format and dequantizes its blocks. The file's metadata are translated to
+The optional package `gguf` dequantizes the blocks. The file's metadata are translated to
 a config.json and handled like one; unknown metadata are refused.
 """
 
+import math
 import os
 import pathlib
 import re
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from seqlab.checks import UserError
+from seqlab.interop import gguf_file
 from seqlab.interop.folder import Folder, PretrainedError
 from seqlab.tokenizers import FileTokenizer
 
@@ -58,6 +60,7 @@ _CUTS = {
     "qwen2": _CONTRACTIONS + r"\p{N}" + _REST,
 }
 _CONTROL, _USER = 3, 4  # kinds of tokens
+_BLOCKS, _ROWS = 256, 128  # blocks in a row, and rows dequantized at a time
 _PREFIXED = ("llama-bpe",)  # texts begin with bos by default
 
 
@@ -76,14 +79,13 @@ class GGUF(Mapping[str, np.ndarray]):
             import gguf
         except ImportError as error:
             raise PretrainedError(f"reading {path} needs the gguf package: pip install gguf") from error
-        self._dequantize = gguf.dequantize
+        self._gguf = gguf
         try:
-            reader = gguf.GGUFReader(self.path)
-            self.fields = {name: field.contents() for name, field in reader.fields.items()}
-            tensors = {tensor.name: tensor for tensor in reader.tensors}
-        except Exception as error:  # the reader fails in any way on a damaged file
+            self.fields, listed = gguf_file.read(self.path, gguf.GGML_QUANT_SIZES)
+        except (ValueError, OSError, OverflowError, MemoryError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise PretrainedError(f"{self.path} is damaged or no GGUF file: {reason}") from error
+        tensors = {tensor.name: tensor for tensor in listed}
         self.architecture = self.fields.get("general.architecture")
         self._tensors = {self._published(name): tensor for name, tensor in tensors.items()}
         self.described = self._describe()
@@ -128,8 +130,7 @@ class GGUF(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         tensor = self._tensors[name]
         try:
-            value = self._dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-            value = value.reshape([int(size) for size in tensor.shape[::-1]])
+            value = self._numbers(tensor).reshape(tensor.shape[::-1])
         except (ValueError, NotImplementedError, KeyError, TypeError) as error:
             raise PretrainedError(f"{self.path}: tensor {tensor.name} cannot be read: {error}") from error
         for part, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
@@ -138,6 +139,23 @@ class GGUF(Mapping[str, np.ndarray]):
                 pairs = value.reshape(self.described[heads], -1, 2, *value.shape[1:])
                 value = pairs.swapaxes(1, 2).reshape(value.shape)
         return value
+
+    def _numbers(self, tensor: gguf_file.Tensor) -> np.ndarray:
+        """The numbers of a tensor, in one array and little more: a part of its blocks at a time, in long rows, since the
+        package goes through rows in Python."""
+        kind, blocks = self._gguf.GGMLQuantizationType(tensor.kind), tensor.count // tensor.block
+        row = math.gcd(blocks, _BLOCKS)
+        out = np.empty((blocks // row, math.prod(tensor.shape) // max(1, blocks // row)), np.float32)
+        for begin in range(0, len(out), _ROWS):
+            part = out[begin : begin + _ROWS]
+            size = len(part) * row * tensor.block
+            place = tensor.begin + begin * row * tensor.block
+            stored = np.fromfile(self.path, np.uint8, size, offset=place).reshape(len(part), -1)
+            part[:] = self._gguf.dequantize(stored, kind).reshape(part.shape)
+        return out
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors  # without reading it
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

@@ -49,13 +49,15 @@ def unrolled(model: Module) -> Module:
     return as_mixer(model).unrolled()
 
 
-def fresh_state(model: Module, seeds: np.ndarray) -> StreamState:
-    """The state of one fresh stream per seed; `model` is unrolled."""
+def fresh_state(model: Module, seeds: np.ndarray, steps: int | None = None) -> StreamState:
+    """The state of one fresh stream per seed, with the room that `steps` steps need, None for all; `model` is
+    unrolled."""
     batch = len(seeds)
     none = [jnp.zeros((batch,), jnp.int32) for _ in range(4)]
     past = Past(jnp.zeros((batch, RECENT), jnp.int32), *none[:3])
     logits = jnp.zeros((batch, model.vocab_size), jnp.float32)
-    return StreamState(model.init_state(batch), logits, jnp.asarray(seeds, jnp.uint32), none[3], past)
+    own = model.init_state(batch) if steps is None else as_mixer(model).state_for(batch, steps)
+    return StreamState(own, logits, jnp.asarray(seeds, jnp.uint32), none[3], past)
 
 
 def stream_state(model: Module, batch: int = 1, seed: Any = 0) -> StreamState:
@@ -112,7 +114,4 @@ def adopted(model: Module, state: Any) -> StreamState:
 
 def with_room_for(model: Module, steps: int | None, rows: int = 1) -> StreamState:
     """A fresh state with room for streams of `steps` steps; None for the maximum."""
-    made, mixer = fresh_state(model, np.zeros(rows, np.uint32)), as_mixer(model)
-    if steps is None:
-        return made
-    return made._replace(model=mixer.with_room(mixer.compact(made.model, steps), steps))
+    return fresh_state(model, np.zeros(rows, np.uint32), steps)
