@@ -19,8 +19,7 @@ def parse_cache(spec: str) -> Policy:
         full(n)                 every key, up to n steps
         grows                   a full cache gets more slots where a stream goes on: no end, and more memory
         window(n)               the last n keys, the query's own included; window(n, turn=m) drops none while
-        a
-                                turn of up to m steps lasts, and makes room before it (StreamingLLM's chat)
+                                a turn of up to m steps lasts, and makes room before it (StreamingLLM's chat)
         sinks(n)                and the first n, at their places in the cache (StreamingLLM)
         absolute                sinks at their places in the stream: not beyond the length of training
 
