@@ -656,8 +656,11 @@ def of_shapes(spec):
 
 @pytest.mark.parametrize("bits", some((2, 4, 8, None), [4]))
 @pytest.mark.parametrize("dtype", some(("bfloat16", "float32"), ["bfloat16"]))
-@pytest.mark.parametrize(("width", "group"), some(((64, 32), (128, 16), (128, 128), (256, 32)), [(128, 16)]))
-def test_decode_attention_fits(width, group, bits, dtype):
+@pytest.mark.parametrize(
+    "width_group", some(((64, 32), (128, 16), (128, 128), (256, 32)), [(128, 16)]), ids=str
+)
+def test_decode_attention_fits(width_group, bits, dtype):
+    width, group = width_group
     fits(of_shapes(decode_specs.Spec(1, 1024, 32, 8, width, width, bits, group=group, dtype=dtype)))
 
 

@@ -12,6 +12,7 @@ import pathlib
 import re
 import statistics
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from seqlab.checks import UserError
 from seqlab.mixer import as_mixer, width_of
 from seqlab.module import Module, count_params, in_evaluation, merge, split
 from seqlab.state import state_bytes
-from seqlab.streaming.generate import stream_generate
+from seqlab.streaming.generate import BeyondTraining, stream_generate
 from seqlab.studies import report, runs
 from seqlab.train import config
 from seqlab.train.data import Batches
@@ -189,8 +190,10 @@ def stream_speed(trained: runs.Run) -> float:
         stream = stream_generate(
             model, [0], max_tokens=steps, temperature=0, tokenizer=names, block=max(1, steps // 8)
         )
-        for _ in stream:
-            pass
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", BeyondTraining)  # the speed is asked for, not the text
+            for _ in stream:
+                pass
         return stream.stats["tokens_per_second"]
     return _step_speed(as_mixer(model).unrolled(), steps)
 
