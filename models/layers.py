@@ -57,8 +57,8 @@ def step_size_bias(
     return dt + jnp.log(-jnp.expm1(-dt))
 
 
-# With so few rows XLA makes one loop of a product and of what x is computed from (a norm, a gate), and computes
-# that anew for every column of W: a step of decoding then takes up to 1.7 times as long.
+# With so few rows XLA makes one loop of a product and of what x is computed from (a norm, a gate), and
+# computes that anew for every column of W: a step of decoding then takes up to 1.7 times as long.
 _FEW_ROWS = 16
 
 
@@ -72,7 +72,7 @@ def matmul(
     if split or jax.default_backend() != "cpu":
         return jnp.matmul(x, weight, preferred_element_type=dtype)
     rows = x.reshape(-1, x.shape[-1])
-    if len(rows) <= _FEW_ROWS:
+    if isinstance(rows.shape[0], int) and rows.shape[0] <= _FEW_ROWS:  # exports are for any number of rows
         rows = jax.lax.optimization_barrier(rows)
     return jnp.matmul(rows, weight, preferred_element_type=dtype).reshape(*x.shape[:-1], weight.shape[1])
 
