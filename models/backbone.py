@@ -280,8 +280,8 @@ def _pure(static: Any, params: Any, x: Maps, state: State | None, reset: Any, va
 
 @functools.lru_cache(maxsize=64)
 def _traced_once(static: Any) -> Callable[..., Any]:
-    """`_pure` as a function that JAX traces and lowers once for all layers alike, and XLA then inlines: a deep
-    model's first step waits for one layer, and for XLA."""
+    """`_pure` as a function that JAX traces and lowers once for all layers alike, and XLA then inlines:
+    a deep model's first step waits for one layer, and for XLA."""
     return jax.jit(functools.partial(_pure, static))
 
 

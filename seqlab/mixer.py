@@ -80,7 +80,7 @@ class MixerBase:
         return ()
 
     def state_for(self, batch: int, steps: int, dtype: jax.typing.DTypeLike | None = None) -> State:
-        """The state of fresh sequences with the room that `steps` steps need; `dtype` None: that of `init_state`."""
+        """The state of fresh sequences with room for `steps` steps; `dtype` None: that of `init_state`."""
         asked = as_mixer(self)
         made = self.init_state(batch) if dtype is None else self.init_state(batch, dtype)
         return asked.with_room(asked.compact(made, steps), steps)

@@ -47,7 +47,8 @@ model = LanguageModel(256, 16, 2, (Sums, Mamba), rngs=nnx.Rngs(0))
 report: seqlab.Report = seqlab.verify_streaming(layer)
 size: int = seqlab.state_bytes(Sums(16, rngs=nnx.Rngs(0))) + seqlab.state_bytes(model)
 same: Mamba = seqlab.convert(Mamba(16, rngs=nnx.Rngs(0)), {})
-text: list[str] = [token.text for token in seqlab.stream_generate(model, ["a", b"b", [1]], max_tokens=[1, None, 2])]
+stream = seqlab.stream_generate(model, ["a", b"b", [1]], max_tokens=[1, None, 2])
+text: list[str] = [token.text for token in stream]
 """
 MISTAKES = """
 import seqlab
@@ -81,8 +82,8 @@ def test_annotations_are_what_is_passed(words):
 
 
 def installation(folder, how):
-    """A virtual environment with the libraries of this one and with seqlab: "wheel" copies its files, as a wheel
-    holds them, and "editable" is the one path that pip writes."""
+    """A virtual environment with the libraries of this one and with seqlab: "wheel" copies its files, as
+    a wheel holds them, and "editable" is the one path that pip writes."""
     venv.create(folder, with_pip=False)
     (site,) = folder.glob("lib/python*/site-packages")
     (site / "libraries.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")

@@ -1,8 +1,8 @@
-"""Bounded and quantized caches on a real model, SmolLM2-135M-Instruct, below and past the 8,192 positions that it
-was trained on: StreamingLLM and KIVI at the size where they are used.
+"""Bounded and quantized caches on a real model, SmolLM2-135M-Instruct, below and past the 8,192 positions
+that it was trained on: StreamingLLM and KIVI at the size where they are used.
 
-SEQLAB_SMOLLM2 names the model, see `real_model`. A cache's figures are kept in the folder SEQLAB_RUNS where it is
-named, and not measured again.
+SEQLAB_SMOLLM2 names the model, see `real_model`. A cache's figures are kept in the folder SEQLAB_RUNS where
+it is named, and not measured again.
 """
 
 import itertools
@@ -43,7 +43,7 @@ def kept(path, measure):
 
 
 def perplexities(model_file, folder, caches, length, block):
-    """{cache: a row of a bench, with the mean cross entropy of every `block` positions of one stream of text}."""
+    """{cache: a row of a bench, with the mean cross entropy of every `block` positions of one stream}."""
     text = folder / "text.txt"
     folder.mkdir(parents=True, exist_ok=True)
     text.write_text(language_reference())
@@ -77,9 +77,10 @@ def test_sinks_and_a_window_go_on_past_the_trained_length_in_any_storage(model_f
     figures.keep(
         "endless",
         "Past the trained length of a real model",
-        f"SmolLM2-135M-Instruct, trained on {TRAINED:,} positions, reads {STREAM:,} tokens of Python's language "
-        f"reference as one stream. Perplexity of every {BLOCK:,} positions: four sinks and a window whose places are "
-        "counted in the cache keep it past the trained length, exact and quantized, in a state that never grows.",
+        f"SmolLM2-135M-Instruct, trained on {TRAINED:,} positions, reads {STREAM:,} tokens of Python's "
+        f"language reference as one stream. Perplexity of every {BLOCK:,} positions: four sinks and a window "
+        "whose places are counted in the cache keep it past the trained length, exact and quantized, in a "
+        "state that never grows.",
         ["cache", "state bytes", *places],
         table,
         lambda ax: _curves(ax, worth),
@@ -112,8 +113,8 @@ def test_quantization_costs_little_down_to_four_bits(model_file, folder):
     figures.keep(
         "kivi_real",
         "Quantized caches of a real model",
-        f"SmolLM2-135M-Instruct reads the first {SHORT:,} tokens of the same text from a quantized cache (groups of 32, "
-        "the newest 128 to 255 steps exact); bytes compared with float32, scales included.",
+        f"SmolLM2-135M-Instruct reads the first {SHORT:,} tokens of the same text from a quantized cache "
+        "(groups of 32, the newest 128 to 255 steps exact); bytes compared with float32, scales included.",
         ["cache", "bytes", "perplexity", "against exact"],
         table,
     )

@@ -141,8 +141,8 @@ class GGUF(Mapping[str, np.ndarray]):
         return value
 
     def _numbers(self, tensor: gguf_file.Tensor) -> np.ndarray:
-        """The numbers of a tensor, in one array and little more: a part of its blocks at a time, in long rows, since the
-        package goes through rows in Python."""
+        """The numbers of a tensor, in one array and little more memory: a part of its blocks at a time, in
+        long rows, since the package goes through rows in Python."""
         kind, blocks = self._gguf.GGMLQuantizationType(tensor.kind), tensor.count // tensor.block
         row = math.gcd(blocks, _BLOCKS)
         out = np.empty((blocks // row, math.prod(tensor.shape) // max(1, blocks // row)), np.float32)

@@ -1,4 +1,4 @@
-"""The GGUF format: what a file says of itself, and where its tensors lie. Nothing of the tensors is read here.
+"""The GGUF format: metadata of a file and places of its tensors, none of which is read here.
 
 Little-endian files of versions 2 and 3 (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 """
@@ -18,8 +18,8 @@ _WIDE = {10: "Q", 11: "q", 12: "d"}
 
 
 class Tensor(NamedTuple):
-    """Where a tensor is stored: `shape` with the innermost axis first, `kind` the number of its quantization, which has
-    `block` bytes a block; `begin` and `count`: its bytes in the file."""
+    """Place of a tensor in its file: `shape` with the innermost axis first, `kind` the number of its
+    quantization, which has `block` bytes per block; `begin` and `count`: its bytes in the file."""
 
     name: str
     shape: tuple[int, ...]
