@@ -4,8 +4,8 @@
 
 Mixers and models of the zoo are built, called whole and in chunks, and their states used, configs take a step
 of training, all of it traced and not computed: annotations are checked while JAX traces. What looks at
-numbers (rewinding, streaming, the checker) is computed. A NAME is an entry of the zoo, a config, or a function
-below.
+numbers (rewinding, streaming, the checker) is computed. A NAME is an entry of the zoo, a config, or a
+function below.
 """
 
 import argparse
