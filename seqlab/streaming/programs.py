@@ -124,17 +124,11 @@ def programs(static: Static) -> Programs:
 
     def prefill(leaves, state, tokens, valid):
         traced.append(tokens.shape)
-        net = model(leaves)
-        count = jnp.sum(valid, axis=1, dtype=jnp.int32)
-        features, new = net.features(tokens, state.model, None, valid)
-        last = jnp.take_along_axis(features, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-        logits = jnp.where(count[:, None] > 0, net.read_out(last).astype(jnp.float32), state.logits)
-        past = _later(state.past, tokens.astype(jnp.int32), count)
-        return StreamState(new, logits, state.seed, state.length + count, past)
+        return read_chunk(model(leaves), state, tokens, valid)
 
     def decode(leaves, state, limits, sampling, ends, values, *, top, function):
         traced.append("decode")
-        return _decode(model(leaves), state, limits, sampling, ends, values, top, function)
+        return draw_block(model(leaves), state, limits, sampling, ends, values, top, function)
 
     return Programs(
         jax.jit(prefill, donate_argnums=1),
@@ -143,6 +137,18 @@ def programs(static: Static) -> Programs:
         jax.jit(take_rows),
         lambda: len(traced),
     )
+
+
+def read_chunk(
+    net: Any, state: StreamState, tokens: Int[Array, "b t"], valid: Bool[Array, "b t"]
+) -> StreamState:
+    """The state after the valid `tokens`, which come first in each row."""
+    count = jnp.sum(valid, axis=1, dtype=jnp.int32)
+    features, new = net.features(tokens, state.model, None, valid)
+    last = jnp.take_along_axis(features, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
+    logits = jnp.where(count[:, None] > 0, net.read_out(last).astype(jnp.float32), state.logits)
+    past = _later(state.past, tokens.astype(jnp.int32), count)
+    return StreamState(new, logits, state.seed, state.length + count, past)
 
 
 def _later(past: Past, tokens: Int[Array, "b t"], count: Int[Array, " b"]) -> Past:
@@ -155,7 +161,7 @@ def _later(past: Past, tokens: Int[Array, "b t"], count: Int[Array, " b"]) -> Pa
     )
 
 
-def _decode(
+def draw_block(
     net: Any,
     state: StreamState,
     limits: Int[Array, " b"],
