@@ -32,6 +32,8 @@ if TYPE_CHECKING:  # what `__getattr__` answers, for those who read and do not r
     from seqlab.module import merge as merge
     from seqlab.module import params_of as params_of
     from seqlab.module import split as split
+    from seqlab.serving.batcher import Batcher as Batcher
+    from seqlab.serving.prefixes import PrefixStore as PrefixStore
     from seqlab.state import load_state as load_state
     from seqlab.state import put_rows as put_rows
     from seqlab.state import save_state as save_state
@@ -69,6 +71,8 @@ _PUBLIC = {
     "stream_generate": "seqlab.streaming.generate",
     "rewind_stream": "seqlab.streaming.generate",
     "warm_up": "seqlab.streaming.generate",
+    "Batcher": "seqlab.serving.batcher",
+    "PrefixStore": "seqlab.serving.prefixes",
     "load": "seqlab.studies.runs",
     "convert": "seqlab.interop.convert",
     "save_pretrained": "seqlab.interop.huggingface",

@@ -143,7 +143,7 @@ def stream_generate(
       ValueError: an option out of range, by its name; a token outside the vocabulary, an empty prompt without
         state, or more tokens than a bounded cache can hold; all before anything is computed.
     """
-    model = _streamable(model, cache)
+    model = streamable(model, cache)
     tokenizer = check_tokenizer(ByteTokenizer() if tokenizer is None else tokenizer)
     vocabulary = model.vocab_size
     rows = read_prompts(prompt, tokenizer, vocabulary, fresh=state is None)
@@ -176,14 +176,14 @@ def stream_generate(
         seeds=seeds,
         sampling=sampling,
         limits=limits,
-        room=_room(model, state, rows, limits),
+        room=room_left(model, state, rows, limits),
         ends=read_ends(stop, stop_tokens, tokenizer, count, vocabulary),
         withhold=not check_flag("include_stop", include_stop),
         tokenizer=tokenizer,
         block=None if block is None else check_number("block", block, 1, BLOCK_LIMIT),
         chunks=check_chunks(prefill_chunks),
         function=check_function("logits", logits),
-        values=_check_values(logits, logits_values, count, vocabulary),
+        values=check_values(logits, logits_values, count, vocabulary),
         top=check_number("top_logprobs", top_logprobs, 0, vocabulary),
     )
     longest = max(map(len, rows)) + 1
@@ -218,7 +218,7 @@ def warm_up(
       ValueError: an option out of range, by its name.
     """
     begin = time.perf_counter()
-    model = _streamable(model, cache)
+    model = streamable(model, cache)
     sizes = [rows] if not isinstance(rows, Sequence) else list(rows)
     sizes = sorted({padded(check_number("rows", size, 1, 2**20)) for size in sizes})
     chunks = check_chunks(prefill_chunks)
@@ -228,7 +228,7 @@ def warm_up(
     leaves, use = tuple(params.values()), programs(static)
     for size in sizes:
         ends = read_ends((), None, ByteTokenizer(), size, model.vocab_size).tokens
-        values = _check_values(logits, _resized(logits_values, size), size, model.vocab_size)
+        values = check_values(logits, _resized(logits_values, size), size, model.vocab_size)
         settings = jax.tree.map(jnp.asarray, (check_sampling(rows=size), ends, values))
         none = np.zeros(size, np.int32)
         for fresh in _sizes_of(model, size, check_number("steps", steps, 1, _POSITIONS)):
@@ -256,7 +256,7 @@ def _resized(values: Any, rows: int) -> Any:
     return jax.tree.map(lambda leaf: np.resize(leaf, (rows, *np.shape(leaf)[1:])), values)
 
 
-def _streamable(model: Any, cache: Any) -> Module:
+def streamable(model: Any, cache: Any) -> Module:
     """`model` prepared for decoding, with `cache` if given."""
     needed = ("vocab_size", "features", "read_out", "init_state")
     lacking = [name for name in needed if not hasattr(model, name)]
@@ -293,7 +293,9 @@ def _coming(rows: list[np.ndarray], limits: np.ndarray) -> np.ndarray:
     return np.minimum(steps, _POSITIONS).astype(np.int32)
 
 
-def _room(model: Module, state: StreamState | None, rows: list[np.ndarray], limits: np.ndarray) -> np.ndarray:
+def room_left(
+    model: Module, state: StreamState | None, rows: list[np.ndarray], limits: np.ndarray
+) -> np.ndarray:
     """The number of tokens each row can still hold after its prompt: positions are int32, and caches
     bounded."""
     used = np.asarray([len(row) for row in rows], np.int64)
@@ -320,7 +322,7 @@ def _room(model: Module, state: StreamState | None, rows: list[np.ndarray], limi
     return np.minimum(room, capacity - used)
 
 
-def _check_values(function: Any, values: Any, rows: int, vocabulary: int) -> Any:
+def check_values(function: Any, values: Any, rows: int, vocabulary: int) -> Any:
     """`values` as arrays, and `function` checked on shapes, before any work."""
     try:
         arrays = jax.tree.map(jnp.asarray, values)

@@ -18,7 +18,7 @@ from seqlab.module import Module, split
 from seqlab.streaming.programs import BLOCK_LIMIT, Drawn, LogitsFunction, programs
 from seqlab.streaming.prompts import Ends
 from seqlab.streaming.sampling import Sampling
-from seqlab.streaming.states import RECENT, StreamState
+from seqlab.streaming.states import RECENT, Past, StreamState
 from seqlab.streaming.text import CONTEXT, RowText
 from seqlab.tokenizers import Tokenizer
 
@@ -112,33 +112,13 @@ class Stream(Iterator[Token]):
         self._read()
 
     def _begin_text(self) -> None:
-        """Continue the text of each row from its state. A prompt ends text that can be part of a stop."""
         setup, past = self._setup, None if self._setup.state is None else self._setup.state.past
         self._texts, self._spoken = [], np.zeros(self._rows, np.int64)  # before the first token
-        remembered = None if past is None else [np.asarray(part) for part in past]
+        remembered = None if past is None else Past(*(np.asarray(part) for part in past))
         for row, prompt in enumerate(setup.rows):
-            context, spoken, held = prompt[-CONTEXT:].tolist(), [], 0
-            if remembered is not None:
-                tokens, known, said, held = (part[row] for part in remembered)
-                said = 0 if len(prompt) else int(said)
-                self._spoken[row] = said
-                before = tokens[RECENT - int(known) : RECENT - said].tolist()
-                context = [*before[-CONTEXT:], *context]
-                spoken = tokens[RECENT - said :].tolist()
-                if not (held or setup.ends.texts or setup.ends.sequences):  # then only its last tokens matter
-                    context = [*context, *spoken][-CONTEXT:]
-                    spoken = []
-            self._texts.append(
-                RowText(
-                    setup.tokenizer,
-                    setup.ends.texts,
-                    setup.ends.sequences,
-                    setup.withhold,
-                    context,
-                    spoken,
-                    int(held),
-                )
-            )
+            own = None if remembered is None else Past(*(part[row] for part in remembered))
+            text, self._spoken[row] = begin_text(setup.tokenizer, setup.ends, setup.withhold, prompt, own)
+            self._texts.append(text)
 
     def _begin_state(self, start: Callable[[int], StreamState], index: np.ndarray) -> StreamState:
         """An unshared state, padded to one of few numbers of rows."""
@@ -325,6 +305,25 @@ class Stream(Iterator[Token]):
     def _grown(self, state: StreamState, length: np.ndarray) -> StreamState:
         """`state` with room for `length` [b] steps, if the model's caches grow."""
         return state._replace(model=self._with_room(state.model, int(length.max())))
+
+
+def begin_text(
+    tokenizer: Tokenizer, ends: Ends, withhold: bool, prompt: np.ndarray, past: Past | None
+) -> tuple[RowText, int]:
+    """The text of a row after `prompt` [t], and the number of tokens before it that can be part of a stop.
+
+    Text continues where `past`, that of one row, ended; a prompt ends text that can be part of a stop.
+    """
+    if past is None:
+        context = prompt[-CONTEXT:].tolist()
+        return RowText(tokenizer, ends.texts, ends.sequences, withhold, context, [], 0), 0
+    said = 0 if len(prompt) else int(past.spoken)
+    before = past.tokens[RECENT - int(past.known) : RECENT - said].tolist()
+    context = [*before[-CONTEXT:], *prompt[-CONTEXT:].tolist()]
+    spoken, held = past.tokens[RECENT - said :].tolist(), int(past.held)
+    if not (held or ends.texts or ends.sequences):  # then only its last tokens matter
+        context, spoken = [*context, *spoken][-CONTEXT:], []
+    return RowText(tokenizer, ends.texts, ends.sequences, withhold, context, spoken, held), said
 
 
 def padded(rows: int) -> int:

@@ -1,0 +1,1 @@
+"""Many streams in one batch: scheduling, continuous batching, shared prefixes, and a server."""

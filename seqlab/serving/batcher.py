@@ -1,0 +1,494 @@
+"""Continuous batching: streams join and leave a batch at any step, each with the tokens it has alone.
+
+A stream is a row of one state (clause C6 of the contract): it can be taken out, put in, or forked without
+touching its neighbours. So a stream's tokens depend neither on the streams beside it nor on when it was
+displaced, and everything here is bookkeeping about rows.
+"""
+
+import collections
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from seqlab.checks import UserError, check_at_least, check_positive
+from seqlab.module import Module
+from seqlab.serving.prefixes import PrefixStore
+from seqlab.serving.request import ENDLESS, Request, Settings
+from seqlab.serving.rooms import Rooms
+from seqlab.serving.schedule import Job, Plan, Schedule
+from seqlab.serving.slots import BIASES, ENDS, Piece, Slots
+from seqlab.serving.worker import Worker
+from seqlab.streaming.generate import LogitsFunction, Prompt, check_values, room_left, streamable
+from seqlab.streaming.programs import BLOCK_LIMIT, Drawn
+from seqlab.streaming.prompts import (
+    check_flag,
+    check_function,
+    check_limits,
+    check_number,
+    check_tokenizer,
+    read_ends,
+    read_prompts,
+)
+from seqlab.streaming.sampling import check_sampling, is_integer, is_number
+from seqlab.streaming.states import Past, StreamState, adopted, check_seed
+from seqlab.streaming.stream import begin_text
+from seqlab.tokenizers import ByteTokenizer, Tokenizer
+
+PIECES = (16, 128)  # sizes in which prompts are read; each is compiled once
+_STEP_SECONDS = 0.03  # steps without prompts draw as many tokens per stream as take this long
+
+
+class Busy(RuntimeError):
+    """As many requests wait as the batcher allows: try again later."""
+
+
+class Batcher:
+    """Serves many streams of one model in one batch.
+
+        batcher = seqlab.Batcher(model, rows=8)
+        request = batcher.submit("def ", max_tokens=100)
+        for token in request:
+            print(token.text, end="", flush=True)
+
+    Requests join and leave at any step. Each step reads pieces of prompts and draws a token for every other
+    stream in one compiled call, at most `token_budget` tokens in all, so that long prompts do not delay
+    streams that are being answered. No request compiles anything after `warm_up`. A request gives the same
+    tokens as `stream_generate` with the same settings, whatever runs beside it.
+
+    Without `start`, the batcher works when a request is iterated or `step` is called; with it, or as a
+    context manager, in a thread of its own.
+
+    Args:
+      model: a language model.
+      rows: streams that run at once; others wait.
+      cache: the cache policy of attention layers, as in `stream_generate`.
+      tokenizer: bytes by default.
+      token_budget: tokens read in a step at most; at least `rows`.
+      policy: "sarathi", "prefill-first" or "decode-first" (`seqlab.serving.schedule.Schedule`).
+      steps: of the longest stream, prompt included, where caches grow with their streams; streams of constant
+        memory are not bounded by it.
+      waiting: requests that wait at most; more are refused with `Busy`.
+      prefixes: a `PrefixStore` or its size in bytes: states by prefixes of prompts, shared by later requests.
+        0 for none.
+      top_logprobs: the largest number of likeliest tokens that a request may ask for.
+      logits, logits_values: a function as in `stream_generate`, and an example of its values for one row
+        [1, ...].
+      pieces: the sizes in which prompts are read, each compiled once.
+    Raises:
+      ValueError: an argument out of range, by its name.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        rows: int = 8,
+        *,
+        cache: Any = None,
+        tokenizer: Tokenizer | None = None,
+        token_budget: int = 256,
+        policy: str = "sarathi",
+        steps: int = 4096,
+        waiting: int = 1024,
+        prefixes: "PrefixStore | int" = 0,
+        top_logprobs: int = 0,
+        logits: LogitsFunction | None = None,
+        logits_values: Any = None,
+        pieces: Sequence[int] = PIECES,
+    ):
+        self.model = streamable(model, cache)
+        self.tokenizer = check_tokenizer(ByteTokenizer() if tokenizer is None else tokenizer)
+        self._schedule = Schedule(rows, token_budget, policy)
+        check_at_least("token_budget", token_budget, rows, "a token for each of the rows")
+        check_at_least("waiting", waiting, 0)
+        sizes = sorted(check_number("pieces", size, 1, 2**16) for size in pieces)
+        if not sizes:
+            raise UserError("pieces must have at least one size, got none")
+        self._steps, self._most_waiting = check_positive("steps", steps), waiting
+        vocabulary = self.model.vocab_size
+        self._top = check_number("top_logprobs", top_logprobs, 0, vocabulary)
+        self._function = check_function("logits", logits)
+        self._values = check_values(logits, logits_values, 1, vocabulary)
+        self._rooms = Rooms(self.model, rows, steps)
+        self._slots = Slots(
+            self.model,
+            rows,
+            self._rooms,
+            pieces=sizes,
+            budget=token_budget,
+            top=self._top,
+            function=self._function,
+            values=self._values,
+        )
+        self._block = 1
+        self._inbox: collections.deque[Job] = collections.deque()
+        self._lock, self._accepting = threading.RLock(), True
+        self._worker = Worker("seqlab.Batcher", self.step, self._has_work)
+        self._store = prefixes if isinstance(prefixes, PrefixStore) else PrefixStore(prefixes)
+        self._store.bind(self.model)
+        self._counts = collections.Counter()
+
+    # Requests.
+
+    def submit(
+        self,
+        prompt: Prompt = (),
+        *,
+        max_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: Any = (),
+        priority: int = 0,
+        deadline: float | None = None,
+        state: StreamState | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+        stop_tokens: Any = None,
+        include_stop: bool = True,
+        top_logprobs: int = 0,
+        logits_values: Any = None,
+    ) -> Request:
+        """A stream after `prompt`, which begins at one of the next steps. Thread-safe.
+
+        Args:
+          priority: requests of higher priority start first, and displace running ones of lower priority,
+            whose states wait outside the batch.
+          deadline: seconds after which the request ends unfinished; None for no end.
+          state: of a stream of one row to continue, as `Stream.state`.
+          logits_values: for the batcher's `logits` function, [1, ...]; None for the example's.
+          prompt, max_tokens, temperature, top_k, top_p, seed, stop: as in `stream_generate`, for one row.
+          min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias, stop_tokens,
+            include_stop, top_logprobs: likewise.
+        Raises:
+          ValueError: an option out of range, by its name. Busy: too many requests wait.
+        """
+        if len(self._inbox) + len(self._schedule.waiting) > self._most_waiting + self._schedule.rows:
+            raise Busy(f"{self._most_waiting} requests wait already")
+        if not self._accepting:
+            raise Busy("the batcher is closed")
+        vocabulary, own = self.model.vocab_size, None
+        rows = read_prompts(prompt, self.tokenizer, vocabulary, fresh=state is None)
+        if len(rows) != 1:
+            raise UserError(f"prompt must be one prompt per request, got {len(rows)}")
+        if state is not None:
+            own = adopted(self.model, state)
+            if (batch := own.length.shape[0]) != 1:
+                raise UserError(f"state must be of one row, got {batch}")
+        sampling = check_sampling(
+            temperature,
+            top_k,
+            top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=logit_bias,
+            vocab_size=vocabulary,
+        )
+        limit = check_limits(max_tokens, 1)
+        ends = read_ends(stop, stop_tokens, self.tokenizer, 1, vocabulary)
+        _check_slots("logit_bias", sampling.bias_tokens, BIASES)
+        _check_slots("stop_tokens", ends.tokens, ENDS)
+        if seed is None:
+            seed = 0 if own is None else int(own.seed[0])
+        values = self._values if logits_values is None else logits_values
+        settings = Settings(
+            prompt=rows[0],
+            sampling=sampling,
+            ends=ends,
+            limit=int(limit[0]),
+            room=self._room(own, rows, limit),
+            seed=int(check_seed(seed, 1)[0]),
+            withhold=not check_flag("include_stop", include_stop),
+            top=check_number("top_logprobs", top_logprobs, 0, self._top),
+            values=check_values(self._function, values, 1, vocabulary),
+            state=own,
+        )
+        if not is_integer(priority):
+            raise UserError(f"priority must be an integer, got {priority!r}")
+        if deadline is not None and not (is_number(deadline) and deadline > 0):
+            raise UserError(f"deadline must be a positive number of seconds, or None, got {deadline!r}")
+        past = None if own is None else Past(*(np.asarray(part)[0] for part in own.past))
+        text, _ = begin_text(self.tokenizer, ends, settings.withhold, rows[0], past)
+        return self._enqueue(Request(settings, text, self, int(priority), deadline))
+
+    def _enqueue(self, request: Request, read: int = 0) -> Request:
+        prompt = len(request._settings.prompt)
+        job = Job(prompt=prompt, read=read, priority=request.priority, owner=request)
+        self._inbox.append(job)
+        self._worker.wake()
+        return request
+
+    def _room(self, state: StreamState | None, rows: list[np.ndarray], limit: np.ndarray) -> int:
+        room = int(room_left(self.model, state, rows, limit)[0])
+        if self._rooms.endless:
+            return room
+        used = len(rows[0]) + (0 if state is None else int(state.length[0]))
+        wanted = 0 if limit[0] == ENDLESS else int(limit[0])
+        if used + wanted > self._steps:
+            raise UserError(
+                f"prompt and max_tokens need {used + wanted} steps, but this batcher has room for streams of "
+                f"steps={self._steps}"
+            )
+        return min(room, self._steps - used)
+
+    def warm_up(self) -> dict[str, float]:
+        """Compile everything that requests can need; they compile nothing afterwards.
+
+        Returns:
+          `programs`, the number of compiled functions, and `seconds`, the time taken.
+        """
+        begin = time.perf_counter()
+        with self._lock:
+            programs = 0
+            for size in range(len(self._rooms.sizes)):
+                done, state = self._slots.warm(size)
+                self._store.warm(state)
+                programs += done
+        return {"programs": programs, "seconds": time.perf_counter() - begin}
+
+    # Work.
+
+    def step(self) -> list[Request]:
+        """Do the work of one step, if there is any: the requests that drew tokens or ended."""
+        with self._lock:
+            ended = self._take_in()
+            self._find_prefixes()
+            plan = self._schedule.plan(self._held_back)
+            if not (plan.decode or plan.pieces or plan.admitted):
+                return ended
+            try:
+                return ended + self._advance(plan)
+            except BaseException as error:
+                self._fail(error)
+                raise
+
+    def _take_in(self) -> list[Request]:
+        """Let submitted requests wait; end cancelled and late ones, and those that want no token."""
+        while self._inbox:
+            self._schedule.add(self._inbox.popleft())
+        now, ended = time.monotonic(), []
+        for job in [*self._schedule.running, *self._schedule.waiting]:
+            request, reason = job.owner, None
+            if request._cancelled:
+                reason = "cancelled"
+            elif request.deadline is not None and now > request.submitted + request.deadline:
+                reason = "deadline"
+            elif job.decoding and request._left < 1:
+                reason = "length"
+            if reason:
+                self._release(job)
+                request._end(reason)
+                ended.append(request)
+        return ended
+
+    def _advance(self, plan: Plan) -> list[Request]:
+        """Do the planned work, and hand out what was drawn."""
+        slots = self._slots
+        for job in plan.displaced:
+            job.owner._parked = jax.device_get(slots.take(slots.row_of(job)))
+            job.owner.displaced += 1
+            self._counts["displaced"] += 1
+            slots.release(job)
+        for job in plan.admitted:
+            self._admit(job)
+        planned = [(job, self._stop(job, count)) for job, count in plan.pieces]
+        block = 1 if planned else self._block
+        # A prompt whose end is kept draws its first token one step later: the state is of the prompt only.
+        last = [job for job, count in planned if job.read + count == job.prompt]
+        decode = [*plan.decode, *(job for job in last if not self._keeps(job, job.prompt))]
+        limits = np.zeros(self._schedule.rows, np.int32)
+        for job in decode:
+            limits[slots.row_of(job)] = min(block, job.owner._left)
+        begin = time.perf_counter()
+        top = any(job.owner._settings.top for job in decode)
+        drawn = slots.run([self._piece(job, count) for job, count in planned], limits, top)
+        seconds = time.perf_counter() - begin
+        for job, count in planned:
+            job.read += count
+            self._counts["prompt_tokens"] += count
+            if self._keeps(job, job.read):
+                prefix = job.owner._settings.prompt[: job.read]
+                self._store.put(prefix, slots.take(slots.row_of(job)))
+        self._counts["steps"] += 1
+        self._counts["seconds"] += seconds
+        if not planned and limits.max() == block:
+            self._block = int(np.clip(block * min(2.0, _STEP_SECONDS / seconds), 1, BLOCK_LIMIT))
+        return self._hand_out(decode, drawn)
+
+    def _piece(self, job: Job, count: int) -> Piece:
+        settings = job.owner._settings
+        tokens = settings.prompt[job.read : job.read + count]
+        begins = job.read == 0 and settings.state is None
+        return Piece(self._slots.row_of(job), tokens, begins, settings.seed)
+
+    def _hand_out(self, jobs: list[Job], drawn: Drawn) -> list[Request]:
+        """Give the drawn tokens to their requests, and free the rows of those that end."""
+        counts, broken = np.asarray(drawn.count), np.asarray(drawn.broken)
+        longest = max(1, int(counts.max()))
+        tokens, logprobs, sampled = (
+            np.asarray(part)[:, :longest].tolist() for part in (drawn.tokens, drawn.logprobs, drawn.sampled)
+        )
+        top = [np.asarray(part)[:, :longest].tolist() for part in drawn.top]
+        for job in jobs:
+            request, row = job.owner, self._slots.row_of(job)
+            count = int(counts[row])
+            for i in range(count):
+                likeliest = ()
+                if request._settings.top:
+                    likeliest = tuple(zip(top[0][row][i], top[1][row][i], strict=True))
+                request._draw(tokens[row][i], logprobs[row][i], sampled[row][i], likeliest)
+                if request.finished:
+                    break
+            self._counts["tokens"] += count
+            if self._shares(job):
+                job.answer.extend(tokens[row][:count])
+            if broken[row] and not request.finished:
+                request._break()
+            elif request.finished:
+                self._keep_whole(job)
+            if request.finished:
+                self._release(job)
+        return [job.owner for job in jobs]
+
+    def _admit(self, job: Job) -> None:
+        """Give a stream a row, with the state that it has, if any."""
+        request, settings = job.owner, job.owner._settings
+        row = self._slots.claim(job, settings.sampling, settings.ends.tokens, settings.values)
+        if self._shares(job) and not request.displaced:
+            self._store.saw(settings.prompt)
+            if request._parked is not None:
+                self._store.hit(job.read)
+        if request._parked is not None:
+            self._slots.place(row, request._parked, settings.seed)
+            request._parked = None
+
+    def _release(self, job: Job) -> None:
+        self._schedule.remove(job)
+        self._slots.release(job)
+
+    # Shared prefixes.
+
+    def _find_prefixes(self) -> None:
+        """Look the beginnings of waiting prompts up, as many as could start now."""
+        if not self._store:
+            return
+        for job in sorted(self._schedule.waiting, key=lambda job: job.rank)[: self._schedule.rows]:
+            request = job.owner
+            if self._shares(job) and not request.displaced:
+                found = self._store.find(request._settings.prompt, beyond=job.read)
+                if found is not None:
+                    job.read, request._parked = found
+                    request.cached_tokens = job.read
+
+    def _held_back(self, job: Job, running: Iterable[Job]) -> bool:
+        """Whether a stream should wait until another one has read a prefix that both share."""
+        if not self._shares(job):
+            return False
+        prompt = job.owner._settings.prompt
+        return any(
+            self._store.pending(prompt, job.read, other.owner._settings.prompt, other.read)
+            for other in running
+            if not other.decoding and self._shares(other)
+        )
+
+    def _shares(self, job: Job) -> bool:
+        """Whether a stream began with its prompt, so that its states belong to prefixes of that."""
+        return bool(self._store) and job.owner._settings.state is None
+
+    def _stop(self, job: Job, count: int) -> int:
+        return self._store.stop(job.owner._settings.prompt, job.read, count) if self._shares(job) else count
+
+    def _keeps(self, job: Job, read: int) -> bool:
+        """Whether the state after `read` tokens of the prompt is to be kept."""
+        return self._shares(job) and self._store.wants(job.owner._settings.prompt, read)
+
+    def _keep_whole(self, job: Job) -> None:
+        """Keep the state of a stream that has ended, for prompts that go on from its answer."""
+        if self._shares(job):
+            whole = np.concatenate([job.owner._settings.prompt, np.asarray(job.answer, np.int64)])
+            if self._store.wants(whole, len(whole)):
+                self._store.put(whole, self._slots.take(self._slots.row_of(job)))
+
+    # Running in a thread.
+
+    @property
+    def started(self) -> bool:
+        """Whether a thread does the work."""
+        return self._worker.started
+
+    def start(self) -> "Batcher":
+        """Work in a thread until `close`; nothing if one does already, or if it is closed."""
+        self._worker.start()
+        return self
+
+    def close(self) -> None:
+        """End the thread and all requests, as cancelled; nothing is accepted any more."""
+        self._accepting = False
+        self._worker.stop()
+        with self._lock:
+            self._take_in()
+            for job in [*self._schedule.running, *self._schedule.waiting]:
+                self._release(job)
+                job.owner._end("cancelled")
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Accept no more requests, and finish those there are; whether all are finished after `timeout`
+        seconds."""
+        self._accepting = False
+        until = None if timeout is None else time.monotonic() + timeout
+        while self._has_work():
+            if until is not None and time.monotonic() > until:
+                return False
+            if not self.started:
+                self.step()
+            else:
+                time.sleep(0.005)
+        return True
+
+    def __enter__(self) -> "Batcher":
+        return self.start()
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def _has_work(self) -> bool:
+        return bool(self._inbox or self._schedule.waiting or self._schedule.running)
+
+    def _fail(self, error: BaseException) -> None:
+        """End all running streams: their states are lost."""
+        self._slots.lose()
+        for job in list(self._schedule.running):
+            self._release(job)
+            job.owner._end("error")
+
+    @property
+    def stats(self) -> dict[str, float]:
+        """Requests `running` and `waiting`; since the beginning: `steps`, `seconds` of them, `tokens` drawn,
+        `prompt_tokens` read, streams `displaced`; `state_bytes` of the batch; `prefix_hits`, `prefix_tokens`
+        that were not read, and `prefix_bytes`."""
+        counts = {name: self._counts[name] for name in ("steps", "tokens", "prompt_tokens", "displaced")}
+        return {
+            "running": len(self._schedule.running),
+            "waiting": len(self._schedule.waiting) + len(self._inbox),
+            "seconds": float(self._counts["seconds"]),
+            **counts,
+            "state_bytes": self._slots.bytes,
+            "prefix_hits": self._store.hits,
+            "prefix_tokens": self._store.tokens,
+            "prefix_bytes": self._store.bytes,
+        }
+
+
+def _check_slots(name: str, values: np.ndarray, most: int) -> None:
+    """Refuse a list of more tokens than the programs have places for."""
+    if values.shape[1] > most:
+        raise UserError(f"{name}: got more than the {most} tokens that a request of a batcher may name")
