@@ -40,7 +40,9 @@ class Attention(Module):
       rotary_base: base of the rotary frequencies; None for no positions. `rotary_width`: the number of
         leading channels of a head that are rotated.
       rotary_scaling: a `RotaryScaling` of these frequencies, for sequences longer than those of training.
-      qk_norm: apply RMSNorm (with `norm_eps`) to queries and keys per head before the rotation.
+      qk_norm: apply RMSNorm (with `norm_eps` and `norm_offset`) to queries and keys before the rotation:
+        True or "head" for one norm per head (Qwen3, Gemma 3), "width" for one over all heads together
+        (OLMo-2, arXiv 2501.00656).
       key_conv: taps w of a causal depthwise convolution of the projected keys, k_t + silu(sum_{j < w} w_j
         k_{t-w+1+j}), which makes mean keys of blocks more informative (FlashMoBA, arXiv 2511.11571).
       sink: a logit without a value, which takes weight from the keys: "zero" (softmax-off-by-one) or
@@ -72,8 +74,9 @@ class Attention(Module):
         rotary_base: float | None = 10_000.0,
         rotary_width: int | None = None,
         rotary_scaling: RotaryScaling | None = None,
-        qk_norm: bool = False,
+        qk_norm: bool | str = False,
         norm_eps: float = 1e-5,
+        norm_offset: float = 0.0,
         key_conv: int | None = None,
         sink: str | None = None,
         bias: bool = False,
@@ -104,8 +107,12 @@ class Attention(Module):
         sizes = heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.v_head_dim
         self.qkv = Linear(dim, sum(sizes), bias=bias, rngs=rngs)
         self.out = Linear(heads * self.v_head_dim, dim, bias=out_bias, scale=out_scale, rngs=rngs)
-        self.q_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
+        check_choice(qk_norm, (False, True, "head", "width"), "qk_norm")
+        widths = sizes[:2] if qk_norm == "width" else (self.head_dim, self.head_dim)
+        self.q_norm, self.k_norm = (
+            RMSNorm(width, eps=norm_eps, offset=norm_offset) if qk_norm else None for width in widths
+        )
+        self.norm_over = "width" if qk_norm == "width" else "head"
         self.key_conv = (
             None if key_conv is None else ShortConv(self.kv_heads * self.head_dim, width=key_conv, rngs=rngs)
         )
@@ -165,12 +172,16 @@ class Attention(Module):
         """Queries, keys and values in heads, before the rotation, and the state of the key convolution."""
         q_size, k_size, _ = self.torch_sizes["qkv"]
         q, k, v = jnp.split(self.qkv(x), [q_size, q_size + k_size], axis=-1)
+        if self.q_norm is not None and self.norm_over == "width":
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = (rearrange(y, "b t (h k) -> b t h k", k=self.head_dim) for y in (q, k))
         v = rearrange(v, "b t (h v) -> b t h v", v=self.v_head_dim)
         if self.key_conv is not None:
             near, conv = self.key_conv(rearrange(k, "b t g k -> b t (g k)"), conv, reset, valid)
             k = k + near.reshape(k.shape)
-        return (q, k, v, conv) if self.q_norm is None else (self.q_norm(q), self.k_norm(k), v, conv)
+        if self.q_norm is not None and self.norm_over == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v, conv
 
     def without_sink(self, out: Float[Array, "b t h v"], lse: LogSumExp) -> Float[Array, "b t h v"]:
         """The heads' outputs times the weight left by a sink, exp(lse) / (exp(lse) + exp(z))."""

@@ -32,6 +32,11 @@ class Block(Composite, Module):
     and related models, with these options (arXiv 2111.11418, 2210.13452):
 
     Args:
+      norms: where the norms stand: "before" the mixers, "after" them (x + norm(mixer(x)), OLMo-2, arXiv
+        2501.00656), or "both" (sandwich norms, Gemma 2, arXiv 2408.00118).
+      parallel: both mixers read x: x + mixer(norm(x)) + channel_mixer(norm'(x)) (GPT-J, GPT-NeoX, arXiv
+        2204.06745).
+      branch_scale: a constant factor of both branches (Granite's residual multiplier).
       layer_scale, residual_scale: a learned vector, initialised to this value, that multiplies each branch,
         or the stream it is added to.
       drop_path: the probability that a branch is dropped in training, per row (stochastic depth).
@@ -44,20 +49,31 @@ class Block(Composite, Module):
         channel_mixer: Factory | None = SwiGLU,
         norm: Factory = RMSNorm,
         *,
+        norms: str = "before",
+        parallel: bool = False,
+        branch_scale: float = 1.0,
         layer_scale: float | None = None,
         residual_scale: float | None = None,
         drop_path: float = 0.0,
         rngs: nnx.Rngs,
     ):
-        self.mixer_norm = make_norm("norm", norm, dim, rngs=rngs)
-        self.mixer = make_mixer("mixer", mixer, dim, rngs=rngs)
+        check_choice(norms, ("before", "after", "both"), "norms")
         second = channel_mixer is not None
-        self.channel_norm = make_norm("norm", norm, dim, rngs=rngs) if second else None
+        if parallel and not second:
+            raise UserError("parallel needs a channel_mixer, got None")
+        first = norms != "after"
+        self.mixer_norm = make_norm("norm", norm, dim, rngs=rngs) if first else None
+        self.mixer = make_mixer("mixer", mixer, dim, rngs=rngs)
+        self.channel_norm = make_norm("norm", norm, dim, rngs=rngs) if first and second else None
         self.channel_mixer = make_mixer("channel_mixer", channel_mixer, dim, rngs=rngs) if second else None
         self.layer_scale_1, self.residual_scale_1 = _vector(dim, layer_scale), _vector(dim, residual_scale)
         self.layer_scale_2, self.residual_scale_2 = (
             _vector(dim, value) if second else None for value in (layer_scale, residual_scale)
         )
+        last = norms != "before"
+        self.mixer_out_norm = make_norm("norm", norm, dim, rngs=rngs) if last else None
+        self.channel_out_norm = make_norm("norm", norm, dim, rngs=rngs) if last and second else None
+        self.parallel, self.branch_scale = parallel, branch_scale
         self.drop_path = DropPath(drop_path, rngs=rngs) if drop_path else None
 
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[State, State]:
@@ -72,10 +88,13 @@ class Block(Composite, Module):
         valid: Steps | None = None,
     ) -> tuple[Maps, State | None]:
         mixed, channel = (None, None) if state is None else state
-        y, mixed = self.mixer(normed(self.mixer_norm, x, valid), mixed, reset, valid)
-        x = self._sum(x, y, self.residual_scale_1, self.layer_scale_1)
+        y, mixed = self.mixer(_normed(self.mixer_norm, x, valid), mixed, reset, valid)
+        y = _normed(self.mixer_out_norm, y, valid)
+        read, x = x, self._sum(x, y, self.residual_scale_1, self.layer_scale_1)
         if self.channel_mixer is not None:
-            y, channel = self.channel_mixer(normed(self.channel_norm, x, valid), channel, reset, valid)
+            read = _normed(self.channel_norm, read if self.parallel else x, valid)
+            y, channel = self.channel_mixer(read, channel, reset, valid)
+            y = _normed(self.channel_out_norm, y, valid)
             x = self._sum(x, y, self.residual_scale_2, self.layer_scale_2)
         return x, (None if state is None else (mixed, channel))
 
@@ -92,9 +111,14 @@ class Block(Composite, Module):
         )
 
     def _sum(self, x: Maps, y: Maps, stream: nnx.Param | None, branch: nnx.Param | None) -> Maps:
+        y = y if self.branch_scale == 1.0 else y * self.branch_scale
         y = y if branch is None else y * branch[...].astype(y.dtype)
         y = y if self.drop_path is None else self.drop_path(y)
         return along_time((x if stream is None else x * stream[...].astype(x.dtype)) + y)
+
+
+def _normed(norm: nnx.Module | None, x: Maps, valid: Steps | None) -> Maps:
+    return x if norm is None else normed(norm, x, valid)
 
 
 def _vector(dim: int, value: float | None) -> nnx.Param | None:
@@ -107,6 +131,8 @@ class Backbone(Composite, Module):
     Args:
       mixers: one factory or a tuple of them, cycled: layer i gets `mixers[i % len(mixers)]`.
       channel_mixer: a factory, a tuple of them likewise, or None.
+      block: the factory of a block, called as block(dim, mixer, channel_mixer, norm, rngs=rngs): `Block` with
+        options, for instance.
       scan_layers: run the repetitions of the pattern by one `lax.scan` over stacked parameters: compile time
         and program size do not grow with depth. The function is the same; `depth` must be a multiple of the
         pattern length.
@@ -122,6 +148,7 @@ class Backbone(Composite, Module):
         *,
         channel_mixer: Factory | tuple[Factory | None, ...] | None = SwiGLU,
         norm: Factory = RMSNorm,
+        block: Callable[..., Block] = Block,
         scan_layers: bool = False,
         remat: str = "none",
         rngs: nnx.Rngs,
@@ -145,12 +172,12 @@ class Backbone(Composite, Module):
                 f"depth={depth} must be a multiple of the pattern's length {period} where scan_layers is set"
             )
 
-        def block(i: int) -> Block:
-            return Block(dim, mixers[i % len(mixers)], channels[i % len(channels)], norm, rngs=rngs)
+        def layer(i: int) -> Block:
+            return block(dim, mixers[i % len(mixers)], channels[i % len(channels)], norm, rngs=rngs)
 
         self.blocks = nnx.List(
             [
-                _stack([block(i) for i in range(j, depth, period)]) if scan_layers else block(j)
+                _stack([layer(i) for i in range(j, depth, period)]) if scan_layers else layer(j)
                 for j in range(period)
             ]
         )

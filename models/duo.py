@@ -34,6 +34,9 @@ def gates(model: LanguageModel) -> Gates:
             raise UserError(
                 f"every mixer of model must be an Attention, layer {i} has a {type(mixer).__name__}"
             )
+    for i, block in enumerate(model.backbone.blocks):
+        if block.parallel or block.branch_scale != 1.0 or block.mixer_out_norm is not None:
+            raise UserError(f"every block of model must have its default form, layer {i} has another")
     return jnp.ones((len(layers), layers[0].kv_heads))
 
 
@@ -49,7 +52,7 @@ def two_streams(
     attends in the duo stream to the first `sinks` keys and the last `window`, the query's own included.
     Positions are absolute in both.
     """
-    full = duo = model.embedding(tokens).astype(model.dtype)
+    full = duo = model.embed(tokens)
     for block, gate in zip(model.backbone.blocks, _clamped(alpha), strict=True):
         whole = jax.lax.stop_gradient(_heads_of(block, full, {}))
         some = _heads_of(block, duo, {"sinks": sinks, "window": window})

@@ -109,16 +109,18 @@ class Identity(Module):
 
 
 class RMSNorm(Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich, arXiv 1910.07467)."""
+    """x / sqrt(mean(x^2) + eps) * (offset + weight) over the last axis (Zhang and Sennrich, arXiv
+    1910.07467). Gemma's has the offset 1 (arXiv 2403.08295): weight decay then pulls the factor to 1."""
 
-    def __init__(self, dim: int, *, eps: float = 1e-5, rngs: nnx.Rngs | None = None):
-        self.weight = nnx.Param(jnp.ones((check_positive("dim", dim),)))
-        self.eps = eps
+    def __init__(self, dim: int, *, eps: float = 1e-5, offset: float = 0.0, rngs: nnx.Rngs | None = None):
+        self.weight = nnx.Param(jnp.full((check_positive("dim", dim),), 1.0 - offset))
+        self.eps, self.offset = eps, offset
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         wide = x.astype(accumulator(x.dtype))
         y = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (y * self.weight[...].astype(y.dtype)).astype(x.dtype)
+        weight = self.weight[...].astype(y.dtype)
+        return (y * (weight + self.offset if self.offset else weight)).astype(x.dtype)
 
 
 class LayerNorm(Module):
@@ -248,8 +250,12 @@ class MLP(Module):
 
 
 class SwiGLU(Module):
-    """Channel mixer: down(silu(gate x) * up x) (Shazeer, arXiv 2002.05202); `hidden` is 8/3 dim, rounded up
-    to a multiple of 64.
+    """Channel mixer: down(activation(gate x) * up x) (Shazeer, arXiv 2002.05202); `hidden` is 8/3 dim,
+    rounded up to a multiple of 64.
+
+    Args:
+      activation: "silu"; "gelu_tanh" makes it Gemma's GeGLU (arXiv 2403.08295).
+      bias: biases of all three projections.
 
     Pitfalls:
       Gate and up projection are one matrix here, the gate first; published weights have two.
@@ -258,11 +264,21 @@ class SwiGLU(Module):
     causal, lookahead, exact = True, 0, True
     torch_names: ClassVar = {"gate_up": ("gate_proj", "up_proj"), "down": "down_proj"}
 
-    def __init__(self, dim: int, *, hidden: int | None = None, out_scale: float = 1.0, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        dim: int,
+        *,
+        hidden: int | None = None,
+        activation: str = "silu",
+        bias: bool = False,
+        out_scale: float = 1.0,
+        rngs: nnx.Rngs,
+    ):
         hidden = -(-8 * dim // (3 * 64)) * 64 if hidden is None else check_positive("hidden", hidden)
-        self.dim = dim
-        self.gate_up = Linear(dim, 2 * hidden, rngs=rngs)  # one matrix product for both halves
-        self.down = Linear(hidden, dim, scale=out_scale, rngs=rngs)
+        check_choice(activation, tuple(ACTIVATIONS), "activation")
+        self.dim, self.activation = dim, activation
+        self.gate_up = Linear(dim, 2 * hidden, bias=bias, rngs=rngs)  # one matrix product for both halves
+        self.down = Linear(hidden, dim, bias=bias, scale=out_scale, rngs=rngs)
 
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[()]:
         return ()
@@ -275,7 +291,7 @@ class SwiGLU(Module):
         valid: Steps | None = None,
     ) -> tuple[Maps, State | None]:
         gate, up = jnp.split(self.gate_up(mask_steps(x, valid)), 2, axis=-1)
-        return self.down(jax.nn.silu(gate) * up), state
+        return self.down(ACTIVATIONS[self.activation](gate) * up), state
 
 
 class RotaryScaling(NamedTuple):

@@ -19,9 +19,9 @@ from helpers import assert_close, assert_identical
 
 import seqlab
 from seqlab import cli
-from seqlab.interop.families import model_config
+from seqlab.interop.families import model_config, published_config
 from seqlab.interop.huggingface import PretrainedError, load_pretrained, save_pretrained
-from seqlab.models import Attention, Full, GatedDeltaNet, LanguageModel, Mamba2, Window
+from seqlab.models import MLP, Attention, Block, Full, GatedDeltaNet, LanguageModel, Mamba2, Window
 from seqlab.models.attention import with_cache
 from seqlab.module import params_of
 from seqlab.studies.conversation import Conversation
@@ -30,20 +30,42 @@ FOLDER = pathlib.Path(__file__).parent / "pretrained"
 FAMILIES = sorted(path.name for path in FOLDER.iterdir())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_logits_are_those_of_the_original_whole_and_in_chunks(name):
-    expected = np.load(FOLDER / name / "expected.npz")
-    tokens = expected["tokens"]
-    model = seqlab.load(FOLDER / name).model
+def in_chunks(run, params, model, tokens, size):
+    """Logits of a stream read in chunks of one size, the last one padded."""
+    state, pieces, steps = model.init_state(len(tokens)), [], tokens.shape[1]
+    for begin in range(0, steps, size):
+        chunk = np.zeros((len(tokens), size), np.int32)
+        own = tokens[:, begin : begin + size]
+        chunk[:, : own.shape[1]] = own
+        valid = np.broadcast_to(begin + np.arange(size) < steps, chunk.shape)
+        logits, state = run(params, chunk, state, valid)
+        pieces.append(np.asarray(logits))
+    return np.concatenate(pieces, axis=1)[:, :steps]
+
+
+def compiled(model):
     static, params = seqlab.split(model)
-    run = jax.jit(lambda params, x, state: seqlab.merge(static, params)(x, state))
-    assert_close(run(params, tokens, None)[0], expected["logits"], 1e-5, "whole")
-    state, pieces = model.init_state(len(tokens)), []
-    # A prompt, steps, several tokens at once.
-    for chunk in (tokens[:, :6], *np.split(tokens[:, 6:10], 4, axis=1), tokens[:, 10:]):
-        logits, state = run(params, chunk, state)
-        pieces.append(logits)
-    assert_close(np.concatenate(pieces, axis=1), expected["logits"], 1e-5, "in chunks")
+    return jax.jit(
+        lambda params, x, state, valid: seqlab.merge(static, params)(x, state, None, valid)
+    ), params
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_of_a_stream_are_those_of_the_original(name):
+    expected = np.load(FOLDER / name / "expected.npz")
+    model = seqlab.load(FOLDER / name).model
+    streamed = in_chunks(*compiled(model), model, expected["tokens"], 5)
+    assert_close(streamed, expected["logits"], 1e-5, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_whole_and_step_by_step(name):
+    expected = np.load(FOLDER / name / "expected.npz")
+    model = seqlab.load(FOLDER / name).model
+    run, params = compiled(model)
+    assert_close(run(params, expected["tokens"], None, None)[0], expected["logits"], 1e-5, "whole")
+    assert_close(in_chunks(run, params, model, expected["tokens"], 1), expected["logits"], 1e-5, "steps")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -76,8 +98,8 @@ def test_what_is_saved_is_what_was_loaded(name, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"model_type": "gpt2"}, "model_type: got 'gpt2', expected one of llama, mistral"),
-        ({"hidden_act": "gelu"}, "hidden_act: got 'gelu', expected 'silu'"),
+        ({"model_type": "gpt2"}, "model_type: got 'gpt2', expected one of llama, gemma"),
+        ({"hidden_act": "quick_gelu"}, "hidden_act: got 'quick_gelu', expected one of 'silu', 'swish'"),
         (
             {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
             "rope_type: got 'yarn', expected 'default', 'linear' or 'llama3'",
@@ -131,6 +153,61 @@ def test_what_is_not_computed_is_refused_before_weights_are_read(changes, messag
     with pytest.raises(PretrainedError, match=message) as error:
         seqlab.load(tmp_path)
     assert "\n" not in str(error.value) and str(tmp_path / "config.json") in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("gemma2", {"hidden_activation": "quick_gelu"}, "hidden_activation: got 'quick_gelu'"),
+        ("gemma2", {"attn_logit_softcapping": 0}, "attn_logit_softcapping: got 0, expected a positive"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention: got True"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: got 50.0, expected None"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"rope_type": "default"}},
+            "rope_parameters: got .* expected an object of full_attention and sliding_attention",
+        ),
+        (
+            "phi3",
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}},
+            "rope_type: got 'longrope', expected 'default'",
+        ),
+        ("phi3", {"partial_rotary_factor": 1.5, "rope_parameters": None}, "got 1.5, expected a number up to"),
+        ("gpt_neox", {"hidden_act": "gelu_fast"}, "hidden_act: got 'gelu_fast', expected one of"),
+        ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers: got .1., expected a list of 0 and 1"),
+        ("olmo2", {"clip_qkv": 8.0}, "clip_qkv: got 8.0, and no olmo2 has this key"),
+        ("granite", {"logits_scaling": 0.0}, "logits_scaling: got 0.0, expected a positive number"),
+    ],
+)
+def test_options_of_a_family_that_are_not_computed_are_refused(family, changes, message):
+    described = json.loads((FOLDER / family / "config.json").read_text())
+    with pytest.raises(PretrainedError, match=message):
+        model_config(described | changes)
+
+
+def test_the_older_form_of_gemma_3_stands_for_the_same():
+    described = json.loads((FOLDER / "gemma3_text" / "config.json").read_text())
+    older = {key: value for key, value in described.items() if key not in ("layer_types", "rope_parameters")}
+    older |= {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 3}
+    older["rope_scaling"] = {"rope_type": "linear", "factor": 8.0}
+    assert model_config(older) == model_config(described)
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("gemma2", {"logit_scale": 0.5}),
+        ("granite", {"logit_softcap": 3.0}),
+        ("olmo2", {"embedding_scale": 2.0}),
+        ("llama", {"block": partial(Block, norms="both")}),
+        ("gpt_neox", {"channel_mixer": partial(MLP, bias=False)}),
+    ],
+)
+def test_a_model_that_a_family_would_change_is_not_saved_as_one(family, change):
+    cfg = model_config(json.loads((FOLDER / family / "config.json").read_text()))
+    model = nnx.eval_shape(lambda: fdl.build(fdl.copy_with(cfg, **change))(rngs=nnx.Rngs(0)))
+    with pytest.raises(PretrainedError):
+        published_config(model)
 
 
 def layer(changes, family="llama", removed=()):

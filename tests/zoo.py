@@ -10,6 +10,7 @@ from seqlab.models import (
     MLP,
     Attention,
     BatchNorm,
+    Block,
     CausalPooling,
     CausalWavelets,
     DeltaNet,
@@ -204,7 +205,7 @@ MIXERS = {
         depth=2,
         mixer=partial(SelectiveMixer, state_size=2),
     ),
-    "swiglu": marked(SwiGLU, "quick"),
+    "swiglu": marked(partial(SwiGLU, activation="gelu_tanh", bias=True), "quick"),
     "mlp": marked(MLP, "quick"),
 }
 
@@ -212,7 +213,11 @@ MODELS = {
     "lm_attention": {"mixers": MIXERS["attention"]},
     "lm_mamba": {"mixers": MIXERS["mamba"], "channel_mixer": None, "tie_embeddings": False},
     "lm_gated_linear": {"mixers": MIXERS["gated_linear_conv"], "remat": "block"},
-    "lm_hybrid": {"mixers": (MIXERS["mamba"], MIXERS["window_sinks_softcap"])},
+    "lm_hybrid": {
+        "mixers": (MIXERS["mamba"], MIXERS["window_sinks_softcap"]),
+        "block": partial(Block, norms="both", parallel=True, branch_scale=0.5),
+        "logit_softcap": 3.0,
+    },
     "lm_hybrid_scanned": {"mixers": (MIXERS["gated_linear_conv"], MIXERS["window"]), "scan_layers": True},
     "sequence_hybrid": {"build": partial(SequenceModel, 3, 5), "mixers": (MIXERS["mamba"], MIXERS["window"])},
 }

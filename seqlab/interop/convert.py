@@ -4,10 +4,13 @@
 A module declares the published names of its parts, where they differ, in these attributes:
 
     torch_names     attribute -> published name; "" = same level, a tuple = concatenated outputs, a list = one
-                    name per item: dict[str, str | tuple[str, ...] | list[str]]
+                    name per item, a dict = one name per class of the part:
+                    dict[str, str | tuple[str, ...] | list[str] | dict[str, str]]
     torch_layout    parameter -> PyTorch's layout, a key of LAYOUTS: dict[str, str]
     torch_sizes     (of the object) attribute -> outputs of each concatenated map, if they differ:
                     dict[str, tuple[int, ...]]
+    torch_stacks    (of the object) parameter -> how many published tensors its first axis stacks, whose names
+                    have their number in place of {}: dict[str, int]
 
 Names of whole architectures (for example a language model's layers) are such tables by class name, in
 ARCHITECTURES.
@@ -16,6 +19,7 @@ ARCHITECTURES.
 import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +29,7 @@ from jaxtyping import Array, ArrayLike
 from seqlab.checks import UserError, check_choice
 from seqlab.module import M, merge, split
 
-Names = Mapping[str, str | tuple[str, ...] | list[str]]
+Names = Mapping[str, str | tuple[str, ...] | list[str] | Mapping[str, str]]
 
 # From PyTorch's layout to ours, and back.
 LAYOUTS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]] = {
@@ -60,6 +64,20 @@ _LLAMA: dict[str, Names] = {
         "channel_norm": "post_attention_layernorm",
         "channel_mixer": "mlp",
     },
+}
+
+_GEMMA: dict[str, Names] = _LLAMA | {  # sandwich norms
+    "Block": {
+        **_LLAMA["Block"],
+        "mixer_out_norm": "post_attention_layernorm",
+        "channel_norm": "pre_feedforward_layernorm",
+        "channel_out_norm": "post_feedforward_layernorm",
+    },
+}
+
+_PHI3: dict[str, Names] = _LLAMA | {
+    "Attention": {"qkv": "qkv_proj", "out": "o_proj"},
+    "SwiGLU": {"gate_up": "gate_up_proj", "down": "down_proj"},
 }
 
 _NEOX: dict[str, Names] = {
@@ -129,6 +147,8 @@ ARCHITECTURES: dict[str, dict[str, Names]] = {
     "mamba2": _MAMBA,
     "fla": _FLA,
     "llama": _LLAMA,
+    "gemma2": _GEMMA,
+    "phi3": _PHI3,
     "neox": _NEOX,
     "lmuformer": _LMUFORMER,
     "poolformer": _poolformer(),
@@ -177,16 +197,14 @@ def convert(
             name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)
         }
     static, params = split(model)
-    sources = {ours: (theirs, layout) for ours, theirs, layout, _ in _walk(model, "", ("",), tables)}
+    sources = {source.ours: source for source in _walk(model, "", ("",), tables)}
     used, new = set(), {}
     # The largest first: while it is there twice, little else is.
     for name, old in sorted(params.items(), key=lambda item: -item[1].size):
         if name not in sources:  # not a published weight
             new[name] = old
             continue
-        theirs, layout = sources[name]
-        parts = [_layed_out(_find(tensors, part, name), part, layout) for part in theirs]
-        value = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+        theirs, value = sources[name].theirs, sources[name].read(tensors)
         if value.shape != old.shape:
             raise UserError(
                 f"{' + '.join(theirs)} has shape {value.shape} in this layout, parameter {name} needs "
@@ -214,22 +232,48 @@ def published(model: nnx.Module, architecture: str | None = None) -> dict[str, n
         check_choice(architecture, tuple(ARCHITECTURES), "architecture")
     _, params = split(model)
     tensors = {}
-    for ours, theirs, layout, sizes in _walk(
-        model, "", ("",), ARCHITECTURES[architecture] if architecture else {}
-    ):
-        value = np.asarray(params[ours])
-        edges = len(theirs) if sizes is None else np.cumsum(sizes)[:-1]
-        for name, part in zip(theirs, np.split(value, edges, axis=-1), strict=True):
-            tensors[name] = np.ascontiguousarray(part if layout is None else LAYOUTS[layout][1](part))
+    for source in _walk(model, "", ("",), ARCHITECTURES[architecture] if architecture else {}):
+        tensors |= source.write(np.asarray(params[source.ours]))
     return tensors
 
 
 def published_names(model: nnx.Module, architecture: str | None = None) -> dict[str, tuple[str, ...]]:
     """Our parameter name -> the published name, or names if our parameter concatenates several."""
-    return {
-        ours: theirs
-        for ours, theirs, _, _ in _walk(model, "", ("",), ARCHITECTURES[architecture] if architecture else {})
-    }
+    tables = ARCHITECTURES[architecture] if architecture else {}
+    return {source.ours: source.theirs for source in _walk(model, "", ("",), tables)}
+
+
+class _Source(NamedTuple):
+    """A parameter and its published tensors: several if outputs of several published maps are concatenated
+    (`sizes` are their outputs, None if equal), and as often as it stacks them.
+
+    `layout`: the tensors' layout. `stack`: tensors along the first axis of the parameter; None: it has no
+    such axis.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    layout: str | None
+    sizes: tuple[int, ...] | None
+    stack: int | None = None
+
+    def read(self, tensors: Mapping[str, ArrayLike]) -> np.ndarray:
+        """The parameter's value."""
+        parts = [_layed_out(_find(tensors, name, self.ours), name, self.layout) for name in self.theirs]
+        if self.stack is None:
+            return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+        width = len(parts) // self.stack
+        items = [parts[i : i + width] for i in range(0, len(parts), width)]
+        return np.stack([np.concatenate(item, axis=-1) for item in items])
+
+    def write(self, value: np.ndarray) -> dict[str, np.ndarray]:
+        """The tensors of a value."""
+        items = [value] if self.stack is None else list(value)
+        width = len(self.theirs) // len(items)
+        edges = width if self.sizes is None or width == 1 else np.cumsum(self.sizes)[:-1]
+        parts = [part for item in items for part in np.split(item, edges, axis=-1)]
+        back = (lambda part: part) if self.layout is None else LAYOUTS[self.layout][1]
+        return {name: np.ascontiguousarray(back(part)) for name, part in zip(self.theirs, parts, strict=True)}
 
 
 def _walk(
@@ -238,24 +282,27 @@ def _walk(
     theirs: tuple[str, ...],
     tables: Mapping[str, Names],
     sizes: tuple[int, ...] | None = None,
-) -> Iterator[tuple[str, tuple[str, ...], str | None, tuple[int, ...] | None]]:
-    """(our name, published names, layout, sizes) of every parameter.
-
-    There are several names if outputs of several published maps are concatenated; `sizes` are their outputs,
-    None if equal (see a module's `torch_sizes`).
-    """
+) -> Iterator[_Source]:
+    """The sources of every parameter, named `ours` + its path here and `theirs` + its published path."""
     cls = type(module)
     names = {**getattr(cls, "torch_names", {}), **tables.get(cls.__name__, {})}
     layouts, all_sizes = getattr(cls, "torch_layout", {}), getattr(module, "torch_sizes", {})
+    stacks = getattr(module, "torch_stacks", {})
     for attribute, value in vars(module).items():
         listed = names.get(attribute, attribute)
+        if isinstance(listed, Mapping):
+            listed = listed.get(type(value).__name__, attribute)
         joined = tuple(
             _join(parent, name)
             for parent in theirs
             for name in ((listed,) if isinstance(listed, str) else listed)
         )
         if isinstance(value, nnx.Param | nnx.BatchStat):
-            yield ours + attribute, joined, layouts.get(attribute), sizes
+            stack = stacks.get(attribute)
+            if stack is not None:
+                joined = tuple(name.replace("{}", str(i)) for i in range(stack) for name in joined)
+            own = all_sizes.get(attribute, sizes)
+            yield _Source(ours + attribute, joined, layouts.get(attribute), own, stack)
         elif isinstance(value, nnx.List) and isinstance(listed, list):
             # Further names belong to larger models.
             for i, (item, name) in enumerate(zip(value, joined[: len(value)], strict=True)):

@@ -81,7 +81,7 @@ class Folder:
         if text is None:
             return {}
         try:
-            found = json.loads(text, object_hook=_number)
+            found = json.loads(text, object_hook=number)
         except (ValueError, RecursionError) as error:
             raise PretrainedError(f"{self.path / name} is not JSON: {error}") from error
         if not isinstance(found, dict):
@@ -169,8 +169,9 @@ class Tensors(Mapping[str, np.ndarray]):
         return tuple(self._files[name].get_slice(name).get_shape())
 
 
-def _number(found: dict[str, Any]) -> Any:
-    """Non-finite numbers, which transformers writes as {"__float__": "Infinity"}."""
+def number(found: dict[str, Any]) -> Any:
+    """An object of a JSON file; a non-finite number where it stands for one, as transformers writes them
+    ({"__float__": "Infinity"})."""
     if found.keys() == {"__float__"} and found["__float__"] in ("Infinity", "-Infinity", "NaN"):
         return float(found["__float__"].replace("Infinity", "inf"))
     return found

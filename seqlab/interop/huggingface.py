@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 import fiddle as fdl
@@ -21,6 +22,7 @@ from flax import nnx
 from seqlab.checks import UserError, check_choice
 from seqlab.interop.convert import convert, published
 from seqlab.interop.families import families, family_of, model_config, published_config
+from seqlab.interop.families.packing import Unpacked, pack
 from seqlab.interop.folder import INDEX, Folder, PretrainedError
 from seqlab.interop.gguf import GGUF
 from seqlab.models import LanguageModel
@@ -134,12 +136,12 @@ class Origin:
     A loaded model has it, and so do its copies with another cache or other parameters. Two are equal if their
     contents are.
 
-    `ids`: the token ids in config.json. `files`: the tokenizer's files by name.
+    `ids`: the token ids in config.json. `files`: the tokenizer's files by name. `model_type`: the family.
     """
 
-    def __init__(self, ids: Mapping[str, Any], files: Mapping[str, bytes]):
-        self.ids, self.files = dict(ids), dict(files)
-        content = repr((sorted(self.ids.items()), sorted(self.files.items())))
+    def __init__(self, ids: Mapping[str, Any], files: Mapping[str, bytes], model_type: str | None = None):
+        self.ids, self.files, self.model_type = dict(ids), dict(files), model_type
+        content = repr((sorted(self.ids.items()), sorted(self.files.items()), model_type))
         self._digest = hashlib.sha256(content.encode()).hexdigest()
 
     @classmethod
@@ -148,7 +150,8 @@ class Origin:
         described = source.json("config.json")
         ids = {key: value for key, value in described.items() if re.fullmatch(r"(bos|eos|pad)_token_id", key)}
         files = {name: source.file(name) for name in _TEXTS}
-        return cls(ids, {name: path.read_bytes() for name, path in files.items() if path is not None})
+        texts = {name: path.read_bytes() for name, path in files.items() if path is not None}
+        return cls(ids, texts, described.get("model_type"))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Origin) and other._digest == self._digest
@@ -210,6 +213,7 @@ def load_gguf(
     model.origin = Origin(
         {"bos_token_id": tokenizer.start, "eos_token_id": sorted(tokenizer.ends)},
         {name: text.encode() for name, text in files.items()},
+        file.described["model_type"],
     )
     return model, cfg, tokenizer
 
@@ -231,12 +235,18 @@ def _filled(
         reason = str(getattr(error, "proxy_base_exception", error)).splitlines()[0]
         raise PretrainedError(f"{where}: {reason}") from error
     try:
-        model = convert(model, tensors(), architecture=family_of(described).WEIGHTS)
+        family = family_of(described)
+        model = convert(model, _unpacked(family, model, tensors()), architecture=family.WEIGHTS)
     except PretrainedError:
         raise
     except UserError as error:
         raise type(error)(f"{path}: {error}") from error
     return model, cfg
+
+
+def _unpacked(family: ModuleType, model: LanguageModel, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+    packed = getattr(family, "packed", None)
+    return tensors if packed is None else Unpacked(tensors, packed(model))
 
 
 def save_pretrained(
@@ -268,10 +278,11 @@ def save_pretrained(
         raise FileExistsError(
             f"{folder} holds a model already ({', '.join(sorted(taken)[:3])}): nothing is overwritten"
         )
-    tensors = {
-        name: jnp.asarray(value, dtype)
-        for name, value in published(model, families()[described["model_type"]].WEIGHTS).items()
-    }
+    family = families()[described["model_type"]]
+    tensors = published(model, family.WEIGHTS)
+    if getattr(family, "packed", None) is not None:
+        tensors = pack(tensors, family.packed(model))
+    tensors = {name: jnp.asarray(value, dtype) for name, value in tensors.items()}
     shards = _shards(tensors, shard_bytes)
     folder.mkdir(parents=True, exist_ok=True)
     written, where = [], {}

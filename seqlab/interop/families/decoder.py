@@ -1,4 +1,4 @@
-"""Shared parts of Llama, Mistral and Qwen: attention with rotary positions and SwiGLU, with RMS norms."""
+"""Shared parts of the families of decoders: attention with rotary positions, SwiGLU, RMS norms."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,70 +11,129 @@ from seqlab.models import Attention, Full, LanguageModel, RMSNorm, SwiGLU, Windo
 from seqlab.models.layers import RotaryScaling
 
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ACTIVATIONS = {  # transformers' names, and ours
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+    "relu2": "squared_relu",
+}
 _DEPTH = 10_000  # maximal number of layers
 
 
 def language_model(
     keys: Keys,
     *,
-    defaults: Mapping[str, int],
+    defaults: Mapping[str, Any],
     windows: Sequence[int | None],
     bias: bool,
     out_bias: bool,
     head_dim: int | None = None,
-    qk_norm: bool = False,
+    attention: Mapping[str, Any] | None = None,
+    layers: Sequence[Mapping[str, Any]] | None = None,
+    channel_mixer: fdl.Config | tuple[fdl.Config, ...] | None = None,
+    norm: fdl.Config | None = None,
+    model: Mapping[str, Any] | None = None,
 ) -> fdl.Config:
     """The config of a model of this kind.
 
     Args:
       keys: the keys of config.json; the common ones are read here.
       defaults: transformers' defaults of vocab_size, intermediate_size, num_key_value_heads (0: the number of
-        heads) and max_position_embeddings.
+        heads), max_position_embeddings, and where they differ from Llama's of hidden_size,
+        num_attention_heads, rope_theta, rms_norm_eps and tie_word_embeddings.
       windows: of every layer, None for the whole past.
       bias, out_bias: biases of the query, key and value projections, and of the output projection.
       head_dim: its default; None for hidden_size / num_attention_heads.
-      qk_norm: whether queries and keys are normalised.
+      attention: further options of all mixers. Without rotary options the common ones are read.
+      layers: further options of every layer's mixer.
+      channel_mixer: in place of SwiGLU.
+      norm: in place of RMSNorm, whose eps is read here.
+      model: further options of the model.
     """
-    keys.expect("hidden_act", "silu", "swish")
-    keys.expect("mlp_bias", False)
-    keys.expect("partial_rotary_factor", 1.0, 1, None)
-    dim, heads = keys.size("hidden_size", 4096), keys.size("num_attention_heads", 32)
+    longest = keys.size("max_position_embeddings", defaults["max_position_embeddings"])
+    if norm is None:
+        norm = fdl.Partial(RMSNorm, eps=keys.number("rms_norm_eps", defaults.get("rms_norm_eps", 1e-6)))
+    options = dict(attention or {})
+    if "rotary_base" not in options:
+        base, scaling, _ = rotary(keys, longest, base=defaults.get("rope_theta", 10_000.0))
+        options |= {"rotary_base": base, "rotary_scaling": scaling}
+    if options.get("qk_norm"):
+        options["norm_eps"] = norm.eps
+    shared = fdl.Partial(Attention, **heads_of(keys, defaults, head_dim), bias=bias, out_bias=out_bias)
+    mixers = []
+    for window, own in zip(windows, layers or [{}] * len(windows), strict=True):
+        cache = fdl.Config(Full, capacity=longest) if window is None else fdl.Config(Window, window)
+        mixers.append(fdl.copy_with(shared, cache=cache, **options | own))
+    return fdl.Partial(
+        LanguageModel,
+        vocab_size=keys.size("vocab_size", defaults["vocab_size"]),
+        dim=keys.size("hidden_size", defaults.get("hidden_size", 4096)),
+        depth=depth_of(keys),
+        mixers=alike(mixers),
+        channel_mixer=channel_mixer or swiglu(keys, defaults),
+        norm=norm,
+        tie_embeddings=keys.flag("tie_word_embeddings", defaults.get("tie_word_embeddings", False)),
+        trained_length=longest,
+        **model or {},
+    )
+
+
+def heads_of(keys: Keys, defaults: Mapping[str, Any], head_dim: int | None = None) -> dict[str, int]:
+    """`heads`, `kv_heads` and `head_dim` of the mixers."""
+    dim = keys.size("hidden_size", defaults.get("hidden_size", 4096))
+    heads = keys.size("num_attention_heads", defaults.get("num_attention_heads", 32))
     if head_dim is None and not keys.has("head_dim") and dim % heads:
         raise PretrainedError(f"num_attention_heads: got {heads}, expected a divisor of hidden_size={dim}")
     # A null value is not the same as a missing key.
     least = defaults["num_key_value_heads"] if keys.get("num_key_value_heads", 0) == 0 else 0
-    longest = keys.size("max_position_embeddings", defaults["max_position_embeddings"])
-    eps = keys.number("rms_norm_eps", 1e-6)
-    base, scaling = _rotary(keys, longest)
-    shared = fdl.Partial(
-        Attention,
-        heads=heads,
-        kv_heads=keys.size("num_key_value_heads", least or heads),
-        head_dim=keys.size("head_dim", head_dim or dim // heads),
-        rotary_base=base,
-        rotary_scaling=scaling,
-        qk_norm=qk_norm,
-        norm_eps=eps,
-        bias=bias,
-        out_bias=out_bias,
-    )
-    mixers = []
-    for window in windows:
-        cache = fdl.Config(Full, capacity=longest) if window is None else fdl.Config(Window, window)
-        mixers.append(fdl.copy_with(shared, cache=cache))
+    return {
+        "heads": heads,
+        "kv_heads": keys.size("num_key_value_heads", least or heads),
+        "head_dim": keys.size("head_dim", head_dim or dim // heads),
+    }
+
+
+def swiglu(
+    keys: Keys, defaults: Mapping[str, Any], key: str = "hidden_act", act: str = "silu", bias: bool = False
+) -> fdl.Config:
+    """The gated channel mixer. `key`, `act`: of the activation, and its default; `bias`: whether its
+    projections may have biases."""
+    if not bias:
+        keys.expect("mlp_bias", False)
+    options = {"bias": True} if bias and keys.flag("mlp_bias", False) else {}
     return fdl.Partial(
-        LanguageModel,
-        vocab_size=keys.size("vocab_size", defaults["vocab_size"]),
-        dim=dim,
-        depth=depth_of(keys),
-        mixers=mixers[0] if all(mixer == mixers[0] for mixer in mixers) else tuple(mixers),
-        channel_mixer=fdl.Partial(
-            SwiGLU, hidden=keys.size("intermediate_size", defaults["intermediate_size"])
-        ),
-        norm=fdl.Partial(RMSNorm, eps=eps),
-        tie_embeddings=keys.flag("tie_word_embeddings", False),
-        trained_length=longest,
+        SwiGLU,
+        hidden=keys.size("intermediate_size", defaults["intermediate_size"]),
+        activation=activation_of(keys, key, act),
+        **options,
     )
+
+
+def alike(mixers: Sequence[Any]) -> Any:
+    """One factory where all are equal, else a tuple of one for each layer."""
+    return mixers[0] if all(mixer == mixers[0] for mixer in mixers) else tuple(mixers)
+
+
+def activation_of(keys: Keys, name: str, default: str) -> str:
+    """The activation under the key `name`."""
+    found = keys.get(name, default)
+    if found is None:
+        found = default
+    if not isinstance(found, str) or found not in ACTIVATIONS:
+        expected = ", ".join(map(repr, ACTIVATIONS))
+        raise PretrainedError(f"{name}: got {found!r}, expected one of {expected}: nothing else is supported")
+    return ACTIVATIONS[found]
+
+
+def activation_key(activation: str) -> str:
+    """The name that transformers has for an activation."""
+    for theirs, ours in ACTIVATIONS.items():
+        if ours == activation:
+            return theirs
+    raise PretrainedError(f"activation: no published family has {activation!r}")
 
 
 def depth_of(keys: Keys) -> int:
@@ -113,22 +172,44 @@ def qwen_windows(keys: Keys) -> list[int | None]:
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
-def _rotary(keys: Keys, longest: int) -> tuple[float, fdl.Config | None]:
-    """Base and scaling of the rotary frequencies, in the form of any version of config.json.
+def rotary(
+    keys: Keys, longest: int, *, base: float = 10_000.0, fraction: float | None = None
+) -> tuple[float, fdl.Config | None, float]:
+    """Base and scaling of the rotary frequencies, and the rotated share of a head, in the form of any version
+    of config.json.
 
     `rope_scaling`, if present, replaces `rope_parameters`, as in transformers.
+
+    Args:
+      longest: the trained length, which some scalings refer to.
+      base: its default.
+      fraction: the default of the share; None if the family rotates whole heads.
     """
     parameters, scaling = keys.get("rope_parameters"), keys.get("rope_scaling")
-    rope = scaling or parameters or {}
-    if not isinstance(rope, Mapping):
-        raise PretrainedError(f"rope_scaling: got {rope!r}, expected an object")
     name = "rope_scaling" if scaling else "rope_parameters"
+    longest = keys.size("original_max_position_embeddings", longest)
+    base = keys.number("rope_theta", base)
+    if fraction is None:
+        keys.expect("partial_rotary_factor", 1.0, 1, None)
+    else:
+        fraction = keys.number("partial_rotary_factor", fraction)
+    return read_rope(scaling or parameters or {}, name, longest, base=base, fraction=fraction)
+
+
+def read_rope(
+    rope: Any, name: str, longest: int, *, base: float, fraction: float | None
+) -> tuple[float, fdl.Config | None, float]:
+    """The same of one object of rotary parameters, under the key `name`."""
+    if not isinstance(rope, Mapping):
+        raise PretrainedError(f"{name}: got {rope!r}, expected an object")
     inner = Keys({**rope, "rope_type": rope.get("rope_type", rope.get("type", "default"))}, ["type"])
-    outer = keys.number("rope_theta", 10_000.0)
     try:
-        base, kind = inner.number("rope_theta", outer), inner.get("rope_type")
-        inner.expect("partial_rotary_factor", 1.0, 1, None)
-        longest = keys.size("original_max_position_embeddings", longest)
+        base, kind = inner.number("rope_theta", base), inner.get("rope_type")
+        if fraction is None:
+            inner.expect("partial_rotary_factor", 1.0, 1, None)
+        share = 1.0 if fraction is None else inner.number("partial_rotary_factor", fraction)
+        if share > 1:
+            raise PretrainedError(f"partial_rotary_factor: got {share}, expected a number up to 1")
         read = None
         if kind == "linear":
             read = {"factor": inner.number("factor")}
@@ -146,13 +227,26 @@ def _rotary(keys: Keys, longest: int) -> tuple[float, fdl.Config | None]:
         raise PretrainedError(
             f"{name}: {unknown[0]}: got {rope[unknown[0]]!r}, which rope_type {kind!r} does not have"
         )
-    return base, None if read is None else fdl.Config(RotaryScaling, **read)
+    return base, None if read is None else fdl.Config(RotaryScaling, **read), share
+
+
+def rope_of(mixer: Attention) -> dict[str, Any]:
+    """The rotary parameters of a mixer, as config.json has them."""
+    scaling = mixer.rotary_scaling
+    rope = {"rope_type": "default", "rope_theta": mixer.rotary_base}
+    if scaling is not None and scaling.low_freq_factor is None:
+        rope |= {"rope_type": "linear", "factor": scaling.factor}
+    elif scaling is not None:
+        rope |= {"rope_type": "llama3", **scaling._asdict()}
+    if mixer.rotary_width != mixer.head_dim:
+        rope["partial_rotary_factor"] = mixer.rotary_width / mixer.head_dim
+    return rope
 
 
 def windows_of(model: LanguageModel) -> list[int | None]:
     """The window of every layer of `model`, None for the whole past. Raises PretrainedError for other
     caches."""
-    mixers = [block.mixer for block in model.backbone.blocks]
+    mixers = attention_layers(model)
     for mixer in mixers:
         if type(mixer.cache) not in (Full, Window) or getattr(mixer.cache, "sinks", 0):
             raise PretrainedError(
@@ -164,36 +258,26 @@ def windows_of(model: LanguageModel) -> list[int | None]:
     return windows
 
 
+def attention_layers(model: LanguageModel) -> list[Attention]:
+    """The mixers that are attention."""
+    return [block.mixer for block in model.backbone.blocks if isinstance(block.mixer, Attention)]
+
+
 def biases_of(model: LanguageModel) -> tuple[bool, bool]:
     """Whether the query, key and value projections have a bias, and the output projection."""
-    first = model.backbone.blocks[0].mixer
+    first = attention_layers(model)[0]
     return first.qkv.bias is not None, first.out.bias is not None
 
 
-def described(model: LanguageModel, qk_norm: bool = False) -> dict[str, Any]:
-    """The common keys of the families. Raises PretrainedError for a model that none of them supports."""
-    blocks = list(model.backbone.blocks)
-    mixers = [block.mixer for block in blocks]
-    first = mixers[0]
-    if not all(type(block.channel_mixer) is SwiGLU for block in blocks):
-        raise PretrainedError("channel_mixer: published families have SwiGLU")
-    for name, fine in {"rotary_base": first.rotary_base is not None, "sink": first.sink is None}.items():
-        if not fine:
-            raise PretrainedError(f"{name}: no published family has {getattr(first, name)!r}")
-    if first.rotary_width != first.head_dim:
-        raise PretrainedError(
-            f"rotary_width: published families turn the whole head, got {first.rotary_width} of "
-            f"{first.head_dim}"
-        )
+def attention_of(model: LanguageModel) -> dict[str, Any]:
+    """The keys of the attention layers. Raises PretrainedError for options that no family has."""
+    mixers = attention_layers(model)
+    first = next((mixer for mixer in mixers if mixer.rotary_base is not None), mixers[0])
+    if first.sink == "zero":
+        raise PretrainedError(f"sink: no published family has {first.sink!r}")
+    if first.v_head_dim != first.head_dim:
+        raise PretrainedError(f"v_head_dim: no published family here has {first.v_head_dim}")
     windows_of(model)
-    if (first.q_norm is not None) != qk_norm:
-        raise PretrainedError(f"qk_norm: this family has {'one' if qk_norm else 'none'}")
-    scaling = first.rotary_scaling
-    rope = {"rope_type": "default", "rope_theta": first.rotary_base}
-    if scaling is not None and scaling.low_freq_factor is None:
-        rope |= {"rope_type": "linear", "factor": scaling.factor}
-    elif scaling is not None:
-        rope |= {"rope_type": "llama3", **scaling._asdict()}
     spans = [
         mixer.cache.capacity if isinstance(mixer.cache, Full) else mixer.cache.window for mixer in mixers
     ]
@@ -201,18 +285,44 @@ def described(model: LanguageModel, qk_norm: bool = False) -> dict[str, Any]:
         "num_attention_heads": first.heads,
         "num_key_value_heads": first.kv_heads,
         "head_dim": first.head_dim,
-        "intermediate_size": blocks[0].channel_mixer.down.weight.shape[0],
-        "rms_norm_eps": blocks[0].mixer_norm.eps,
-        "rope_parameters": rope,
+        "rope_parameters": rope_of(first),
         "max_position_embeddings": model.trained_length or max(spans),
     }
 
 
-def qwen_described(model: LanguageModel, qk_norm: bool) -> dict[str, Any]:
-    """The keys of Qwen's families."""
+def described(model: LanguageModel) -> dict[str, Any]:
+    """The common keys of the families. Raises PretrainedError for a model that none of them supports; what
+    differs otherwise is found by comparison (`seqlab.interop.families.published_config`)."""
+    first = model.backbone.blocks[0]
+    if not isinstance(first.channel_mixer, SwiGLU):
+        raise PretrainedError("channel_mixer: this family has SwiGLU")
+    return attention_of(model) | {
+        "intermediate_size": hidden_of(first.channel_mixer),
+        "hidden_act": activation_key(first.channel_mixer.activation),
+        "rms_norm_eps": model.backbone.norm.eps,
+    }
+
+
+def hidden_of(mixer: SwiGLU) -> int:
+    """The hidden width."""
+    return mixer.down.weight.shape[0]
+
+
+def renamed(described: dict[str, Any], **names: str) -> dict[str, Any]:
+    """`described` with other names of some keys."""
+    return {names.get(key, key): value for key, value in described.items()}
+
+
+def windows_described(model: LanguageModel) -> dict[str, Any]:
+    """The keys of windows and layers."""
     windows = windows_of(model)
-    return described(model, qk_norm) | {
+    return {
         "sliding_window": max((window for window in windows if window is not None), default=None),
-        "use_sliding_window": set(windows) != {None},
         "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
     }
+
+
+def qwen_described(model: LanguageModel) -> dict[str, Any]:
+    """The keys of Qwen's families."""
+    found = described(model) | windows_described(model)
+    return found | {"use_sliding_window": found["sliding_window"] is not None}

@@ -11,7 +11,7 @@ from seqlab.models import LanguageModel, Mamba, RMSNorm
 MODEL_TYPE = "mamba"
 CLASS = "MambaForCausalLM"
 WEIGHTS = "mamba"
-MIXER = "Mamba"
+MIXERS = ("Mamba",)
 IRRELEVANT = (  # initialisation, implementation options, and leftovers of conversions
     *("time_step_scale", "time_step_min", "time_step_max", "time_step_init_scheme", "time_step_floor"),
     *("rescale_prenorm_residual", "residual_in_fp32", "use_mambapy", "use_associative_scan", "chunk_size"),
@@ -76,6 +76,7 @@ def common(model: LanguageModel) -> dict[str, Any]:
     if any(block.channel_mixer is not None for block in blocks):
         raise PretrainedError(f"channel_mixer: the published {type(first).__name__} has none")
     return {
+        "hidden_act": "silu",
         "layer_norm_epsilon": blocks[0].mixer_norm.eps,
         "conv_kernel": first.conv.width,
         "use_conv_bias": first.conv.bias is not None,

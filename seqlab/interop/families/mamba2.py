@@ -14,7 +14,7 @@ from seqlab.models import LanguageModel, Mamba2
 MODEL_TYPE = "mamba2"
 CLASS = "Mamba2ForCausalLM"
 WEIGHTS = "mamba2"
-MIXER = "Mamba2"
+MIXERS = ("Mamba2",)
 IRRELEVANT = (*mamba.IRRELEVANT, "time_step_rank")  # Mamba-2 has no rank, but one step size per head
 
 

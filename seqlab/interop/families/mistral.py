@@ -12,7 +12,7 @@ from seqlab.models import LanguageModel
 MODEL_TYPE = "mistral"
 CLASS = "MistralForCausalLM"
 WEIGHTS = "llama"
-MIXER = "Attention"
+MIXERS = ("Attention",)
 DEFAULTS = {
     "vocab_size": 32_000,
     "intermediate_size": 14_336,

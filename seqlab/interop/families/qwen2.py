@@ -12,7 +12,7 @@ from seqlab.models import LanguageModel
 MODEL_TYPE = "qwen2"
 CLASS = "Qwen2ForCausalLM"
 WEIGHTS = "llama"
-MIXER = "Attention"
+MIXERS = ("Attention",)
 DEFAULTS = {
     "vocab_size": 151_936,
     "intermediate_size": 22_016,
@@ -33,4 +33,4 @@ def to_config(model: LanguageModel) -> dict[str, Any]:
     """The config.json of a model; raises PretrainedError with the reason if it is not of this family."""
     if decoder.biases_of(model) != (True, False):
         raise PretrainedError("a qwen2 has biases of queries, keys and values alone")
-    return decoder.qwen_described(model, qk_norm=False)
+    return decoder.qwen_described(model)

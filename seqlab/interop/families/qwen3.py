@@ -13,14 +13,20 @@ from seqlab.models import LanguageModel
 MODEL_TYPE = "qwen3"
 CLASS = "Qwen3ForCausalLM"
 WEIGHTS = "llama"
-MIXER = "Attention"
+MIXERS = ("Attention",)
 
 
 def from_config(keys: Keys) -> fdl.Config:
     """The config of the model for a config.json."""
     bias, windows = keys.flag("attention_bias", False), decoder.qwen_windows(keys)
     return decoder.language_model(
-        keys, defaults=DEFAULTS, windows=windows, bias=bias, out_bias=bias, head_dim=128, qk_norm=True
+        keys,
+        defaults=DEFAULTS,
+        windows=windows,
+        bias=bias,
+        out_bias=bias,
+        head_dim=128,
+        attention={"qk_norm": True},
     )
 
 
@@ -29,4 +35,4 @@ def to_config(model: LanguageModel) -> dict[str, Any]:
     biases = decoder.biases_of(model)
     if biases[0] != biases[1]:
         raise PretrainedError(f"a qwen3 has all biases or none, got {biases} of qkv and out")
-    return decoder.qwen_described(model, qk_norm=True) | {"attention_bias": biases[0]}
+    return decoder.qwen_described(model) | {"attention_bias": biases[0]}

@@ -1,0 +1,83 @@
+"""Writes the folders of tests/pretrained: small random models of transformers, saved by it, with the logits
+that it computes for some tokens.
+
+    python tests/make_pretrained.py NAME...      in an environment with transformers and torch
+
+The folders that exist were written by transformers 5.23 (Llama, Mistral, Qwen2, Qwen3, Mamba, Mamba-2) and
+5.24 (the others). A cached decode of transformers itself is compared with its single pass before the file is
+written.
+"""
+
+import pathlib
+import sys
+
+import numpy as np
+
+FOLDER = pathlib.Path(__file__).parent / "pretrained"
+_SIZES = {
+    "vocab_size": 48,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+_GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 20, "sliding_window": 5}
+MODELS = {
+    "gemma": {"head_dim": 8},
+    "gemma2": _GEMMA | {"final_logit_softcapping": 5.0, "attn_logit_softcapping": 2.0},
+    "gemma3_text": _GEMMA
+    | {
+        "num_hidden_layers": 3,
+        "sliding_window_pattern": 3,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "phi3": {"sliding_window": 6, "partial_rotary_factor": 0.75, "hidden_size": 32},
+    "olmo2": {"num_key_value_heads": 4, "rope_theta": 500_000.0},
+    "gpt_neox": {"rotary_pct": 0.25, "hidden_size": 32, "num_key_value_heads": None},
+    "smollm3": {"no_rope_layer_interval": 2, "mlp_bias": True},
+    "granite": {
+        "attention_multiplier": 0.3,
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 8.0,
+        "mlp_bias": True,
+    },
+}
+
+
+def make(name: str) -> None:
+    """Write the folder of one model."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **_SIZES | MODELS[name])
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for part, value in model.named_parameters():
+            near_one = "norm" in part and value.mean() == 1  # the rest around what it is for a new model
+            value.copy_((value if near_one else 0.0) + 0.25 * torch.randn_like(value))
+        tokens = torch.randint(0, config.vocab_size, (2, 16))
+        logits = model(tokens, use_cache=False).logits
+        first = model(tokens[:, :7], use_cache=True)
+        pieces, cache = [first.logits], first.past_key_values
+        for i in range(7, 16):
+            step = model(tokens[:, i : i + 1], past_key_values=cache, use_cache=True)
+            pieces.append(step.logits)
+            cache = step.past_key_values
+    apart = (torch.cat(pieces, dim=1) - logits).abs().max().item()
+    print(f"{name}: largest logit {logits.abs().max().item():.2f}, cached decode within {apart:.1e}")
+    folder = FOLDER / name
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    np.savez(folder / "expected.npz", tokens=tokens.numpy().astype(np.int32), logits=logits.numpy())
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or MODELS:
+        make(name)
