@@ -22,6 +22,7 @@ from seqlab.models.linear_memory.linear_attention import (
     SimpleGatedLinearAttention,
 )
 from seqlab.models.local import CausalPooling, CausalWavelets
+from seqlab.models.mixture import MixtureOfExperts
 from seqlab.models.sequence_model import SequenceModel
 from seqlab.models.state_space.mamba import Mamba
 from seqlab.models.state_space.mamba2 import Mamba2
@@ -61,6 +62,7 @@ __all__ = [
     "Mamba",
     "Mamba2",
     "MambaMixerStack",
+    "MixtureOfExperts",
     "RMSNorm",
     "RecurrentLMU",
     "Retention",

@@ -27,6 +27,7 @@ _SIZES = {
     "pad_token_id": None,
 }
 _GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 20, "sliding_window": 5}
+_EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
 MODELS = {
     "gemma": {"head_dim": 8},
     "gemma2": _GEMMA | {"final_logit_softcapping": 5.0, "attn_logit_softcapping": 2.0},
@@ -39,6 +40,9 @@ MODELS = {
     "phi3": {"sliding_window": 6, "partial_rotary_factor": 0.75, "hidden_size": 32},
     "olmo2": {"num_key_value_heads": 4, "rope_theta": 500_000.0},
     "gpt_neox": {"rotary_pct": 0.25, "hidden_size": 32, "num_key_value_heads": None},
+    "mixtral": {"num_local_experts": 3, "intermediate_size": 16, "sliding_window": 7},
+    "qwen2_moe": _EXPERTS | {"shared_expert_intermediate_size": 12},
+    "qwen3_moe": _EXPERTS | {"mlp_only_layers": [0], "norm_topk_prob": True},
     "smollm3": {"no_rope_layer_interval": 2, "mlp_bias": True},
     "granite": {
         "attention_multiplier": 0.3,

@@ -26,6 +26,7 @@ from seqlab.models import (
     Mamba,
     Mamba2,
     MambaMixerStack,
+    MixtureOfExperts,
     RecurrentLMU,
     Retention,
     SelectiveMixer,
@@ -155,6 +156,7 @@ MIXERS = {
     "mamba_mixer_stack": marked(
         partial(
             MambaMixerStack,
+            MixtureOfExperts,
             depth=2,
             token_mixer=partial(SelectiveMixer, state_size=4),
             channel_mixer=partial(GroupedChannelMixer, groups=2),
@@ -207,6 +209,9 @@ MIXERS = {
     ),
     "swiglu": marked(partial(SwiGLU, activation="gelu_tanh", bias=True), "quick"),
     "mlp": marked(MLP, "quick"),
+    "mixture_of_experts": marked(
+        partial(MixtureOfExperts, hidden=8, experts=5, shared_hidden=8, shared_gate=True), "quick"
+    ),
 }
 
 MODELS = {

@@ -80,6 +80,15 @@ _PHI3: dict[str, Names] = _LLAMA | {
     "SwiGLU": {"gate_up": "gate_up_proj", "down": "down_proj"},
 }
 
+_MIXTRAL: dict[str, Names] = _LLAMA | {
+    "Block": _LLAMA["Block"] | {"channel_mixer": "block_sparse_moe"},
+    "MixtureOfExperts": {
+        "router": "gate",
+        "gate_up": ("experts.{}.w1.weight", "experts.{}.w3.weight"),
+        "down": "experts.{}.w2.weight",
+    },
+}
+
 _NEOX: dict[str, Names] = {
     "LanguageModel": {"embedding": "gpt_neox.embed_in", "backbone": "gpt_neox", "head": "embed_out"},
     "Backbone": {"blocks": "layers", "norm": "final_layer_norm"},
@@ -148,6 +157,7 @@ ARCHITECTURES: dict[str, dict[str, Names]] = {
     "fla": _FLA,
     "llama": _LLAMA,
     "gemma2": _GEMMA,
+    "mixtral": _MIXTRAL,
     "phi3": _PHI3,
     "neox": _NEOX,
     "lmuformer": _LMUFORMER,

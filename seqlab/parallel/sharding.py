@@ -32,6 +32,8 @@ Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 RULES: Rules = (
     (r"embedding\.weight$", ("tensor", "fsdp")),
     (r"(down|out|out_proj|dt_proj)\.weight$", ("tensor", "fsdp")),
+    (r"channel_mixer\.gate_up$", ("fsdp", "tensor")),  # of experts
+    (r"channel_mixer\.down$", ("tensor", "fsdp")),
     (r"\.weight$", ("fsdp", "tensor")),
 )
 

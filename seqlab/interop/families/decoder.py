@@ -7,7 +7,7 @@ import fiddle as fdl
 
 from seqlab.interop.families.keys import Keys
 from seqlab.interop.folder import PretrainedError
-from seqlab.models import Attention, Full, LanguageModel, RMSNorm, SwiGLU, Window
+from seqlab.models import Attention, Full, LanguageModel, MixtureOfExperts, RMSNorm, SwiGLU, Window
 from seqlab.models.layers import RotaryScaling
 
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -306,6 +306,14 @@ def described(model: LanguageModel) -> dict[str, Any]:
 def hidden_of(mixer: SwiGLU) -> int:
     """The hidden width."""
     return mixer.down.weight.shape[0]
+
+
+def mixture_of(model: LanguageModel) -> MixtureOfExperts:
+    """The first mixture of experts."""
+    for block in model.backbone.blocks:
+        if isinstance(block.channel_mixer, MixtureOfExperts):
+            return block.channel_mixer
+    raise PretrainedError("channel_mixer: this family has a MixtureOfExperts")
 
 
 def renamed(described: dict[str, Any], **names: str) -> dict[str, Any]:
