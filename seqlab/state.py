@@ -191,8 +191,7 @@ def save_state(state: State, path: str | os.PathLike[str], *, overwrite: bool = 
 
     if os.path.exists(path) and not overwrite:
         raise FileExistsError(f"{os.fspath(path)} exists: name another file, or give overwrite=True")
-    arrays = {name: np.ascontiguousarray(_storable(leaf)) for name, leaf in _named_leaves(state)}
-    dtypes = {name: str(leaf.dtype) for name, leaf in _named_leaves(state)}
+    arrays, dtypes = to_arrays(state)
     temporary = f"{os.fspath(path)}.tmp"
     save_file(arrays, temporary, metadata={"format": "seqlab.state.1", "dtypes": json.dumps(dtypes)})
     os.replace(temporary, path)
@@ -210,14 +209,32 @@ def load_state(path: str | os.PathLike[str], like: T) -> T:
     with safe_open(os.fspath(path), framework="numpy") as file:
         dtypes = json.loads(file.metadata()["dtypes"])
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+    return from_arrays(arrays, dtypes, like, os.fspath(path))
+
+
+def to_arrays(state: State) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The leaves of `state` by name, in dtypes that every reader knows, and their own dtypes."""
+    arrays = {name: np.ascontiguousarray(_storable(leaf)) for name, leaf in _named_leaves(state)}
+    return arrays, {name: str(leaf.dtype) for name, leaf in _named_leaves(state)}
+
+
+def from_arrays(
+    arrays: dict[str, np.ndarray], dtypes: dict[str, str], like: T, name: str, any_size: bool = False
+) -> T:
+    """The inverse of `to_arrays`, with the structure of `like`; `name` is used in errors. `any_size`: sizes
+    may differ from those of `like`, and are left to the caller to check.
+
+    Raises ValueError if a leaf is missing, unknown, or has another shape or dtype.
+    """
     named = _named_leaves(like)
-    wanted = {name for name, _ in named}
+    wanted = {leaf for leaf, _ in named}
     if wanted != arrays.keys():
         missing, extra = sorted(wanted - arrays.keys())[:3], sorted(arrays.keys() - wanted)[:3]
-        raise UserError(f"{path}: not a state of this model: missing {missing}, left over {extra}")
-    leaves = [jnp.asarray(arrays[name]).astype(dtypes[name]) for name, _ in named]
+        raise UserError(f"{name}: not a state of this model: missing {missing}, left over {extra}")
+    leaves = [jnp.asarray(arrays[leaf]).astype(dtypes[leaf]) for leaf, _ in named]
     state = jax.tree.unflatten(jax.tree.structure(like), leaves)
-    check_state(state, like, os.fspath(path))
+    if not any_size:
+        check_state(state, like, name)
     return state
 
 

@@ -6,6 +6,8 @@ displaced, and everything here is bookkeeping about rows.
 """
 
 import collections
+import dataclasses
+import inspect
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,34 +18,26 @@ import numpy as np
 
 from seqlab.checks import UserError, check_at_least, check_positive
 from seqlab.module import Module
+from seqlab.serving.parcel import pack, unpack
 from seqlab.serving.prefixes import PrefixStore
-from seqlab.serving.request import ENDLESS, Request, Settings
+from seqlab.serving.request import Busy, Request
 from seqlab.serving.rooms import Rooms
 from seqlab.serving.schedule import Job, Plan, Schedule
-from seqlab.serving.slots import BIASES, ENDS, Piece, Slots
+from seqlab.serving.settings import Checks
+from seqlab.serving.slots import Piece, Slots
 from seqlab.serving.worker import Worker
-from seqlab.streaming.generate import LogitsFunction, Prompt, check_values, room_left, streamable
+from seqlab.streaming.generate import LogitsFunction, Prompt, check_values, streamable
 from seqlab.streaming.programs import BLOCK_LIMIT, Drawn
 from seqlab.streaming.prompts import (
-    check_flag,
     check_function,
-    check_limits,
     check_number,
     check_tokenizer,
-    read_ends,
-    read_prompts,
 )
-from seqlab.streaming.sampling import check_sampling, is_integer, is_number
-from seqlab.streaming.states import Past, StreamState, adopted, check_seed
-from seqlab.streaming.stream import begin_text
+from seqlab.streaming.states import StreamState
 from seqlab.tokenizers import ByteTokenizer, Tokenizer
 
 PIECES = (16, 128)  # sizes in which prompts are read; each is compiled once
 _STEP_SECONDS = 0.03  # steps without prompts draw as many tokens per stream as take this long
-
-
-class Busy(RuntimeError):
-    """As many requests wait as the batcher allows: try again later."""
 
 
 class Batcher:
@@ -107,7 +101,8 @@ class Batcher:
         sizes = sorted(check_number("pieces", size, 1, 2**16) for size in pieces)
         if not sizes:
             raise UserError("pieces must have at least one size, got none")
-        self._steps, self._most_waiting = check_positive("steps", steps), waiting
+        check_positive("steps", steps)
+        self._most_waiting = waiting
         vocabulary = self.model.vocab_size
         self._top = check_number("top_logprobs", top_logprobs, 0, vocabulary)
         self._function = check_function("logits", logits)
@@ -122,6 +117,9 @@ class Batcher:
             top=self._top,
             function=self._function,
             values=self._values,
+        )
+        self._checks = Checks(
+            self.model, self.tokenizer, self._rooms, steps, self._top, self._function, self._values
         )
         self._block = 1
         self._inbox: collections.deque[Job] = collections.deque()
@@ -170,55 +168,81 @@ class Batcher:
         Raises:
           ValueError: an option out of range, by its name. Busy: too many requests wait.
         """
-        if len(self._inbox) + len(self._schedule.waiting) > self._most_waiting + self._schedule.rows:
-            raise Busy(f"{self._most_waiting} requests wait already")
+        self._check_open()
+        options = {
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "seed": seed,
+            "stop": stop,
+            "priority": priority,
+            "deadline": deadline,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "presence_penalty": presence_penalty,
+            "frequency_penalty": frequency_penalty,
+            "logit_bias": logit_bias,
+            "stop_tokens": stop_tokens,
+            "include_stop": include_stop,
+            "top_logprobs": top_logprobs,
+            "logits_values": logits_values,
+        }
+        own = None if state is None else self._checks.state(state)
+        settings = self._checks.settings(prompt, options, own)
+        text, spoken = self._checks.text(settings, settings.prompt, own)
+        if own is not None:
+            own = self._checks.with_room(own, settings)
+        return self._enqueue(Request(settings, text, spoken, self, own))
+
+    def hand_over(self, request: Request) -> bytes:
+        """Take a request out of this batcher, as bytes with which `receive` goes on in another one of the
+        same model and options, in this process or elsewhere. Here it ends as "handed over".
+
+        Raises ValueError for a request that has ended, or of another batcher.
+        """
+        with self._lock:
+            self._take_in()
+            jobs = [*self._schedule.running, *self._schedule.waiting]
+            job = next((job for job in jobs if job.owner is request), None)
+            if job is None:
+                raise UserError(f"request: it has ended ({request.finished}), or belongs to another batcher")
+            state = request._parked
+            if job in self._schedule.running and (job.read or request._settings.continued):
+                state = self._slots.take(self._slots.row_of(job))
+            data = pack(request._parcel(job.read, state))
+            self._release(job)
+            request._end("handed over")
+        return data
+
+    def receive(self, data: bytes) -> Request:
+        """Go on with a request that another batcher has handed over; its next token is the next one there.
+
+        Raises ValueError if `data` is not such a request, or of another model; Busy as `submit`.
+        """
+        self._check_open()
+        names = inspect.signature(self.submit).parameters.keys() - {"prompt", "state"}
+        parcel = unpack(data, names, self._rooms.fresh(0), self._values)
+        state = None if parcel.state is None else self._checks.state(parcel.state)
+        began = state if parcel.continued else None
+        settings = self._checks.settings(parcel.prompt, parcel.options, began, parcel.before)
+        read, drawn = parcel.read, parcel.drawn
+        steps = 0 if state is None else int(state.length[0])
+        if not 0 <= read <= len(settings.prompt) or drawn < 0 or steps != parcel.before + read + drawn:
+            raise UserError(f"data: {read} tokens read and {drawn} drawn do not lead to {steps} steps")
+        rest = settings.prompt if not drawn else settings.prompt[:0]
+        text, spoken = self._checks.text(settings, rest, state if drawn else began)
+        # Its answer so far is unknown here, so its states are of no prefix.
+        settings = dataclasses.replace(settings, continued=parcel.continued or drawn > 0)
+        request = Request(settings, text, spoken - drawn, self, state)
+        request.tokens = drawn
+        return self._enqueue(request, read)
+
+    def _check_open(self) -> None:
         if not self._accepting:
             raise Busy("the batcher is closed")
-        vocabulary, own = self.model.vocab_size, None
-        rows = read_prompts(prompt, self.tokenizer, vocabulary, fresh=state is None)
-        if len(rows) != 1:
-            raise UserError(f"prompt must be one prompt per request, got {len(rows)}")
-        if state is not None:
-            own = adopted(self.model, state)
-            if (batch := own.length.shape[0]) != 1:
-                raise UserError(f"state must be of one row, got {batch}")
-        sampling = check_sampling(
-            temperature,
-            top_k,
-            top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            logit_bias=logit_bias,
-            vocab_size=vocabulary,
-        )
-        limit = check_limits(max_tokens, 1)
-        ends = read_ends(stop, stop_tokens, self.tokenizer, 1, vocabulary)
-        _check_slots("logit_bias", sampling.bias_tokens, BIASES)
-        _check_slots("stop_tokens", ends.tokens, ENDS)
-        if seed is None:
-            seed = 0 if own is None else int(own.seed[0])
-        values = self._values if logits_values is None else logits_values
-        settings = Settings(
-            prompt=rows[0],
-            sampling=sampling,
-            ends=ends,
-            limit=int(limit[0]),
-            room=self._room(own, rows, limit),
-            seed=int(check_seed(seed, 1)[0]),
-            withhold=not check_flag("include_stop", include_stop),
-            top=check_number("top_logprobs", top_logprobs, 0, self._top),
-            values=check_values(self._function, values, 1, vocabulary),
-            state=own,
-        )
-        if not is_integer(priority):
-            raise UserError(f"priority must be an integer, got {priority!r}")
-        if deadline is not None and not (is_number(deadline) and deadline > 0):
-            raise UserError(f"deadline must be a positive number of seconds, or None, got {deadline!r}")
-        past = None if own is None else Past(*(np.asarray(part)[0] for part in own.past))
-        text, _ = begin_text(self.tokenizer, ends, settings.withhold, rows[0], past)
-        return self._enqueue(Request(settings, text, self, int(priority), deadline))
+        if len(self._inbox) + len(self._schedule.waiting) > self._most_waiting + self._schedule.rows:
+            raise Busy(f"{self._most_waiting} requests wait already")
 
     def _enqueue(self, request: Request, read: int = 0) -> Request:
         prompt = len(request._settings.prompt)
@@ -226,19 +250,6 @@ class Batcher:
         self._inbox.append(job)
         self._worker.wake()
         return request
-
-    def _room(self, state: StreamState | None, rows: list[np.ndarray], limit: np.ndarray) -> int:
-        room = int(room_left(self.model, state, rows, limit)[0])
-        if self._rooms.endless:
-            return room
-        used = len(rows[0]) + (0 if state is None else int(state.length[0]))
-        wanted = 0 if limit[0] == ENDLESS else int(limit[0])
-        if used + wanted > self._steps:
-            raise UserError(
-                f"prompt and max_tokens need {used + wanted} steps, but this batcher has room for streams of "
-                f"steps={self._steps}"
-            )
-        return min(room, self._steps - used)
 
     def warm_up(self) -> dict[str, float]:
         """Compile everything that requests can need; they compile nothing afterwards.
@@ -327,7 +338,7 @@ class Batcher:
     def _piece(self, job: Job, count: int) -> Piece:
         settings = job.owner._settings
         tokens = settings.prompt[job.read : job.read + count]
-        begins = job.read == 0 and settings.state is None
+        begins = job.read == 0 and not settings.continued
         return Piece(self._slots.row_of(job), tokens, begins, settings.seed)
 
     def _hand_out(self, jobs: list[Job], drawn: Drawn) -> list[Request]:
@@ -365,7 +376,7 @@ class Batcher:
         row = self._slots.claim(job, settings.sampling, settings.ends.tokens, settings.values)
         if self._shares(job) and not request.displaced:
             self._store.saw(settings.prompt)
-            if request._parked is not None:
+            if request.cached_tokens:
                 self._store.hit(job.read)
         if request._parked is not None:
             self._slots.place(row, request._parked, settings.seed)
@@ -402,7 +413,7 @@ class Batcher:
 
     def _shares(self, job: Job) -> bool:
         """Whether a stream began with its prompt, so that its states belong to prefixes of that."""
-        return bool(self._store) and job.owner._settings.state is None
+        return bool(self._store) and not job.owner._settings.continued
 
     def _stop(self, job: Job, count: int) -> int:
         return self._store.stop(job.owner._settings.prompt, job.read, count) if self._shares(job) else count
@@ -486,9 +497,3 @@ class Batcher:
             "prefix_tokens": self._store.tokens,
             "prefix_bytes": self._store.bytes,
         }
-
-
-def _check_slots(name: str, values: np.ndarray, most: int) -> None:
-    """Refuse a list of more tokens than the programs have places for."""
-    if values.shape[1] > most:
-        raise UserError(f"{name}: got more than the {most} tokens that a request of a batcher may name")

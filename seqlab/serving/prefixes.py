@@ -113,10 +113,12 @@ class PrefixStore:
         self.tokens += tokens
 
     def stop(self, prompt: np.ndarray, read: int, count: int) -> int:
-        """`count` tokens after the first `read` ones, or fewer, so that the last prefix worth keeping ends
-        there."""
-        places = [place for place in self._places(prompt) if read < place <= read + count]
-        return max(places, default=read + count) - read
+        """`count` tokens after the first `read` ones, or fewer, to end at a prefix worth keeping: the next
+        place where prompts part, or else the last of the others."""
+        ends = range(read + 1, read + count + 1)
+        parted = [place for place in self._partings(prompt) if place in ends]
+        places = [place for place in self._places(prompt) if place in ends]
+        return min(parted, default=max(places, default=read + count)) - read
 
     def wants(self, prompt: np.ndarray, read: int) -> bool:
         """Whether the state after `read` tokens of `prompt` should be put."""
@@ -162,12 +164,17 @@ class PrefixStore:
         """The lengths at which prefixes of `prompt` are worth keeping."""
         places = {len(prompt)} if len(prompt) >= _WORTH else set()
         if not self._cuts:
-            places.update(range(self._stride, len(prompt), self._stride))
-            node, matched = self._walk(prompt)
-            while node is not None:
-                if node.parted and node.depth <= matched:
-                    places.add(node.depth)
-                node = node.parent
+            places.update(range(self._stride, len(prompt), self._stride), self._partings(prompt))
+        return places
+
+    def _partings(self, prompt: np.ndarray) -> list[int]:
+        """The lengths at which other prompts have parted from `prompt`, if states must be kept there."""
+        node, matched = self._walk(prompt)
+        places = []
+        while node is not None and not self._cuts:
+            if node.parted and node.depth <= matched:
+                places.append(node.depth)
+            node = node.parent
         return places
 
     def _walk(self, tokens: np.ndarray) -> tuple[_Node, int]:

@@ -2,7 +2,6 @@
 
 import asyncio
 import collections
-import dataclasses
 import math
 import threading
 import time
@@ -11,33 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from seqlab.streaming.prompts import Ends
-from seqlab.streaming.sampling import Sampling
-from seqlab.streaming.states import StreamState
+from seqlab.serving.parcel import Parcel
+from seqlab.serving.settings import Settings
+from seqlab.streaming.states import RECENT, StreamState
 from seqlab.streaming.stream import Token
 from seqlab.streaming.text import RowText
 
-ENDLESS = np.iinfo(np.int64).max  # the number of tokens of a stream without `max_tokens`
 
-
-@dataclasses.dataclass
-class Settings:
-    """The checked settings of a request; arrays have one row.
-
-    `prompt` [t]: token ids. `limit`: tokens at most. `room`: tokens that caches can hold after the prompt.
-    `state`: of a stream that goes on, of one row. `values`: of the batcher's `logits` function.
-    """
-
-    prompt: np.ndarray
-    sampling: Sampling
-    ends: Ends
-    limit: int
-    room: int
-    seed: int
-    withhold: bool
-    top: int
-    values: Any
-    state: StreamState | None = None
+class Busy(RuntimeError):
+    """As many requests wait as the batcher allows: try again later."""
 
 
 class Request:
@@ -58,14 +39,14 @@ class Request:
     """
 
     def __init__(
-        self, settings: Settings, text: RowText, batcher: Any, priority: int, deadline: float | None
+        self, settings: Settings, text: RowText, spoken: int, batcher: Any, state: StreamState | None
     ):
-        self._settings, self._text, self._batcher = settings, text, batcher
-        self.priority, self.deadline = priority, deadline
+        self._settings, self._text, self._spoken, self._batcher = settings, text, spoken, batcher
+        self.priority, self.deadline = settings.priority, settings.deadline
         self.prompt_tokens, self.tokens, self.cached_tokens, self.displaced = len(settings.prompt), 0, 0, 0
         self.finished: str | None = None
         self.submitted, self.first, self.last = time.monotonic(), None, None
-        self._parked: StreamState | None = settings.state  # of a stream without a row
+        self._parked = state  # of a stream without a row
         self._stop_set = set(settings.ends.tokens[0].tolist()) - {-1}
         self._queue: collections.deque[Token] = collections.deque()
         self._changed = threading.Condition()
@@ -127,15 +108,29 @@ class Request:
     def _wait(self, until: float | None) -> None:
         """Until something has changed, or work for the batcher's step if no thread runs it."""
         if not self._batcher.started:
-            if not self._queue and self.finished is None:
-                self._batcher.step()
+            self._batcher.step()
         else:
             with self._changed:
-                self._changed.wait_for(lambda: self._queue or self.finished is not None, 0.1)
+                if self.finished is None:
+                    self._changed.wait(0.1)  # a change may have come before: look again
         if until is not None and time.monotonic() > until and self.finished is None:
             raise TimeoutError(f"request is not finished after {self.tokens} tokens")
 
     # Called by the batcher only.
+
+    def _parcel(self, read: int, state: StreamState | None) -> Parcel:
+        """What another batcher needs to go on, after `read` tokens of the prompt."""
+        settings, before, late = self._settings, 0, None
+        if self.deadline is not None:
+            late = max(1e-3, self.submitted + self.deadline - time.monotonic())
+        if state is not None:
+            before = int(state.length[0]) - read - self.tokens
+            spoken = min(self._spoken + self.tokens, RECENT) if read == self.prompt_tokens else 0
+            marks = {"spoken": spoken, "held": self._text.held}
+            past = state.past._replace(**{name: np.full(1, n, np.int32) for name, n in marks.items()})
+            state = state._replace(past=past)
+        options = settings.options | {"deadline": late}
+        return Parcel(settings.prompt, options, read, self.tokens, before, settings.continued, state)
 
     def _draw(self, token: int, logprob: float, sampled: float, top: tuple[tuple[int, float], ...]) -> None:
         """Hand out a drawn token, and end where it ends the stream."""

@@ -168,7 +168,8 @@ def stream_generate(
     )
     limits = check_limits(max_tokens, count)
     if state is not None:
-        state = state._replace(model=as_mixer(model).make_room(state.model, _coming(rows, limits)))
+        state = state._replace(model=as_mixer(model).make_room(state.model, coming_steps(rows, limits)))
+    before = 0 if state is None else np.asarray(state.length, np.int64)
     setup = Setup(
         model=model,
         rows=rows,
@@ -176,7 +177,7 @@ def stream_generate(
         seeds=seeds,
         sampling=sampling,
         limits=limits,
-        room=room_left(model, state, rows, limits),
+        room=room_left(model, before, rows, limits),
         ends=read_ends(stop, stop_tokens, tokenizer, count, vocabulary),
         withhold=not check_flag("include_stop", include_stop),
         tokenizer=tokenizer,
@@ -286,7 +287,7 @@ def _rows_of(state: StreamState, rows: list[np.ndarray]) -> list[np.ndarray]:
     return rows
 
 
-def _coming(rows: list[np.ndarray], limits: np.ndarray) -> np.ndarray:
+def coming_steps(rows: list[np.ndarray], limits: np.ndarray) -> np.ndarray:
     """The steps of a turn per row: of its prompt, and of its answer if limited."""
     endless = limits == np.iinfo(np.int64).max
     steps = np.asarray([len(row) for row in rows], np.int64) + np.where(endless, 0, limits)
@@ -294,13 +295,11 @@ def _coming(rows: list[np.ndarray], limits: np.ndarray) -> np.ndarray:
 
 
 def room_left(
-    model: Module, state: StreamState | None, rows: list[np.ndarray], limits: np.ndarray
+    model: Module, before: np.ndarray | int, rows: list[np.ndarray], limits: np.ndarray
 ) -> np.ndarray:
-    """The number of tokens each row can still hold after its prompt: positions are int32, and caches
-    bounded."""
-    used = np.asarray([len(row) for row in rows], np.int64)
-    if state is not None:
-        used = used + np.asarray(state.length, np.int64)
+    """The number of tokens each row can still hold after `before` [b] steps and its prompt: positions are
+    int32, and caches bounded."""
+    used = np.asarray([len(row) for row in rows], np.int64) + before
     if (used > _POSITIONS).any():
         row = int(np.argmax(used))
         raise UserError(
