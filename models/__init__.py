@@ -21,7 +21,7 @@ from seqlab.models.linear_memory.linear_attention import (
     Retention,
     SimpleGatedLinearAttention,
 )
-from seqlab.models.local import CausalPooling, CausalWavelets
+from seqlab.models.local import CausalPooling, CausalWavelets, GatedShortConv
 from seqlab.models.mixture import MixtureOfExperts
 from seqlab.models.sequence_model import SequenceModel
 from seqlab.models.state_space.mamba import Mamba
@@ -50,6 +50,7 @@ __all__ = [
     "Full",
     "GatedDeltaNet",
     "GatedLinearAttention",
+    "GatedShortConv",
     "GroupedChannelMixer",
     "Identity",
     "KimiDeltaAttention",

@@ -47,6 +47,7 @@ class Attention(Module):
         k_{t-w+1+j}), which makes mean keys of blocks more informative (FlashMoBA, arXiv 2511.11571).
       sink: a logit without a value, which takes weight from the keys: "zero" (softmax-off-by-one) or
         "learned", one per head.
+      gate: multiply the heads' outputs by sigmoid(W x) (Qwen3-Next, arXiv 2505.06708).
       bias, out_bias: biases of the projections into and out of the heads.
 
     The state is the policy's: of a full cache `kv_heads * (head_dim + v_head_dim)` numbers per stored key,
@@ -58,7 +59,11 @@ class Attention(Module):
     """
 
     causal, lookahead = True, 0
-    torch_names: ClassVar = {"qkv": ("q_proj", "k_proj", "v_proj"), "out": "o_proj"}
+    torch_names: ClassVar = {
+        "qkv": ("q_proj", "k_proj", "v_proj"),
+        "out_gate": "gate_proj",
+        "out": "o_proj",
+    }
 
     def __init__(
         self,
@@ -79,6 +84,7 @@ class Attention(Module):
         norm_offset: float = 0.0,
         key_conv: int | None = None,
         sink: str | None = None,
+        gate: bool = False,
         bias: bool = False,
         out_bias: bool = False,
         out_scale: float = 1.0,
@@ -106,7 +112,9 @@ class Attention(Module):
         self.sink = sink
         sizes = heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.v_head_dim
         self.qkv = Linear(dim, sum(sizes), bias=bias, rngs=rngs)
-        self.out = Linear(heads * self.v_head_dim, dim, bias=out_bias, scale=out_scale, rngs=rngs)
+        values = heads * self.v_head_dim
+        self.out_gate = Linear(dim, values, bias=bias, rngs=rngs) if gate else None
+        self.out = Linear(values, dim, bias=out_bias, scale=out_scale, rngs=rngs)
         check_choice(qk_norm, (False, True, "head", "width"), "qk_norm")
         widths = sizes[:2] if qk_norm == "width" else (self.head_dim, self.head_dim)
         self.q_norm, self.k_norm = (
@@ -146,7 +154,8 @@ class Attention(Module):
         valid: Steps | None = None,
     ) -> tuple[Activations, State | None]:
         cache, conv = (state, None) if self.key_conv is None or state is None else state
-        q, k, v, conv = self.project(mask_steps(x, valid), conv, reset, valid)
+        x = mask_steps(x, valid)
+        q, k, v, conv = self.project(x, conv, reset, valid)
         if cache is not None:
             self.cache.check(cache)
         if x.shape[1] == 0:  # an empty chunk
@@ -159,7 +168,7 @@ class Attention(Module):
 
         qkv = (q, k, v)
         (out, lse), new = attend(qkv, cache) if reset is None else sealed(attend, qkv, cache, reset, valid)
-        y = mask_steps(self.read_out(self.without_sink(out, lse)), valid)
+        y = mask_steps(self.read_out(self.without_sink(out, lse), x), valid)
         return y, (new if conv is None else KeyConvState(new, conv))
 
     def project(
@@ -190,9 +199,10 @@ class Attention(Module):
         z = 0.0 if self.sink_logits is None else self.sink_logits[...].astype(lse.dtype)
         return out * jax.nn.sigmoid(lse - z)[..., None].astype(out.dtype)
 
-    def read_out(self, heads: Float[Array, "b t h v"]) -> Activations:
-        """The output projection of the heads' outputs."""
-        return self.out(rearrange(heads, "b t h v -> b t (h v)"))
+    def read_out(self, heads: Float[Array, "b t h v"], x: Activations) -> Activations:
+        """The output projection of the heads' outputs, gated by the input `x`."""
+        y = rearrange(heads, "b t h v -> b t (h v)")
+        return self.out(y if self.out_gate is None else y * jax.nn.sigmoid(self.out_gate(x)))
 
     def rotary(self, x: Float[Array, "b t h k"], positions: Int[Array, "b t"]) -> Float[Array, "b t h k"]:
         """Queries or keys, rotated by their positions."""

@@ -161,5 +161,5 @@ def _heads_of(block: Block, x: Float[Array, "b t d"], limits: dict[str, Any]) ->
 
 
 def _rest_of(block: Block, x: Float[Array, "b t d"], heads: Float[Array, "b t h k"]) -> Float[Array, "b t d"]:
-    x = x + block.mixer.read_out(heads)
+    x = x + block.mixer.read_out(heads, block.mixer_norm(x))
     return x if block.channel_mixer is None else x + block.channel_mixer(block.channel_norm(x))[0]

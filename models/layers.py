@@ -110,15 +110,27 @@ class Identity(Module):
 
 class RMSNorm(Module):
     """x / sqrt(mean(x^2) + eps) * (offset + weight) over the last axis (Zhang and Sennrich, arXiv
-    1910.07467). Gemma's has the offset 1 (arXiv 2403.08295): weight decay then pulls the factor to 1."""
+    1910.07467). Gemma's has the offset 1 (arXiv 2403.08295): weight decay then pulls the factor to 1. With
+    `weighted=False` there is no such factor."""
 
-    def __init__(self, dim: int, *, eps: float = 1e-5, offset: float = 0.0, rngs: nnx.Rngs | None = None):
-        self.weight = nnx.Param(jnp.full((check_positive("dim", dim),), 1.0 - offset))
+    def __init__(
+        self,
+        dim: int,
+        *,
+        eps: float = 1e-5,
+        offset: float = 0.0,
+        weighted: bool = True,
+        rngs: nnx.Rngs | None = None,
+    ):
+        size = (check_positive("dim", dim),)
+        self.weight = nnx.Param(jnp.full(size, 1.0 - offset)) if weighted else None
         self.eps, self.offset = eps, offset
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         wide = x.astype(accumulator(x.dtype))
         y = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        if self.weight is None:
+            return y.astype(x.dtype)
         weight = self.weight[...].astype(y.dtype)
         return (y * (weight + self.offset if self.offset else weight)).astype(x.dtype)
 

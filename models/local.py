@@ -1,8 +1,8 @@
-"""Local mixers of sequences: PoolFormer's pooling and WaveMix's wavelets in one dimension, causal, so that
-they stream.
+"""Local mixers of sequences: a gated short convolution, and PoolFormer's pooling and WaveMix's wavelets in
+one dimension.
 
-These forms are not published: they are the image mixers (`seqlab.models.images`) made causal, under the
-streaming contract.
+The last two are not published in this form: they are the image mixers (`seqlab.models.images`) made causal,
+so that they stream.
 """
 
 import math
@@ -15,10 +15,52 @@ from jaxtyping import Array, Float
 
 from seqlab import kernels
 from seqlab.checks import check_positive
-from seqlab.models.layers import ACTIVATIONS, Linear
+from seqlab.models.layers import ACTIVATIONS, Linear, ShortConv
 from seqlab.module import Module
 from seqlab.shapes import Activations, Steps
 from seqlab.state import State, mask_steps
+
+
+class GatedShortConv(Module):
+    """A short causal convolution between two gates that depend on the input.
+
+        B, C, u = in_proj(x);  y = out_proj(C * conv(B * u))
+
+    Args:
+      width: taps of the convolution.
+      bias: biases of the projections and of the convolution.
+
+    The state is the last width - 1 values of B * u.
+
+    Source: LFM2 (arXiv 2511.23404).
+
+    Pitfalls:
+      The convolution has no activation. It sees `width` steps: models alternate it with attention.
+    """
+
+    causal, lookahead, exact = True, 0, True
+
+    def __init__(
+        self, dim: int, *, width: int = 3, bias: bool = False, out_scale: float = 1.0, rngs: nnx.Rngs
+    ):
+        self.dim = check_positive("dim", dim)
+        self.in_proj = Linear(dim, 3 * dim, bias=bias, rngs=rngs)
+        self.conv = ShortConv(dim, width=width, bias=bias, activation=None, rngs=rngs)
+        self.out_proj = Linear(dim, dim, bias=bias, scale=out_scale, rngs=rngs)
+
+    def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "b p d"]:
+        return self.conv.init_state(batch, dtype)
+
+    def __call__(
+        self,
+        x: Activations,
+        state: State | None = None,
+        reset: Steps | None = None,
+        valid: Steps | None = None,
+    ) -> tuple[Activations, State | None]:
+        before, after, u = jnp.split(self.in_proj(mask_steps(x, valid)), 3, axis=-1)
+        y, state = self.conv(before * u, state, reset, valid)
+        return mask_steps(self.out_proj(after * y), valid), state
 
 
 class PoolingState(NamedTuple):

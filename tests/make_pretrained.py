@@ -26,9 +26,64 @@ _SIZES = {
     "eos_token_id": 1,
     "pad_token_id": None,
 }
+ABSENT = object()
+_RECURRENT = dict.fromkeys(("num_attention_heads", "num_key_value_heads", "max_position_embeddings"), ABSENT)
+_MAMBA2 = {
+    "hidden_size": 16,
+    "mamba_n_heads": 4,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 6,
+    "mamba_expand": 1,
+    "mamba_chunk_size": 5,
+}
+_FACTORS = {
+    "attention_multiplier": 0.3,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 8.0,
+}
 _GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 20, "sliding_window": 5}
 _EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
 MODELS = {
+    "bamba": _MAMBA2 | {"num_hidden_layers": 2, "attn_layer_indices": [1], "head_dim": 8},
+    "falcon_mamba": _RECURRENT | {"state_size": 6, "intermediate_size": 24, "expand": 1},
+    "jamba": {
+        "num_experts": 3,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 8,
+        "hidden_size": 16,
+        "num_hidden_layers": 4,
+        "attn_layer_period": 3,
+        "attn_layer_offset": 1,
+        "mamba_d_state": 6,
+        "mamba_expand": 1,
+        "use_mamba_kernels": False,
+    },
+    "granitemoehybrid": _MAMBA2
+    | _FACTORS
+    | {
+        "layer_types": ["mamba", "attention"],
+        "num_local_experts": 3,
+        "intermediate_size": 8,
+        "shared_intermediate_size": 12,
+    },
+    "lfm2": {
+        "num_hidden_layers": 3,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "block_auto_adjust_ff_dim": False,
+        "conv_bias": True,
+    },
+    "qwen3_next": _EXPERTS
+    | {
+        "hidden_size": 16,
+        "head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 6,
+        "linear_value_head_dim": 3,
+        "shared_expert_intermediate_size": 6,
+    },
     "gemma": {"head_dim": 8},
     "gemma2": _GEMMA | {"final_logit_softcapping": 5.0, "attn_logit_softcapping": 2.0},
     "gemma3_text": _GEMMA
@@ -44,23 +99,18 @@ MODELS = {
     "qwen2_moe": _EXPERTS | {"shared_expert_intermediate_size": 12},
     "qwen3_moe": _EXPERTS | {"mlp_only_layers": [0], "norm_topk_prob": True},
     "smollm3": {"no_rope_layer_interval": 2, "mlp_bias": True},
-    "granite": {
-        "attention_multiplier": 0.3,
-        "embedding_multiplier": 12.0,
-        "residual_multiplier": 0.22,
-        "logits_scaling": 8.0,
-        "mlp_bias": True,
-    },
+    "granite": _FACTORS | {"mlp_bias": True},
 }
 
 
 def make(name: str) -> None:
     """Write the folder of one model."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model(name, **_SIZES | MODELS[name])
+    options = {key: value for key, value in (_SIZES | MODELS[name]).items() if value is not ABSENT}
+    config = AutoConfig.for_model(name, **options)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for part, value in model.named_parameters():
@@ -68,12 +118,8 @@ def make(name: str) -> None:
             value.copy_((value if near_one else 0.0) + 0.25 * torch.randn_like(value))
         tokens = torch.randint(0, config.vocab_size, (2, 16))
         logits = model(tokens, use_cache=False).logits
-        first = model(tokens[:, :7], use_cache=True)
-        pieces, cache = [first.logits], first.past_key_values
-        for i in range(7, 16):
-            step = model(tokens[:, i : i + 1], past_key_values=cache, use_cache=True)
-            pieces.append(step.logits)
-            cache = step.past_key_values
+        cache, chunks = DynamicCache(config=config), (tokens[:, :7], *tokens[:, 7:].split(1, dim=1))
+        pieces = [model(chunk, cache=cache, use_cache=True).logits for chunk in chunks]
     apart = (torch.cat(pieces, dim=1) - logits).abs().max().item()
     print(f"{name}: largest logit {logits.abs().max().item():.2f}, cached decode within {apart:.1e}")
     folder = FOLDER / name

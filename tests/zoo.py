@@ -17,6 +17,7 @@ from seqlab.models import (
     Full,
     GatedDeltaNet,
     GatedLinearAttention,
+    GatedShortConv,
     GroupedChannelMixer,
     KimiDeltaAttention,
     LanguageModel,
@@ -81,7 +82,9 @@ def lmuformer(dim, *, rngs, **options):
 MIXERS = {
     "attention": partial(Attention, heads=4, cache=Full(64)),
     "attention_gqa_norm": marked(
-        partial(Attention, heads=4, kv_heads=2, head_dim=6, qk_norm=True, bias=True, cache=Full(64)),
+        partial(
+            Attention, heads=4, kv_heads=2, head_dim=6, qk_norm=True, gate=True, bias=True, cache=Full(64)
+        ),
         "quick",
         "devices",
     ),
@@ -130,7 +133,9 @@ MIXERS = {
     "moba": partial(Attention, heads=4, kv_heads=2, cache=MoBA(4, 3, capacity=64)),
     "moba_stored": partial(Attention, heads=2, cache=MoBA(4, 3, None, stored=4), key_conv=3),
     "mamba": marked(partial(Mamba, state_size=4), "quick", "devices"),
-    "mamba_wide_conv": partial(Mamba, state_size=3, conv_width=6, expand=1, bias=True),
+    "mamba_wide_conv": partial(
+        Mamba, state_size=3, conv_width=6, expand=1, bias=True, selection_norm="weighted"
+    ),
     "mamba2": marked(partial(Mamba2, head_dim=8, state_size=6, groups=2, dt_limit=(0.02, 0.5)), "quick"),
     "mamba2_variant": partial(
         Mamba2, head_dim=4, state_size=3, norm="norm_first", norm_groups=1, channel_skip=True, ssm_channels=24
@@ -209,6 +214,7 @@ MIXERS = {
     ),
     "swiglu": marked(partial(SwiGLU, activation="gelu_tanh", bias=True), "quick"),
     "mlp": marked(MLP, "quick"),
+    "gated_short_conv": marked(partial(GatedShortConv, bias=True), "quick"),
     "mixture_of_experts": marked(
         partial(MixtureOfExperts, hidden=8, experts=5, shared_hidden=8, shared_gate=True), "quick"
     ),

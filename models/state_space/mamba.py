@@ -10,8 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from seqlab import kernels
-from seqlab.checks import check_positive
-from seqlab.models.layers import Linear, ShortConv, step_size_bias
+from seqlab.checks import check_choice, check_positive
+from seqlab.models.layers import Linear, RMSNorm, ShortConv, step_size_bias
 from seqlab.module import Module
 from seqlab.shapes import Activations, Steps, accumulator
 from seqlab.state import State, mask_steps
@@ -42,6 +42,8 @@ class Selective(Module):
         state_size: int,
         conv_width: int | None,
         conv_bias: bool,
+        selection_norm: str | None = None,
+        norm_eps: float = 1e-6,
         rngs: nnx.Rngs,
     ):
         self.inner, self.state_size, self.dt_rank = (
@@ -59,6 +61,12 @@ class Selective(Module):
             jnp.broadcast_to(jnp.log(jnp.arange(1.0, state_size + 1)), (inner, state_size))
         )
         self.D = nnx.Param(jnp.ones((inner,)))
+        if selection_norm is not None:
+            check_choice(selection_norm, ("plain", "weighted"), "selection_norm")
+        self.dt_norm, self.b_norm, self.c_norm = (
+            RMSNorm(size, eps=norm_eps, weighted=selection_norm == "weighted") if selection_norm else None
+            for size in (dt_rank, state_size, state_size)
+        )
 
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32) -> MambaState:
         ssm = jnp.zeros((batch, self.inner, self.state_size), accumulator(dtype))
@@ -72,6 +80,8 @@ class Selective(Module):
         conv, ssm = (None, None) if state is None else state
         c, conv = (a, conv) if self.conv is None else self.conv(a, conv, reset, valid)
         rank, B, C = jnp.split(self.x_proj(c), [self.dt_rank, self.dt_rank + self.state_size], axis=-1)
+        if self.dt_norm is not None:
+            rank, B, C = self.dt_norm(rank), self.b_norm(B), self.c_norm(C)
         wide = accumulator(a.dtype)  # step sizes and decays are float32 whatever the compute dtype
         delta = jax.nn.softplus(
             rank.astype(wide) @ self.dt_proj.weight[...].astype(wide) + self.dt_proj.bias[...].astype(wide)
@@ -87,6 +97,10 @@ class Mamba(Selective):
 
         a, z = in_proj(x);  c = silu(conv(a));  r, B, C = x_proj(c);  Δ = softplus(dt_proj(r))
         h_t = exp(Δ_t A) h_{t-1} + Δ_t c_t B_t;  y_t = C_t h_t + D c_t;  out_proj(y * silu(z))
+
+    Args:
+      selection_norm: RMS norms (with `norm_eps`) of r, B and C: "plain" (Falcon-Mamba, arXiv 2410.05355),
+        "weighted" (Jamba, arXiv 2403.19887), or None.
 
     The state transition is exact, the input map is Euler's (Δ B), as in the published code; a chunk continues
     the scan from its state, whatever its length.
@@ -109,6 +123,8 @@ class Mamba(Selective):
         dt_rank: int | None = None,
         conv_bias: bool = True,
         bias: bool = False,
+        selection_norm: str | None = None,
+        norm_eps: float = 1e-6,
         out_scale: float = 1.0,
         rngs: nnx.Rngs,
     ):
@@ -121,6 +137,8 @@ class Mamba(Selective):
             state_size=state_size,
             conv_width=conv_width,
             conv_bias=conv_bias,
+            selection_norm=selection_norm,
+            norm_eps=norm_eps,
             rngs=rngs,
         )
         self.out_proj = Linear(inner, dim, bias=bias, scale=out_scale, rngs=rngs)

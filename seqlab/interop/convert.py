@@ -35,6 +35,7 @@ Names = Mapping[str, str | tuple[str, ...] | list[str] | Mapping[str, str]]
 LAYOUTS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]] = {
     "[out, in]": (np.transpose, np.transpose),
     "[d, 1, w]": (lambda w: w[:, 0].T, lambda w: w.T[:, None]),  # a depthwise Conv1d
+    "[e, out, in]": (lambda w: w.swapaxes(1, 2), lambda w: w.swapaxes(1, 2)),  # several linear maps
     "[out, in, w]": (lambda w: w.transpose(2, 1, 0), lambda w: w.transpose(2, 1, 0)),  # a Conv1d
     "[out, in, h, w]": (lambda w: w.transpose(2, 3, 1, 0), lambda w: w.transpose(3, 2, 0, 1)),  # a Conv2d
     # A ConvTranspose2d.
@@ -87,6 +88,50 @@ _MIXTRAL: dict[str, Names] = _LLAMA | {
         "gate_up": ("experts.{}.w1.weight", "experts.{}.w3.weight"),
         "down": "experts.{}.w2.weight",
     },
+}
+
+_JAMBA: dict[str, Names] = _LLAMA | {
+    "Backbone": {"blocks": "layers", "norm": "final_layernorm"},
+    "Block": {
+        "mixer_norm": "input_layernorm",
+        "mixer": {"Attention": "self_attn", "Mamba": "mamba", "Mamba2": "mamba"},
+        "channel_norm": "pre_ff_layernorm",
+        "channel_mixer": "feed_forward",
+    },
+    "Mamba": {"dt_norm": "dt_layernorm", "b_norm": "b_layernorm", "c_norm": "c_layernorm"},
+    "MixtureOfExperts": {"router": "router"},
+}
+
+_GRANITE_HYBRID: dict[str, Names] = _LLAMA | {
+    "Block": _LLAMA["Block"]
+    | {
+        "mixer": {"Attention": "self_attn", "Mamba2": "mamba"},
+        "channel_mixer": {"SwiGLU": "shared_mlp", "MixtureOfExperts": ""},
+    },
+    "SwiGLU": {"gate_up": "input_linear", "down": "output_linear"},
+    "MixtureOfExperts": {
+        "router": "block_sparse_moe.router.layer",
+        "gate_up": "block_sparse_moe.input_linear.weight",
+        "down": "block_sparse_moe.output_linear.weight",
+        "shared": "shared_mlp",
+    },
+}
+
+_LFM2: dict[str, Names] = _LLAMA | {
+    "Backbone": {"blocks": "layers", "norm": "embedding_norm"},
+    "Block": {
+        "mixer_norm": "operator_norm",
+        "mixer": {"Attention": "self_attn", "GatedShortConv": "conv"},
+        "channel_norm": "ffn_norm",
+        "channel_mixer": "feed_forward",
+    },
+    "Attention": {"out": "out_proj", "q_norm": "q_layernorm", "k_norm": "k_layernorm"},
+    "SwiGLU": {"gate_up": ("w1", "w3"), "down": "w2"},
+}
+
+_QWEN3_NEXT: dict[str, Names] = _LLAMA | {
+    "Block": _LLAMA["Block"] | {"mixer": {"Attention": "self_attn", "GatedDeltaNet": "linear_attn"}},
+    "GatedDeltaNet": {"norm": "norm", "out": "out_proj"},
 }
 
 _NEOX: dict[str, Names] = {
@@ -155,11 +200,15 @@ ARCHITECTURES: dict[str, dict[str, Names]] = {
     "mamba": _MAMBA,
     "mamba2": _MAMBA,
     "fla": _FLA,
+    "granitemoehybrid": _GRANITE_HYBRID,
+    "jamba": _JAMBA,
+    "lfm2": _LFM2,
     "llama": _LLAMA,
     "gemma2": _GEMMA,
     "mixtral": _MIXTRAL,
     "phi3": _PHI3,
     "neox": _NEOX,
+    "qwen3_next": _QWEN3_NEXT,
     "lmuformer": _LMUFORMER,
     "poolformer": _poolformer(),
     "metaformer_ppaa": _poolformer(positions=(2, 3)),
@@ -308,11 +357,13 @@ def _walk(
             for name in ((listed,) if isinstance(listed, str) else listed)
         )
         if isinstance(value, nnx.Param | nnx.BatchStat):
-            stack = stacks.get(attribute)
-            if stack is not None:
+            stack, layout = stacks.get(attribute), layouts.get(attribute)
+            if stack is not None and "{}" not in joined[0]:  # published in one tensor
+                stack, layout = None, "[e, out, in]"
+            elif stack is not None:
                 joined = tuple(name.replace("{}", str(i)) for i in range(stack) for name in joined)
             own = all_sizes.get(attribute, sizes)
-            yield _Source(ours + attribute, joined, layouts.get(attribute), own, stack)
+            yield _Source(ours + attribute, joined, layout, own, stack)
         elif isinstance(value, nnx.List) and isinstance(listed, list):
             # Further names belong to larger models.
             for i, (item, name) in enumerate(zip(value, joined[: len(value)], strict=True)):

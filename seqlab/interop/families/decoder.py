@@ -33,6 +33,7 @@ def language_model(
     head_dim: int | None = None,
     attention: Mapping[str, Any] | None = None,
     layers: Sequence[Mapping[str, Any]] | None = None,
+    others: Sequence[fdl.Config | None] | None = None,
     channel_mixer: fdl.Config | tuple[fdl.Config, ...] | None = None,
     norm: fdl.Config | None = None,
     model: Mapping[str, Any] | None = None,
@@ -49,6 +50,7 @@ def language_model(
       head_dim: its default; None for hidden_size / num_attention_heads.
       attention: further options of all mixers. Without rotary options the common ones are read.
       layers: further options of every layer's mixer.
+      others: mixers of layers that are no attention; None where a layer is.
       channel_mixer: in place of SwiGLU.
       norm: in place of RMSNorm, whose eps is read here.
       model: further options of the model.
@@ -67,6 +69,8 @@ def language_model(
     for window, own in zip(windows, layers or [{}] * len(windows), strict=True):
         cache = fdl.Config(Full, capacity=longest) if window is None else fdl.Config(Window, window)
         mixers.append(fdl.copy_with(shared, cache=cache, **options | own))
+    mixers = [other or mixer for other, mixer in zip(others or [None] * len(mixers), mixers, strict=True)]
+    own = {"tie_embeddings": keys.flag("tie_word_embeddings", defaults.get("tie_word_embeddings", False))}
     return fdl.Partial(
         LanguageModel,
         vocab_size=keys.size("vocab_size", defaults["vocab_size"]),
@@ -75,9 +79,8 @@ def language_model(
         mixers=alike(mixers),
         channel_mixer=channel_mixer or swiglu(keys, defaults),
         norm=norm,
-        tie_embeddings=keys.flag("tie_word_embeddings", defaults.get("tie_word_embeddings", False)),
         trained_length=longest,
-        **model or {},
+        **own | dict(model or {}),
     )
 
 

@@ -21,10 +21,15 @@ IRRELEVANT = (  # initialisation, implementation options, and leftovers of conve
 
 def from_config(keys: Keys) -> fdl.Config:
     """The config of the model for a config.json."""
+    return language_model(keys, mixer_of(keys), vocab_size=50_280, dim=768, depth=32, tied=True)
+
+
+def mixer_of(keys: Keys, **options: Any) -> fdl.Config:
+    """The config of the mixers, with further options."""
     dim = keys.size("hidden_size", 768)
     inner = keys.size("intermediate_size", keys.size("expand", 2) * dim)
     rank = keys.get("time_step_rank", "auto")
-    mixer = fdl.Partial(
+    return fdl.Partial(
         Mamba,
         expand=whole("intermediate_size", inner, dim),
         state_size=keys.size("state_size", 16),
@@ -32,8 +37,8 @@ def from_config(keys: Keys) -> fdl.Config:
         dt_rank=None if rank == "auto" else keys.size("time_step_rank"),
         conv_bias=keys.flag("use_conv_bias", True),
         bias=keys.flag("use_bias", False),
+        **options,
     )
-    return language_model(keys, mixer, vocab_size=50_280, dim=768, depth=32, tied=True)
 
 
 def to_config(model: LanguageModel) -> dict[str, Any]:

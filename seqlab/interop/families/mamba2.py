@@ -34,7 +34,7 @@ def from_config(keys: Keys) -> fdl.Config:
         state_size=keys.size("state_size", 128),
         groups=keys.size("n_groups", 8),
         conv_width=keys.size("conv_kernel", 4),
-        dt_limit=_limit(keys.get("time_step_limit")),
+        dt_limit=limit(keys.get("time_step_limit")),
         conv_bias=keys.flag("use_conv_bias", True),
         bias=keys.flag("use_bias", False),
         norm_eps=keys.number("layer_norm_epsilon", 1e-5),
@@ -53,7 +53,7 @@ def to_config(model: LanguageModel) -> dict[str, Any]:
         "expand": first.inner // first.dim,
         "state_size": first.state_size,
         "n_groups": first.groups,
-        "time_step_limit": [_number(value) for value in first.dt_limit],
+        "time_step_limit": [json_number(value) for value in first.dt_limit],
     }
 
 
@@ -72,7 +72,7 @@ def _check_published(mixer: Mamba2) -> None:
             raise PretrainedError(f"{name}: the published Mamba2 has its default, and no other")
 
 
-def _limit(given: Any) -> tuple[float, float]:
+def limit(given: Any) -> tuple[float, float]:
     """The smallest and the largest step."""
     given = (0.0, math.inf) if given is None else given
     fine = isinstance(given, list | tuple) and len(given) == 2
@@ -81,6 +81,6 @@ def _limit(given: Any) -> tuple[float, float]:
     return float(given[0]), float(given[1])
 
 
-def _number(value: float) -> Any:
+def json_number(value: float) -> Any:
     """A number as JSON has it; infinity as transformers 5 writes it."""
     return {"__float__": "Infinity"} if value == math.inf else value
