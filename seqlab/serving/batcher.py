@@ -121,7 +121,7 @@ class Batcher:
         self._checks = Checks(
             self.model, self.tokenizer, self._rooms, steps, self._top, self._function, self._values
         )
-        self._block = 1
+        self._blocks = collections.Counter()  # tokens per call that the pace allows, by rows computed
         self._inbox: collections.deque[Job] = collections.deque()
         self._lock, self._accepting = threading.RLock(), True
         self._worker = Worker("seqlab.Batcher", self.step, self._has_work)
@@ -312,7 +312,8 @@ class Batcher:
         for job in plan.admitted:
             self._admit(job)
         planned = [(job, self._stop(job, count)) for job, count in plan.pieces]
-        block = 1 if planned else self._block
+        width = self._slots.width(len(plan.decode))
+        block = 1 if planned else max(1, self._blocks[width])
         # A prompt whose end is kept draws its first token one step later: the state is of the prompt only.
         last = [job for job, count in planned if job.read + count == job.prompt]
         decode = [*plan.decode, *(job for job in last if not self._keeps(job, job.prompt))]
@@ -321,7 +322,7 @@ class Batcher:
             limits[slots.row_of(job)] = min(block, job.owner._left)
         begin = time.perf_counter()
         top = any(job.owner._settings.top for job in decode)
-        drawn = slots.run([self._piece(job, count) for job, count in planned], limits, top)
+        drawn, rows = slots.run([self._piece(job, count) for job, count in planned], limits, top)
         seconds = time.perf_counter() - begin
         for job, count in planned:
             job.read += count
@@ -332,8 +333,8 @@ class Batcher:
         self._counts["steps"] += 1
         self._counts["seconds"] += seconds
         if not planned and limits.max() == block:
-            self._block = int(np.clip(block * min(2.0, _STEP_SECONDS / seconds), 1, BLOCK_LIMIT))
-        return self._hand_out(decode, drawn)
+            self._blocks[width] = int(np.clip(block * min(2.0, _STEP_SECONDS / seconds), 1, BLOCK_LIMIT))
+        return self._hand_out(decode, drawn, rows)
 
     def _piece(self, job: Job, count: int) -> Piece:
         settings = job.owner._settings
@@ -341,8 +342,8 @@ class Batcher:
         begins = job.read == 0 and not settings.continued
         return Piece(self._slots.row_of(job), tokens, begins, settings.seed)
 
-    def _hand_out(self, jobs: list[Job], drawn: Drawn) -> list[Request]:
-        """Give the drawn tokens to their requests, and free the rows of those that end."""
+    def _hand_out(self, jobs: list[Job], drawn: Drawn, rows: list[int]) -> list[Request]:
+        """Give the tokens drawn for `rows` to their requests, and free the rows of those that end."""
         counts, broken = np.asarray(drawn.count), np.asarray(drawn.broken)
         longest = max(1, int(counts.max()))
         tokens, logprobs, sampled = (
@@ -350,7 +351,7 @@ class Batcher:
         )
         top = [np.asarray(part)[:, :longest].tolist() for part in drawn.top]
         for job in jobs:
-            request, row = job.owner, self._slots.row_of(job)
+            request, row = job.owner, rows.index(self._slots.row_of(job))
             count = int(counts[row])
             for i in range(count):
                 likeliest = ()

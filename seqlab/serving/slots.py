@@ -30,8 +30,19 @@ class Piece(NamedTuple):
     seed: int
 
 
+class Part(NamedTuple):
+    """Some rows of a batch that draw tokens on their own, while the others have nothing to do."""
+
+    rows: tuple[int, ...]
+    state: StreamState
+    settings: Any
+
+
 class Slots:
     """The state of a batch, and the settings of its rows.
+
+    Where few rows draw tokens, these are computed as a smaller batch, so that a stream alone is not slowed by
+    empty rows.
 
     Args:
       model: prepared for streaming.
@@ -71,13 +82,16 @@ class Slots:
         self._ends = np.full((rows, ENDS), -1, np.int32)
         self._arrays: Any = None  # the settings on the device; None where a row has changed
         self._size, self._state, self._slack = 0, None, 0
+        self._part: Part | None = None  # newer than its rows of the state
+        self._widths = tuple(4**n for n in range(8) if 4**n < rows)
         self.owners: list[Any] = [None] * rows
         self.lengths = np.zeros(rows, np.int64)
 
     @property
     def bytes(self) -> int:
         """The bytes of the state; 0 before the first stream."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
+        states = (self._state, None if self._part is None else self._part.state)
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(states))
 
     def row_of(self, owner: Any) -> int:
         """The row of `owner`."""
@@ -98,6 +112,8 @@ class Slots:
         for whole, own in zip(*map(jax.tree.leaves, (self._values, values)), strict=True):
             whole[row] = np.asarray(own)[0]
         self._arrays = None
+        if self._part is not None:
+            self._part = self._part._replace(settings=None)
         return row
 
     def release(self, owner: Any) -> None:
@@ -107,7 +123,7 @@ class Slots:
 
     def lose(self) -> None:
         """Give the state up: a call that consumed it has failed."""
-        self._state = self._arrays = None
+        self._state = self._arrays = self._part = None
         self._size, self.owners = 0, [None] * len(self.owners)
 
     def place(self, row: int, one: StreamState, seed: int) -> None:
@@ -129,26 +145,54 @@ class Slots:
         size = min(self._size, self._rooms.size_for(int(self.lengths[row])))
         return self._rooms.resized(one, self._size, size)
 
-    def run(self, pieces: Sequence[Piece], limits: np.ndarray, top: bool) -> Drawn:
-        """Read `pieces`, then draw up to `limits` [b] tokens per row, the likeliest beside them if `top`."""
+    def run(self, pieces: Sequence[Piece], limits: np.ndarray, top: bool) -> tuple[Drawn, list[int]]:
+        """Read `pieces`, then draw up to `limits` [b] tokens per row, the likeliest beside them if `top`.
+
+        Returns the tokens, and the row of each of their rows.
+        """
         coming = self.lengths + limits
         for piece in pieces:
             coming[piece.row] += len(piece.tokens)
         self._fit(int(max(coming[row] for row, owner in enumerate(self.owners) if owner is not None)))
         options = {"top": self._top if top else 0, "function": self._function}
-        state, self._state = self._whole(), None  # taken over
-        if pieces:
+        rows = list(range(len(self.owners)))
+        if not pieces and (part := self._part_of(np.flatnonzero(limits).tolist())) is not None:
+            rows, self._part = list(part.rows), None  # taken over
+            work = (part.state, limits[rows], *part.settings)
+            state, drawn = self._programs.draw(self._leaves, *work, **options)
+            self._part = part._replace(state=state)
+        elif pieces:
+            state, self._state = self._whole(), None
             work = (state, self._rooms.fresh(self._size), self._cut(pieces), limits, *self._settings())
             self._state, drawn = self._programs.step(self._leaves, *work, **options)
         else:
-            self._state, drawn = self._programs.draw(
-                self._leaves, state, limits, *self._settings(), **options
-            )
+            state, self._state = self._whole(), None
+            work = (state, limits, *self._settings())
+            self._state, drawn = self._programs.draw(self._leaves, *work, **options)
         drawn = jax.block_until_ready(drawn)
         for piece in pieces:
             self.lengths[piece.row] += len(piece.tokens)
-        self.lengths += np.asarray(drawn.count)
-        return drawn
+        self.lengths[rows] += np.asarray(drawn.count)
+        return drawn, rows
+
+    def width(self, active: int) -> int:
+        """The number of rows that are computed where so many draw tokens."""
+        return next((width for width in self._widths if width >= active), len(self.owners))
+
+    def _part_of(self, active: list[int]) -> Part | None:
+        """The active rows as a smaller batch; None if there is no smaller one for so many."""
+        if (width := self.width(len(active))) == len(self.owners):
+            return None
+        if self._part is None or len(self._part.rows) != width or not set(active) <= set(self._part.rows):
+            others = [row for row in range(len(self.owners)) if row not in active]
+            rows = np.asarray([*active, *others][:width], np.int32)
+            state = self._programs.gather(self._whole(), rows)
+            self._part = Part(tuple(rows.tolist()), state, None)
+        if self._part.settings is None:
+            index = np.asarray(self._part.rows)
+            settings = jax.tree.map(lambda leaf: jnp.array(leaf[index]), self._host_settings)
+            self._part = self._part._replace(settings=settings)
+        return self._part
 
     def warm(self, size: int) -> tuple[int, StreamState]:
         """Run every program once on states of a size: their number, and a state of two steps."""
@@ -163,6 +207,13 @@ class Slots:
                 state, _ = use.step(self._leaves, *work, **options)
             state, _ = use.draw(self._leaves, state, none, *self._settings(), **options)
             done += len(self._pieces) + 1
+            for width in self._widths:
+                rows = np.arange(width, dtype=np.int32)
+                part = use.gather(state, rows)
+                settings = jax.tree.map(lambda leaf, rows=rows: jnp.array(leaf[rows]), self._host_settings)
+                part, _ = use.draw(self._leaves, part, none[rows], *settings, **options)
+                state = use.scatter(state, rows, part)
+                done += 3
         one = use.take(state, np.int32(0))
         state = use.place(state, np.int32(0), one, np.uint32(0))
         for other in (size - 1, size + 1):
@@ -173,8 +224,12 @@ class Slots:
         return done, one
 
     def _whole(self) -> StreamState:
+        """The state of all rows, up to date."""
         if self._state is None:
             self._state = self._rooms.batch(self._size)
+        if self._part is not None:
+            part, self._part = self._part, None
+            self._state = self._programs.scatter(self._state, np.asarray(part.rows, np.int32), part.state)
         return self._state
 
     def _fit(self, steps: int) -> None:
@@ -193,8 +248,12 @@ class Slots:
     def _settings(self) -> tuple[Any, Any, Any]:
         """The settings of all rows, on the device."""
         if self._arrays is None:
-            self._arrays = jax.tree.map(jnp.array, (self._sampling, self._ends, self._values))
+            self._arrays = jax.tree.map(jnp.array, self._host_settings)
         return self._arrays
+
+    @property
+    def _host_settings(self) -> tuple[Any, Any, Any]:
+        return self._sampling, self._ends, self._values
 
     def _cut(self, pieces: Sequence[Piece]) -> Pieces:
         """The pieces as arrays, cut into those of the size that computes least."""
