@@ -23,6 +23,7 @@ from seqlab.models.linear_memory.linear_attention import (
 )
 from seqlab.models.local import CausalPooling, CausalWavelets, GatedShortConv
 from seqlab.models.mixture import MixtureOfExperts
+from seqlab.models.parallel_mixers import ParallelMixers
 from seqlab.models.sequence_model import SequenceModel
 from seqlab.models.state_space.mamba import Mamba
 from seqlab.models.state_space.mamba2 import Mamba2
@@ -32,12 +33,14 @@ from seqlab.models.state_space.mambamixer import (
     SelectiveChannelMixer,
     SelectiveMixer,
 )
+from seqlab.models.state_space.rg_lru import RGLRU
 from seqlab.models.state_space.tsm2 import TSM2
 from seqlab.models.state_space.tsm2_streaming import StreamingTSM2
 
 __all__ = [
     "LMU",
     "MLP",
+    "RGLRU",
     "TSM2",
     "Attention",
     "Backbone",
@@ -64,6 +67,7 @@ __all__ = [
     "Mamba2",
     "MambaMixerStack",
     "MixtureOfExperts",
+    "ParallelMixers",
     "RMSNorm",
     "RecurrentLMU",
     "Retention",

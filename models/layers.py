@@ -268,6 +268,7 @@ class SwiGLU(Module):
     Args:
       activation: "silu"; "gelu_tanh" makes it Gemma's GeGLU (arXiv 2403.08295).
       bias: biases of all three projections.
+      factors: constant factors of gate x and of the output (Falcon-H1, arXiv 2507.22448).
 
     Pitfalls:
       Gate and up projection are one matrix here, the gate first; published weights have two.
@@ -283,12 +284,13 @@ class SwiGLU(Module):
         hidden: int | None = None,
         activation: str = "silu",
         bias: bool = False,
+        factors: tuple[float, float] = (1.0, 1.0),
         out_scale: float = 1.0,
         rngs: nnx.Rngs,
     ):
         hidden = -(-8 * dim // (3 * 64)) * 64 if hidden is None else check_positive("hidden", hidden)
         check_choice(activation, tuple(ACTIVATIONS), "activation")
-        self.dim, self.activation = dim, activation
+        self.dim, self.activation, self.factors = dim, activation, tuple(factors)
         self.gate_up = Linear(dim, 2 * hidden, bias=bias, rngs=rngs)  # one matrix product for both halves
         self.down = Linear(hidden, dim, bias=bias, scale=out_scale, rngs=rngs)
 
@@ -303,7 +305,9 @@ class SwiGLU(Module):
         valid: Steps | None = None,
     ) -> tuple[Maps, State | None]:
         gate, up = jnp.split(self.gate_up(mask_steps(x, valid)), 2, axis=-1)
-        return self.down(ACTIVATIONS[self.activation](gate) * up), state
+        before, after = self.factors
+        y = self.down(ACTIVATIONS[self.activation](gate if before == 1.0 else gate * before) * up)
+        return y if after == 1.0 else y * after, state
 
 
 class RotaryScaling(NamedTuple):

@@ -8,6 +8,7 @@ from flax import nnx
 from seqlab.models import (
     LMU,
     MLP,
+    RGLRU,
     Attention,
     BatchNorm,
     Block,
@@ -28,6 +29,7 @@ from seqlab.models import (
     Mamba2,
     MambaMixerStack,
     MixtureOfExperts,
+    ParallelMixers,
     RecurrentLMU,
     Retention,
     SelectiveMixer,
@@ -162,6 +164,7 @@ MIXERS = {
         partial(
             MambaMixerStack,
             MixtureOfExperts,
+            ParallelMixers,
             depth=2,
             token_mixer=partial(SelectiveMixer, state_size=4),
             channel_mixer=partial(GroupedChannelMixer, groups=2),
@@ -214,6 +217,16 @@ MIXERS = {
     ),
     "swiglu": marked(partial(SwiGLU, activation="gelu_tanh", bias=True), "quick"),
     "mlp": marked(MLP, "quick"),
+    "rg_lru": marked(partial(RGLRU, width=8, heads=2, conv_width=3), "quick", "devices"),
+    "parallel_mixers": partial(
+        ParallelMixers,
+        mixers=(
+            partial(Attention, heads=2, cache=Window(8)),
+            partial(Mamba2, inner=12, head_dim=4, state_size=3, factors=(0.5, 2.0, 0.7, 0.8, 1.5)),
+        ),
+        in_scales=(0.5, 2.0),
+        out_scales=(1.5, 0.7),
+    ),
     "gated_short_conv": marked(partial(GatedShortConv, bias=True), "quick"),
     "mixture_of_experts": marked(
         partial(MixtureOfExperts, hidden=8, experts=5, shared_hidden=8, shared_gate=True), "quick"

@@ -1,10 +1,12 @@
 """Mamba-2: the state-space model with one decay per head, so that its scan is linear attention (arXiv
 2405.21060)."""
 
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
@@ -63,6 +65,7 @@ class Mamba2(Module):
 
     Args:
       head_dim: P, which must divide E.
+      inner: E itself, in place of `expand`.
       groups: G, which must divide the number of heads; the norm works on G parts of the channels.
       dt_limit: the smallest and the largest step size.
       norm: "gate_first" as above; "norm_first", norm(y) * silu(z); None, y * silu(z) without a norm.
@@ -70,6 +73,8 @@ class Mamba2(Module):
       channel_skip: D per channel instead of per head.
       ssm_channels: how many of the E inner channels the recurrence has; the others are a gated MLP beside it,
         silu(z') * x', concatenated in front of its output, as in the published code. Default: all.
+
+      factors: constant factors of z, x, B, C and dt (Falcon-H1, arXiv 2507.22448).
 
     Pitfalls:
       The gate comes before the norm and the norm works on `groups` parts of the channels: only models with
@@ -85,6 +90,7 @@ class Mamba2(Module):
         dim: int,
         *,
         expand: int = 2,
+        inner: int | None = None,
         head_dim: int = 64,
         state_size: int = 128,
         groups: int = 1,
@@ -97,10 +103,11 @@ class Mamba2(Module):
         norm_eps: float = 1e-5,
         channel_skip: bool = False,
         ssm_channels: int | None = None,
+        factors: Sequence[float] | None = None,
         out_scale: float = 1.0,
         rngs: nnx.Rngs,
     ):
-        outer = check_positive("expand", expand) * dim
+        outer = check_positive("expand", expand) * dim if inner is None else check_positive("inner", inner)
         self.dim, self.state_size = dim, check_positive("state_size", state_size)
         self.inner = outer if ssm_channels is None else check_positive("ssm_channels", ssm_channels)
         if self.inner > outer:
@@ -122,6 +129,9 @@ class Mamba2(Module):
         self.beside = outer - self.inner
         parts = (self.beside, self.beside, self.inner, mixed, self.heads)  # z' | x' | z | x B C | dt
         self.splits = tuple(sum(parts[: i + 1]) for i in range(4))
+        self.factors = None if factors is None else tuple(map(float, factors))
+        if self.factors is not None and len(self.factors) != 5:
+            raise UserError(f"factors must be five numbers, of z, x, B, C and dt, got {factors}")
         self.in_proj = Linear(dim, sum(parts), bias=bias, rngs=rngs)
         self.conv = ShortConv(mixed, width=conv_width, bias=conv_bias, rngs=rngs)
         self.dt_bias = nnx.Param(step_size_bias(rngs.params(), self.heads))
@@ -146,7 +156,10 @@ class Mamba2(Module):
         valid: Steps | None = None,
     ) -> tuple[Activations, State | None]:
         conv, ssm = (None, None) if state is None else state
-        z_beside, beside, z, mixed, dt = jnp.split(self.in_proj(mask_steps(x, valid)), self.splits, axis=-1)
+        projected = self.in_proj(mask_steps(x, valid))
+        if self.factors is not None:
+            projected = projected * self._scales().astype(projected.dtype)
+        z_beside, beside, z, mixed, dt = jnp.split(projected, self.splits, axis=-1)
         mixed, conv = self.conv(mixed, conv, reset, valid)
         values, B, C = jnp.split(mixed, [self.inner, self.inner + self.groups * self.state_size], axis=-1)
         values = rearrange(values, "b t (h p) -> b t h p", h=self.heads)
@@ -164,3 +177,9 @@ class Mamba2(Module):
         if self.beside:
             y = jnp.concatenate([jax.nn.silu(z_beside) * beside, y], axis=-1)
         return self.out_proj(y), (None if state is None else Mamba2State(conv, ssm))
+
+    def _scales(self) -> np.ndarray:
+        """`factors`, channel by channel of the projection."""
+        shared = self.groups * self.state_size
+        sizes = (2 * self.beside, self.inner, self.inner, shared, shared, self.heads)
+        return np.repeat(np.asarray((1.0, *self.factors), np.float32), sizes)

@@ -134,6 +134,21 @@ _QWEN3_NEXT: dict[str, Names] = _LLAMA | {
     "GatedDeltaNet": {"norm": "norm", "out": "out_proj"},
 }
 
+_FALCON_H1: dict[str, Names] = _JAMBA | {
+    "Block": _JAMBA["Block"] | {"mixer": ""},
+    "ParallelMixers": {"mixers": ["self_attn", "mamba"]},
+}
+
+_RECURRENT_GEMMA: dict[str, Names] = _LLAMA | {
+    "Backbone": {"blocks": "layers", "norm": "final_norm"},
+    "Block": {
+        "mixer_norm": "temporal_pre_norm",
+        "mixer": "temporal_block",
+        "channel_norm": "channel_pre_norm",
+        "channel_mixer": "mlp_block",
+    },
+}
+
 _NEOX: dict[str, Names] = {
     "LanguageModel": {"embedding": "gpt_neox.embed_in", "backbone": "gpt_neox", "head": "embed_out"},
     "Backbone": {"blocks": "layers", "norm": "final_layer_norm"},
@@ -200,6 +215,7 @@ ARCHITECTURES: dict[str, dict[str, Names]] = {
     "mamba": _MAMBA,
     "mamba2": _MAMBA,
     "fla": _FLA,
+    "falcon_h1": _FALCON_H1,
     "granitemoehybrid": _GRANITE_HYBRID,
     "jamba": _JAMBA,
     "lfm2": _LFM2,
@@ -209,6 +225,7 @@ ARCHITECTURES: dict[str, dict[str, Names]] = {
     "phi3": _PHI3,
     "neox": _NEOX,
     "qwen3_next": _QWEN3_NEXT,
+    "recurrent_gemma": _RECURRENT_GEMMA,
     "lmuformer": _LMUFORMER,
     "poolformer": _poolformer(),
     "metaformer_ppaa": _poolformer(positions=(2, 3)),

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import fiddle as fdl
+from flax import nnx
 
 from seqlab.interop.families.keys import Keys
 from seqlab.interop.folder import PretrainedError
@@ -262,8 +263,9 @@ def windows_of(model: LanguageModel) -> list[int | None]:
 
 
 def attention_layers(model: LanguageModel) -> list[Attention]:
-    """The mixers that are attention."""
-    return [block.mixer for block in model.backbone.blocks if isinstance(block.mixer, Attention)]
+    """The mixers that are attention, or parts of mixers."""
+    modules = [module for block in model.backbone.blocks for _, module in nnx.iter_modules(block.mixer)]
+    return [module for module in modules if isinstance(module, Attention)]
 
 
 def biases_of(model: LanguageModel) -> tuple[bool, bool]:

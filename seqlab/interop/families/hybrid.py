@@ -29,7 +29,7 @@ def mamba2_of(keys: Keys, eps: float, **options: Any) -> fdl.Config:
         raise PretrainedError(f"mamba_n_heads: got {heads} of {width}, expected {inner} channels in all")
     return fdl.Partial(
         Mamba2,
-        expand=expand,
+        **({} if "inner" in options else {"expand": expand}),
         head_dim=width,
         state_size=keys.size("mamba_d_state", 256),
         groups=keys.size("mamba_n_groups", 1),

@@ -19,6 +19,7 @@ DEFAULTS = {
     "intermediate_size": 12_288,
     "num_key_value_heads": 8,
     "max_position_embeddings": 128_000,
+    "rope_theta": 1e6,
     "tie_word_embeddings": True,
 }
 IRRELEVANT = (  # of initialisation, and other names of what is read, which transformers ignores

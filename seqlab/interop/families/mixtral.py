@@ -17,6 +17,7 @@ DEFAULTS = {
     "intermediate_size": 14_336,
     "num_key_value_heads": 8,
     "max_position_embeddings": 131_072,
+    "rope_theta": 1e6,
     "rms_norm_eps": 1e-5,
 }
 IRRELEVANT = ("router_aux_loss_coef", "router_jitter_noise")  # of training
