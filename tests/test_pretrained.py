@@ -173,6 +173,7 @@ def test_what_is_not_computed_is_refused_before_weights_are_read(changes, messag
             {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}},
             "rope_type: got 'longrope', expected 'default'",
         ),
+        ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "a phi3 has no scaling but 'longrope'"),
         ("phi3", {"partial_rotary_factor": 1.5, "rope_parameters": None}, "got 1.5, expected a number up to"),
         ("gpt_neox", {"hidden_act": "gelu_fast"}, "hidden_act: got 'gelu_fast', expected one of"),
         ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers: got .1., expected a list of 0 and 1"),

@@ -52,7 +52,7 @@ def to_config(model: LanguageModel) -> dict[str, Any]:
     blocks = list(model.backbone.blocks)
     mixer = hybrid.first_mamba2(model)
     return (
-        decoder.described(model)
+        decoder.described(model, partial=True)
         | hybrid.mamba2_described(mixer)
         | {
             "attn_layer_indices": [i for i, block in enumerate(blocks) if isinstance(block.mixer, Attention)],

@@ -234,15 +234,16 @@ def read_rope(
     return base, None if read is None else fdl.Config(RotaryScaling, **read), share
 
 
-def rope_of(mixer: Attention) -> dict[str, Any]:
-    """The rotary parameters of a mixer, as config.json has them."""
+def rope_of(mixer: Attention, partial: bool = False) -> dict[str, Any]:
+    """The rotary parameters of a mixer, as config.json has them; `partial`: with the rotated share of a head,
+    whatever it is."""
     scaling = mixer.rotary_scaling
     rope = {"rope_type": "default", "rope_theta": mixer.rotary_base}
     if scaling is not None and scaling.low_freq_factor is None:
         rope |= {"rope_type": "linear", "factor": scaling.factor}
     elif scaling is not None:
         rope |= {"rope_type": "llama3", **scaling._asdict()}
-    if mixer.rotary_width != mixer.head_dim:
+    if partial or mixer.rotary_width != mixer.head_dim:
         rope["partial_rotary_factor"] = mixer.rotary_width / mixer.head_dim
     return rope
 
@@ -274,8 +275,9 @@ def biases_of(model: LanguageModel) -> tuple[bool, bool]:
     return first.qkv.bias is not None, first.out.bias is not None
 
 
-def attention_of(model: LanguageModel) -> dict[str, Any]:
-    """The keys of the attention layers. Raises PretrainedError for options that no family has."""
+def attention_of(model: LanguageModel, partial: bool = False) -> dict[str, Any]:
+    """The keys of the attention layers (`partial`: see `rope_of`). Raises PretrainedError for options that no
+    family has."""
     mixers = attention_layers(model)
     first = next((mixer for mixer in mixers if mixer.rotary_base is not None), mixers[0])
     if first.sink == "zero":
@@ -290,18 +292,18 @@ def attention_of(model: LanguageModel) -> dict[str, Any]:
         "num_attention_heads": first.heads,
         "num_key_value_heads": first.kv_heads,
         "head_dim": first.head_dim,
-        "rope_parameters": rope_of(first),
+        "rope_parameters": rope_of(first, partial),
         "max_position_embeddings": model.trained_length or max(spans),
     }
 
 
-def described(model: LanguageModel) -> dict[str, Any]:
+def described(model: LanguageModel, partial: bool = False) -> dict[str, Any]:
     """The common keys of the families. Raises PretrainedError for a model that none of them supports; what
     differs otherwise is found by comparison (`seqlab.interop.families.published_config`)."""
     first = model.backbone.blocks[0]
     if not isinstance(first.channel_mixer, SwiGLU):
         raise PretrainedError("channel_mixer: this family has SwiGLU")
-    return attention_of(model) | {
+    return attention_of(model, partial) | {
         "intermediate_size": hidden_of(first.channel_mixer),
         "hidden_act": activation_key(first.channel_mixer.activation),
         "rms_norm_eps": model.backbone.norm.eps,

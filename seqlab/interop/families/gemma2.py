@@ -85,7 +85,9 @@ def described(model: LanguageModel) -> dict[str, Any]:
         "query_pre_attn_scalar": _whole(scale**-2),
         "final_logit_softcapping": model.logit_softcap,
     }
-    return found | decoder.windows_described(model) | own
+    windows = decoder.windows_described(model)
+    windows["sliding_window"] = windows["sliding_window"] or 4096  # transformers needs a number
+    return found | windows | own
 
 
 def cap(keys: Keys, name: str, default: float | None) -> float | None:

@@ -54,7 +54,7 @@ def from_config(keys: Keys) -> fdl.Config:
 def to_config(model: LanguageModel) -> dict[str, Any]:
     """The config.json of a model; raises PretrainedError with the reason if it is not of this family."""
     first = model.backbone.blocks[0]
-    found = decoder.attention_of(model)
+    found = decoder.attention_of(model, partial=True)
     del found["num_key_value_heads"], found["head_dim"]
     return found | {
         "intermediate_size": first.channel_mixer.up.weight.shape[1],

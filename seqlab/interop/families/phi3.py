@@ -10,6 +10,7 @@ import fiddle as fdl
 
 from seqlab.interop.families import decoder
 from seqlab.interop.families.keys import Keys
+from seqlab.interop.folder import PretrainedError
 from seqlab.models import LanguageModel
 
 MODEL_TYPE = "phi3"
@@ -33,10 +34,11 @@ def from_config(keys: Keys) -> fdl.Config:
     depth = decoder.depth_of(keys)
     longest = keys.size("max_position_embeddings", DEFAULTS["max_position_embeddings"])
     base, scaling, share = decoder.rotary(keys, longest, fraction=1.0)
+    if scaling is not None:
+        raise PretrainedError("rope_parameters: a phi3 has no scaling but 'longrope', which is not supported")
     width = decoder.heads_of(keys, DEFAULTS)["head_dim"]
     attention = {
         "rotary_base": base,
-        "rotary_scaling": scaling,
         "rotary_width": None if share == 1 else int(width * share),
     }
     return decoder.language_model(

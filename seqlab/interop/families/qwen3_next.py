@@ -83,7 +83,7 @@ def to_config(model: LanguageModel) -> dict[str, Any]:
     delta = _delta(model)
     kinds = [isinstance(block.mixer, Attention) for block in model.backbone.blocks]
     return (
-        decoder.attention_of(model)
+        decoder.attention_of(model, partial=True)
         | mixtures_of(model)
         | {
             "shared_expert_intermediate_size": decoder.hidden_of(decoder.mixture_of(model).shared),

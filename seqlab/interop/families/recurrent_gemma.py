@@ -84,7 +84,7 @@ def to_config(model: LanguageModel) -> dict[str, Any]:
     recurrent = next((mixer for mixer in mixers if isinstance(mixer, RGLRU)), None)
     if recurrent is None or not decoder.attention_layers(model):
         raise PretrainedError("mixers: a recurrent_gemma has layers of RGLRU and of Attention")
-    found = decoder.attention_of(model)
+    found = decoder.attention_of(model, partial=True)
     del found["head_dim"], found["max_position_embeddings"]
     channel = model.backbone.blocks[0].channel_mixer
     return found | {
