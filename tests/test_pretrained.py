@@ -99,7 +99,7 @@ def test_what_is_saved_is_what_was_loaded(name, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"model_type": "gpt2"}, "model_type: got 'gpt2', expected one of llama, gemma"),
+        ({"model_type": "gpt2"}, "model_type: got 'gpt2', expected one of llama, bamba"),
         ({"hidden_act": "quick_gelu"}, "hidden_act: got 'quick_gelu', expected one of 'silu', 'swish'"),
         (
             {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},

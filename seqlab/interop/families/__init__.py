@@ -5,7 +5,7 @@ A file of this folder that has a MODEL_TYPE is a family:
     MODEL_TYPE                its name in config.json
     CLASS                     its class in transformers
     WEIGHTS                   its naming scheme of weights, a key of `seqlab.interop.convert.ARCHITECTURES`
-    MIXERS                    the class names of its mixers
+    MIXERS                    the class names of its mixers: a model has all of them
     from_config(keys)         the config of `LanguageModel` for a config.json
     to_config(model)          the inverse; raises PretrainedError with the reason if the family cannot
     IRRELEVANT                optional: further keys of config.json without effect on the logits
@@ -87,7 +87,7 @@ def published_config(model: LanguageModel) -> dict[str, Any]:
     reasons = []
     loaded = getattr(model.origin, "model_type", None)
     for family in sorted(families().values(), key=lambda family: loaded != family.MODEL_TYPE):
-        if not kinds <= set(family.MIXERS):
+        if kinds != set(family.MIXERS):
             continue
         try:
             return _described(model, family)
