@@ -63,7 +63,7 @@ def _exit_code(error: Exception) -> int | None:
 def parser() -> argparse.ArgumentParser:
     """The whole command line; nothing heavy is imported for it."""
     from seqlab import __version__
-    from seqlab.cli import info, model, train
+    from seqlab.cli import info, model, serving, train
 
     top = argparse.ArgumentParser(
         prog="seqlab",
@@ -74,6 +74,6 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"seqlab {__version__}")
     top.add_argument("--traceback", action="store_true", help="show the Python traceback of every error")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (train, model, info):
+    for module in (train, model, serving, info):
         module.add_commands(commands)
     return top

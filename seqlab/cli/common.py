@@ -9,11 +9,14 @@ from typing import Any
 SIGNALS = {"finished": 0, "SIGHUP": 129, "SIGINT": 130, "SIGTERM": 143}
 
 
-def add_run(parser: argparse.ArgumentParser) -> None:
+def add_run(parser: argparse.ArgumentParser, default: str = "") -> None:
+    """The arguments that name a model; `default` says what is used without one, if there need not be one."""
+    text = "folder of a run or of a published model, or its id on the hub"
     parser.add_argument(
         "workdir",
         type=pathlib.Path,
-        help="folder of a run or of a published model, or its id on the hub",
+        nargs="?" if default else None,
+        help=f"{text}; default {default}" if default else text,
     )
     parser.add_argument("--step", type=int, help="a checkpoint; default: the last good one")
     parser.add_argument(

@@ -36,7 +36,7 @@ from seqlab.streaming.prompts import (
 from seqlab.streaming.states import StreamState
 from seqlab.tokenizers import ByteTokenizer, Tokenizer
 
-PIECES = (16, 128)  # sizes in which prompts are read; each is compiled once
+PIECES = (64,)  # sizes in which prompts are read; each is compiled once
 _STEP_SECONDS = 0.03  # steps without prompts draw as many tokens per stream as take this long
 
 
@@ -107,7 +107,7 @@ class Batcher:
         self._top = check_number("top_logprobs", top_logprobs, 0, vocabulary)
         self._function = check_function("logits", logits)
         self._values = check_values(logits, logits_values, 1, vocabulary)
-        self._rooms = Rooms(self.model, rows, steps)
+        self._rooms = Rooms(self.model, steps)
         self._slots = Slots(
             self.model,
             rows,
@@ -121,7 +121,7 @@ class Batcher:
         self._checks = Checks(
             self.model, self.tokenizer, self._rooms, steps, self._top, self._function, self._values
         )
-        self._blocks = collections.Counter()  # tokens per call that the pace allows, by rows computed
+        self._blocks = collections.Counter()  # tokens per call that the pace allows, by the shape of the work
         self._inbox: collections.deque[Job] = collections.deque()
         self._lock, self._accepting = threading.RLock(), True
         self._worker = Worker("seqlab.Batcher", self.step, self._has_work)
@@ -209,7 +209,7 @@ class Batcher:
                 raise UserError(f"request: it has ended ({request.finished}), or belongs to another batcher")
             state = request._parked
             if job in self._schedule.running and (job.read or request._settings.continued):
-                state = self._slots.take(self._slots.row_of(job))
+                state = self._slots.take(job)
             data = pack(request._parcel(job.read, state))
             self._release(job)
             request._end("handed over")
@@ -259,11 +259,9 @@ class Batcher:
         """
         begin = time.perf_counter()
         with self._lock:
-            programs = 0
-            for size in range(len(self._rooms.sizes)):
-                done, state = self._slots.warm(size)
+            programs, states = self._slots.warm()
+            for state in states:
                 self._store.warm(state)
-                programs += done
         return {"programs": programs, "seconds": time.perf_counter() - begin}
 
     # Work.
@@ -305,53 +303,53 @@ class Batcher:
         """Do the planned work, and hand out what was drawn."""
         slots = self._slots
         for job in plan.displaced:
-            job.owner._parked = jax.device_get(slots.take(slots.row_of(job)))
+            job.owner._parked = jax.device_get(slots.take(job))
             job.owner.displaced += 1
             self._counts["displaced"] += 1
             slots.release(job)
         for job in plan.admitted:
             self._admit(job)
         planned = [(job, self._stop(job, count)) for job, count in plan.pieces]
-        width = self._slots.width(len(plan.decode))
-        block = 1 if planned else max(1, self._blocks[width])
+        shape = slots.shape(plan.decode)
+        block = 1 if planned else max(1, self._blocks[shape])
         # A prompt whose end is kept draws its first token one step later: the state is of the prompt only.
         last = [job for job, count in planned if job.read + count == job.prompt]
         decode = [*plan.decode, *(job for job in last if not self._keeps(job, job.prompt))]
-        limits = np.zeros(self._schedule.rows, np.int32)
-        for job in decode:
-            limits[slots.row_of(job)] = min(block, job.owner._left)
+        limits = {job: min(block, job.owner._left) for job in decode}
         begin = time.perf_counter()
         top = any(job.owner._settings.top for job in decode)
-        drawn, rows = slots.run([self._piece(job, count) for job, count in planned], limits, top)
+        drawn = slots.run([self._piece(job, count) for job, count in planned], limits, top)
         seconds = time.perf_counter() - begin
         for job, count in planned:
             job.read += count
             self._counts["prompt_tokens"] += count
             if self._keeps(job, job.read):
                 prefix = job.owner._settings.prompt[: job.read]
-                self._store.put(prefix, slots.take(slots.row_of(job)))
+                self._store.put(prefix, slots.take(job))
         self._counts["steps"] += 1
         self._counts["seconds"] += seconds
-        if not planned and limits.max() == block:
-            self._blocks[width] = int(np.clip(block * min(2.0, _STEP_SECONDS / seconds), 1, BLOCK_LIMIT))
-        return self._hand_out(decode, drawn, rows)
+        if not planned and max(limits.values(), default=0) == block:
+            self._blocks[shape] = int(np.clip(block * min(2.0, _STEP_SECONDS / seconds), 1, BLOCK_LIMIT))
+        for tokens, owners in drawn:
+            self._hand_out([(job, row) for row, job in enumerate(owners) if job in limits], tokens)
+        return [job.owner for job in decode]
 
     def _piece(self, job: Job, count: int) -> Piece:
         settings = job.owner._settings
         tokens = settings.prompt[job.read : job.read + count]
         begins = job.read == 0 and not settings.continued
-        return Piece(self._slots.row_of(job), tokens, begins, settings.seed)
+        return Piece(job, tokens, begins, settings.seed)
 
-    def _hand_out(self, jobs: list[Job], drawn: Drawn, rows: list[int]) -> list[Request]:
-        """Give the tokens drawn for `rows` to their requests, and free the rows of those that end."""
+    def _hand_out(self, jobs: list[tuple[Job, int]], drawn: Drawn) -> None:
+        """Give the tokens of rows to their requests, and free the rows of those that end."""
         counts, broken = np.asarray(drawn.count), np.asarray(drawn.broken)
         longest = max(1, int(counts.max()))
         tokens, logprobs, sampled = (
             np.asarray(part)[:, :longest].tolist() for part in (drawn.tokens, drawn.logprobs, drawn.sampled)
         )
         top = [np.asarray(part)[:, :longest].tolist() for part in drawn.top]
-        for job in jobs:
-            request, row = job.owner, rows.index(self._slots.row_of(job))
+        for job, row in jobs:
+            request = job.owner
             count = int(counts[row])
             for i in range(count):
                 likeliest = ()
@@ -369,18 +367,18 @@ class Batcher:
                 self._keep_whole(job)
             if request.finished:
                 self._release(job)
-        return [job.owner for job in jobs]
 
     def _admit(self, job: Job) -> None:
         """Give a stream a row, with the state that it has, if any."""
         request, settings = job.owner, job.owner._settings
-        row = self._slots.claim(job, settings.sampling, settings.ends.tokens, settings.values)
+        steps = len(settings.prompt) + 1
+        self._slots.claim(job, steps, settings.sampling, settings.ends.tokens, settings.values)
         if self._shares(job) and not request.displaced:
             self._store.saw(settings.prompt)
             if request.cached_tokens:
                 self._store.hit(job.read)
         if request._parked is not None:
-            self._slots.place(row, request._parked, settings.seed)
+            self._slots.place(job, request._parked, settings.seed)
             request._parked = None
 
     def _release(self, job: Job) -> None:
@@ -428,7 +426,7 @@ class Batcher:
         if self._shares(job):
             whole = np.concatenate([job.owner._settings.prompt, np.asarray(job.answer, np.int64)])
             if self._store.wants(whole, len(whole)):
-                self._store.put(whole, self._slots.take(self._slots.row_of(job)))
+                self._store.put(whole, self._slots.take(job))
 
     # Running in a thread.
 

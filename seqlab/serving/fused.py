@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Int, UInt32
 
 from seqlab.mixer import as_mixer
 from seqlab.module import Module, Static, merge
-from seqlab.state import by_row, put_rows, take_rows
+from seqlab.state import by_row, take_rows
 from seqlab.streaming.programs import Drawn, draw_block, read_chunk
 from seqlab.streaming.states import StreamState
 
@@ -36,15 +36,13 @@ class BatchPrograms(NamedTuple):
     """`step(leaves, state, fresh, pieces, limits, sampling, ends, values, top=, function=)` reads pieces,
     then draws up to `limits` [b] tokens per row; `draw` is the same without pieces. Both consume the state.
     `take(state, row)`: a copy of one row. `place(state, row, one, seed)`: puts one back, consumes the
-    state. `gather(state, rows)`: a copy of rows [w]; `scatter(state, rows, part)`: puts them back, consumes
-    the state."""
+    state. `gather(state, rows)`: a copy of rows [w], in that order."""
 
     step: Callable[..., tuple[StreamState, Drawn]]
     draw: Callable[..., tuple[StreamState, Drawn]]
     take: Callable[[StreamState, Any], StreamState]
     place: Callable[[StreamState, Any, StreamState, Any], StreamState]
     gather: Callable[[StreamState, Any], StreamState]
-    scatter: Callable[[StreamState, Any, StreamState], StreamState]
 
 
 @functools.lru_cache(maxsize=16)
@@ -72,7 +70,6 @@ def batch_programs(static: Static) -> BatchPrograms:
         jax.jit(_take),
         jax.jit(place, donate_argnums=0),
         jax.jit(take_rows),
-        jax.jit(put_rows, donate_argnums=0),
     )
 
 

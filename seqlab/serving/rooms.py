@@ -1,4 +1,4 @@
-"""The sizes of a batch's state: caches that fill up hold, and a step reads, little more than streams need."""
+"""The sizes of states: caches that fill up hold, and a step reads, little more than streams need."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from seqlab.module import Module
 from seqlab.serving.fused import resizing
 from seqlab.streaming.states import StreamState, fresh_state, with_room_for
 
-_LEAST = 256  # steps for which a batch has room at first
+_LEAST = 256  # steps for which the smallest state has room
 
 
 class Rooms:
@@ -19,7 +19,6 @@ class Rooms:
 
     Args:
       model: unrolled.
-      rows: of the batch.
       steps: of the longest stream, where caches grow with their streams.
 
     Attributes:
@@ -27,8 +26,8 @@ class Rooms:
       endless: whether streams may be longer than that: caches do not grow any more.
     """
 
-    def __init__(self, model: Module, rows: int, steps: int):
-        self._model, self._rows = model, rows
+    def __init__(self, model: Module, steps: int):
+        self._model = model
         self._grown, self._shrunk = resizing(model)
         sizes, shapes, room = [], [], _LEAST
         while True:
@@ -53,9 +52,9 @@ class Rooms:
         """The index of the least size with room for `steps` steps; the last one for more."""
         return next((i for i, room in enumerate(self.sizes) if room >= steps), len(self.sizes) - 1)
 
-    def batch(self, size: int) -> StreamState:
-        """The state of a batch of fresh streams."""
-        return fresh_state(self._model, np.zeros(self._rows, np.uint32), self.sizes[size])
+    def batch(self, size: int, rows: int) -> StreamState:
+        """The state of `rows` fresh streams."""
+        return fresh_state(self._model, np.zeros(rows, np.uint32), self.sizes[size])
 
     def fresh(self, size: int) -> StreamState:
         """The state of one fresh stream, to be copied from."""

@@ -1,7 +1,13 @@
-"""The rows of a batch on the device: who has which, their settings and states, and the calls that advance
-them."""
+"""The running streams on the device: their settings and states, and the calls that advance them.
 
-from collections.abc import Sequence
+Streams of about the same length share a batch, since a step reads as many slots of a cache as the longest
+stream of its batch needs. A batch is as wide as its streams require, in a few widths that are compiled.
+"""
+
+import concurrent.futures
+import dataclasses
+import os
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,45 +23,51 @@ from seqlab.streaming.sampling import Sampling, check_sampling
 from seqlab.streaming.states import StreamState
 from seqlab.streaming.stream import slots_of
 
-BIASES, ENDS = 512, 64  # biased tokens and end tokens of a row at most
-_PATIENCE = 64  # steps for which a smaller state would have done before the state shrinks
+BIASES, ENDS = 512, 64  # biased tokens and end tokens of a stream at most
 
 
 class Piece(NamedTuple):
-    """A piece of a prompt: the row that reads it, its tokens, whether the row starts fresh, and its seed."""
+    """A piece of a prompt: who reads it, its tokens, whether the stream starts fresh, and its seed."""
 
-    row: int
+    owner: Hashable
     tokens: np.ndarray
     begins: bool
     seed: int
 
 
-class Part(NamedTuple):
-    """Some rows of a batch that draw tokens on their own, while the others have nothing to do."""
+@dataclasses.dataclass
+class Batch:
+    """Streams whose states have one size. `owners` [w]: who has each row, None for a free one. `settings`: of
+    all rows, on the device; None where a row has changed."""
 
-    rows: tuple[int, ...]
+    owners: list[Any]
     state: StreamState
-    settings: Any
+    settings: Any = None
+
+    @property
+    def active(self) -> int:
+        """The number of streams."""
+        return sum(owner is not None for owner in self.owners)
+
+
+@dataclasses.dataclass
+class _Stream:
+    size: int
+    length: int
+    settings: tuple[Any, Any, Any]  # of one row
 
 
 class Slots:
-    """The state of a batch, and the settings of its rows.
-
-    Where few rows draw tokens, these are computed as a smaller batch, so that a stream alone is not slowed by
-    empty rows.
+    """The states and settings of the running streams.
 
     Args:
       model: prepared for streaming.
-      rows: of the batch.
-      rooms: the sizes of its state.
+      rows: streams at most.
+      rooms: the sizes of states.
       pieces: sizes in which prompts are read, ascending.
       budget: tokens of prompts in a call at most.
-      top: likeliest tokens that rows may ask for.
+      top: likeliest tokens that streams may ask for.
       function, values: the function of logits, and its values of one row.
-
-    Attributes:
-      owners: who has each row; None for a free one.
-      lengths: [b], steps of each row's stream.
     """
 
     def __init__(
@@ -74,196 +86,206 @@ class Slots:
         self._leaves, self._programs = tuple(params.values()), batch_programs(static)
         self._rooms, self._pieces, self._budget = rooms, tuple(pieces), budget
         self._top, self._function = slots_of(top), function
-        self._values = jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf), rows, axis=0), values)
-        self._sampling = check_sampling(rows=rows)._replace(
-            bias_tokens=np.full((rows, BIASES), 2**31 - 1, np.int32),
-            bias=np.zeros((rows, BIASES), np.float32),
-        )
-        self._ends = np.full((rows, ENDS), -1, np.int32)
-        self._arrays: Any = None  # the settings on the device; None where a row has changed
-        self._size, self._state, self._slack = 0, None, 0
-        self._part: Part | None = None  # newer than its rows of the state
-        self._widths = tuple(4**n for n in range(8) if 4**n < rows)
-        self.owners: list[Any] = [None] * rows
-        self.lengths = np.zeros(rows, np.int64)
+        self._widths = (*(4**n for n in range(8) if 4**n < rows), rows)
+        self._idle = _of_one_row(check_sampling(), np.full((1, 1), -1), values)
+        self._streams: dict[Any, _Stream] = {}
+        self._batches: dict[int, Batch] = {}  # by size
 
     @property
     def bytes(self) -> int:
-        """The bytes of the state; 0 before the first stream."""
-        states = (self._state, None if self._part is None else self._part.state)
+        """The bytes of all states."""
+        states = [batch.state for batch in self._batches.values()]
         return sum(leaf.nbytes for leaf in jax.tree.leaves(states))
 
-    def row_of(self, owner: Any) -> int:
-        """The row of `owner`."""
-        return self.owners.index(owner)
+    def claim(self, owner: Hashable, steps: int, sampling: Sampling, ends: np.ndarray, values: Any) -> None:
+        """Let a stream in that will soon have `steps` steps, with settings of one row each."""
+        stream = _Stream(self._rooms.size_for(steps), 0, _of_one_row(sampling, ends, values))
+        self._streams[owner] = stream
+        self._enter(owner, stream.size)
 
-    def claim(self, owner: Any, sampling: Sampling, ends: np.ndarray, values: Any) -> int:
-        """Give a free row to `owner`, with settings of one row each."""
-        row = self.owners.index(None)
-        self.owners[row], self.lengths[row] = owner, 0
-        self._sampling.bias_tokens[row], self._sampling.bias[row] = 2**31 - 1, 0
-        for whole, own in zip(self._sampling, sampling, strict=True):
-            if own.ndim == 1:
-                whole[row] = own[0]
-            else:
-                whole[row, : own.shape[1]] = own[0]
-        self._ends[row] = -1
-        self._ends[row, : ends.shape[1]] = ends[0]
-        for whole, own in zip(*map(jax.tree.leaves, (self._values, values)), strict=True):
-            whole[row] = np.asarray(own)[0]
-        self._arrays = None
-        if self._part is not None:
-            self._part = self._part._replace(settings=None)
-        return row
-
-    def release(self, owner: Any) -> None:
-        """Free the row of `owner`, if it has one."""
-        if owner in self.owners:
-            self.owners[self.owners.index(owner)] = None
+    def release(self, owner: Hashable) -> None:
+        """Let a stream go, if it is here."""
+        if (stream := self._streams.pop(owner, None)) is not None:
+            self._leave(owner, stream.size)
 
     def lose(self) -> None:
-        """Give the state up: a call that consumed it has failed."""
-        self._state = self._arrays = self._part = None
-        self._size, self.owners = 0, [None] * len(self.owners)
+        """Give all states up: a call that consumed one has failed."""
+        self._streams, self._batches = {}, {}
 
-    def place(self, row: int, one: StreamState, seed: int) -> None:
-        """Put the state of a stream into a row, growing the batch if needed.
+    def place(self, owner: Hashable, one: StreamState, seed: int) -> None:
+        """Give a stream that is here a state.
 
-        Raises ValueError for a state of another size than streams of these rows have.
+        Raises ValueError for a state of another size than streams have here.
         """
-        length, size = int(np.asarray(one.length)[0]), size_of(self._rooms, one)
+        stream, size = self._streams[owner], size_of(self._rooms, one)
         if size is None:
             raise UserError("state has a size that this batcher does not know: give it a larger `steps`")
-        self._change_size(max(self._size, self._rooms.size_for(length)))
-        one = self._rooms.resized(one, size, self._size)
-        self._state = self._programs.place(self._whole(), np.int32(row), one, np.uint32(seed))
-        self.lengths[row] = length
+        stream.length = int(np.asarray(one.length)[0])
+        self._move(owner, max(stream.size, self._rooms.size_for(stream.length)))
+        batch = self._batches[stream.size]
+        one = self._rooms.resized(one, size, stream.size)
+        row = np.int32(batch.owners.index(owner))
+        batch.state = self._programs.place(batch.state, row, one, np.uint32(seed))
 
-    def take(self, row: int) -> StreamState:
-        """A copy of the state of a row, in the size that it needs."""
-        one = self._programs.take(self._whole(), np.int32(row))
-        size = min(self._size, self._rooms.size_for(int(self.lengths[row])))
-        return self._rooms.resized(one, self._size, size)
+    def take(self, owner: Hashable) -> StreamState:
+        """A copy of the state of a stream, in the size that it needs."""
+        stream = self._streams[owner]
+        size = min(stream.size, self._rooms.size_for(stream.length))
+        return self._rooms.resized(self._copied(owner), stream.size, size)
 
-    def run(self, pieces: Sequence[Piece], limits: np.ndarray, top: bool) -> tuple[Drawn, list[int]]:
-        """Read `pieces`, then draw up to `limits` [b] tokens per row, the likeliest beside them if `top`.
+    def shape(self, owners: Sequence[Hashable]) -> Hashable:
+        """Of the work of a step in which `owners` draw tokens: steps of one shape take about as long."""
+        sizes = sorted({self._streams[owner].size for owner in owners})
+        return tuple((size, len(self._batches[size].owners)) for size in sizes)
 
-        Returns the tokens, and the row of each of their rows.
+    def run(
+        self, pieces: Sequence[Piece], limits: Mapping[Hashable, int], top: bool
+    ) -> list[tuple[Drawn, list[Any]]]:
+        """Read `pieces`, then draw up to so many tokens per stream, the likeliest beside them if `top`.
+
+        Returns the tokens of each batch that had work, with the owners of its rows.
         """
-        coming = self.lengths + limits
+        for owner, stream in list(self._streams.items()):
+            coming = stream.length + limits.get(owner, 0)
+            coming += sum(len(piece.tokens) for piece in pieces if piece.owner is owner)
+            self._move(owner, max(stream.size, self._rooms.size_for(coming)))
+        drawn = []
+        for size, batch in self._batches.items():
+            own = [piece for piece in pieces if piece.owner in batch.owners]
+            most = np.asarray([limits.get(owner, 0) for owner in batch.owners], np.int32)
+            if own or most.any():
+                drawn.append((self._call(size, batch, own, most, top), list(batch.owners)))
         for piece in pieces:
-            coming[piece.row] += len(piece.tokens)
-        self._fit(int(max(coming[row] for row, owner in enumerate(self.owners) if owner is not None)))
+            self._streams[piece.owner].length += len(piece.tokens)
+        for tokens, owners in jax.block_until_ready(drawn):
+            for owner, count in zip(owners, np.asarray(tokens.count).tolist(), strict=True):
+                if owner is not None:
+                    self._streams[owner].length += count
+        return drawn
+
+    def _call(self, size: int, batch: Batch, pieces: Sequence[Piece], limits: np.ndarray, top: bool) -> Drawn:
+        """Advance one batch."""
+        if batch.settings is None:
+            rows = [self._idle if owner is None else self._streams[owner].settings for owner in batch.owners]
+            batch.settings = jax.tree.map(lambda *leaves: jnp.array(np.concatenate(leaves)), *rows)
         options = {"top": self._top if top else 0, "function": self._function}
-        rows = list(range(len(self.owners)))
-        if not pieces and (part := self._part_of(np.flatnonzero(limits).tolist())) is not None:
-            rows, self._part = list(part.rows), None  # taken over
-            work = (part.state, limits[rows], *part.settings)
-            state, drawn = self._programs.draw(self._leaves, *work, **options)
-            self._part = part._replace(state=state)
-        elif pieces:
-            state, self._state = self._whole(), None
-            work = (state, self._rooms.fresh(self._size), self._cut(pieces), limits, *self._settings())
-            self._state, drawn = self._programs.step(self._leaves, *work, **options)
+        state, batch.state = batch.state, None  # taken over
+        if pieces:
+            work = (state, self._rooms.fresh(size), self._cut(batch, pieces), limits, *batch.settings)
+            batch.state, drawn = self._programs.step(self._leaves, *work, **options)
         else:
-            state, self._state = self._whole(), None
-            work = (state, limits, *self._settings())
-            self._state, drawn = self._programs.draw(self._leaves, *work, **options)
-        drawn = jax.block_until_ready(drawn)
-        for piece in pieces:
-            self.lengths[piece.row] += len(piece.tokens)
-        self.lengths[rows] += np.asarray(drawn.count)
-        return drawn, rows
+            batch.state, drawn = self._programs.draw(self._leaves, state, limits, *batch.settings, **options)
+        return drawn
 
-    def width(self, active: int) -> int:
-        """The number of rows that are computed where so many draw tokens."""
-        return next((width for width in self._widths if width >= active), len(self.owners))
+    # Rows of batches.
 
-    def _part_of(self, active: list[int]) -> Part | None:
-        """The active rows as a smaller batch; None if there is no smaller one for so many."""
-        if (width := self.width(len(active))) == len(self.owners):
-            return None
-        if self._part is None or len(self._part.rows) != width or not set(active) <= set(self._part.rows):
-            others = [row for row in range(len(self.owners)) if row not in active]
-            rows = np.asarray([*active, *others][:width], np.int32)
-            state = self._programs.gather(self._whole(), rows)
-            self._part = Part(tuple(rows.tolist()), state, None)
-        if self._part.settings is None:
-            index = np.asarray(self._part.rows)
-            settings = jax.tree.map(lambda leaf: jnp.array(leaf[index]), self._host_settings)
-            self._part = self._part._replace(settings=settings)
-        return self._part
+    def _enter(self, owner: Hashable, size: int) -> None:
+        """Give a stream a row among those of a size, without a state."""
+        if size not in self._batches:
+            self._batches[size] = Batch([None] * self._widths[0], self._rooms.batch(size, self._widths[0]))
+        batch = self._batches[size]
+        if batch.active == len(batch.owners):
+            self._widen(batch)
+        batch.owners[batch.owners.index(None)] = owner
+        batch.settings = None
 
-    def warm(self, size: int) -> tuple[int, StreamState]:
-        """Run every program once on states of a size: their number, and a state of two steps."""
-        rooms, use, none = self._rooms, self._programs, np.zeros(len(self.owners), np.int32)
-        state, fresh, done = rooms.batch(size), rooms.fresh(size), 2
+    def _leave(self, owner: Hashable, size: int) -> None:
+        batch = self._batches[size]
+        batch.owners[batch.owners.index(owner)] = None
+        batch.settings = None
+        place = self._widths.index(len(batch.owners))
+        if not batch.active:
+            del self._batches[size]
+        elif place and batch.active <= max(1, self._widths[place - 1] // 2):
+            self._narrow(batch)
+
+    def _widen(self, batch: Batch) -> None:
+        width = self._widths[self._widths.index(len(batch.owners)) + 1]
+        have = len(batch.owners)
+        rows = np.minimum(np.arange(width), have - 1).astype(np.int32)  # free ones may hold anything
+        batch.state, batch.settings = self._programs.gather(batch.state, rows), None
+        batch.owners = batch.owners + [None] * (width - have)
+
+    def _narrow(self, batch: Batch) -> None:
+        """Move the streams to the next narrower width."""
+        width = self._widths[self._widths.index(len(batch.owners)) - 1]
+        used = [row for row, owner in enumerate(batch.owners) if owner is not None]
+        rows = np.asarray((used + used * width)[:width], np.int32)
+        owners = [batch.owners[row] for row in used]
+        batch.state, batch.settings = self._programs.gather(batch.state, rows), None
+        batch.owners = owners + [None] * (width - len(owners))
+
+    def _move(self, owner: Hashable, size: int) -> None:
+        """Move a stream with its state among those of another size."""
+        stream = self._streams[owner]
+        if size == stream.size:
+            return
+        one = self._rooms.resized(self._copied(owner), stream.size, size)
+        self._leave(owner, stream.size)
+        self._enter(owner, size)
+        stream.size, batch = size, self._batches[size]
+        row = np.int32(batch.owners.index(owner))
+        batch.state = self._programs.place(batch.state, row, one, np.asarray(one.seed)[0])
+
+    def _copied(self, owner: Hashable) -> StreamState:
+        batch = self._batches[self._streams[owner].size]
+        return self._programs.take(batch.state, np.int32(batch.owners.index(owner)))
+
+    # Compilation.
+
+    def warm(self) -> tuple[int, list[StreamState]]:
+        """Run every program once, several at a time: their number, and a state of two steps in every size."""
+        done, states = 0, {}
+        sizes = range(len(self._rooms.sizes))
+        for size in sizes:
+            self._rooms.fresh(size)
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            work = [
+                pool.submit(self._warm_one, size, place)
+                for size in sizes
+                for place in range(len(self._widths))
+            ]
+            for count, size, one in (one.result() for one in work):
+                done, states[size] = done + count, one
+        for size in sizes:
+            for other in (size - 1, size + 1):
+                if other in sizes:
+                    self._rooms.resized(states[size], size, other)
+                    done += 1
+        return done, list(states.values())
+
+    def _warm_one(self, size: int, place: int) -> tuple[int, int, StreamState]:
+        """Run the programs of a size and a width: their number, the size, a state of two steps."""
+        width = self._widths[place]
+        use, none = self._programs, np.zeros(width, np.int32)
+        state, fresh, done = self._rooms.batch(size, width), self._rooms.fresh(size), 0
+        settings = jax.tree.map(lambda leaf: jnp.array(np.repeat(leaf, width, axis=0)), self._idle)
         for top in sorted({0, self._top}):
             options = {"top": top, "function": self._function}
             for piece in self._pieces:
                 pieces = self._blank(piece)._replace(count=np.int32(1))
                 pieces.valid[0] = min(2, piece)
-                work = (state, fresh, pieces, none, *self._settings())
-                state, _ = use.step(self._leaves, *work, **options)
-            state, _ = use.draw(self._leaves, state, none, *self._settings(), **options)
+                state, _ = use.step(self._leaves, state, fresh, pieces, none, *settings, **options)
+            state, _ = use.draw(self._leaves, state, none, *settings, **options)
             done += len(self._pieces) + 1
-            for width in self._widths:
-                rows = np.arange(width, dtype=np.int32)
-                part = use.gather(state, rows)
-                settings = jax.tree.map(lambda leaf, rows=rows: jnp.array(leaf[rows]), self._host_settings)
-                part, _ = use.draw(self._leaves, part, none[rows], *settings, **options)
-                state = use.scatter(state, rows, part)
-                done += 3
+        for other in self._widths[max(0, place - 1) : place + 2]:
+            use.gather(state, np.zeros(other, np.int32))
         one = use.take(state, np.int32(0))
-        state = use.place(state, np.int32(0), one, np.uint32(0))
-        for other in (size - 1, size + 1):
-            if 0 <= other < len(rooms.sizes):
-                rooms.resized(state, size, other)
-                rooms.resized(one, size, other)
-                done += 2
-        return done, one
+        use.place(state, np.int32(0), one, np.uint32(0))
+        return done + 4, size, one
 
-    def _whole(self) -> StreamState:
-        """The state of all rows, up to date."""
-        if self._state is None:
-            self._state = self._rooms.batch(self._size)
-        if self._part is not None:
-            part, self._part = self._part, None
-            self._state = self._programs.scatter(self._state, np.asarray(part.rows, np.int32), part.state)
-        return self._state
+    # Pieces.
 
-    def _fit(self, steps: int) -> None:
-        """Room for streams of `steps` steps; less of it once a smaller state would have done for a while."""
-        size = self._rooms.size_for(steps)
-        self._slack = self._slack + 1 if size < self._size else 0
-        if size > self._size or self._slack > _PATIENCE:
-            self._change_size(size)
-            self._slack = 0
-
-    def _change_size(self, size: int) -> None:
-        if size != self._size:
-            self._state = self._rooms.resized(self._whole(), self._size, size)
-            self._size = size
-
-    def _settings(self) -> tuple[Any, Any, Any]:
-        """The settings of all rows, on the device."""
-        if self._arrays is None:
-            self._arrays = jax.tree.map(jnp.array, self._host_settings)
-        return self._arrays
-
-    @property
-    def _host_settings(self) -> tuple[Any, Any, Any]:
-        return self._sampling, self._ends, self._values
-
-    def _cut(self, pieces: Sequence[Piece]) -> Pieces:
+    def _cut(self, batch: Batch, pieces: Sequence[Piece]) -> Pieces:
         """The pieces as arrays, cut into those of the size that computes least."""
         counts = [len(piece.tokens) for piece in pieces]
         size = min(self._pieces, key=lambda size: sum(-(-count // size) * (size + 8) for count in counts))
         arrays, i = self._blank(size), 0
         for piece in pieces:
+            row = batch.owners.index(piece.owner)
             for start in range(0, len(piece.tokens), size):
                 part = piece.tokens[start : start + size]
-                arrays.row[i], arrays.valid[i], arrays.seed[i] = piece.row, len(part), piece.seed
+                arrays.row[i], arrays.valid[i], arrays.seed[i] = row, len(part), piece.seed
                 arrays.begins[i] = piece.begins and not start
                 arrays.tokens[i, : len(part)] = part
                 i += 1
@@ -271,7 +293,7 @@ class Slots:
 
     def _blank(self, size: int) -> Pieces:
         """No pieces, in arrays for as many as a call can have."""
-        slots = len(self.owners) + -(-self._budget // size)
+        slots = self._widths[-1] + -(-self._budget // size)
         return Pieces(
             np.int32(0),
             np.zeros(slots, np.int32),
@@ -280,3 +302,13 @@ class Slots:
             np.zeros((slots, size), np.int32),
             np.zeros(slots, np.int32),
         )
+
+
+def _of_one_row(sampling: Sampling, ends: np.ndarray, values: Any) -> tuple[Any, Any, Any]:
+    """Settings of one row, with places for as many biased tokens and ends as a stream may have."""
+    tokens, bias = np.full((1, BIASES), 2**31 - 1, np.int32), np.zeros((1, BIASES), np.float32)
+    count = sampling.bias_tokens.shape[1]
+    tokens[0, :count], bias[0, :count] = sampling.bias_tokens[0], sampling.bias[0]
+    wide = np.full((1, ENDS), -1, np.int32)
+    wide[0, : ends.shape[1]] = ends[0]
+    return sampling._replace(bias_tokens=tokens, bias=bias), wide, jax.tree.map(np.asarray, values)
