@@ -131,7 +131,7 @@ class Backbone(Composite, Module):
     Args:
       mixers: one factory or a tuple of them, cycled: layer i gets `mixers[i % len(mixers)]`.
       channel_mixer: a factory, a tuple of them likewise, or None.
-      block: the factory of a block, called as block(dim, mixer, channel_mixer, norm, rngs=rngs): `Block` with
+      block: the factory of a block, called as block(dim, mixer=, channel_mixer=, norm=, rngs=): `Block` with
         options, for instance.
       scan_layers: run the repetitions of the pattern by one `lax.scan` over stacked parameters: compile time
         and program size do not grow with depth. The function is the same; `depth` must be a multiple of the
@@ -173,7 +173,9 @@ class Backbone(Composite, Module):
             )
 
         def layer(i: int) -> Block:
-            return block(dim, mixers[i % len(mixers)], channels[i % len(channels)], norm, rngs=rngs)
+            # By name: a config's block may name its own, and is overruled.
+            parts = {"mixer": mixers[i % len(mixers)], "channel_mixer": channels[i % len(channels)]}
+            return block(dim, **parts, norm=norm, rngs=rngs)
 
         self.blocks = nnx.List(
             [
