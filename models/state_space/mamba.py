@@ -92,18 +92,18 @@ class Selective(Module):
 
 
 class Mamba(Selective):
-    """The S6 mixer. Symbols of the paper: E = expand * d inner channels, N = state_size, R = rank of the step
-    size, K = conv_width.
+    """The S6 mixer (arXiv 2312.00752). Symbols of the paper: E = expand * d inner channels, N = state_size,
+    R = rank of the step size, K = conv_width.
 
         a, z = in_proj(x);  c = silu(conv(a));  r, B, C = x_proj(c);  Δ = softplus(dt_proj(r))
         h_t = exp(Δ_t A) h_{t-1} + Δ_t c_t B_t;  y_t = C_t h_t + D c_t;  out_proj(y * silu(z))
 
+    The state transition is exact, the input map is Euler's (Δ B), as in the published code; a chunk continues
+    the scan from its state, whatever its length.
+
     Args:
       selection_norm: RMS norms (with `norm_eps`) of r, B and C: "plain" (Falcon-Mamba, arXiv 2410.05355),
         "weighted" (Jamba, arXiv 2403.19887), or None.
-
-    The state transition is exact, the input map is Euler's (Δ B), as in the published code; a chunk continues
-    the scan from its state, whatever its length.
 
     Pitfalls:
       B, C and Δ come from the convolved half, the gate from the other; D is added before the gate; the bias
