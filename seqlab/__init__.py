@@ -34,6 +34,8 @@ if TYPE_CHECKING:  # what `__getattr__` answers, for those who read and do not r
     from seqlab.module import split as split
     from seqlab.serving.batcher import Batcher as Batcher
     from seqlab.serving.prefixes import PrefixStore as PrefixStore
+    from seqlab.serving.request import Busy as Busy
+    from seqlab.serving.request import Request as Request
     from seqlab.state import load_state as load_state
     from seqlab.state import put_rows as put_rows
     from seqlab.state import save_state as save_state
@@ -73,6 +75,8 @@ _PUBLIC = {
     "warm_up": "seqlab.streaming.generate",
     "Batcher": "seqlab.serving.batcher",
     "PrefixStore": "seqlab.serving.prefixes",
+    "Busy": "seqlab.serving.request",
+    "Request": "seqlab.serving.request",
     "load": "seqlab.studies.runs",
     "convert": "seqlab.interop.convert",
     "save_pretrained": "seqlab.interop.huggingface",

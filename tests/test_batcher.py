@@ -311,3 +311,26 @@ def test_a_load_test_replays_the_same_arrivals_under_each_policy(tmp_path, capsy
     ]
     with pytest.raises(ValueError, match="long_share must be from 0 to 1"):
         serve_bench.Trace(long_share=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MIXERS)
+def test_a_thousand_random_requests_compile_nothing_and_keep_their_tokens(kind):
+    rng, compiled = np.random.default_rng(5), count_compilations()
+    batcher = Batcher(model(kind), rows=8, token_budget=48, pieces=(16,), steps=300, prefixes=2**20)
+    batcher.warm_up()
+    before, asked = len(compiled), []
+    shared = rng.integers(0, VOCABULARY, 90).tolist()
+    for _ in range(1000):
+        prompt, settings = random_request(rng, shared=shared[: rng.integers(0, 90)])
+        asked.append((prompt, settings, batcher.submit(prompt, priority=int(rng.integers(0, 3)), **settings)))
+        while batcher.stats["waiting"] > 12:
+            batcher.step()
+        if rng.random() < 0.1:
+            asked[int(rng.integers(0, len(asked)))][2].cancel()
+    got = [request.result() for _, _, request in asked]
+    assert len(compiled) == before and not any(batcher.stats[name] for name in ("running", "waiting"))
+    for i in rng.choice(1000, 60, replace=False):
+        prompt, settings, request = asked[i]
+        wanted = expected(kind, prompt, settings)
+        same(got[i], wanted[: len(got[i])] if request.finished == "cancelled" else wanted)

@@ -41,6 +41,7 @@ FOLLOWED = (
 # Among the slow tests.
 LONG = (
     "tutorial.md",
+    "how-to/batch.md",
     "how-to/cache.md",
     "how-to/devices.md",
     "explanation/contract.md",
