@@ -262,7 +262,7 @@ class Backbone(Composite, Module):
         if self.remat == "none" and not streamed:
             return block(*arguments)
         static, params = split(block)
-        run = _traced_once(static) if streamed else self._run(static)
+        run = _traced_once(static) if self.remat == "none" else self._run(static)
         x, state, moved = run(params, *arguments)
         put_statistics(block, moved)
         return x, state

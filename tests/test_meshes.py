@@ -131,6 +131,10 @@ def test_what_is_computed_again_is_what_remat_says():
         def loss(params, static=static):
             return jnp.square(merge(static, params)(tokens)[0]).sum()
 
+        def streamed(params, static=static):
+            net = merge(static, params)
+            return jnp.square(net(tokens, net.init_state(2))[0]).sum()
+
         gradient = jax.jit(jax.grad(loss))
         grads[remat], products[remat] = (
             gradient(params),
@@ -142,10 +146,17 @@ def test_what_is_computed_again_is_what_remat_says():
                 jax.eval_shape(lambda params, loss=loss: jax.vjp(loss, params)[1], params)
             )
         )
+        kept[remat, "streamed"] = sum(
+            leaf.size
+            for leaf in jax.tree.leaves(
+                jax.eval_shape(lambda params, loss=streamed: jax.vjp(loss, params)[1], params)
+            )
+        )
     helpers.assert_close(grads["dots"], grads["none"], 1e-5)
     helpers.assert_close(grads["block"], grads["none"], 1e-5)
     assert products["none"] <= products["dots"] < products["block"], products
     assert kept["none"] > kept["dots"] > kept["block"], kept
+    assert kept["none", "streamed"] > kept["dots", "streamed"] > kept["block", "streamed"], kept
 
 
 def command(folder, *settings, process=None):
