@@ -1,4 +1,4 @@
-"""The command that measures how streams are served."""
+"""The commands that serve streams, and that measure how they are served."""
 
 import argparse
 import dataclasses
@@ -10,7 +10,8 @@ from seqlab.cli.common import add_json, add_run, enable_compile_cache, load, say
 
 
 def add_commands(commands: Any) -> None:
-    """Add the command."""
+    """Add the commands."""
+    _add_serve(commands)
     bench = commands.add_parser(
         "serve-bench",
         help="latencies and throughput of many streams under random load, by scheduling policy",
@@ -49,6 +50,100 @@ def add_commands(commands: Any) -> None:
     )
     add_json(bench)
     bench.set_defaults(run=_serve_bench)
+
+
+def _add_serve(commands: Any) -> None:
+    serving = commands.add_parser(
+        "serve", help="serve a model over HTTP, in the dialect of OpenAI's completions and chat"
+    )
+    add_run(serving)
+    serving.add_argument(
+        "--host", default="127.0.0.1", help="address; default %(default)s, this machine only"
+    )
+    serving.add_argument("--port", type=int, default=8000, help="default %(default)s; 0 for any free one")
+    serving.add_argument(
+        "--api-key", metavar="KEY", help="required from clients; default $SEQLAB_API_KEY, else none"
+    )
+    serving.add_argument("--name", help="of the model; default the folder's")
+    serving.add_argument("--cache", metavar="POLICY", help="the cache policy of attention layers")
+    for name, default, text in (
+        ("rows", 8, "streams at once"),
+        ("token-budget", 256, "tokens per step"),
+        ("steps", 4096, "longest stream, where caches grow"),
+        ("max-waiting", 256, "requests that wait; more are refused"),
+        ("max-body-bytes", 2**20, "bytes of a request"),
+        ("prefix-bytes", 2**28, "bytes of states kept by prefixes of prompts; 0 for none"),
+        ("top-logprobs", 5, "likeliest tokens that a client may ask for"),
+    ):
+        serving.add_argument(
+            f"--{name}", type=int, default=default, metavar="N", help=f"{text}; default %(default)s"
+        )
+    serving.add_argument("--max-tokens", type=int, metavar="N", help="tokens per answer; default no bound")
+    serving.add_argument(
+        "--drain-seconds",
+        type=float,
+        default=30.0,
+        metavar="X",
+        help="time for streams to finish after SIGTERM; default %(default)s",
+    )
+    serving.add_argument(
+        "--state-folder", type=pathlib.Path, metavar="DIR", help="where unfinished streams are saved then"
+    )
+    serving.add_argument("--no-warm-up", action="store_true", help="compile when requests need it")
+    serving.set_defaults(run=_serve)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    import os
+
+    from seqlab.checks import UserError
+    from seqlab.serving.batcher import Batcher
+
+    try:
+        from seqlab.serving.server.app import Service
+        from seqlab.serving.server.run import serve
+    except ImportError as error:
+        raise UserError(f"the server needs {error.name}: pip install 'seqlab[serve]'") from error
+    enable_compile_cache()
+    if not 0 <= args.port < 2**16:
+        raise UserError(f"--port must be from 0 to 65535, got {args.port}")
+    run = load(args)
+    if run.tokenizer is None:
+        raise UserError(f"{args.workdir} has no tokenizer: there is nothing to serve as text")
+    batcher = Batcher(
+        run.model,
+        args.rows,
+        cache=args.cache,
+        tokenizer=run.tokenizer,
+        token_budget=args.token_budget,
+        steps=args.steps,
+        waiting=args.max_waiting,
+        prefixes=args.prefix_bytes,
+        top_logprobs=args.top_logprobs,
+    )
+    key = args.api_key or os.environ.get("SEQLAB_API_KEY")
+    if key is None and args.host not in ("127.0.0.1", "::1", "localhost"):
+        say(f"warning: {args.host} may be reached from other machines, and there is no --api-key")
+    if not args.no_warm_up:
+        done = batcher.warm_up()
+        say(f"{done['programs']} programs compiled in {done['seconds']:.1f} s")
+    chat = run.chat if getattr(run.tokenizer, "template", None) is not None else None
+    service = Service(
+        batcher,
+        args.name or args.workdir.resolve().name,
+        chat,
+        key,
+        body_limit=args.max_body_bytes,
+        token_limit=args.max_tokens,
+    )
+    return serve(
+        service,
+        args.host,
+        args.port,
+        drain_seconds=args.drain_seconds,
+        state_folder=args.state_folder,
+        say=say,
+    )
 
 
 def _serve_bench(args: argparse.Namespace) -> int:

@@ -48,13 +48,11 @@ class Batcher:
         for token in request:
             print(token.text, end="", flush=True)
 
-    Requests join and leave at any step. Each step reads pieces of prompts and draws a token for every other
-    stream in one compiled call, at most `token_budget` tokens in all, so that long prompts do not delay
-    streams that are being answered. No request compiles anything after `warm_up`. A request gives the same
-    tokens as `stream_generate` with the same settings, whatever runs beside it.
-
-    Without `start`, the batcher works when a request is iterated or `step` is called; with it, or as a
-    context manager, in a thread of its own.
+    Requests join and leave at any step. A step reads pieces of prompts and draws a token for every other
+    stream, at most `token_budget` tokens in all: long prompts do not delay streams that are being answered.
+    Nothing is compiled after `warm_up`. A request gives the tokens of `stream_generate` with the same
+    settings, whatever runs beside it. Without `start`, the batcher works when a request is iterated or `step`
+    is called; with it, or as a context manager, in a thread of its own.
 
     Args:
       model: a language model.
@@ -444,18 +442,16 @@ class Batcher:
         """End the thread and all requests, as cancelled; nothing is accepted any more."""
         self._accepting = False
         self._worker.stop()
-        with self._lock:
-            self._take_in()
-            for job in [*self._schedule.running, *self._schedule.waiting]:
-                self._release(job)
-                job.owner._end("cancelled")
+        for request in self.requests():
+            request.cancel()
+        self.requests()
 
     def drain(self, timeout: float | None = None) -> bool:
         """Accept no more requests, and finish those there are; whether all are finished after `timeout`
         seconds."""
         self._accepting = False
         until = None if timeout is None else time.monotonic() + timeout
-        while self._has_work():
+        while self.requests():
             if until is not None and time.monotonic() > until:
                 return False
             if not self.started:
@@ -469,6 +465,12 @@ class Batcher:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+    def requests(self) -> list[Request]:
+        """The requests that have not ended, running ones first."""
+        with self._lock:
+            self._take_in()
+            return [job.owner for job in [*self._schedule.running, *self._schedule.waiting]]
 
     def _has_work(self) -> bool:
         return bool(self._inbox or self._schedule.waiting or self._schedule.running)
