@@ -2,9 +2,15 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
+import pathlib
 import random
 import re
+import resource
+import signal
+import subprocess
+import sys
 import threading
 import time
 import types
@@ -16,7 +22,7 @@ import pytest
 import uvicorn
 from flax import nnx
 
-from seqlab import Batcher, ByteTokenizer, stream_generate
+from seqlab import Batcher, ByteTokenizer, cli, load, stream_generate
 from seqlab.models import LanguageModel, Mamba
 from seqlab.serving.server.app import Service, application
 
@@ -234,7 +240,7 @@ def test_the_official_client(service, model):
         chunks = client.completions.create(prompt="abc", stream=True, **options)
         wanted = text_of(model, "abc", max_tokens=20, seed=3)
         assert "".join(chunk.choices[0].text for chunk in chunks) == wanted
-        stop = next(two for two in zip(wanted[4:], wanted[5:], strict=False) if "".join(two).isascii())
+        stop = next(two for two in itertools.pairwise(wanted[4:]) if "".join(two).isascii())
         stop = "".join(stop)
         stopped = client.completions.create(prompt="abc", stop=stop, **options).choices[0]
         assert (stopped.text, stopped.finish_reason) == (wanted[: wanted.index(stop)], "stop")
@@ -275,3 +281,60 @@ def test_clients_that_leave_leave_no_row(service):
         while service.batcher.requests() and time.monotonic() < until:
             time.sleep(0.05)
         assert service.batcher.requests() == [] and service.batcher.stats["running"] == 0
+
+
+@pytest.mark.slow
+def test_a_signal_drains_and_saves_what_is_unfinished(tmp_path):
+    run, states = str(tmp_path / "run"), tmp_path / "states"
+    assert cli.main(["train", "demo", "--fiddler", "tiny", "--set", "steps=2", "--workdir", run]) == 0
+    options = ["--port", "0", "--rows", "2", "--steps", "256", "--prefix-bytes", "0", "--top-logprobs", "0"]
+    options += ["--drain-seconds", "0.1", "--state-folder", str(states)]
+    command = [sys.executable, "-m", "seqlab", "serve", run, *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        url = next(line.split()[1] for line in process.stderr if "http" in line)
+        body = {"prompt": "def ", "max_tokens": 10_000, "seed": 1, "stream": True}
+        with httpx2.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+            lines = response.iter_lines()
+            begun = [next(lines) for _ in range(21)]
+            process.send_signal(signal.SIGTERM)
+            rest = list(lines)
+        assert process.wait(60) == 128 + signal.SIGTERM
+    assert "has saved this stream" in rest[-2]
+    data = [line for line in [*begun, *rest] if line.startswith("data: ")][:-1]
+    text = "".join(json.loads(line.removeprefix("data: "))["choices"][0]["text"] for line in data)
+    trained = load(run)
+    (saved,) = states.iterdir()
+    batcher = Batcher(trained.model, rows=1, steps=256, tokenizer=trained.tokenizer)
+    request = batcher.receive(saved.read_bytes())
+    more = [next(iter(request)).text for _ in range(10)]
+    wanted = stream_generate(trained.model, "def ", seed=1, tokenizer=trained.tokenizer, include_stop=False)
+    whole = "".join(token.text for token in itertools.islice(wanted, request.tokens))
+    assert whole.startswith(text + "".join(more))
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_requests(service):
+    async def many(client, count):
+        async def one(number):
+            body = {"prompt": f"{number}", "max_tokens": 4, "seed": number}
+            return (await client.post("/v1/completions", content=json.dumps(body))).status_code
+
+        for start in range(0, count, 32):
+            assert set(await asyncio.gather(*(one(start + i) for i in range(32)))) == {200}
+
+    async def measure():
+        transport = httpx2.ASGITransport(application(service))
+        async with httpx2.AsyncClient(transport=transport, base_url="http://here") as client:
+            await many(client, 2016)
+            before = resident_bytes()
+            await many(client, 8000)
+            return before, resident_bytes()
+
+    before, after = asyncio.run(measure())
+    assert after - before < 16 * 2**20, (before, after)
+    assert service.batcher.requests() == []
+
+
+def resident_bytes():
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
