@@ -131,8 +131,7 @@ class Backbone(Composite, Module):
     Args:
       mixers: one factory or a tuple of them, cycled: layer i gets `mixers[i % len(mixers)]`.
       channel_mixer: a factory, a tuple of them likewise, or None.
-      block: the factory of a block, called as block(dim, mixer=, channel_mixer=, norm=, rngs=): `Block` with
-        options, for instance.
+      norms, parallel, branch_scale: the form of a block, as in `Block`.
       scan_layers: run the repetitions of the pattern by one `lax.scan` over stacked parameters: compile time
         and program size do not grow with depth. The function is the same; `depth` must be a multiple of the
         pattern length.
@@ -148,7 +147,9 @@ class Backbone(Composite, Module):
         *,
         channel_mixer: Factory | tuple[Factory | None, ...] | None = SwiGLU,
         norm: Factory = RMSNorm,
-        block: Callable[..., Block] = Block,
+        norms: str = "before",
+        parallel: bool = False,
+        branch_scale: float = 1.0,
         scan_layers: bool = False,
         remat: str = "none",
         rngs: nnx.Rngs,
@@ -173,9 +174,9 @@ class Backbone(Composite, Module):
             )
 
         def layer(i: int) -> Block:
-            # By name: a config's block may name its own, and is overruled.
-            parts = {"mixer": mixers[i % len(mixers)], "channel_mixer": channels[i % len(channels)]}
-            return block(dim, **parts, norm=norm, rngs=rngs)
+            options = {"norms": norms, "parallel": parallel, "branch_scale": branch_scale}
+            mixer, channel = mixers[i % len(mixers)], channels[i % len(channels)]
+            return Block(dim, mixer, channel, norm, **options, rngs=rngs)
 
         self.blocks = nnx.List(
             [

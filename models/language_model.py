@@ -1,13 +1,11 @@
 """A language model: token embedding, backbone, logits. Models differ in their mixers."""
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from seqlab.checks import check_positive
-from seqlab.models.backbone import Backbone, Block
+from seqlab.models.backbone import Backbone
 from seqlab.models.layers import Embedding, Factory, Linear, RMSNorm, SwiGLU
 from seqlab.models.model import Model, check_dtype
 from seqlab.shapes import Activations, Steps, Tokens, accumulator
@@ -17,7 +15,7 @@ class LanguageModel(Model):
     """Next-token logits [b, t, vocab] of tokens [b, t]; a mixer over tokens, with the same contract.
 
     Args:
-      mixers, channel_mixer, norm, block, scan_layers, remat: as in `Backbone`.
+      mixers, channel_mixer, norm, norms, parallel, branch_scale, scan_layers, remat: as in `Backbone`.
       tie_embeddings: compute logits by the embedding matrix (default) or by a separate one.
       embedding_scale: a factor of the embeddings; sqrt(dim) in Gemma (arXiv 2403.08295).
       logit_scale, logit_softcap: logits are softcap · tanh(scale z / softcap); default: no cap (Gemma 2,
@@ -37,7 +35,9 @@ class LanguageModel(Model):
         *,
         channel_mixer: Factory | tuple[Factory | None, ...] | None = SwiGLU,
         norm: Factory = RMSNorm,
-        block: Callable[..., Block] = Block,
+        norms: str = "before",
+        parallel: bool = False,
+        branch_scale: float = 1.0,
         tie_embeddings: bool = True,
         embedding_scale: float = 1.0,
         logit_scale: float = 1.0,
@@ -60,7 +60,9 @@ class LanguageModel(Model):
             mixers,
             channel_mixer=channel_mixer,
             norm=norm,
-            block=block,
+            norms=norms,
+            parallel=parallel,
+            branch_scale=branch_scale,
             scan_layers=scan_layers,
             remat=remat,
             rngs=rngs,

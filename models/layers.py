@@ -77,10 +77,29 @@ def matmul(
     return jnp.matmul(rows, weight, preferred_element_type=dtype).reshape(*x.shape[:-1], weight.shape[1])
 
 
+class LowRankMap(Module):
+    """scale (x A) B with A [in, rank] and B [rank, out], initially zero (LoRA, arXiv 2106.09685); `lead`: the
+    leading axes of stacked layers."""
+
+    def __init__(
+        self, inputs: int, rank: int, outputs: int, *, scale: float, lead: tuple[int, ...], rngs: nnx.Rngs
+    ):
+        self.scale = scale
+        normal = jax.random.normal(rngs.params(), (*lead, inputs, rank))
+        self.down = nnx.Param(normal / math.sqrt(inputs))
+        self.up = nnx.Param(jnp.zeros((*lead, rank, outputs)))
+
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        down, up = self.down[...].astype(x.dtype), self.up[...].astype(x.dtype)
+        return matmul(matmul(x, down), up * self.scale)
+
+
 class Linear(Module):
-    """y = x W + b with W [in, out], initialised normal with standard deviation `scale` / sqrt(in)."""
+    """y = x W + b with W [in, out], initialised normal with standard deviation `scale` / sqrt(in). `adapter`:
+    a low-rank map of x that is added (`seqlab.models.lora`)."""
 
     torch_layout: ClassVar = {"weight": "[out, in]"}
+    adapter: LowRankMap | None = None
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool = False, scale: float = 1.0, rngs: nnx.Rngs):
         std = scale / math.sqrt(check_positive("inputs", inputs))
@@ -95,6 +114,7 @@ class Linear(Module):
         """y in the dtype of `x`, or accumulated and returned in `dtype`: logits must not be rounded to the
         dtype of the activations."""
         y = matmul(x, self.weight[...].astype(x.dtype), dtype)
+        y = y if self.adapter is None else y + self.adapter(x).astype(y.dtype)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 

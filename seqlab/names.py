@@ -19,6 +19,7 @@ from seqlab.checks import UserError
 PARTS = (
     "seqlab.models",
     "seqlab.parallel.sharding",
+    "seqlab.studies.start",
     "seqlab.train.augment",
     "seqlab.train.data",
     "seqlab.train.experiment",

@@ -55,6 +55,15 @@ class ByteTokenizer:
     vocab_size = 256
     bos = 0
 
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
     def encode(self, text: str | bytes) -> Int[np.ndarray, " t"]:
         """`text` as int32 tokens; bytes are used unchanged, valid UTF-8 or not."""
         data = text.encode("utf-8") if isinstance(text, str) else bytes(text)

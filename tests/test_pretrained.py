@@ -21,7 +21,7 @@ import seqlab
 from seqlab import cli
 from seqlab.interop.families import model_config, published_config
 from seqlab.interop.huggingface import PretrainedError, load_pretrained, save_pretrained
-from seqlab.models import MLP, Attention, Block, Full, GatedDeltaNet, LanguageModel, Mamba2, Window
+from seqlab.models import MLP, Attention, Full, GatedDeltaNet, LanguageModel, Mamba2, Window
 from seqlab.models.attention import with_cache
 from seqlab.module import params_of
 from seqlab.studies.conversation import Conversation
@@ -201,7 +201,7 @@ def test_the_older_form_of_gemma_3_stands_for_the_same():
         ("gemma2", {"logit_scale": 0.5}),
         ("granite", {"logit_softcap": 3.0}),
         ("olmo2", {"embedding_scale": 2.0}),
-        ("llama", {"block": partial(Block, norms="both")}),
+        ("llama", {"norms": "both"}),
         ("gpt_neox", {"channel_mixer": partial(MLP, bias=False)}),
     ],
 )
@@ -517,6 +517,21 @@ def test_a_folder_without_tokenizer_says_so(tmp_path, capsys):
         assert cli.main([*command, str(tmp_path / "m")]) == 2
         error = capsys.readouterr().err
         assert "tokenizer.json" in error and error.count("\n") == 1
+
+
+def test_what_needs_images_says_so(capsys):
+    assert cli.main(["show", str(FOLDER / "llama")]) == 2
+    assert "is a published language model, which does not look at images" in capsys.readouterr().err
+
+
+def test_the_state_of_short_streams_is_small_whatever_the_model_could_read(tmp_path):
+    shutil.copytree(FOLDER / "llama", tmp_path / "m")
+    described = json.loads((tmp_path / "m" / "config.json").read_text()) | {"max_position_embeddings": 8192}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(described))
+    model = seqlab.load(tmp_path / "m").model
+    stream = seqlab.stream_generate(model, [[1, 2, 3]] * 8, temperature=0, max_tokens=2)
+    assert len(list(stream)) == 16
+    assert stream.stats["state_bytes"] < 0.05 * seqlab.state_bytes(model, 8)
 
 
 def test_a_conversation_goes_on_in_one_stream(tmp_path, monkeypatch, capsys):

@@ -11,7 +11,6 @@ from seqlab.models import (
     RGLRU,
     Attention,
     BatchNorm,
-    Block,
     CausalPooling,
     CausalWavelets,
     DeltaNet,
@@ -239,7 +238,9 @@ MODELS = {
     "lm_gated_linear": {"mixers": MIXERS["gated_linear_conv"], "remat": "block"},
     "lm_hybrid": {
         "mixers": (MIXERS["mamba"], MIXERS["window_sinks_softcap"]),
-        "block": partial(Block, norms="both", parallel=True, branch_scale=0.5),
+        "norms": "both",
+        "parallel": True,
+        "branch_scale": 0.5,
         "logit_softcap": 3.0,
     },
     "lm_hybrid_scanned": {"mixers": (MIXERS["gated_linear_conv"], MIXERS["window"]), "scan_layers": True},

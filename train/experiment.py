@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from seqlab.checks import UserError
-from seqlab.module import Module
+from seqlab.module import Module, Params
 from seqlab.parallel.sharding import MeshSizes
 from seqlab.train.quality import bits_per_token
 from seqlab.train.step import Loss, next_token_loss
@@ -29,6 +29,8 @@ class Experiment:
       log_every, validate_every, checkpoint_every: in steps; `validation_windows` bounds the cost of one
         validation.
       keep: the number of checkpoints kept.
+      start: where the parameters begin, instead of random: called as start() for parameters by name, such as
+        `seqlab.studies.start.weights_at` of a path. It is not called when a run resumes.
       mesh: the device mesh; one device by default. It may change when a run resumes.
     """
 
@@ -46,6 +48,7 @@ class Experiment:
     validation_windows: int = 64
     checkpoint_every: int = 200
     keep: int = 3
+    start: Callable[[], Params] | None = None
     mesh: MeshSizes = MeshSizes()  # noqa: RUF009 - frozen
 
     def __post_init__(self):

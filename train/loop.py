@@ -49,15 +49,36 @@ class Result(NamedTuple):
     state: TrainState
 
 
-def build(experiment: Experiment, mesh: Mesh | None = None) -> tuple[Static, Params]:
+def build(experiment: Experiment, mesh: Mesh | None = None, fresh: bool = True) -> tuple[Static, Params]:
     """The model's parameters at step 0, by one compiled function, each created with its sharding: the same
-    values on every mesh."""
+    values on every mesh; or those of `experiment.start`, unless `fresh` is False."""
     static, abstract = split(in_evaluation(nnx.eval_shape(lambda: experiment.model(rngs=nnx.Rngs(0)))))
     make = jax.jit(
         lambda key: split(experiment.model(rngs=nnx.Rngs(key)))[1],
         out_shardings=param_shardings(abstract, mesh),
     )
-    return static, make(jax.random.key(experiment.seed))
+    params = make(jax.random.key(experiment.seed))
+    if experiment.start is not None and fresh:
+        params = _started(params, experiment.start())
+    return static, params
+
+
+def _started(params: Params, given: Params) -> Params:
+    """The parameters with the values of `given`, which has all of them but those of low-rank maps."""
+    lacking = [name for name in params if name not in given and ".adapter." not in name]
+    extra = [name for name in given if name not in params]
+    if lacking or extra:
+        raise UserError(
+            f"start: its parameters are not those of the model: it lacks {lacking[:3]}, and the model has no "
+            f"{extra[:3]}"
+        )
+    for name, value in given.items():
+        if value.shape != params[name].shape:
+            raise UserError(f"start: {name} has shape {value.shape}, expected {params[name].shape}")
+    return {
+        name: jax.device_put(np.asarray(given[name], leaf.dtype), leaf.sharding) if name in given else leaf
+        for name, leaf in params.items()
+    }
 
 
 def run(
@@ -154,7 +175,7 @@ def _run(
 ) -> Result:
     # Model and state.
     with explained("making the parameters and the optimizer's state", experiment):
-        static, params = build(experiment, mesh)
+        static, params = build(experiment, mesh, fresh=not has_steps(workdir))
         optimizer = experiment.optimizer(experiment.steps)
         state, shardings = begin(functools.partial(init_state, static, optimizer=optimizer), params, mesh)
         checkpoints = Checkpoints(workdir / "checkpoints", keep=experiment.keep)

@@ -2,6 +2,9 @@
 
 import dataclasses
 
+import numpy as np
+from jaxtyping import Int
+
 from seqlab.checks import UserError
 from seqlab.tokenizers import ByteTokenizer, Tokenizer
 from seqlab.train.data import FileSource, TfdsSource, Windows, pack
@@ -18,6 +21,7 @@ class Text:
         has.
       include: patterns of file names in the folders, such as "*.md"; none takes every file.
       length: tokens per window.
+      tokenizer: bytes by default; that of a published model is `seqlab.studies.start.tokenizer_at(folder)`.
       lead: begin every window with the token that begins documents, wherever it was cut: a position visible
         to all queries, which attention uses as a sink (StreamingLLM, arXiv 2309.17453).
     Raises:
@@ -29,6 +33,7 @@ class Text:
     include: tuple[str, ...] = ()
     length: int = 256
     lead: bool = False
+    tokenizer: Tokenizer = ByteTokenizer()  # noqa: RUF009 - without a state
 
     def __post_init__(self) -> None:
         for name in ("paths", "include"):
@@ -38,11 +43,6 @@ class Text:
         _check_length(self.length)
         if self.lead and self.length < 2:
             raise UserError(f"length must be at least 2 with lead, got {self.length}")
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """Bytes are the tokens."""
-        return ByteTokenizer()
 
     def train(self, seed: int) -> Windows:
         """The training windows; the order of the documents in them is drawn from `seed`."""
@@ -54,7 +54,33 @@ class Text:
 
     def _windows(self, split: str, seed: int) -> Windows:
         source = FileSource(self.paths or None, split, include=self.include or None)
-        return pack(source, self.length, seed, bos=self.tokenizer.bos, lead=self.lead)
+        if isinstance(self.tokenizer, ByteTokenizer):
+            return pack(source, self.length, seed, bos=self.tokenizer.bos, lead=self.lead)
+        tokens = _Tokens(source, self.tokenizer)
+        return pack(tokens, self.length, seed, bos=_mark(self.tokenizer), lead=self.lead)
+
+
+class _Tokens:
+    """The documents of a source as tokens."""
+
+    def __init__(self, source: FileSource, tokenizer: Tokenizer):
+        self._source, self._tokenizer = source, tokenizer
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Int[np.ndarray, " t"]:
+        text = bytes(self._source[index]).decode("utf-8", errors="replace")
+        return np.asarray(self._tokenizer.encode(text), np.int32)
+
+
+def _mark(tokenizer: Tokenizer) -> int:
+    """The token between documents: that which begins texts, else that which ends them."""
+    marks = (tokenizer.bos, getattr(tokenizer, "start", None), tokenizer.eos)
+    found = next((mark for mark in marks if mark is not None), None)
+    if found is None:
+        raise UserError("tokenizer: it has no token that begins or ends a text, which separates documents")
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ import argparse
 import pathlib
 from typing import Any
 
+from seqlab.checks import UserError
 from seqlab.cli.common import (
     SIGNALS,
     add_changes,
@@ -21,6 +22,15 @@ def add_commands(commands: Any) -> None:
     )
     train.add_argument("--workdir", type=pathlib.Path, metavar="DIR", help="run folder; default runs/CONFIG")
     add_changes(train)
+    train.add_argument(
+        "--start",
+        metavar="PATH",
+        help="begin with the model and the weights of a run, of a published folder, its id on the hub, or "
+        "of a GGUF file, and its tokenizer, instead of the config's model",
+    )
+    train.add_argument(
+        "--lora", type=int, metavar="RANK", help="with --start: freeze the weights, train low-rank maps"
+    )
     train.add_argument(
         "--extend",
         action="store_true",
@@ -54,12 +64,17 @@ def add_commands(commands: Any) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from seqlab.studies.finetune import begin_from
     from seqlab.train import config, processes
     from seqlab.train.loop import run
 
     if args.distributed:
         processes.join(args.distributed)
     cfg = base = config.load(args.config)
+    if args.start is not None:
+        cfg = begin_from(cfg, args.start, args.lora)
+    elif args.lora is not None:
+        raise UserError("--lora is for --start: random weights are not frozen")
     for call in args.fiddler:
         cfg = config.fiddle(cfg, call)
     for assignment in args.set:

@@ -26,6 +26,7 @@ from seqlab.interop.families.packing import Unpacked, pack
 from seqlab.interop.folder import INDEX, Folder, PretrainedError
 from seqlab.interop.gguf import GGUF
 from seqlab.models import LanguageModel
+from seqlab.models.lora import merged
 from seqlab.models.model import check_dtype
 from seqlab.tokenizers import FileTokenizer, Tokenizer
 
@@ -270,6 +271,7 @@ def save_pretrained(
     check_choice(dtype, ("float32", "bfloat16", "float16"), "dtype")
     from safetensors.flax import save_file
 
+    model = merged(model)
     described = published_config(model)
     folder = pathlib.Path(folder)
     kept = model.origin.files if isinstance(model.origin, Origin) else {}

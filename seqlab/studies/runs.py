@@ -13,8 +13,10 @@ from flax import nnx
 
 from seqlab import names
 from seqlab.checks import UserError, nearest
+from seqlab.models.lora import merged
 from seqlab.models.model import Model, check_dtype
 from seqlab.module import Module, in_evaluation, merge, split
+from seqlab.studies.start import origin_of
 from seqlab.tokenizers import Tokenizer
 from seqlab.train.quality import Quality, quality_of
 
@@ -135,6 +137,9 @@ def _load_run(workdir: pathlib.Path, step: int | None, trust: bool, dtype: str |
         if average:
             params |= checkpoints.restore(number, like={"average": average}, only="average")[1]["average"]
     model = in_evaluation(merge(static, {name: jnp.asarray(value) for name, value in params.items()}))
+    model = merged(model)
+    if isinstance(model, Model) and (origin := origin_of(experiment.start)) is not None:
+        model.origin = origin
     length = getattr(experiment.data, "length", None)
     if isinstance(model, Model) and model.trained_length is None and isinstance(length, int):
         model.trained_length = length

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Num
 
 from seqlab.studies.runs import RunError, load
+from seqlab.studies.texts import is_published
 
 
 class Views(NamedTuple):
@@ -62,6 +63,8 @@ def show(
     from seqlab.train import config
 
     run = load(workdir, step, trust=trust)
+    if is_published(run):
+        raise RunError(f"{workdir} is a published language model, which does not look at images")
     seen = views(run.model, config.build(run.config), count)
     columns = [("picture", list(map(_as_picture, seen.inputs))), *_answers(seen)]
     columns += [

@@ -7,7 +7,7 @@ import fiddle as fdl
 
 from seqlab.interop.families import decoder
 from seqlab.interop.families.keys import Keys
-from seqlab.models import Block, LanguageModel, RMSNorm
+from seqlab.models import LanguageModel, RMSNorm
 
 MODEL_TYPE = "gemma2"
 CLASS = "Gemma2ForCausalLM"
@@ -68,7 +68,7 @@ def language_model(
         channel_mixer=decoder.swiglu(keys, defaults, "hidden_activation", "gelu_pytorch_tanh"),
         norm=fdl.Partial(RMSNorm, eps=keys.number("rms_norm_eps", 1e-6), offset=1.0),
         model={
-            "block": fdl.Partial(Block, norms="both"),
+            "norms": "both",
             "embedding_scale": keys.size("hidden_size", defaults["hidden_size"]) ** 0.5,
             "logit_softcap": cap(keys, "final_logit_softcapping", logit_softcap),
         },

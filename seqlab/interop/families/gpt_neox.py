@@ -9,7 +9,7 @@ import numpy as np
 from seqlab.interop.families import decoder
 from seqlab.interop.families.keys import Keys
 from seqlab.interop.families.packing import Packed
-from seqlab.models import MLP, Block, LanguageModel, LayerNorm
+from seqlab.models import MLP, LanguageModel, LayerNorm
 
 MODEL_TYPE = "gpt_neox"
 CLASS = "GPTNeoXForCausalLM"
@@ -47,7 +47,7 @@ def from_config(keys: Keys) -> fdl.Config:
         attention={"rotary_base": base, "rotary_scaling": scaling, "rotary_width": int(width * share)},
         channel_mixer=mixer,
         norm=fdl.Partial(LayerNorm, eps=keys.number("layer_norm_eps", 1e-5)),
-        model={"block": fdl.Partial(Block, parallel=keys.flag("use_parallel_residual", True))},
+        model={"parallel": keys.flag("use_parallel_residual", True)},
     )
 
 

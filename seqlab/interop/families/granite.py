@@ -6,7 +6,7 @@ import fiddle as fdl
 
 from seqlab.interop.families import decoder
 from seqlab.interop.families.keys import Keys
-from seqlab.models import Block, LanguageModel
+from seqlab.models import LanguageModel
 
 MODEL_TYPE = "granite"
 CLASS = "GraniteForCausalLM"
@@ -47,7 +47,7 @@ def to_config(model: LanguageModel) -> dict[str, Any]:
 def factors(keys: Keys) -> dict[str, Any]:
     """The factors as options of the model."""
     return {
-        "block": fdl.Partial(Block, branch_scale=keys.number("residual_multiplier", 1.0)),
+        "branch_scale": keys.number("residual_multiplier", 1.0),
         "embedding_scale": keys.number("embedding_multiplier", 1.0),
         "logit_scale": 1 / keys.number("logits_scaling", 1.0),
     }

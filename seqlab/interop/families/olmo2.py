@@ -7,7 +7,7 @@ import fiddle as fdl
 
 from seqlab.interop.families import decoder
 from seqlab.interop.families.keys import Keys
-from seqlab.models import Block, LanguageModel
+from seqlab.models import LanguageModel
 
 MODEL_TYPE = "olmo2"
 CLASS = "Olmo2ForCausalLM"
@@ -32,7 +32,7 @@ def from_config(keys: Keys) -> fdl.Config:
         bias=bias,
         out_bias=bias,
         attention={"qk_norm": "width"},
-        model={"block": fdl.Partial(Block, norms="after")},
+        model={"norms": "after"},
     )
 
 
