@@ -41,6 +41,9 @@ if TYPE_CHECKING:  # what `__getattr__` answers, for those who read and do not r
     from seqlab.state import save_state as save_state
     from seqlab.state import state_bytes as state_bytes
     from seqlab.state import take_rows as take_rows
+    from seqlab.streaming.drafts import Draft as Draft
+    from seqlab.streaming.drafts import EarlyExit as EarlyExit
+    from seqlab.streaming.drafts import NGram as NGram
     from seqlab.streaming.generate import rewind_stream as rewind_stream
     from seqlab.streaming.generate import stream_generate as stream_generate
     from seqlab.streaming.generate import warm_up as warm_up
@@ -70,6 +73,9 @@ _PUBLIC = {
     "verify_streaming": "seqlab.verify",
     "verify_devices": "seqlab.verify",
     "ByteTokenizer": "seqlab.tokenizers",
+    "NGram": "seqlab.streaming.drafts",
+    "Draft": "seqlab.streaming.drafts",
+    "EarlyExit": "seqlab.streaming.drafts",
     "stream_generate": "seqlab.streaming.generate",
     "rewind_stream": "seqlab.streaming.generate",
     "warm_up": "seqlab.streaming.generate",

@@ -19,6 +19,7 @@ from seqlab.checks import UserError, shown
 from seqlab.mixer import as_mixer
 from seqlab.models.attention import with_cache
 from seqlab.module import Module, in_evaluation, split
+from seqlab.streaming.drafts import Draft, EarlyExit, NGram, Paired, PairState, planned
 from seqlab.streaming.programs import (
     BLOCK_LIMIT,
     LogitsContext,
@@ -97,6 +98,7 @@ def stream_generate(
     logits: LogitsFunction | None = None,
     logits_values: Any = None,
     top_logprobs: int = 0,
+    draft: NGram | Draft | EarlyExit | None = None,
 ) -> Stream:
     """Generate after `prompt`, token by token, indefinitely unless told to stop.
 
@@ -139,11 +141,15 @@ def stream_generate(
         for forbidden tokens. It is compiled into the loop: pass the same function each time.
       logits_values: arrays with one row per row of the batch, available to `logits` as `context.values`.
       top_logprobs: the number of likeliest tokens in `Token.top`.
+      draft: speculative decoding: `seqlab.NGram`, `seqlab.Draft` or `seqlab.EarlyExit` proposes tokens, which
+        the model verifies several at a time. Greedy rows, and by default sampled ones, give the tokens that
+        they give without a draft.
     Raises:
       ValueError: an option out of range, by its name; a token outside the vocabulary, an empty prompt without
         state, or more tokens than a bounded cache can hold; all before anything is computed.
     """
     model = streamable(model, cache)
+    plan, streamed = planned(draft, model, functools.partial(streamable, cache=None))
     tokenizer = check_tokenizer(ByteTokenizer() if tokenizer is None else tokenizer)
     vocabulary = model.vocab_size
     rows = read_prompts(prompt, tokenizer, vocabulary, fresh=state is None)
@@ -169,6 +175,9 @@ def stream_generate(
     limits = check_limits(max_tokens, count)
     if state is not None:
         state = state._replace(model=as_mixer(model).make_room(state.model, coming_steps(rows, limits)))
+        if isinstance(streamed, Paired):
+            state = beside(streamed, state)
+    model = streamed
     before = 0 if state is None else np.asarray(state.length, np.int64)
     setup = Setup(
         model=model,
@@ -186,6 +195,7 @@ def stream_generate(
         function=check_function("logits", logits),
         values=check_values(logits, logits_values, count, vocabulary),
         top=check_number("top_logprobs", top_logprobs, 0, vocabulary),
+        plan=plan,
     )
     longest = max(map(len, rows)) + 1
 
@@ -194,6 +204,20 @@ def stream_generate(
         return state._replace(seed=jnp.asarray(np.pad(seeds, (0, batch - count))))
 
     return Stream(setup, start)
+
+
+def beside(pair: Paired, state: StreamState) -> StreamState:
+    """`state` of the target continued with a draft, which reads the last tokens that the state knows."""
+    batch, known = state.length.shape[0], np.asarray(state.past.known)
+    tokens = np.asarray(state.past.tokens)
+    own = split(in_evaluation(pair.draft))
+    fresh = as_mixer(pair.draft).state_for(batch, RECENT)
+    start = StreamState(fresh, state.logits, state.seed, jnp.zeros_like(state.length), state.past)
+    place = np.minimum(np.arange(RECENT) + RECENT - known[:, None], RECENT - 1)
+    valid = jnp.asarray(np.arange(RECENT) < known[:, None])
+    ordered = jnp.asarray(np.take_along_axis(tokens, place, axis=1))
+    read = programs(own[0]).prefill(tuple(own[1].values()), programs(own[0]).copy(start), ordered, valid)
+    return state._replace(model=PairState(state.model, read.model))
 
 
 def warm_up(

@@ -147,11 +147,11 @@ def read_chunk(
     features, new = net.features(tokens, state.model, None, valid)
     last = jnp.take_along_axis(features, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
     logits = jnp.where(count[:, None] > 0, net.read_out(last).astype(jnp.float32), state.logits)
-    past = _later(state.past, tokens.astype(jnp.int32), count)
+    past = later(state.past, tokens.astype(jnp.int32), count)
     return StreamState(new, logits, state.seed, state.length + count, past)
 
 
-def _later(past: Past, tokens: Int[Array, "b t"], count: Int[Array, " b"]) -> Past:
+def later(past: Past, tokens: Int[Array, "b t"], count: Int[Array, " b"]) -> Past:
     """`past` after the first `count` [b] of `tokens`."""
     places = count[:, None] + jnp.arange(RECENT)
     known = jnp.minimum(past.known + count, RECENT)
@@ -193,7 +193,7 @@ def draw_block(
         known = jnp.minimum(past.known + i, RECENT)
         recent = jax.lax.dynamic_slice_in_dim(made.tokens, i, RECENT, axis=1)
         context = LogitsContext(recent, known, length + i, values)
-        token, sampled, sound = _chosen(raw, seed, context, sampling, plain, function)
+        token, sampled, sound = chosen(raw, seed, context, sampling, plain, function)
         going = live & sound
         logprobs = jax.nn.log_softmax(raw)
         if top:
@@ -220,11 +220,11 @@ def draw_block(
         lambda carry: jnp.any(carry[1]), step, (0, limits > 0, state.model, state.logits, empty)
     )
     made = made._replace(tokens=made.tokens[:, RECENT:])
-    past = _later(past, made.tokens, made.count)
+    past = later(past, made.tokens, made.count)
     return StreamState(own, raw, seed, length + made.count, past), made
 
 
-def _chosen(
+def chosen(
     raw: Float[Array, "b v"],
     seed: Array,
     context: LogitsContext,
@@ -237,9 +237,7 @@ def _chosen(
     sound = jnp.isfinite(jnp.max(raw, axis=1))
 
     def drawn() -> tuple[Array, Array, Array]:
-        ready = adjusted(raw, context.recent, context.known, sampling)
-        if function is not None:
-            ready = function(ready, context).astype(jnp.float32)
+        ready = prepared(raw, context, sampling, function)
         token, logprob = sample(ready, seed, context.length, sampling)
         return token, logprob, sound & jnp.isfinite(jnp.max(ready, axis=1))
 
@@ -247,3 +245,11 @@ def _chosen(
         return drawn()
     likeliest = jnp.argmax(raw, axis=1).astype(jnp.int32)
     return jax.lax.cond(plain, lambda: (likeliest, jnp.zeros(seed.shape), sound), drawn)
+
+
+def prepared(
+    raw: Float[Array, "b v"], context: LogitsContext, sampling: Sampling, function: LogitsFunction | None
+) -> Float[Array, "b v"]:
+    """The logits to sample from: with bias and penalties, and changed by the user's function."""
+    ready = adjusted(raw, context.recent, context.known, sampling)
+    return ready if function is None else function(ready, context).astype(jnp.float32)

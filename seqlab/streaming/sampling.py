@@ -58,10 +58,7 @@ def sample(
     likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def drawn() -> tuple[Array, Array]:
-        # Relative to the largest logit nothing overflows, whatever the temperature.
-        largest = jnp.max(logits, axis=-1, keepdims=True)
-        scaled = (logits - largest) / jnp.where(warm, temperature, 1.0)[:, None]
-        scaled = filtered(scaled, sampling)
+        scaled = tempered(logits, sampling)
         noise = jax.vmap(
             lambda s, i: jax.random.gumbel(jax.random.fold_in(jax.random.key(s), i), logits.shape[1:])
         )(seed, index)
@@ -70,6 +67,23 @@ def sample(
         return token, jnp.where(warm, logprob, 0.0)
 
     return jax.lax.cond(jnp.any(warm), drawn, lambda: (likeliest, jnp.zeros(likeliest.shape)))
+
+
+def tempered(logits: Float[Array, "b v"], sampling: Sampling) -> Float[Array, "b v"]:
+    """`logits` divided by the temperature, with -inf at tokens that are not sampled; of greedy rows filtered
+    only."""
+    temperature = _per_row(sampling.temperature, 1.0, jnp.float32, logits)
+    # Relative to the largest logit nothing overflows, whatever the temperature.
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    scaled = (logits - largest) / jnp.where(temperature >= COLDEST, temperature, 1.0)[:, None]
+    return filtered(scaled, sampling)
+
+
+def probabilities(logits: Float[Array, "b v"], sampling: Sampling) -> Float[Array, "b v"]:
+    """The distribution that `sample` draws from: of greedy rows all on the likeliest token."""
+    warm = _per_row(sampling.temperature, 1.0, jnp.float32, logits) >= COLDEST
+    sure = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[1])
+    return jnp.where(warm[:, None], jax.nn.softmax(tempered(logits, sampling)), sure)
 
 
 def filtered(logits: Float[Array, "b v"], sampling: Sampling) -> Float[Array, "b v"]:

@@ -15,9 +15,11 @@ import numpy as np
 from seqlab.mixer import as_mixer
 from seqlab.models.attention import leaves_training
 from seqlab.module import Module, split
+from seqlab.streaming.drafts import Own, Plan
 from seqlab.streaming.programs import BLOCK_LIMIT, Drawn, LogitsFunction, programs
 from seqlab.streaming.prompts import Ends
 from seqlab.streaming.sampling import Sampling
+from seqlab.streaming.speculation import speculative
 from seqlab.streaming.states import RECENT, Past, StreamState
 from seqlab.streaming.text import CONTEXT, RowText
 from seqlab.tokenizers import Tokenizer
@@ -74,6 +76,7 @@ class Setup:
     function: LogitsFunction | None
     values: Any
     top: int
+    plan: Plan | None  # of speculation
 
 
 class Stream(Iterator[Token]):
@@ -85,13 +88,16 @@ class Stream(Iterator[Token]):
 
     def __init__(self, setup: Setup, start: Callable[[int], StreamState]):
         static, params = split(setup.model)
-        self._setup, self._programs, self._leaves = setup, programs(static), tuple(params.values())
+        self._setup, self._leaves = setup, tuple(params.values())
+        self._programs = programs(static) if setup.plan is None else speculative(static, setup.plan)
         self._rows = len(setup.rows)
         self._padded = padded(self._rows)
         self._with_room = as_mixer(setup.model).with_room
         self._trained, self._warned = leaves_training(setup.model), False
         self._clock = {"prefill": _Clock(), "decode": _Clock()}
-        self._block = setup.block or _FIRST_BLOCK
+        # Of rejection, tokens depend on where blocks end: there these do not depend on the machine's speed.
+        self._fixed = setup.block or (setup.plan and setup.plan.rule == "rejection" and _REPLAY) or None
+        self._block = self._fixed or _FIRST_BLOCK
         self._begin_text()
         index = np.pad(np.arange(self._rows), (0, self._padded - self._rows))  # padding rows repeat the first
         self._settings = jax.tree.map(
@@ -107,6 +113,8 @@ class Stream(Iterator[Token]):
         self._queue: Iterator[tuple[int, int]] = iter(())
         self._after: StreamState | None = self._begin_state(start, index)  # None: lost to an interruption
         self._base: StreamState | None = None
+        self._since: list[list[int]] = [[] for _ in range(self._rows)]  # tokens of each row after it
+        self._offered = self._accepted = 0
         self._base_made = np.zeros(self._rows, np.int64)  # tokens that led to it; `_after` follows from it
         self._shared = False  # whether `_after` is shared, so that its memory must not be reused
         self._read()
@@ -143,6 +151,8 @@ class Stream(Iterator[Token]):
             state = self._replayed()
         if self._padded != self._rows:
             state = self._programs.rows(state, jnp.arange(self._rows, dtype=jnp.int32))
+        if isinstance(self._setup.plan, Own):
+            state = state._replace(model=state.model.target)
         held = np.asarray([text.held for text in self._texts], np.int32)
         spoken = np.where(self._stopped, 0, np.minimum(self._spoken + self._made, RECENT)).astype(np.int32)
         return state._replace(past=state.past._replace(spoken=jnp.asarray(spoken), held=jnp.asarray(held)))
@@ -156,7 +166,8 @@ class Stream(Iterator[Token]):
     @property
     def stats(self) -> dict[str, float]:
         """Tokens read and returned, speeds (without compilation), bytes of state, compiled programs, tokens
-        per block. `beyond_training`: steps of the longest row at positions beyond the model's training."""
+        per block. `beyond_training`: steps of the longest row at positions beyond the model's training. With
+        a draft: `draft_tokens` that the model has read, of which it `accepted` the share `acceptance`."""
         prefill, decode = self._clock["prefill"], self._clock["decode"]
         return {
             "prompt_tokens": sum(map(len, self._setup.rows)),
@@ -175,6 +186,9 @@ class Stream(Iterator[Token]):
             "beyond_training": 0
             if self._trained is None
             else max(0, int((self._length + self._made).max()) - self._trained),
+            "draft_tokens": self._offered,
+            "accepted": self._accepted,
+            "acceptance": self._accepted / self._offered if self._offered else 0.0,
         }
 
     def __next__(self) -> Token:
@@ -195,6 +209,7 @@ class Stream(Iterator[Token]):
         tokens, logprobs, sampled, top = self._drawn
         token = tokens[row][step]
         self._made[row] = index + 1
+        self._since[row].append(token)
         text, ended = self._texts[row].push(token, token in self._end_sets[row])
         finished = None
         if ended:
@@ -212,9 +227,15 @@ class Stream(Iterator[Token]):
         return Token(row, index, token, text, logprobs[row][step], finished, sampled[row][step], likeliest)
 
     def _read(self) -> None:
-        """Chunked prefill of ragged rows, right-padded with invalid steps."""
-        rows, chunks = self._setup.rows, self._setup.chunks
-        start, longest = 0, max(map(len, rows))
+        """Chunked prefill of the prompts."""
+        self._after = self._having_read(self._after, self._setup.rows, self._length)
+        self._length = self._length + np.asarray([len(ids) for ids in self._setup.rows])
+        self._watch(self._length, stacklevel=5)
+
+    def _having_read(self, state: StreamState, rows: list[Any], length: np.ndarray) -> StreamState:
+        """`state` of `length` [b] tokens after ragged rows, read in chunks and right-padded with invalid
+        steps."""
+        start, longest, chunks = 0, max(map(len, rows)), self._setup.chunks
         while start < longest:
             fitting = [size for size in chunks if size <= longest - start]
             size = fitting[-1] if fitting else chunks[0]
@@ -225,11 +246,10 @@ class Stream(Iterator[Token]):
                 tokens[row, : len(piece)] = piece
                 valid[row, : len(piece)] = True
             count = valid.sum(1)[: self._rows]
-            state = self._grown(self._after, self._length + count)
-            self._after = self._run("prefill", int(count.sum()), state, tokens, valid)
-            self._length += count
+            length = length + count
+            state = self._run("prefill", int(count.sum()), self._grown(state, length), tokens, valid)
             start += size
-        self._watch(self._length, stacklevel=5)
+        return state
 
     def _watch(self, length: np.ndarray, stacklevel: int) -> None:
         """Warn once if a row is beyond the model's training length. `length` [b]: of the rows."""
@@ -252,11 +272,19 @@ class Stream(Iterator[Token]):
         return result
 
     def _decode(self, state: StreamState, limits: np.ndarray) -> tuple[StreamState, Drawn]:
-        wide = np.zeros(self._padded, np.int32)
-        wide[: self._rows] = limits
-        sampling, ends, values = self._settings
+        wide = np.zeros((2, self._padded), np.int32)
+        wide[:, : self._rows] = limits, np.minimum(self._left(), 2**31 - 1)
         options = {"top": slots_of(self._setup.top), "function": self._setup.function}
-        return self._run("decode", 0, state, wide, sampling, ends, values, **options)
+        if self._setup.plan is None:
+            return self._run("decode", 0, state, wide[0], *self._settings, **options)
+        state, block = self._run("decode", 0, state, wide, *self._settings, **options)
+        self._offered += int(np.sum(block.offered[: self._rows]))
+        self._accepted += int(np.sum(block.accepted[: self._rows]))
+        return state, block.drawn
+
+    def _left(self) -> np.ndarray:
+        """The most tokens that each row can still have."""
+        return np.where(self._done, 0, np.asarray(self._most) - self._made)
 
     def _generate(self) -> None:
         """Generate a block of tokens, to be returned one by one."""
@@ -266,8 +294,11 @@ class Stream(Iterator[Token]):
         if self._base is None or self._shared or (made - self._base_made).max() >= _REPLAY:
             self._base, self._after = self._after, self._programs.copy(self._after)
             self._base_made, self._shared = made, False
-        limits = np.where(self._done, 0, np.minimum(self._most - made, self._block))
-        state, self._after = self._grown(self._after, self._length + made + limits), None  # taken over
+            self._since = [[] for _ in range(self._rows)]
+        limits = np.minimum(self._left(), self._block)
+        beyond = 0 if self._setup.plan is None else self._setup.plan.tokens
+        coming = np.minimum(self._left(), limits + beyond)
+        state, self._after = self._grown(self._after, self._length + made + coming), None  # taken over
         self._after, drawn = self._decode(state, limits)
         count, broken = (np.asarray(part)[: self._rows] for part in (drawn.count, drawn.broken))
         self._drawn_until = (made + count).tolist()
@@ -287,7 +318,7 @@ class Stream(Iterator[Token]):
             for row in range(self._rows)
             if step < handed[row]
         )
-        if self._setup.block is None and not clock.compiled and longest == self._block:
+        if self._fixed is None and not clock.compiled and longest >= self._block:
             size = self._block * min(2.0, _BLOCK_SECONDS / clock.last)
             self._block = int(np.clip(size, _SHORTEST_BLOCK, BLOCK_LIMIT))
 
@@ -295,6 +326,8 @@ class Stream(Iterator[Token]):
         """The state after the returned tokens, recomputed from the last saved one."""
         state, left = self._programs.copy(self._base), np.asarray(self._made, np.int64) - self._base_made
         length = self._length + self._base_made
+        if self._setup.plan is not None:  # whose rounds may not end here
+            return self._having_read(state, self._since, length)
         while left.any():
             limits = np.minimum(left, BLOCK_LIMIT)
             state, _ = self._decode(self._grown(state, length + limits), limits)
