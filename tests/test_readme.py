@@ -44,6 +44,7 @@ LONG = (
     "how-to/batch.md",
     "how-to/cache.md",
     "how-to/devices.md",
+    "how-to/speculate.md",
     "explanation/contract.md",
     "explanation/algebras.md",
 )

@@ -133,6 +133,11 @@ def _add_stream(commands: Any) -> None:
         help="cache policy instead of that of training, e.g. sinks(4)+window(1020)+int4",
     )
     stream.add_argument(
+        "--draft",
+        metavar="D",
+        help="speculative decoding: ngram, early-exit:K (the first K layers), or a model's folder",
+    )
+    stream.add_argument(
         "--chat",
         action="store_true",
         help="treat the prompt as a message for the chat template; without one, chat interactively",
@@ -225,6 +230,8 @@ def _stream(args: argparse.Namespace) -> int:
     if args.system is not None and not args.chat:
         raise runs.RunError("--system is for --chat")
     options = _options(args)
+    if args.draft is not None:
+        options["draft"] = _draft(args)
     prompt = _typed() if args.prompt == "-" else args.prompt
     talk = Conversation(run, args.system, **options) if args.chat else None
     stream = None if talk else stream_generate(run.model, prompt, tokenizer=run.tokenizer, **options)
@@ -254,8 +261,24 @@ def _stream(args: argparse.Namespace) -> int:
         f"\n{stats['tokens']} tokens, {stats['tokens_per_second']:,.0f} tokens/s; {stats['state_bytes']:,} "
         "bytes of state; "
         f"{stats['programs']} programs compiled in {stats['compile_seconds']:.1f} s"
+        + (f"; {stats['acceptance']:.0%} of {stats['draft_tokens']} drafted accepted" if args.draft else "")
     )
     return code
+
+
+def _draft(args: argparse.Namespace) -> Any:
+    """The draft of `stream_generate`."""
+    from seqlab.streaming.drafts import Draft, EarlyExit, NGram
+    from seqlab.studies import runs
+
+    kind, _, layers = args.draft.partition(":")
+    if args.draft == "ngram":
+        return NGram()
+    if kind == "early-exit":
+        if not layers.isdecimal():
+            raise UserError(f"--draft: got {args.draft!r}, expected early-exit:K with a number of layers")
+        return EarlyExit(int(layers))
+    return Draft(runs.load(args.draft, trust=args.trust).model)
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
