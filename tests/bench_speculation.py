@@ -53,7 +53,7 @@ def main():
     args = parser.parse_args()
     import seqlab
 
-    drafts = {"plain": None, "ngram": seqlab.NGram(3, 8), "exit": seqlab.EarlyExit(1, 4)}
+    drafts = {"plain": None, "ngram 8": seqlab.NGram(3, 8), "ngram 16": seqlab.NGram(3, 16)}
     for kind in ("attention", "mamba", "hybrid"):
         model = build(kind, args.width)
         size = seqlab.count_params(model) / 1e6

@@ -158,7 +158,7 @@ def _pass(net: Any, settings: Settings, carry: Carry) -> Carry:
     commits = kept == chunk.offered
     last = jnp.take_along_axis(logits, read[:, None, None], axis=1)[:, 0]
     after = StreamState(model, last, state.seed, state.length + read, later(state.past, chunk.tokens, read))
-    state = jax.lax.cond(jnp.all(commits), lambda: after, lambda: select_rows(commits, after, state))
+    state = select_rows(commits, after, state)  # a conditional would copy both
     # The tokens of the stream after the committed state.
     start = jnp.where(commits, kept, -waiting)[:, None] + jnp.arange(width)
     fresh = jnp.take_along_axis(verified.tokens, jnp.clip(start, 0, width - 1), axis=1)
@@ -198,12 +198,9 @@ def _read(
         logits, new = target(chunk.tokens[:, :size], own, None, valid)
         return jnp.pad(logits.astype(jnp.float32), ((0, 0), (0, width - size), (0, 0))), new
 
-    def nothing() -> tuple[Array, Any]:
-        return jnp.zeros((*chunk.tokens.shape, state.logits.shape[1]), jnp.float32), own
-
-    most = jnp.max(read)
-    branches = (nothing, functools.partial(whole, 1), functools.partial(whole, width))
-    logits, new = jax.lax.switch(jnp.minimum(most, 2), branches)
+    # A conditional of two branches: each further one would copy the state.
+    single = jnp.max(read) < 2
+    logits, new = jax.lax.cond(single, functools.partial(whole, 1), functools.partial(whole, width))
     model = PairState(new, chunk.own) if isinstance(plan, Own) else new
     return jnp.concatenate([state.logits[:, None], logits], axis=1), model
 
