@@ -194,3 +194,48 @@ def test_every_cache_is_saved_loaded_and_forked(cache, tmp_path):
     y, _ = call(jnp.stack([x[1, 13:], x[0, 13:]]), forked)
     np.testing.assert_array_equal(y[0], expected[1])
     assert float(jnp.abs(y[1] - expected[1]).max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("mixers", "draft"),
+    [
+        ((zoo.MIXERS["mamba"], zoo.MIXERS["window_sinks_softcap"]), None),
+        pytest.param(zoo.MIXERS["gated_delta"], None, marks=slow),
+        pytest.param(zoo.MIXERS["lmu"], None, marks=slow),
+        pytest.param(zoo.MIXERS["mamba"], seqlab.NGram(n=2, tokens=3), marks=slow),
+        pytest.param(zoo.MIXERS["mamba"], seqlab.NGram(n=2, tokens=3, rule="rejection"), marks=slow),
+        pytest.param(zoo.MIXERS["mamba"], seqlab.Draft(zoo.model("lm_mamba"), tokens=3), marks=slow),
+    ],
+    ids=["hybrid", "gated_delta", "lmu", "ngram", "rejection", "draft"],
+)
+def test_a_stream_is_rewound_whatever_its_mixers(mixers, draft):
+    """Continued from there, it gives the tokens that it gave, and goes on undisturbed."""
+    model = LanguageModel(31, 16, 2, mixers=mixers, rngs=nnx.Rngs(0))
+    rows, options = [list(range(9)), [3, 4]], {"seed": [1, 2], "temperature": 1.2}
+    stream = seqlab.stream_generate(model, rows, max_tokens=60, draft=draft, **options)
+    rejection = draft is not None and draft.rule == "rejection"
+    given = [[], []]
+    for token in itertools.islice(stream, 100):
+        given[token.row].append(token.token)
+    made = [len(row) for row in given]
+    for steps in (0, 1, [5, 2]) if rejection else (0, 1, [20, 7], [made[0], 38]):
+        back = stream.rewind(steps)
+        each = np.broadcast_to(steps, 2).tolist()
+        assert back.length.tolist() == [len(row) + m - n for row, m, n in zip(rows, made, each, strict=True)]
+        again = seqlab.stream_generate(model, state=back, max_tokens=each, temperature=1.2)
+        found = [[], []]
+        for token in again:
+            found[token.row].append(token.token)
+        if not rejection:
+            assert found == [row[len(row) - n :] for row, n in zip(given, each, strict=True)]
+        assert back.past.tokens[0, -4:].tolist() == ([*rows[0], *given[0][: made[0] - each[0]]])[-4:]
+    rest = [[], []]
+    for token in stream:
+        rest[token.row].append(token.token)
+    whole = [[], []]
+    for token in seqlab.stream_generate(model, rows, max_tokens=60, draft=draft, **options):
+        whole[token.row].append(token.token)
+    assert [a + b for a, b in zip(given, rest, strict=True)] == whole
+    for wrong in (-1, 61, [1, 70], 0.5):
+        with pytest.raises(ValueError, match="steps"):
+            stream.rewind(wrong)

@@ -67,7 +67,7 @@ def rewind_stream(model: Module, state: StreamState, steps: Any, last: Any = Non
       ValueError: a stream would be left without a token, or as raised by `Model.rewind`.
     """
     model, batch = unrolled(model), state.length.shape[0]
-    given, steps = steps, _integers("steps", steps, batch)
+    given, steps = steps, row_integers("steps", steps, batch)
     lengths, known = np.asarray(state.length), np.asarray(state.past.known)
     if (steps < 0).any():
         raise UserError(f"steps must be 0 or more, got {given}")
@@ -84,7 +84,7 @@ def rewind_stream(model: Module, state: StreamState, steps: Any, last: Any = Non
     elif np.shape(last) != (batch,):
         raise UserError(f"last must name one token for each of {batch} rows, got {shown(last)}")
     else:
-        tokens[:, -1] = _integers("last", last, batch)
+        tokens[:, -1] = row_integers("last", last, batch)
     if (tokens[:, -1] < 0).any() or (tokens[:, -1] >= model.vocab_size).any():
         raise UserError(f"last: {tokens[:, -1].tolist()} are not all in the vocabulary of {model.vocab_size}")
     static, params = split(in_evaluation(model))
@@ -103,7 +103,8 @@ def rewind_stream(model: Module, state: StreamState, steps: Any, last: Any = Non
     return read._replace(past=past)
 
 
-def _integers(name: str, value: Any, batch: int) -> np.ndarray:
+def row_integers(name: str, value: Any, batch: int) -> np.ndarray:
+    """`value` as one integer per row."""
     try:
         array = np.asarray(value)
     except Exception:  # ragged, or of a library that refuses

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from seqlab.checks import UserError
 from seqlab.mixer import as_mixer
 from seqlab.models.attention import leaves_training
 from seqlab.module import Module, split
-from seqlab.streaming.drafts import Own, Plan
-from seqlab.streaming.programs import BLOCK_LIMIT, Drawn, LogitsFunction, programs
+from seqlab.streaming.drafts import Paired, Plan
+from seqlab.streaming.programs import BLOCK_LIMIT, Drawn, LogitsFunction, programs, row_integers
 from seqlab.streaming.prompts import Ends
 from seqlab.streaming.sampling import Sampling
 from seqlab.streaming.speculation import speculative
@@ -88,7 +89,7 @@ class Stream(Iterator[Token]):
 
     def __init__(self, setup: Setup, start: Callable[[int], StreamState]):
         static, params = split(setup.model)
-        self._setup, self._leaves = setup, tuple(params.values())
+        self._setup, self._start, self._leaves = setup, start, tuple(params.values())
         self._programs = programs(static) if setup.plan is None else speculative(static, setup.plan)
         self._rows = len(setup.rows)
         self._padded = padded(self._rows)
@@ -149,13 +150,64 @@ class Stream(Iterator[Token]):
             self._shared = self._shared or self._padded == self._rows
         else:
             state = self._replayed()
+        held = np.asarray([text.held for text in self._texts], np.int32)
+        return self._as_value(state, np.where(self._stopped, 0, self._spoken + self._made), held)
+
+    def _as_value(self, state: StreamState, spoken: np.ndarray, held: np.ndarray) -> StreamState:
+        """`state` without padding rows and drafts, with the marks of the text of each row."""
         if self._padded != self._rows:
             state = self._programs.rows(state, jnp.arange(self._rows, dtype=jnp.int32))
-        if isinstance(self._setup.plan, Own):
+        if isinstance(self._setup.model, Paired):
             state = state._replace(model=state.model.target)
-        held = np.asarray([text.held for text in self._texts], np.int32)
-        spoken = np.where(self._stopped, 0, np.minimum(self._spoken + self._made, RECENT)).astype(np.int32)
-        return state._replace(past=state.past._replace(spoken=jnp.asarray(spoken), held=jnp.asarray(held)))
+        spoken = jnp.asarray(np.minimum(spoken, RECENT), jnp.int32)
+        return state._replace(past=state.past._replace(spoken=spoken, held=jnp.asarray(held, jnp.int32)))
+
+    def rewind(self, steps: Any = 1) -> StreamState:
+        """The state `steps` tokens ago, one number for all rows or one per row: a value to continue from, for
+        every mixer. The stream itself goes on as before.
+
+        Recurrent states cannot be taken back, so the tokens since a kept state are read again: those of the
+        last 32 at least, beyond that the whole stream with its prompt.
+
+        Raises:
+          ValueError: more steps than the stream has returned tokens; with a draft's `rule="rejection"`, whose
+            tokens cannot be drawn again, more than are kept.
+        """
+        back, made = row_integers("steps", steps, self._rows), np.asarray(self._made, np.int64)
+        until, plan = made - back, self._setup.plan
+        if (back < 0).any() or (until < 0).any():
+            raise UserError(
+                f"steps must be from 0 to the {made.tolist()} tokens returned, got {back.tolist()}"
+            )
+        kept = self._base is not None and bool((until >= self._base_made).all())
+        spoken, held = self._spoken + until, np.full(self._rows, -1)
+        if plan is not None and plan.rule == "rejection":
+            if not kept and back.any():
+                raise UserError(f"steps: got {back.tolist()}, and the draft's rejection keeps fewer tokens")
+            if not back.any():
+                return self.state
+            since = [row[:count] for row, count in zip(self._since, until - self._base_made, strict=True)]
+            state = self._having_read(self._programs.copy(self._base), since, self._length + self._base_made)
+            return self._as_value(state, spoken, held)
+        if plan is None and kept:
+            state = self._drawn_again(self._programs.copy(self._base), self._base_made, until)
+            return self._as_value(state, spoken, held)
+        again = self._begun_again()
+        state = again._drawn_again(again._after, np.zeros(self._rows, np.int64), until)
+        return again._as_value(state, spoken, held)
+
+    def _begun_again(self) -> "Stream":
+        """The stream after its prompt, without a draft."""
+        setup = dataclasses.replace(self._setup, plan=None)
+        if not isinstance(setup.model, Paired):
+            return Stream(setup, self._start)
+
+        def of_target(state: StreamState) -> StreamState:
+            return state._replace(model=state.model.target)
+
+        state = None if setup.state is None else of_target(setup.state)
+        setup = dataclasses.replace(setup, model=setup.model.target, state=state)
+        return Stream(setup, lambda batch: of_target(self._start(batch)))
 
     @property
     def held(self) -> list[str]:
@@ -324,10 +376,14 @@ class Stream(Iterator[Token]):
 
     def _replayed(self) -> StreamState:
         """The state after the returned tokens, recomputed from the last saved one."""
-        state, left = self._programs.copy(self._base), np.asarray(self._made, np.int64) - self._base_made
-        length = self._length + self._base_made
+        state = self._programs.copy(self._base)
         if self._setup.plan is not None:  # whose rounds may not end here
-            return self._having_read(state, self._since, length)
+            return self._having_read(state, self._since, self._length + self._base_made)
+        return self._drawn_again(state, self._base_made, np.asarray(self._made, np.int64))
+
+    def _drawn_again(self, state: StreamState, made: np.ndarray, until: np.ndarray) -> StreamState:
+        """`state` after `made` [b] tokens, advanced to `until` [b] of them."""
+        length, left = self._length + made, until - made
         while left.any():
             limits = np.minimum(left, BLOCK_LIMIT)
             state, _ = self._decode(self._grown(state, length + limits), limits)
