@@ -101,7 +101,7 @@ def _curves(ax, worth):
 
 def test_quantization_costs_little_down_to_four_bits(model_file, folder):
     """KIVI (arXiv 2402.02750) on text within the trained length."""
-    full = f"full({SHORT})"
+    full = f"full({TRAINED})"
     caches = [full, *(f"{full}+{bits}" for bits in ("int8", "int4", "int2", "int2(group=16)"))]
     rows = perplexities(model_file, folder, caches, SHORT, SHORT)
     table, cost = [], {}
