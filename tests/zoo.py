@@ -162,8 +162,6 @@ MIXERS = {
     "mamba_mixer_stack": marked(
         partial(
             MambaMixerStack,
-            MixtureOfExperts,
-            ParallelMixers,
             depth=2,
             token_mixer=partial(SelectiveMixer, state_size=4),
             channel_mixer=partial(GroupedChannelMixer, groups=2),
