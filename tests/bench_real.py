@@ -54,7 +54,8 @@ class Peer:
     """Hugging Face in a process of its own, told what to do line by line."""
 
     def __init__(self, python, folder):
-        words = [python, "-c", HUGGING_FACE, str(folder), str(PROMPT), str(DRAWN), str(LONG)]
+        # -P: not the current folder, whose `kernels` transformers would take for a package that it knows.
+        words = [python, "-P", "-c", HUGGING_FACE, str(folder), str(PROMPT), str(DRAWN), str(LONG)]
         pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
         own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         self._process = subprocess.Popen(words, **pipes, stderr=subprocess.DEVNULL, env=own, text=True)

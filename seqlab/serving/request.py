@@ -119,7 +119,7 @@ class Request:
     # Called by the batcher only.
 
     def _parcel(self, read: int, state: StreamState | None) -> Parcel:
-        """What another batcher needs to go on, after `read` tokens of the prompt."""
+        """The request for another batcher to go on with, after `read` tokens of the prompt."""
         settings, before, late = self._settings, 0, None
         if self.deadline is not None:
             late = max(1e-3, self.submitted + self.deadline - time.monotonic())

@@ -87,9 +87,10 @@ class Trace:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What a policy did with a trace. Seconds: `first` to the first token, per request; `between` deliveries
-    of a request's tokens, all of them. `tokens_per_second`: drawn, over the whole trace. `fairness`: Jain's
-    index of the requests' tokens per second, 1 where all are equal. `stats`: of the batcher."""
+    """The latencies of a trace under a policy. Seconds: `first` to the first token, per request; `between`
+    deliveries of a request's tokens, all of them. `tokens_per_second`: drawn, over the whole trace.
+    `fairness`: Jain's index of the requests' tokens per second, 1 where all are equal. `stats`: of the
+    batcher."""
 
     policy: str
     first: list[float]

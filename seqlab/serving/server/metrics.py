@@ -28,7 +28,7 @@ class Histogram:
 
 
 class Metrics:
-    """What a server has done."""
+    """Counts and times of a server."""
 
     def __init__(self) -> None:
         self.first, self.between, self.whole = Histogram(), Histogram(), Histogram()
